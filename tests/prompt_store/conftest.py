@@ -1,0 +1,29 @@
+"""Fixtures that several test files of prompt_store share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from soft_prompt_samples import MAX_BYTES, soft_prompt, write
+
+from prompt_store.soft_prompt import save
+from prompt_store.store import PromptStore
+
+
+@pytest.fixture(params=["embeddings", "kv"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.safetensors"
+    save(soft_prompt(request.param), path)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PromptStore:
+    return PromptStore(tmp_path / "store", MAX_BYTES)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A sound upload."""
+    return write(tmp_path / "upload", seed=0)

@@ -1,0 +1,212 @@
+"""Requests, threads and processes share one directory: leases, races, and what the dead leave behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from soft_prompt_samples import MAX_BYTES, names, soft_prompt, write
+
+from prompt_store.soft_prompt import load, read_manifest
+from prompt_store.store import NameTaken, PromptStore, UnknownPrompt
+
+
+def test_a_lease_outlives_the_name(store: PromptStore, file: Path, tmp_path: Path) -> None:
+    stored = store.add("a", file)
+    leases = tmp_path / "run" / "leases"
+    leased = store.lease(stored, leases)
+    assert leased == leases / f"{stored.sha256}.safetensors"
+    assert leased.stat().st_ino == stored.path.stat().st_ino, "a link, not a copy"
+    assert store.lease(stored, leases) == leased
+    store.remove("a")
+    assert store.lease(stored, leases) == leased
+    assert torch.equal(load(leased, MAX_BYTES).tensors["embeddings"], soft_prompt().tensors["embeddings"])
+    assert os.listdir(leases) == [leased.name]
+
+
+def test_two_names_with_one_content_share_a_lease(store: PromptStore, file: Path, tmp_path: Path) -> None:
+    leases = tmp_path / "leases"
+    assert store.lease(store.add("a", file), leases) == store.lease(store.add("b", file), leases)
+
+
+def test_a_lease_never_holds_what_took_the_name_meanwhile(store: PromptStore, file: Path, tmp_path: Path) -> None:
+    stored = store.add("a", file)
+    store.remove("a")
+    with pytest.raises(UnknownPrompt):
+        store.lease(stored, tmp_path / "leases")
+    store.add("a", write(tmp_path / "other", seed=1))
+    with pytest.raises(UnknownPrompt):
+        store.lease(stored, tmp_path / "leases")
+    assert os.listdir(tmp_path / "leases") == []
+
+
+def test_leases_on_another_file_system_are_copies(
+    store: PromptStore, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    stored = store.add("a", file)
+    monkeypatch.setattr(os, "link", link)
+    leased = store.lease(stored, tmp_path / "leases")
+    assert leased.read_bytes() == file.read_bytes()
+    assert leased.stat().st_ino != stored.path.stat().st_ino
+    os.replace(write(tmp_path / "other", seed=1), stored.path)
+    leased.unlink()
+    with pytest.raises(UnknownPrompt):
+        store.lease(stored, tmp_path / "leases")
+    assert os.listdir(tmp_path / "leases") == []
+
+
+def test_temporary_files_of_the_dead_and_the_old_are_removed(store: PromptStore, file: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    pattern = store.root.joinpath
+    store.add("a", file)
+    host = _own_temp_name(store, file).split("-")[1]
+    dead = pattern(f".add-{host}-{child}-{'0' * 16}")
+    running = pattern(f".add-{host}-{os.getpid()}-{'1' * 16}")
+    elsewhere = pattern(f".add-{'f' * 8}-{child}-{'2' * 16}")
+    old = pattern(f".add-{'f' * 8}-{os.getpid()}-{'3' * 16}")
+    foreign = pattern(".add-notes")
+    for path in (dead, running, elsewhere, old, foreign):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 4000, time.time() - 4000))
+    again = PromptStore(store.root, MAX_BYTES)
+    assert not dead.exists()
+    assert not old.exists()
+    assert running.exists(), "its owner is alive"
+    assert elsewhere.exists(), "another host's process numbers mean nothing here"
+    assert foreign.exists()
+    assert names(again) == ["a"]
+
+
+def _own_temp_name(store: PromptStore, file: Path) -> str:
+    """The temporary name the store itself chooses, seen while it adds."""
+    seen: list[str] = []
+    real = os.link
+    os.link = lambda source, *rest: seen.append(Path(source).name) or real(source, *rest)  # type: ignore[assignment]
+    try:
+        store.add("probe", file)
+    finally:
+        os.link = real
+    store.remove("probe")
+    return seen[0]
+
+
+def test_of_many_adding_one_name_at_once_one_wins(store: PromptStore, tmp_path: Path) -> None:
+    uploads = [write(tmp_path / f"upload{i}", seed=i) for i in range(8)]
+    start = threading.Barrier(len(uploads))
+    outcomes: Counter[str] = Counter()
+
+    def add(upload: Path) -> None:
+        start.wait()
+        try:
+            PromptStore(store.root, MAX_BYTES).add("a", upload)
+            outcomes["added"] += 1
+        except NameTaken:
+            outcomes["taken"] += 1
+
+    threads = [threading.Thread(target=add, args=(upload,)) for upload in uploads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == {"added": 1, "taken": 7}
+    assert os.listdir(store.root) == ["a.safetensors"]
+    load(store.get("a").path, MAX_BYTES)
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_missing_not_broken(tmp_path: Path) -> None:
+    path, source = tmp_path / "p.safetensors", write(tmp_path / "source", seed=0)
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            os.link(source, path)
+            path.unlink()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    outcomes: Counter[str] = Counter()
+    try:
+        for number in range(20_000):
+            try:
+                if number % 2:
+                    read_manifest(path, MAX_BYTES)
+                else:
+                    load(path, MAX_BYTES)
+                outcomes["read"] += 1
+            except FileNotFoundError:
+                outcomes["missing"] += 1
+    finally:
+        stop.set()
+        other.join()
+    assert min(outcomes["read"], outcomes["missing"]) > 0
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Two handles on one directory behave like one dictionary, whatever the order of calls."""
+
+    some_name = st.sampled_from(["a", "b", "c.d"])
+    which = st.integers(0, 1)
+
+    @initialize()
+    def begin(self) -> None:
+        self.base = Path(tempfile.mkdtemp(dir=os.environ["SOFT_PROMPT_TEST_DIR"]))
+        self.stores = [PromptStore(self.base / "store", MAX_BYTES) for _ in range(2)]
+        self.expected: dict[str, str] = {}
+
+    @rule(name=some_name, seed=st.integers(0, 3), which=which)
+    def add(self, name: str, seed: int, which: int) -> None:
+        upload = write(self.base / "upload", seed)
+        if name in self.expected:
+            with pytest.raises(NameTaken):
+                self.stores[which].add(name, upload)
+        else:
+            self.expected[name] = self.stores[which].add(name, upload).sha256
+
+    @rule(name=some_name, which=which)
+    def remove(self, name: str, which: int) -> None:
+        if self.expected.pop(name, None):
+            self.stores[which].remove(name)
+        else:
+            with pytest.raises(UnknownPrompt):
+                self.stores[which].remove(name)
+
+    @rule(name=some_name, which=which)
+    def lease(self, name: str, which: int) -> None:
+        if name in self.expected:
+            stored = self.stores[which].get(name)
+            leased = self.stores[which].lease(stored, self.base / "leases")
+            assert hashlib.sha256(leased.read_bytes()).hexdigest() == self.expected[name] == leased.stem
+
+    @invariant()
+    def all_handles_agree(self) -> None:
+        for store in getattr(self, "stores", []):
+            assert {stored.name: stored.sha256 for stored in store.list()} == self.expected
+            assert store.broken() == []
+
+
+def test_two_handles_on_one_directory_behave_like_one_dictionary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFT_PROMPT_TEST_DIR", str(tmp_path))
+    RegistryMachine.TestCase.settings = settings(
+        max_examples=25, stateful_step_count=20, derandomize=True, deadline=None
+    )
+    case = RegistryMachine.TestCase("runTest")
+    case.runTest()
