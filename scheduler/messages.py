@@ -1,0 +1,206 @@
+"""What crosses the process boundary between the front end and the engine: msgspec structs, never pickle.
+
+The front end sends `EngineInput`s, the engine answers with `EngineOutput`s, both as msgpack over ZeroMQ.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from prompt_store.manifest import ModelSpec
+
+FinishReason = Literal["eos", "stop", "length", "error", "cancelled"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How the next token of one sequence is chosen, and when the sequence ends.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
+    alternatives reported per token (0: the chosen token's alone; None: no log-probabilities).
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class SoftPromptRef(msgspec.Struct, frozen=True):
+    """A soft prompt as the engine knows it: its content hash is its identity, `path` where its file lies."""
+
+    sha256: str
+    path: str
+    num_virtual_tokens: int
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_only=True):
+    """Start a sequence. `token_ids` holds the prompt and, for a resumed request, the `num_delivered` output
+    tokens at its end that the client already has (the seam for resuming after an engine restart).
+
+    `score_from` set: nothing is generated (`max_tokens` is 0); instead the log-probability of each token from that
+    index of `token_ids` on, given all before it, is reported.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    num_delivered: int = 0
+    soft_prompt: SoftPromptRef | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    score_from: int | None = None
+
+
+class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop these sequences; those that are still known leave the batch before the next step."""
+
+    request_ids: list[str]
+
+
+class ForgetSoftPrompt(msgspec.Struct, frozen=True, tag="forget"):
+    """The soft prompt was removed from the store: drop it as soon as no sequence uses it."""
+
+    sha256: str
+
+
+EngineInput = AddRequest | CancelRequest | ForgetSoftPrompt
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of the chosen token and of the top alternatives, best first, before any sampling filter."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class SequenceOutput(msgspec.Struct, array_like=True):
+    """What one step brought one sequence. `num_computed` counts virtual tokens too."""
+
+    request_id: str
+    num_computed: int
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    scores: list[float] | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The state right after a step; `*_total` count since the engine started, the rest are levels."""
+
+    waiting: int
+    running: int
+    waiting_tokens: int
+    kv_blocks_used: int
+    preemptions_total: int
+    prefix_cache_queries_total: int
+    prefix_cache_hits_total: int
+    soft_prompts_resident: int
+    soft_prompt_resident_bytes: int
+    soft_prompt_hits_total: int
+    soft_prompt_misses_total: int
+    soft_prompt_evictions_total: int
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses, `started_at` is when the
+    front end started it (monotonic seconds)."""
+
+    model: str
+    served_model_name: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_batch_size: int = 32
+    max_batch_tokens: int = 512
+    max_model_len: int | None = None
+    max_queue_size: int = 256
+    kv_cache_gib: float = 1.0
+    block_size: int = 16
+    max_prompt_bytes: int = 256 << 20
+    inbox: str = ""
+    outbox: str = ""
+    started_at: float | None = None
+
+
+class StepOutput(msgspec.Struct, tag="step", kw_only=True):
+    """One message per step. `admitted` and `preempted` name sequences that changed queue in this step;
+    `batch_size` is 0 for a heartbeat sent while idle. Times are monotonic seconds."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+    admitted: list[str] = []
+    preempted: list[str] = []
+    batch_size: int = 0
+    num_tokens: int = 0
+    step_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    soft_prompt_load_seconds: list[float] = []
+
+
+class StartupPhase(msgspec.Struct, frozen=True, tag="phase"):
+    """Progress of the start: `seconds` is how long the named phase took."""
+
+    name: str
+    seconds: float
+    detail: str = ""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front end needs to know of the loaded model; soft prompts are checked against it."""
+
+    name: str
+    tokenizer_path: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    dtype: str
+    device: str
+    attention: str
+    num_parameters: int
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What a soft prompt must fit to be used with this model."""
+        return ModelSpec(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
+    """The engine takes requests from now on."""
+
+    model: ModelInfo
+    num_blocks: int
+    block_size: int
+    kv_bytes: int
+
+
+class StartupFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot start; `message` is one line that says what to change."""
+
+    message: str
+
+
+EngineOutput = StepOutput | StartupPhase | Ready | StartupFailed

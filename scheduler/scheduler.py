@@ -1,0 +1,366 @@
+"""Who runs at each step: `schedule()` before it, `postprocess()` after it."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+from scheduler.blocks import BlockPool
+from scheduler.messages import AddRequest, EngineStats, SequenceOutput, SoftPromptRef, TokenLogprobs
+from scheduler.sequence import Sequence
+from scheduler.soft_prompts import Residency, ResidentSoftPrompt, SoftPromptCache
+from scheduler.waiting import QueueFull, WaitingQueue
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_batch_size: int
+    max_batch_tokens: int
+    max_model_len: int
+    max_queue_size: int
+    num_blocks: int
+    block_size: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(eq=False)
+class Step:
+    """What one iteration computes: rows of new tokens, after `copies` of whole blocks (source, target)."""
+
+    rows: list[tuple[Sequence, int]] = field(default_factory=list)
+    fills: list[tuple[ResidentSoftPrompt, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    reads: list[SoftPromptRef] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(count for _, count in self.rows) + sum(count for _, count in self.fills)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.fills)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone."""
+
+    tokens: dict[str, int]
+    logprobs: dict[str, TokenLogprobs]
+    scores: dict[str, list[float]]
+    errors: dict[str, str]
+    fill_errors: dict[str, str]
+
+
+class Scheduler:
+    """Owns the waiting queue, the running batch, the blocks and the resident soft prompts.
+
+    Invariants, checked by `check_integrity`: at most `max_batch_size` run; every block has exactly the references
+    of its owners; a running sequence has blocks for everything it has computed. Decoding sequences go first in
+    every step, so that a long prefill never halts them.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, config.block_size)
+        self.soft_prompts = SoftPromptCache(self.pool)
+        self.waiting = WaitingQueue(config.max_queue_size)
+        self.running: list[Sequence] = []  # by order: the last is the first to be preempted
+        self._arrivals = 0
+        self._preemptions = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or len(self.waiting) or self.soft_prompts.filling())
+
+    def add(self, request: AddRequest) -> SequenceOutput | None:
+        """Queue a sequence; returns its refusal if it can never fit or the queue is full."""
+        sequence = Sequence(request, self._arrivals)
+        self._arrivals += 1
+        if sequence.max_length > self.config.max_model_len:
+            return _failed(sequence, f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
+        if self._most_blocks(sequence) > self.config.num_blocks:
+            return _failed(sequence, "the KV cache is too small for this request")
+        try:
+            self.waiting.push(sequence)
+        except QueueFull:
+            return _failed(sequence, "the waiting queue is full")
+        return None
+
+    def cancel(self, request_id: str) -> bool:
+        """Take a sequence out at once; False if it is not known (any more)."""
+        if self.waiting.remove(request_id):
+            return True
+        for sequence in self.running:
+            if sequence.request_id == request_id:
+                self._leave(sequence)
+                return True
+        return False
+
+    def schedule(self) -> Step:
+        step = Step()
+        budget = self._continue_decodes(step)
+        prefilling = [s for s in self.running if s.length - s.num_computed > 1]
+        # Computing a soft prompt takes at most half of what is left while others have a use for it.
+        share = -(-budget // 2) if prefilling or self.waiting.peek() else budget
+        for prompt in self.soft_prompts.filling():
+            count = min(prompt.ref.num_virtual_tokens - prompt.num_computed, share)
+            if count > 0:
+                step.fills.append((prompt, count))
+                share -= count
+                budget -= count
+        for sequence in prefilling:
+            if budget > 0:
+                budget -= self._add_row(step, sequence, budget)
+        if not step.preempted:  # whoever had to leave just now would only come back to leave again
+            self._admit(step, budget)
+        return step
+
+    def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
+        """Advance every row of the step; finished and failed sequences leave the batch and free their slots."""
+        outputs = []
+        for prompt, count in step.fills:
+            sha256 = prompt.ref.sha256
+            if sha256 in result.fill_errors:
+                outputs += self.soft_prompt_failed(sha256, result.fill_errors[sha256])
+                continue
+            prompt.num_computed += count
+            if prompt.num_computed == prompt.ref.num_virtual_tokens:
+                self.soft_prompt_ready(sha256)
+        for sequence, count in step.rows:
+            if sequence.request_id in result.errors:
+                self._leave(sequence)
+                outputs.append(_failed(sequence, result.errors[sequence.request_id]))
+                continue
+            sequence.num_computed += count
+            self._register_blocks(sequence)
+            output = SequenceOutput(sequence.request_id, sequence.num_computed)
+            if sequence.score_from is not None:
+                sequence.scores += result.scores.get(sequence.request_id, [])
+                if sequence.num_computed == sequence.length:
+                    output.scores, output.finish_reason = sequence.scores, "length"
+                    self._leave(sequence)
+                outputs.append(output)
+                continue
+            token = result.tokens.get(sequence.request_id)
+            if token is not None:
+                sequence.tokens.append(token)
+                output.token_ids = [token]
+                if sequence.request_id in result.logprobs:
+                    output.logprobs = [result.logprobs[sequence.request_id]]
+                output.finish_reason = sequence.finish_reason(self.config.eos_token_ids)
+                if output.finish_reason is not None:
+                    output.stop_token_id = token if output.finish_reason == "stop" else None
+                    self._leave(sequence)
+            outputs.append(output)
+        return outputs
+
+    def soft_prompt_read(self, sha256: str) -> ResidentSoftPrompt | None:
+        """The file of an `embeddings` soft prompt has been read: compute its keys and values from now on."""
+        prompt = self.soft_prompts.get(sha256)
+        if prompt is not None:
+            prompt.state = Residency.FILLING
+        return prompt
+
+    def soft_prompt_ready(self, sha256: str) -> None:
+        """Its keys and values lie in its blocks: admit those who wait for it."""
+        prompt = self.soft_prompts.get(sha256)
+        if prompt is not None:
+            prompt.state = Residency.READY
+        parked = self.waiting.unpark(sha256)
+        if prompt is not None and prompt.forgotten and not parked:
+            self.soft_prompts.forget(sha256)
+
+    def soft_prompt_failed(self, sha256: str, message: str) -> list[SequenceOutput]:
+        """It could not be loaded: those who wait for it fail with `message`, nobody else."""
+        self.soft_prompts.abandon(sha256)
+        failed = self.waiting.unpark(sha256)
+        for sequence in failed:
+            self.waiting.remove(sequence.request_id)
+        return [_failed(sequence, message) for sequence in failed]
+
+    def fail(self, sequence: Sequence, message: str) -> SequenceOutput:
+        """Take a running sequence out with an error."""
+        self._leave(sequence)
+        return _failed(sequence, message)
+
+    def stats(self, bytes_per_block: int) -> EngineStats:
+        return EngineStats(
+            waiting=len(self.waiting),
+            running=len(self.running),
+            waiting_tokens=self.waiting.num_tokens,
+            kv_blocks_used=self.pool.num_used,
+            preemptions_total=self._preemptions,
+            prefix_cache_queries_total=self._prefix_queries,
+            prefix_cache_hits_total=self._prefix_hits,
+            soft_prompts_resident=len(self.soft_prompts),
+            soft_prompt_resident_bytes=self.soft_prompts.num_blocks * bytes_per_block,
+            soft_prompt_hits_total=self.soft_prompts.hits,
+            soft_prompt_misses_total=self.soft_prompts.misses,
+            soft_prompt_evictions_total=self.soft_prompts.evictions,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when an invariant is broken; for tests and idle moments."""
+        prompts = self.soft_prompts.all()
+        self.pool.check_integrity([s.block_table for s in self.running] + [p.blocks for p in prompts])
+        if len(self.running) > self.config.max_batch_size:
+            raise AssertionError("more sequences run than there are slots")
+        if [s.order for s in self.running] != sorted(s.order for s in self.running):
+            raise AssertionError("the running batch is out of order")
+        for sequence in self.running:
+            if len(sequence.block_table) * self.config.block_size < sequence.num_computed:
+                raise AssertionError(f"{sequence.request_id} has computed past its blocks")
+        for prompt in prompts:
+            users = sum(1 for s in self.running if s.soft_prompt and s.soft_prompt.sha256 == prompt.ref.sha256)
+            if users != prompt.users:
+                raise AssertionError(f"soft prompt {prompt.ref.sha256} counts {prompt.users} users, has {users}")
+
+    def _continue_decodes(self, step: Step) -> int:
+        """Give every decoding sequence its one token, preempting from the end when blocks run out."""
+        budget = self.config.max_batch_tokens
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            if sequence.length - sequence.num_computed == 1:
+                while not self._has_block_for_next(sequence):
+                    victim = self.running[-1]
+                    self._preempt(victim, step)
+                    if victim is sequence:
+                        return budget
+                budget -= self._add_row(step, sequence, 1)
+            index += 1
+        return budget
+
+    def _has_block_for_next(self, sequence: Sequence) -> bool:
+        if sequence.length <= len(sequence.block_table) * self.config.block_size:
+            return True
+        if not self.soft_prompts.make_room(1):
+            return False
+        sequence.block_table += self.pool.allocate(1)
+        return True
+
+    def _admit(self, step: Step, budget: int) -> None:
+        while budget > 0 and len(self.running) < self.config.max_batch_size:
+            sequence = self.waiting.peek()
+            if sequence is None:
+                return
+            prompt = None
+            if sequence.soft_prompt is not None:
+                prompt = self._resident(sequence.soft_prompt, step)
+                if prompt is None:
+                    return
+                if prompt.state is not Residency.READY:
+                    if sequence.missed_soft_prompt:
+                        return  # it was evicted again before this one's turn: from now on nobody overtakes
+                    self.soft_prompts.misses += 1
+                    sequence.missed_soft_prompt = True
+                    self.waiting.park(sequence.soft_prompt.sha256)
+                    continue
+            if not self._take_blocks(sequence, prompt):
+                return
+            self.waiting.pop()
+            if prompt is not None and sequence.num_virtual % self.config.block_size:
+                self._copy_last_block(sequence, prompt, step)
+            if not sequence.was_admitted:
+                self._count_admission(sequence)
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+            step.admitted.append(sequence.request_id)
+            budget -= self._add_row(step, sequence, budget)
+
+    def _resident(self, ref: SoftPromptRef, step: Step) -> ResidentSoftPrompt | None:
+        """The soft prompt in its blocks, or on its way there; None if it cannot be brought there now.
+
+        No more are loaded at once than there are free slots, so that none is loaded long before its turn."""
+        prompt = self.soft_prompts.get(ref.sha256)
+        if prompt is None:
+            if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
+                return None
+            prompt = self.soft_prompts.reserve(ref, spare=len(self.running))
+            if prompt is not None:
+                step.reads.append(ref)
+        return prompt
+
+    def _take_blocks(self, sequence: Sequence, prompt: ResidentSoftPrompt | None) -> bool:
+        """Blocks for all tokens known so far: shared with the soft prompt, reused by content, or new.
+
+        Leaves one free block for each running sequence, which may need it soon: without that, a sequence admitted
+        into the last block would be preempted a few steps later.
+        """
+        size = self.config.block_size
+        virtual_blocks = sequence.num_virtual // size
+        # Whatever comes before a token that is sampled or scored is computed anew: its logits are needed.
+        known = len(sequence.tokens) if sequence.score_from is None else sequence.score_from
+        reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
+        reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
+        new = -(-sequence.length // size) - virtual_blocks - len(reused)
+        needed = new + self.pool.num_free_among(reused) + len(self.running)
+        if not self.soft_prompts.make_room(needed, keep=prompt.ref.sha256 if prompt else None):
+            return False
+        if prompt is not None:
+            self.soft_prompts.acquire(prompt)
+            sequence.block_table = self.soft_prompts.shared_blocks(prompt)
+        self.pool.share(reused)
+        sequence.num_registered = len(reused)
+        sequence.block_table = [*sequence.block_table, *reused, *self.pool.allocate(new)]
+        sequence.num_computed = max(sequence.num_virtual, (virtual_blocks + len(reused)) * size)
+        return True
+
+    def _copy_last_block(self, sequence: Sequence, prompt: ResidentSoftPrompt, step: Step) -> None:
+        """The soft prompt's partly filled last block, unless a block reused by content holds it already."""
+        if sequence.num_computed == sequence.num_virtual:
+            step.copies.append(
+                (prompt.blocks[-1], sequence.block_table[sequence.num_virtual // self.config.block_size])
+            )
+
+    def _count_admission(self, sequence: Sequence) -> None:
+        """Hits and misses count a request once, not again after a preemption."""
+        sequence.was_admitted = True
+        self._prefix_queries += sequence.num_prompt
+        self._prefix_hits += sequence.num_computed - sequence.num_virtual
+        if sequence.soft_prompt is not None and not sequence.missed_soft_prompt:
+            self.soft_prompts.hits += 1
+
+    def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
+        count = min(sequence.length - sequence.num_computed, budget)
+        step.rows.append((sequence, count))
+        return count
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        self._leave(sequence)
+        sequence.num_computed = 0
+        sequence.scores = []
+        self.waiting.push(sequence, bounded=False)
+        self._preemptions += 1
+        step.preempted.append(sequence.request_id)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the batch: blocks and the pin on the soft prompt go back."""
+        self.running.remove(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        if sequence.soft_prompt is not None:
+            self.soft_prompts.release(sequence.soft_prompt.sha256)
+
+    def _register_blocks(self, sequence: Sequence) -> None:
+        """Make the blocks that this step has filled findable for later sequences."""
+        size = self.config.block_size
+        first = sequence.num_virtual // size
+        full = sequence.num_computed // size - first
+        if full > sequence.num_registered:
+            hashes = sequence.hash_blocks(full, size)
+            for index in range(sequence.num_registered, full):
+                self.pool.register(sequence.block_table[first + index], hashes[index])
+            sequence.num_registered = full
+
+    def _most_blocks(self, sequence: Sequence) -> int:
+        """Blocks that must exist for this sequence to run alone, its soft prompt's partly filled one included."""
+        size = self.config.block_size
+        return -(-sequence.max_length // size) + (1 if sequence.num_virtual % size else 0)
+
+
+def _failed(sequence: Sequence, message: str) -> SequenceOutput:
+    return SequenceOutput(sequence.request_id, sequence.num_computed, finish_reason="error", error=message)

@@ -1,0 +1,115 @@
+"""One request's state inside the engine."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+from scheduler.messages import AddRequest, FinishReason
+
+
+class Sequence:
+    """A request inside the engine; `num_computed` says how far its keys and values have come.
+
+    Positions count the soft prompt's virtual tokens first, so `length` = virtual tokens + `tokens`. There are no
+    phases: a step computes some of positions num_computed … length−1, and whoever reaches `length` samples.
+    The scheduler owns every field; the runner only reads.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "block_table",
+        "cache_salt",
+        "missed_soft_prompt",
+        "num_computed",
+        "num_prompt",
+        "num_registered",
+        "num_virtual",
+        "params",
+        "priority",
+        "request_id",
+        "score_from",
+        "scores",
+        "soft_prompt",
+        "tokens",
+        "was_admitted",
+    )
+
+    def __init__(self, request: AddRequest, arrival: int) -> None:
+        self.request_id = request.request_id
+        self.tokens = list(request.token_ids)
+        self.num_prompt = len(request.token_ids) - request.num_delivered
+        self.params = request.params
+        self.soft_prompt = request.soft_prompt
+        self.num_virtual = request.soft_prompt.num_virtual_tokens if request.soft_prompt else 0
+        self.priority = request.priority
+        self.cache_salt = request.cache_salt
+        self.arrival = arrival
+        self.score_from = request.score_from
+        self.scores: list[float] = []
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_registered = 0
+        self.missed_soft_prompt = False
+        self.was_admitted = False
+
+    @property
+    def length(self) -> int:
+        """Tokens in the sequence so far, virtual ones included."""
+        return self.num_virtual + len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller goes first; keeps its place through preemption."""
+        return (self.priority, self.arrival)
+
+    @property
+    def max_length(self) -> int:
+        """The longest this sequence can become."""
+        return self.num_virtual + self.num_prompt + self.params.max_tokens
+
+    def logit_rows(self, count: int) -> range:
+        """Which of the next `count` positions, counted from the first of them, need their logits: the last one where
+        the sequence samples, or those that come before a token to be scored."""
+        first = self.num_computed - self.num_virtual
+        if self.score_from is not None:
+            start = max(0, self.score_from - 1 - first)
+            return range(start, max(start, min(count, len(self.tokens) - 1 - first)))
+        return range(count - 1, count) if self.num_computed + count == self.length else range(0)
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why the sequence ends with its newest token, or None if it goes on."""
+        newest = self.tokens[-1]
+        if newest in self.params.stop_token_ids:
+            return "stop"
+        if not self.params.ignore_eos and newest in eos_token_ids:
+            return "eos"
+        return "length" if self.num_generated >= self.params.max_tokens else None
+
+    def hash_blocks(self, count: int, block_size: int) -> list[bytes]:
+        """SHA-256 of the blocks that follow the soft prompt's own full ones, `count` of them or fewer.
+
+        Each hash covers everything before it: the chain starts from the soft prompt's content hash and the cache
+        salt, so blocks are only ever shared between sequences with the same soft prompt, salt and tokens.
+        """
+        hashes = self.block_hashes
+        first = self.num_virtual // block_size
+        while len(hashes) < count:
+            start = (first + len(hashes)) * block_size
+            stop = start + block_size
+            if stop > self.length:
+                break
+            if hashes:
+                parent = hashes[-1]
+            else:
+                identity = self.soft_prompt.sha256 if self.soft_prompt else ""
+                parent = hashlib.sha256(f"{identity}\0{self.cache_salt}".encode()).digest()
+            tokens = self.tokens[max(0, start - self.num_virtual) : stop - self.num_virtual]
+            hashes.append(hashlib.sha256(parent + array("q", tokens).tobytes()).digest())
+        return hashes[:count]

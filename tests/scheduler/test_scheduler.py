@@ -1,0 +1,432 @@
+"""Invariants of blocks, slots and soft prompts under random traffic, without a model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.blocks import BlockPool, OutOfBlocks
+from scheduler.messages import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
+from scheduler.scheduler import Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.soft_prompts import Residency
+
+EOS = 0
+
+
+def make_scheduler(**overrides: int) -> Scheduler:
+    values = {
+        "max_batch_size": 4,
+        "max_batch_tokens": 16,
+        "max_model_len": 64,
+        "max_queue_size": 100,
+        "num_blocks": 64,
+        "block_size": 4,
+    } | overrides
+    return Scheduler(SchedulerConfig(eos_token_ids=frozenset({EOS}), **values))
+
+
+def request(
+    name: str, length: int = 5, max_tokens: int = 8, soft_prompt: SoftPromptRef | None = None, **kw
+) -> AddRequest:
+    tokens = kw.pop("tokens", None) or list(range(1, length + 1))
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=kw.pop("ignore_eos", True))
+    return AddRequest(request_id=name, token_ids=tokens, params=params, soft_prompt=soft_prompt, **kw)
+
+
+def prompt_ref(name: str, length: int) -> SoftPromptRef:
+    return SoftPromptRef(sha256=name, path="/nowhere", num_virtual_tokens=length)
+
+
+class FakeRunner:
+    """Stands where the model stands: a cache of which token lies at which slot, and tokens that follow from it.
+
+    It records for every slot what was written, so that reading a wrong, stale or unwritten slot is noticed."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.size = scheduler.config.block_size
+        self.slots: dict[int, object] = {}
+        self.kinds: dict[str, str] = {}
+
+    def read(self, step: Step, kind: str) -> None:
+        for ref in step.reads:
+            self.kinds[ref.sha256] = kind
+
+    def finish_read(self, sha256: str) -> None:
+        prompt = self.scheduler.soft_prompts.get(sha256)
+        if self.kinds.pop(sha256) == "kv":
+            for position in range(prompt.ref.num_virtual_tokens):
+                self.slots[self.slot(prompt.blocks, position)] = (sha256, position)
+            self.scheduler.soft_prompt_ready(sha256)
+        else:
+            self.scheduler.soft_prompt_read(sha256)
+
+    def slot(self, blocks: list[int], position: int) -> int:
+        return blocks[position // self.size] * self.size + position % self.size
+
+    def run(self, step: Step) -> StepResult:
+        for source, target in step.copies:
+            for offset in range(self.size):
+                self.slots[target * self.size + offset] = self.slots.get(source * self.size + offset)
+        for prompt, count in step.fills:
+            for position in range(prompt.num_computed, prompt.num_computed + count):
+                self.slots[self.slot(prompt.blocks, position)] = (prompt.ref.sha256, position)
+        for sequence, count in step.rows:
+            for position in range(sequence.num_computed, sequence.num_computed + count):
+                token = sequence.tokens[position - sequence.num_virtual]
+                self.slots[self.slot(sequence.block_table, position)] = ("token", position, token)
+        tokens = {}
+        for sequence, count in step.rows:
+            end = sequence.num_computed + count
+            for position in range(end):
+                held = self.slots.get(self.slot(sequence.block_table, position))
+                if position < sequence.num_virtual:
+                    assert held == (sequence.soft_prompt.sha256, position)
+                else:
+                    assert held == ("token", position, sequence.tokens[position - sequence.num_virtual])
+            if end == sequence.length:
+                tokens[sequence.request_id] = next_token(sequence.tokens)
+        return StepResult(tokens=tokens, logprobs={}, scores={}, errors={}, fill_errors={})
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum(tokens) * 31 + len(tokens) * 7) % 97
+
+
+def expected_output(req: AddRequest) -> list[int]:
+    tokens, out = list(req.token_ids), []
+    while len(out) < req.params.max_tokens:
+        out.append(next_token(tokens))
+        tokens.append(out[-1])
+        if out[-1] == EOS and not req.params.ignore_eos:
+            break
+    return out
+
+
+def drive(
+    scheduler: Scheduler, runner: FakeRunner, received: dict[str, list[int]]
+) -> tuple[Step, list[SequenceOutput]]:
+    step = scheduler.schedule()
+    assert step.num_tokens <= scheduler.config.max_batch_tokens
+    runner.read(step, "kv")
+    scheduler.check_integrity()
+    outputs = scheduler.postprocess(step, runner.run(step))
+    scheduler.check_integrity()
+    for output in outputs:
+        received.setdefault(output.request_id, []).extend(output.token_ids)
+    for sha256 in list(runner.kinds):
+        runner.finish_read(sha256)
+    return step, outputs
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32),
+    num_blocks=st.integers(20, 60),
+    block_size=st.sampled_from([1, 3, 4, 16]),
+    slots=st.integers(1, 6),
+    extra_budget=st.integers(0, 20),
+)
+def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slots, extra_budget):
+    rng = random.Random(seed)
+    capacity = num_blocks * block_size
+    scheduler = make_scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_batch_size=slots,
+        max_batch_tokens=slots + extra_budget,
+        max_model_len=min(40, capacity),
+    )
+    runner = FakeRunner(scheduler)
+    prompts = [prompt_ref(f"p{i}", rng.choice([1, 2, block_size, block_size + 1, 7])) for i in range(4)]
+    waiting, added, cancelled, received = list(range(30)), {}, set(), {}
+    refused = set()
+    for _ in range(5000):
+        if waiting and rng.random() < 0.5:
+            name = f"r{waiting.pop()}"
+            # Few distinct tokens, so that prefixes coincide and blocks are shared.
+            tokens = [rng.choice([5, 6]) for _ in range(rng.randint(1, 24))]
+            req = request(
+                name,
+                tokens=tokens,
+                max_tokens=rng.randint(1, 15),
+                soft_prompt=rng.choice([None, *prompts]),
+                priority=rng.choice([0, 0, 1]),
+                ignore_eos=rng.random() < 0.5,
+            )
+            added[name] = req
+            if scheduler.add(req) is not None:
+                refused.add(name)
+        if added and rng.random() < 0.05:
+            name = rng.choice(list(added))
+            if scheduler.cancel(name):
+                cancelled.add(name)
+        if rng.random() < 0.05:
+            scheduler.soft_prompts.forget(rng.choice(prompts).sha256)
+        step = scheduler.schedule()
+        assert step.num_tokens <= scheduler.config.max_batch_tokens
+        runner.read(step, rng.choice(["kv", "embeddings"]))
+        scheduler.check_integrity()
+        for output in scheduler.postprocess(step, runner.run(step)):
+            received.setdefault(output.request_id, []).extend(output.token_ids)
+        scheduler.check_integrity()
+        for sha256 in list(runner.kinds):
+            if rng.random() < 0.5:
+                runner.finish_read(sha256)
+        if not waiting and not scheduler.has_work:
+            break
+    assert not scheduler.has_work
+    for name, req in added.items():
+        if name not in cancelled and name not in refused:
+            assert received[name] == expected_output(req), name
+    assert len(scheduler.waiting) == 0
+    assert scheduler.waiting.num_tokens == 0
+    assert scheduler.pool.num_used == sum(len(p.blocks) for p in scheduler.soft_prompts.all())
+    for prompt in prompts:
+        scheduler.soft_prompts.forget(prompt.sha256)
+    assert scheduler.pool.num_used == 0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32), num_blocks=st.integers(1, 20))
+def test_block_pool_against_a_plain_model(seed, num_blocks):
+    rng = random.Random(seed)
+    pool = BlockPool(num_blocks, 4)
+    owners: list[list[int]] = []
+    for _ in range(200):
+        action = rng.random()
+        if action < 0.4:
+            count = rng.randint(0, num_blocks)
+            free = pool.num_free
+            if count > free:
+                with pytest.raises(OutOfBlocks):
+                    pool.allocate(count)
+                assert pool.num_free == free
+            else:
+                owners.append(pool.allocate(count))
+                assert len(set(owners[-1])) == count
+        elif action < 0.6 and owners:
+            pool.release(owners.pop(rng.randrange(len(owners))))
+        elif action < 0.8 and owners:
+            for block in rng.choice(owners):
+                pool.register(block, bytes([rng.randrange(30)]))
+        else:
+            found = pool.match([bytes([rng.randrange(30)]) for _ in range(3)])
+            pool.share(found)
+            owners.append(found)
+        pool.check_integrity(owners)
+
+
+def test_fifth_waits_and_is_admitted_in_the_step_after_the_first_of_four_ends():
+    scheduler = make_scheduler()
+    runner, received = FakeRunner(scheduler), {}
+    for index, max_tokens in enumerate([20, 6, 20, 20]):
+        scheduler.add(request(f"r{index}", length=2, max_tokens=max_tokens))
+    drive(scheduler, runner, received)
+    scheduler.add(request("fifth", length=2))
+    while True:
+        step, outputs = drive(scheduler, runner, received)
+        assert step.admitted == []
+        assert [s.request_id for s in scheduler.waiting] == ["fifth"]
+        if any(o.finish_reason for o in outputs):
+            break
+    assert [s.request_id for s in scheduler.running] == ["r0", "r2", "r3"]
+    step, _ = drive(scheduler, runner, received)
+    assert step.admitted == ["fifth"]
+    assert len(step.rows) == 4
+    assert len(scheduler.waiting) == 0
+
+
+def test_a_long_prefill_never_halts_decoding():
+    scheduler = make_scheduler(max_batch_tokens=8)
+    runner, received = FakeRunner(scheduler), {}
+    scheduler.add(request("decoding", length=2, max_tokens=30))
+    drive(scheduler, runner, received)
+    scheduler.add(request("long", length=50, max_tokens=2, priority=-1))
+    steps = 0
+    while "long" not in received or not received["long"]:
+        before = len(received["decoding"])
+        step, _ = drive(scheduler, runner, received)
+        assert len(received["decoding"]) == before + 1
+        assert step.num_tokens <= 8
+        steps += 1
+    assert steps == 8  # 50 tokens in chunks of 7, beside one decoding token each
+
+
+def test_preemption_takes_the_newest_of_the_lowest_priority_and_loses_nothing():
+    scheduler = make_scheduler(num_blocks=8, block_size=4, max_model_len=32)
+    runner, received = FakeRunner(scheduler), {}
+    requests = [
+        request("old", length=4, max_tokens=20),
+        request("unimportant", length=4, max_tokens=20, priority=5),
+        request("new", length=4, max_tokens=20),
+    ]
+    for req in requests:
+        assert scheduler.add(req) is None
+    preempted = []
+    while scheduler.has_work:
+        step, _ = drive(scheduler, runner, received)
+        preempted += step.preempted
+    assert preempted[0] == "unimportant"
+    assert "old" not in preempted
+    for req in requests:
+        assert received[req.request_id] == expected_output(req)
+
+
+def test_prefixes_are_shared_by_soft_prompt_salt_and_tokens_only():
+    scheduler = make_scheduler(max_batch_tokens=64)
+    runner, received = FakeRunner(scheduler), {}
+    first, second = prompt_ref("first", 6), prompt_ref("second", 6)
+    tokens = [5] * 20
+
+    def computed(name: str, **kwargs: object) -> int:
+        scheduler.add(request(name, tokens=tokens, max_tokens=1, **kwargs))
+        total = 0
+        while scheduler.has_work:
+            step, _ = drive(scheduler, runner, received)
+            total += sum(count for _, count in step.rows)
+        return total
+
+    assert computed("a") == 20
+    assert computed("b") == 4  # four of five blocks; the last token's logits are needed
+    assert computed("c", cache_salt="other") == 20
+    assert computed("d", soft_prompt=first) == 20
+    assert computed("e", soft_prompt=first) == 2  # 26 positions: six blocks, the first full one being virtual
+    assert computed("f", soft_prompt=second) == 20
+
+
+def test_a_soft_prompt_is_shared_pinned_evicted_and_reloaded():
+    scheduler = make_scheduler(num_blocks=11, block_size=4, max_model_len=40)
+    runner, received = FakeRunner(scheduler), {}
+    first, second = prompt_ref("first", 18), prompt_ref("second", 26)
+    scheduler.add(request("a", length=2, max_tokens=3, soft_prompt=first))
+    scheduler.add(request("b", length=2, max_tokens=3, soft_prompt=first))
+    step, _ = drive(scheduler, runner, received)
+    assert [ref.sha256 for ref in step.reads] == ["first"]
+    drive(scheduler, runner, received)
+    shared = [s.block_table[:4] for s in scheduler.running]
+    assert shared[0] == shared[1]
+    assert scheduler.running[0].block_table[4] != scheduler.running[1].block_table[4]
+    scheduler.add(request("c", length=2, max_tokens=3, soft_prompt=second))
+    while scheduler.has_work:
+        pinned = any(s.soft_prompt is first for s in scheduler.running)
+        drive(scheduler, runner, received)
+        if pinned:
+            assert scheduler.soft_prompts.get("first") is not None
+    assert scheduler.soft_prompts.evictions == 1
+    assert scheduler.soft_prompts.get("first") is None
+    assert (scheduler.soft_prompts.hits, scheduler.soft_prompts.misses) == (0, 3)
+
+
+def test_others_run_on_while_a_soft_prompt_loads():
+    scheduler = make_scheduler()
+    runner = FakeRunner(scheduler)
+    scheduler.add(request("needs", length=2, soft_prompt=prompt_ref("slow", 6)))
+    scheduler.add(request("plain", length=2, max_tokens=4))
+    for _ in range(4):
+        step = scheduler.schedule()
+        runner.read(step, "embeddings")
+        scheduler.postprocess(step, runner.run(step))
+    assert scheduler.soft_prompts.get("slow").state is Residency.READING
+    assert [s.request_id for s in scheduler.waiting] == ["needs"]
+    assert not scheduler.running
+    failed = scheduler.soft_prompt_failed("slow", "unreadable")
+    assert [(f.request_id, f.error) for f in failed] == [("needs", "unreadable")]
+    assert scheduler.pool.num_used == 0
+    assert not scheduler.has_work
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    scheduler = make_scheduler(num_blocks=8, block_size=4, max_model_len=64)
+    assert "64" in scheduler.add(request("long", length=60, max_tokens=5)).error
+    assert "KV cache" in scheduler.add(request("large", length=30, max_tokens=5)).error
+    assert scheduler.add(request("fits", length=24, max_tokens=8)) is None
+
+
+def test_one_failing_row_leaves_alone():
+    scheduler = make_scheduler()
+    runner = FakeRunner(scheduler)
+    scheduler.add(request("good", length=2))
+    scheduler.add(request("bad", length=2))
+    step = scheduler.schedule()
+    result = runner.run(step)
+    outputs = scheduler.postprocess(
+        step, StepResult(tokens=result.tokens, logprobs={}, scores={}, errors={"bad": "broken"}, fill_errors={})
+    )
+    assert {o.request_id: o.finish_reason for o in outputs} == {"good": None, "bad": "error"}
+    assert [s.request_id for s in scheduler.running] == ["good"]
+    scheduler.check_integrity()
+
+
+def test_a_request_with_a_soft_prompt_is_not_starved_by_a_stream_of_plain_ones():
+    scheduler = make_scheduler(max_batch_size=1, num_blocks=8, block_size=4, max_model_len=24)
+    runner, received = FakeRunner(scheduler), {}
+    scheduler.add(request("plain0", length=4, max_tokens=16))
+    drive(scheduler, runner, received)
+    scheduler.add(request("soft", length=2, max_tokens=2, soft_prompt=prompt_ref("p", 12)))
+    for index in range(1, 200):
+        if len(scheduler.waiting) < 5:
+            scheduler.add(request(f"plain{index}", length=4, max_tokens=16))
+        drive(scheduler, runner, received)
+        if len(received.get("soft", [])) == 2:
+            break
+    assert len(received["soft"]) == 2
+    assert index < 60
+
+
+def test_loading_a_soft_prompt_preempts_nobody():
+    scheduler = make_scheduler(num_blocks=8, block_size=4, max_model_len=28)
+    runner, received = FakeRunner(scheduler), {}
+    scheduler.add(request("old", length=6, max_tokens=10))
+    drive(scheduler, runner, received)
+    scheduler.add(request("new", length=2, max_tokens=1, soft_prompt=prompt_ref("p", 22)))
+    while "old" in {s.request_id for s in scheduler.running}:
+        step, _ = drive(scheduler, runner, received)
+        assert not step.preempted
+
+
+def test_no_more_soft_prompts_are_loaded_than_slots_are_free():
+    scheduler = make_scheduler(max_batch_size=2)
+    for index in range(10):
+        scheduler.add(request(f"r{index}", soft_prompt=prompt_ref(f"p{index}", 5)))
+    assert len(scheduler.schedule().reads) == 2
+    assert scheduler.schedule().reads == []
+
+
+def test_computing_a_soft_prompt_leaves_room_for_others():
+    scheduler = make_scheduler(max_batch_tokens=8, num_blocks=100, max_model_len=300)
+    scheduler.add(request("soft", length=2, soft_prompt=prompt_ref("p", 200)))
+    scheduler.schedule()
+    scheduler.soft_prompt_read("p")
+    scheduler.add(request("plain", length=3))
+    step = scheduler.schedule()
+    assert [(s.request_id, count) for s, count in step.rows] == [("plain", 3)]
+    assert [count for _, count in step.fills] == [4]
+
+
+def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head():
+    scheduler = make_scheduler(max_batch_size=1, max_queue_size=10)
+    scheduler.add(request("running", max_tokens=50))
+    scheduler.schedule()
+    scheduler.add(request("head"))
+    for index in range(1000):
+        scheduler.add(request(f"r{index}", priority=9))
+        scheduler.cancel(f"r{index}")
+    assert [s.request_id for s in scheduler.waiting] == ["head"]
+    assert len(scheduler.waiting._heap) < 30
+
+
+def test_a_forgotten_soft_prompt_leaves_with_its_last_user():
+    scheduler = make_scheduler()
+    runner, received = FakeRunner(scheduler), {}
+    scheduler.add(request("user", length=2, max_tokens=4, soft_prompt=prompt_ref("p", 6)))
+    drive(scheduler, runner, received)
+    drive(scheduler, runner, received)
+    scheduler.soft_prompts.forget("p")
+    while scheduler.has_work:
+        drive(scheduler, runner, received)
+    assert len(received["user"]) == 4
+    assert scheduler.pool.num_used == 0
