@@ -1,0 +1,276 @@
+"""The engine: inbox → schedule → run → postprocess → outbox. The only joiner of scheduler and model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import zmq
+
+from scheduler.messages import (
+    AddRequest,
+    CancelRequest,
+    EngineConfig,
+    EngineInput,
+    EngineOutput,
+    EngineStats,
+    Ready,
+    SequenceOutput,
+    SoftPromptRef,
+    StartupFailed,
+    StartupPhase,
+    StepOutput,
+)
+from scheduler.scheduler import Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.soft_prompts import ResidentSoftPrompt
+
+if TYPE_CHECKING:
+    from prompt_store.soft_prompt import SoftPrompt
+
+logger = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 1.0
+
+
+class ModelRunner(Protocol):
+    """What the engine asks of the model side."""
+
+    def execute(self, step: Step) -> StepResult: ...
+
+    def read_soft_prompt(self, ref: SoftPromptRef) -> SoftPrompt: ...
+
+    def place_soft_prompt(self, resident: ResidentSoftPrompt, prompt: SoftPrompt) -> bool: ...
+
+
+class Engine:
+    """Owns the scheduler and the runner; one `step()` is one iteration. Not thread-safe, except `wake`.
+
+    Soft prompt files are read in a thread of their own, so that loading one stalls nobody; `wake` is called when
+    one has been read.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._bytes_per_block = bytes_per_block
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader")
+        self._reads: dict[str, Future[SoftPrompt]] = {}
+        self._requested: dict[str, float] = {}
+        self._refused: list[SequenceOutput] = []
+        self.wake: Callable[[], None] = _nothing
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._refused)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats(self._bytes_per_block)
+
+    def handle(self, message: EngineInput) -> None:
+        if isinstance(message, AddRequest):
+            refusal = self.scheduler.add(message)
+            if refusal is not None:
+                self._refused.append(refusal)
+        elif isinstance(message, CancelRequest):
+            for request_id in message.request_ids:
+                self.scheduler.cancel(request_id)
+        else:
+            self.scheduler.soft_prompts.forget(message.sha256)
+
+    def step(self) -> StepOutput:
+        """One iteration. Without anything to compute its output says what changed otherwise, if anything did."""
+        started = time.perf_counter()
+        outputs, self._refused = self._refused, []
+        loaded = self._collect_reads(outputs)
+        scheduling = time.perf_counter()
+        step = self.scheduler.schedule()
+        scheduled = time.perf_counter()
+        for ref in step.reads:
+            self._read(ref)
+        if step:
+            outputs += self.scheduler.postprocess(step, self._runner.execute(step))
+        loaded += self._collect_filled(step)
+        return StepOutput(
+            outputs=outputs,
+            stats=self.stats,
+            admitted=step.admitted,
+            preempted=step.preempted,
+            batch_size=len(step.rows),
+            num_tokens=step.num_tokens,
+            step_seconds=time.perf_counter() - started if step else 0.0,
+            schedule_seconds=scheduled - scheduling,
+            soft_prompt_load_seconds=loaded,
+        )
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, ref: SoftPromptRef) -> None:
+        self._requested[ref.sha256] = time.monotonic()
+        future = self._reader.submit(self._runner.read_soft_prompt, ref)
+        self._reads[ref.sha256] = future
+        future.add_done_callback(lambda _: self.wake())
+
+    def _collect_reads(self, outputs: list[SequenceOutput]) -> list[float]:
+        """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now."""
+        ready = []
+        for sha256 in [sha256 for sha256, future in self._reads.items() if future.done()]:
+            future = self._reads.pop(sha256)
+            resident = self.scheduler.soft_prompts.get(sha256)
+            if resident is None:
+                continue
+            try:
+                if self._runner.place_soft_prompt(resident, future.result()):
+                    self.scheduler.soft_prompt_ready(sha256)
+                    ready.append(time.monotonic() - self._requested.pop(sha256))
+                else:
+                    self.scheduler.soft_prompt_read(sha256)
+            except Exception as error:
+                logger.exception("soft prompt %s cannot be loaded", sha256)
+                self._requested.pop(sha256, None)
+                reason = str(error) if isinstance(error, ValueError) else "it cannot be read"
+                outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {reason}")
+        return ready
+
+    def _collect_filled(self, step: Step) -> list[float]:
+        filled = [p.ref.sha256 for p, _ in step.fills if p.num_computed == p.ref.num_virtual_tokens]
+        return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
+
+
+def _nothing() -> None:
+    pass
+
+
+def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
+    """Load the model and put an engine around it. Raises ModelError."""
+    from scheduler.model.loader import load
+
+    loaded = load(config, report)
+    kv = loaded.kv_cache
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_model_len=loaded.info.max_model_len,
+            max_queue_size=config.max_queue_size + config.max_batch_size,
+            num_blocks=kv.num_blocks,
+            block_size=kv.block_size,
+            eos_token_ids=frozenset(loaded.info.eos_token_ids),
+        )
+    )
+    ready = Ready(
+        model=loaded.info,
+        num_blocks=kv.num_blocks,
+        block_size=kv.block_size,
+        kv_bytes=kv.num_blocks * kv.bytes_per_block,
+    )
+    return Engine(scheduler, loaded.runner, kv.bytes_per_block), ready
+
+
+class Reporter(Protocol):
+    def __call__(self, name: str, seconds: float, detail: str) -> None: ...
+
+
+class EngineProcess:
+    """The engine behind ZeroMQ: one message in per request, one message out per step."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        context = zmq.Context()
+        self._inbox = context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        self._inbox.connect(config.inbox)
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.setsockopt(zmq.LINGER, 1000)
+        self._outbox.connect(config.outbox)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(EngineInput)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._inbox, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+
+    def run(self) -> int:
+        """Serve until the front end goes away. Returns the exit status."""
+        from scheduler.model.source import ModelError
+
+        try:
+            engine, ready = build_engine(self._config, self._report)
+        except ModelError as error:
+            self._send(StartupFailed(str(error)))
+            self._outbox.close()
+            return 1
+        engine.wake = self._wake
+        self._send(ready)
+        while True:
+            self._step(engine)
+
+    def _step(self, engine: Engine) -> None:
+        output = None
+        if engine.has_work:
+            output = engine.step()
+            if output.batch_size or output.num_tokens or output.outputs or output.admitted or output.preempted:
+                self._send(output)
+                self._receive(engine, timeout=0)
+                return
+        # Nothing to compute: sleep until a request comes or a soft prompt has been read, and show a sign of life.
+        self._receive(engine, timeout=HEARTBEAT_SECONDS)
+        self._send(StepOutput(outputs=[], stats=engine.stats))
+
+    def _receive(self, engine: Engine, timeout: float) -> None:
+        """Take all messages that are there, waiting up to `timeout` seconds for the first."""
+        events = dict(self._poller.poll(int(timeout * 1000)))
+        if self._wake_read in events:
+            os.read(self._wake_read, 4096)
+        while self._inbox in events:
+            try:
+                engine.handle(self._decoder.decode(self._inbox.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                break
+            except msgspec.MsgspecError:
+                logger.exception("a message from the front end could not be read")
+
+    def _send(self, message: EngineOutput) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+    def _report(self, name: str, seconds: float, detail: str) -> None:
+        self._send(StartupPhase(name, seconds, detail))
+
+    def _wake(self) -> None:
+        os.write(self._wake_write, b"\0")
+
+
+def _exit_with_front_end() -> None:
+    """The front end holds the other end of our standard input: when it is gone, so are we."""
+
+    def watch() -> None:
+        # Not through sys.stdin, whose lock a thread must not hold while the interpreter ends.
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="lifeline").start()
+
+
+def main() -> int:
+    """`python -m scheduler.engine CONFIG`, CONFIG being an EngineConfig as JSON; standard input is the lifeline."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    # Ctrl-C and service managers signal the whole group: the front end decides, and it still has requests to finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _exit_with_front_end()
+    return EngineProcess(msgspec.json.decode(sys.argv[1], type=EngineConfig)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

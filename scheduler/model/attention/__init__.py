@@ -1,0 +1,18 @@
+"""Paged attention behind one signature; `choose` picks the fastest backend that runs here."""
+
+from __future__ import annotations
+
+import torch
+
+from scheduler.model.attention import cpu
+from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.attention.reference import reference
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionBackend]:
+    """The backend for this device and cache dtype, and its name; builds the CPU kernel at the first start."""
+    if device.type == "cpu" and dtype in cpu.DTYPES:
+        kernel = cpu.build()
+        if kernel is not None:
+            return "cpu", kernel
+    return "reference", reference

@@ -1,0 +1,216 @@
+// Attention over a paged KV cache on CPUs, for float32, bfloat16 and float16. Sums and softmax are in float32.
+//
+// The query heads that share a kv head are handled together, so that each K and V row is read from memory once.
+// Sequences with one query token take the dot path, longer chunks the tile path. A long key range is split at
+// fixed positions into items whose results are merged, which keeps all threads busy with a small batch. Where
+// it is split depends neither on the batch nor on the number of threads, so a sequence's result does not either.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "dot_path.h"
+#include "tile_path.h"
+
+namespace softbatch {
+namespace {
+
+// Items are handed out one by one, since their costs differ and other work may hold up a core.
+template <typename F>
+void for_each_item(int64_t count, const F& f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      f(i);
+  });
+}
+
+template <typename T>
+void write_cache(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                 const at::Tensor& value_cache, const at::Tensor& slot_mapping) {
+  const int64_t kv_heads = key.size(1), dim = key.size(2), block_size = key_cache.size(2);
+  const int64_t block_stride = key_cache.stride(0), head_stride = key_cache.stride(1);
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  const auto copy = [&](const at::Tensor& from, const at::Tensor& to, int64_t t) {
+    const T* source = from.const_data_ptr<T>() + t * from.stride(0);
+    T* target = to.data_ptr<T>() + slots[t] / block_size * block_stride + slots[t] % block_size * dim;
+    for (int64_t h = 0; h < kv_heads; ++h)
+      std::memcpy(target + h * head_stride, source + h * from.stride(1), dim * sizeof(T));
+  };
+  at::parallel_for(0, key.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      copy(key, key_cache, t);
+      copy(value, value_cache, t);
+    }
+  });
+}
+
+template <typename T>
+void attend(Problem<T>& p, int64_t sequences, int64_t kv_heads) {
+  const auto uses_dots = [&](int64_t s) { return p.query_length(s) == 1; };
+  int64_t dot_splits = 0;
+  for (int64_t s = 0; s < sequences; ++s)
+    if (uses_dots(s)) dot_splits += (p.context_len[s] + kDotSplit - 1) / kDotSplit;
+  // A block's kv heads lie side by side in memory: walk them together, unless threads would run out of items.
+  const int64_t together =
+      std::clamp<int64_t>(kv_heads * dot_splits / (4 * at::get_num_threads()), 1, kv_heads);
+
+  std::vector<Group> groups;
+  std::vector<Item> items;
+  int64_t partials = 0;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t length = p.query_length(s);
+    const bool dots = uses_dots(s);
+    const int64_t step = dots ? together : 1, split = dots ? kDotSplit : kTileSplit;
+    for (int64_t h = 0; h < kv_heads; h += step) {
+      const int64_t heads = std::min(step, kv_heads - h) * p.group, rows = length * heads;
+      const int64_t max_rows = dots ? rows : kMaxRows;
+      for (int64_t first = 0; first < rows; first += max_rows) {
+        const int64_t count = std::min(max_rows, rows - first);
+        const int64_t key_end = p.context_len[s] - length + (first + count - 1) / heads + 1;
+        const int64_t splits = (key_end + split - 1) / split;
+        for (int64_t n = 0; n < splits; ++n)
+          items.push_back({static_cast<int64_t>(groups.size()), n});
+        groups.push_back({s, h, heads, first, count, key_end, splits, partials});
+        if (splits > 1) partials += splits * count;
+      }
+    }
+  }
+  const at::Tensor partial = at::empty({partials, p.padded_dim + 2}, at::kFloat);
+  p.partials = partial.data_ptr<float>();
+  for_each_item(items.size(), [&](int64_t i) {
+    const Group& g = groups[items[i].group];
+    uses_dots(g.sequence) ? dot_item(p, g, items[i].split) : tile_item(p, g, items[i].split);
+  });
+  if (partials > 0)
+    for_each_item(groups.size(), [&](int64_t i) {
+      if (groups[i].splits > 1) p.merge(groups[i]);
+    });
+}
+
+void check_metadata(const at::Tensor& t, at::ScalarType dtype, int64_t dim, const char* name) {
+  TORCH_CHECK(t.device().is_cpu(), name, " must be on the cpu, not on ", t.device());
+  TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", dtype, ", not ", t.scalar_type());
+  TORCH_CHECK(t.dim() == dim, name, " must have ", dim, " dimension(s), not ", t.dim());
+  TORCH_CHECK(t.size(-1) <= 1 || t.stride(-1) == 1, name, " must be contiguous in its last dimension");
+}
+
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+           const at::Tensor& key_cache, const at::Tensor& value_cache, const at::Tensor& query_start,
+           const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping) {
+  for (const at::Tensor& t : {query, key, value, key_cache, value_cache}) {
+    TORCH_CHECK(t.device().is_cpu(), "query, key, value and caches must be on the cpu, not on ", t.device());
+    TORCH_CHECK(t.scalar_type() == query.scalar_type(),
+                "query, key, value and caches must share one dtype, not ", query.scalar_type(), " and ",
+                t.scalar_type());
+  }
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3,
+              "query must be [T, heads, head_dim], key [T, kv_heads, head_dim]");
+  TORCH_CHECK(key.sizes() == value.sizes(), "key and value must have one shape");
+  TORCH_CHECK(key_cache.dim() == 4, "caches must be [num_blocks, kv_heads, block_size, head_dim]");
+  TORCH_CHECK(key_cache.sizes() == value_cache.sizes() && key_cache.strides() == value_cache.strides(),
+              "key_cache and value_cache must have one shape and layout");
+  const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = key.size(1);
+  const int64_t blocks = key_cache.size(0), block_size = key_cache.size(2);
+  TORCH_CHECK(key.size(0) == tokens && key.size(2) == dim, "key must have query's tokens and head_dim");
+  TORCH_CHECK(dim > 0, "head_dim must be positive");
+  TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "heads (", heads, ") must be a multiple of kv_heads (",
+              kv_heads, ")");
+  TORCH_CHECK(key_cache.size(1) == kv_heads && key_cache.size(3) == dim,
+              "caches must have key's kv_heads and head_dim");
+  TORCH_CHECK(block_size > 0, "block_size must be positive");
+  TORCH_CHECK(key_cache.stride(3) == 1 && key_cache.stride(2) == dim,
+              "each block of a cache must be contiguous");
+
+  check_metadata(query_start, at::kInt, 1, "query_start");
+  check_metadata(context_len, at::kInt, 1, "context_len");
+  check_metadata(block_table, at::kInt, 2, "block_table");
+  check_metadata(slot_mapping, at::kLong, 1, "slot_mapping");
+  const int64_t sequences = context_len.size(0), columns = block_table.size(1), row = block_table.stride(0);
+  TORCH_CHECK(query_start.size(0) == sequences + 1, "query_start must have one entry more than context_len");
+  TORCH_CHECK(block_table.size(0) == sequences, "block_table must have one row per sequence");
+  TORCH_CHECK(slot_mapping.size(0) == tokens, "slot_mapping must have one entry per token");
+  const int32_t* start = query_start.const_data_ptr<int32_t>();
+  const int32_t* context = context_len.const_data_ptr<int32_t>();
+  const int32_t* table = block_table.const_data_ptr<int32_t>();
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+  TORCH_CHECK(start[0] == 0 && start[sequences] == tokens, "query_start must begin with 0 and end with ",
+              tokens);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t length = int64_t(start[s + 1]) - start[s];
+    TORCH_CHECK(length >= 0, "query_start must not decrease");
+    TORCH_CHECK(context[s] >= length, "context_len of sequence ", s, " is shorter than its query");
+    TORCH_CHECK(context[s] <= columns * block_size, "context_len of sequence ", s,
+                " exceeds its block table");
+    for (int64_t b = 0; b * block_size < context[s]; ++b)
+      TORCH_CHECK(table[s * row + b] >= 0 && table[s * row + b] < blocks, "block_table of sequence ", s,
+                  " names block ", table[s * row + b], " of ", blocks);
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    TORCH_CHECK(slots[t] >= 0 && slots[t] < blocks * block_size, "slot_mapping of token ", t, " names slot ",
+                slots[t], " of ", blocks * block_size);
+}
+
+at::Tensor dense_rows(const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& query_start,
+                           const at::Tensor& context_len, const at::Tensor& block_table,
+                           const at::Tensor& slot_mapping, double scale) {
+  check(query, key, value, key_cache, value_cache, query_start, context_len, block_table, slot_mapping);
+  const at::Tensor q = dense_rows(query), k = dense_rows(key), v = dense_rows(value);
+  at::Tensor out = at::empty(query.sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    write_cache<T>(k, v, key_cache, value_cache, slot_mapping);
+    Problem<T> p{};
+    p.query = q.const_data_ptr<T>();
+    p.query_stride = q.stride(0);
+    p.query_head_stride = q.stride(1);
+    p.key_cache = key_cache.const_data_ptr<T>();
+    p.value_cache = value_cache.const_data_ptr<T>();
+    p.block_stride = key_cache.stride(0);
+    p.head_stride = key_cache.stride(1);
+    p.block_size = key_cache.size(2);
+    p.query_start = query_start.const_data_ptr<int32_t>();
+    p.context_len = context_len.const_data_ptr<int32_t>();
+    p.block_table = block_table.const_data_ptr<int32_t>();
+    p.table_stride = block_table.stride(0);
+    p.out = out.data_ptr<T>();
+    p.heads = q.size(1);
+    p.group = q.size(1) / k.size(1);
+    p.dim = q.size(2);
+    p.padded_dim = round_up(p.dim, std::max(kLanes, kTileRows));
+    p.scale = static_cast<float>(scale) * kLog2e;
+    attend(p, context_len.size(0), k.size(1));
+  };
+  AT_DISPATCH_SWITCH(query.scalar_type(), "paged_attention",
+                     AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t{}); })
+                         AT_DISPATCH_CASE(at::kBFloat16, [&] { run(scalar_t{}); })
+                             AT_DISPATCH_CASE(at::kHalf, [&] { run(scalar_t{}); }));
+  return out;
+}
+
+at::Tensor paged_attention_meta(const at::Tensor& query, const at::Tensor&, const at::Tensor&, at::Tensor,
+                                at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                const at::Tensor&, double) {
+  return at::empty_symint(query.sym_sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));
+}
+
+}  // namespace
+}  // namespace softbatch
+
+TORCH_LIBRARY(softbatch, m) {
+  m.def(
+      "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor query_start, Tensor context_len, Tensor block_table, Tensor slot_mapping, float scale) -> "
+      "Tensor");
+}
+TORCH_LIBRARY_IMPL(softbatch, CPU, m) { m.impl("paged_attention", softbatch::paged_attention); }
+TORCH_LIBRARY_IMPL(softbatch, Meta, m) { m.impl("paged_attention", softbatch::paged_attention_meta); }

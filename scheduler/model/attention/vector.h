@@ -1,0 +1,130 @@
+// float32 vectors, and the loads and stores that convert to and from a cache's dtype.
+//
+// GCC/Clang vector extensions rather than intrinsics: one source serves AVX-512, AVX2, NEON and plain SSE2.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace softbatch {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+
+INLINE Vec fill(float x) { return Vec{} + x; }
+
+INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE Bits load_shorts(const void* p) {
+  Short v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Bits);
+}
+
+INLINE Vec load(const at::BFloat16* p) { return (Vec)(load_shorts(p) << 16); }
+
+INLINE Vec load(const at::Half* p) {
+  const Bits bits = load_shorts(p);
+  const Bits magnitude = (bits & 0x7fff) << 13;
+  const Bits sign = (bits & 0x8000) << 16;
+  const Vec finite = (Vec)magnitude * 0x1p112f;  // moves the exponent's bias, denormals included
+  const Bits special = magnitude | 0x7f800000;   // infinities and NaNs keep the full exponent
+  return (Vec)((magnitude >= 0x0f800000 ? special : (Bits)finite) | sign);
+}
+
+// The first `count` lanes from memory, the rest zero.
+template <typename T>
+INLINE Vec load_first(const T* p, int64_t count) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE void store(at::BFloat16* p, Vec v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const Short s = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, Short);
+  std::memcpy(p, &s, sizeof s);
+}
+
+INLINE void store(at::Half* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i)
+    p[i] = static_cast<at::Half>(v[i]);
+}
+
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Lanes of a and b picked by index: 0 ... kLanes - 1 are a's, the rest b's.
+template <typename F, int... I>
+INLINE Vec pick(Vec a, Vec b, F index, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, index(I)...);
+#else
+  return __builtin_shuffle(a, b, Bits{static_cast<uint32_t>(index(I))...});
+#endif
+}
+
+// Adds up lanes whose indices differ in bit W: a's where that bit is 0, b's where it is 1.
+template <int W>
+INLINE Vec fold(Vec a, Vec b) {
+  if constexpr (W >= kLanes) {
+    return a;
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+    return pick(
+               a, b, [](int i) { return i & W ? (i ^ W) + kLanes : i; }, lanes) +
+           pick(
+               a, b, [](int i) { return i & W ? i + kLanes : i ^ W; }, lanes);
+  }
+}
+
+// The sums of four vectors, in lanes 0 ... 3.
+INLINE Vec sums(Vec a, Vec b, Vec c, Vec d) {
+  Vec v = fold<2>(fold<1>(a, b), fold<1>(c, d));
+  v = fold<4>(v, v);
+  return fold<8>(v, v);
+}
+
+INLINE float sum(Vec v) { return sums(v, v, v, v)[0]; }
+
+// 2^x for x <= 0 to about 1 ulp; exactly 0 from -127 down, so that a masked key weighs nothing; NaN stays
+// NaN.
+INLINE Vec exp2(Vec x) {
+  const Vec lowest = fill(-127.0f);
+  x = x < lowest ? lowest : x;
+  const Vec shifted = x + 0x1.8p23f;  // its low mantissa bits hold round(x)
+  const Vec r = x - (shifted - 0x1.8p23f);
+  Vec y = fill(1.54035304e-4f);  // ln(2)^k / k!
+  y = y * r + 1.33335581e-3f;
+  y = y * r + 9.61812911e-3f;
+  y = y * r + 5.55041087e-2f;
+  y = y * r + 2.40226507e-1f;
+  y = y * r + 6.93147181e-1f;
+  y = y * r + 1.0f;
+  return y * (Vec)(((Bits)shifted << 23) + (127u << 23));
+}
+
+}  // namespace softbatch

@@ -1,0 +1,52 @@
+"""The paged KV cache: per layer, keys and values as [num_blocks, kv_heads, block_size, head_dim]."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Owns the memory; which block belongs to whom is the scheduler's knowledge.
+
+    It starts uninitialised, so that pages nobody has written cost neither time nor memory; nothing reads a slot before
+    it was written.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return 2 * len(self.keys) * self.keys[0][0].numel() * self.keys[0].element_size()
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, source to target, in every layer."""
+        device = self.keys[0].device
+        sources = torch.tensor([source for source, _ in copies], device=device)
+        targets = torch.tensor([target for _, target in copies], device=device)
+        for cache in (*self.keys, *self.values):
+            cache[targets] = cache[sources]
+
+    def write(self, blocks: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write `keys` and `values` [layers, n, kv_heads, head_dim] to positions 0 … n−1 of `blocks`."""
+        device = self.keys[0].device
+        positions = torch.arange(keys.shape[1], device=device)
+        block = torch.tensor(blocks, device=device)[positions // self.block_size]
+        offset = positions % self.block_size
+        for layer, (key_cache, value_cache) in enumerate(zip(self.keys, self.values, strict=True)):
+            key_cache[block, :, offset] = keys[layer].to(key_cache)
+            value_cache[block, :, offset] = values[layer].to(value_cache)

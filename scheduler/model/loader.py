@@ -1,0 +1,228 @@
+"""Loads a model with everything it needs to run: weights, attention backend, KV cache, and a check of all three."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from prompt_store.fingerprint import fingerprint
+from prompt_store.manifest import ModelSpec
+from scheduler.messages import EngineConfig, ModelInfo
+from scheduler.model import interface
+from scheduler.model.attention import choose
+from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.kv_cache import KVCache
+from scheduler.model.packing import pack_linears
+from scheduler.model.runner import Runner
+from scheduler.model.self_check import self_check
+from scheduler.model.source import ModelError, ModelSource, resolve
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Report = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run steps."""
+
+    runner: Runner
+    kv_cache: KVCache
+    info: ModelInfo
+
+
+class Phases:
+    """Reports each phase of the start with its seconds."""
+
+    def __init__(self, report: Report, since: float) -> None:
+        self._report = report
+        self._since = since
+
+    def done(self, name: str, detail: str = "") -> None:
+        now = time.monotonic()
+        self._report(name, now - self._since, detail)
+        self._since = now
+
+
+def load(config: EngineConfig, report: Report) -> Loaded:
+    """Load what `config` names; `report(phase, seconds, detail)` follows the progress. Raises ModelError."""
+    phases = Phases(report, config.started_at or time.monotonic())
+    phases.done("process", "Python, torch and transformers imported")
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    source = resolve(config.model)
+    phases.done("model files", source.path)
+    model, tokenizer = load_transformers(source, dtype, device)
+    phases.done("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters in {_name(dtype)}")
+    name, backend = choose(device, dtype)
+    phases.done("attention kernel", name)
+
+    spec = spec_of(config.served_model_name or source.name, model, tokenizer)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    phases.done("weight layout", f"{pack_linears(model)} linear layers packed")
+    max_model_len = _max_model_len(config, model)
+    bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    num_blocks = int(config.kv_cache_gib * 2**30) // (bytes_per_token * config.block_size)
+    # One block beyond the longest sequence: a soft prompt's partly filled last block lies beside its copy.
+    holds = (num_blocks - 1) * config.block_size
+    if holds < min(max_model_len, 2 * config.block_size if config.max_model_len is None else max_model_len):
+        needed = (max_model_len + 2 * config.block_size) * bytes_per_token / 2**30
+        raise ModelError(
+            f"--kv-cache-gib {config.kv_cache_gib:g} holds {max(holds, 0)} tokens, fewer than one sequence of "
+            f"{max_model_len}: give at least {needed:.2g}, or a smaller --max-model-len"
+        )
+    max_model_len = min(max_model_len, holds)
+    free = _free_bytes(device)
+    if num_blocks * config.block_size * bytes_per_token > free:
+        raise ModelError(
+            f"--kv-cache-gib {config.kv_cache_gib:g}: only {free / 2**30:.1f} GiB of memory are free after the weights"
+        )
+    try:
+        kv_cache = KVCache(
+            num_layers=spec.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=spec.num_kv_heads,
+            block_size=config.block_size,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+    except RuntimeError as error:
+        raise ModelError(f"--kv-cache-gib {config.kv_cache_gib:g}: not that much memory is free") from error
+    phases.done("KV cache", f"{num_blocks} blocks of {config.block_size} tokens")
+
+    info = ModelInfo(
+        name=spec.name,
+        tokenizer_path=source.path,
+        fingerprint=spec.fingerprint,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        hidden_size=spec.hidden_size,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        dtype=_name(dtype),
+        device=str(device),
+        attention=name,
+        num_parameters=num_parameters,
+    )
+    runner = _checked_runner(model, kv_cache, backend, info, config)
+    phases.done("self-check", "paged attention agrees with transformers' own")
+    return Loaded(runner, kv_cache, info)
+
+
+def load_transformers(source: ModelSource, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """The frozen model, set to our attention, and its tokenizer. Raises ModelError."""
+    interface.register()
+    disable_progress_bar()  # the phases say how far the start has come
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation="eager")
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        logger.debug("loading failed", exc_info=True)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"--model {source.name}: transformers cannot load it: {reason}") from error
+    _refuse_unsupported(model)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(f"--model {source.name}: its tokenizer has no fast version (tokenizer.json)")
+    model = model.to(device).eval().requires_grad_(False)
+    model.set_attn_implementation(interface.ATTENTION_NAME)
+    return model, tokenizer
+
+
+def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
+    """What a soft prompt must fit to be used with this model."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelSpec(
+        name=name,
+        fingerprint=fingerprint(model, tokenizer),
+        hidden_size=model.get_input_embeddings().weight.shape[1],
+        num_layers=text.num_hidden_layers,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
+def _checked_runner(
+    model: Any, kv_cache: KVCache, backend: AttentionBackend, info: ModelInfo, config: EngineConfig
+) -> Runner:
+    runner = Runner(model, kv_cache, backend, info.spec, config.max_prompt_bytes)
+    try:
+        self_check(model, runner, kv_cache.block_size)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
+    return runner
+
+
+def _refuse_unsupported(model: Any) -> None:
+    config = model.config.get_text_config()
+    kind = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(f"{kind} does not use transformers' attention interface; such models cannot be served")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if layers != {"full_attention"} or window is not None:
+        raise ModelError(f"{kind} uses attention that is not full ({', '.join(sorted(layers))}): not supported yet")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(f"{kind} caps attention scores (attn_logit_softcapping): not supported yet")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 wherever matrix products in it are fast, float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and _has_bf16() else torch.float32
+
+
+def _has_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _max_model_len(config: EngineConfig, model: Any) -> int:
+    text = model.config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if config.max_model_len is None:
+        return int(own or 4096)
+    if own is not None and config.max_model_len > own:
+        raise ModelError(f"--max-model-len {config.max_model_len} is more than the model's own {own}")
+    return config.max_model_len
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return []
+    return sorted(set(eos)) if isinstance(eos, list) else [int(eos)]

@@ -1,0 +1,149 @@
+"""Runs one step on the model: blocks in, sampled tokens out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prompt_store.soft_prompt import ModelSpec, SoftPrompt, check_fits, load
+from scheduler.messages import SoftPromptRef
+from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.batch import Row, build_batch
+from scheduler.model.interface import PagedForward
+from scheduler.model.kv_cache import KVCache
+from scheduler.model.sampler import SampleInput, sample
+from scheduler.scheduler import Step, StepResult
+from scheduler.sequence import Sequence
+from scheduler.soft_prompts import ResidentSoftPrompt
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Owns the model and the KV cache. A row that fails, fails alone: the others' results still come back."""
+
+    def __init__(
+        self, model: Any, kv_cache: KVCache, backend: AttentionBackend, spec: ModelSpec, max_prompt_bytes: int
+    ) -> None:
+        self._model = model
+        self._embed = model.get_input_embeddings()
+        self._kv_cache = kv_cache
+        self._backend = backend
+        self._spec = spec
+        self._max_prompt_bytes = max_prompt_bytes
+        self._device = self._embed.weight.device
+        self._filling: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> StepResult:
+        """Compute every row of the step. If that raises, each row is run once more alone and only those that
+        raise again are reported as failed; writing the same keys and values twice changes nothing."""
+        if step.copies:
+            self._kv_cache.copy_blocks(step.copies)
+        result = StepResult(tokens={}, logprobs={}, scores={}, errors={}, fill_errors={})
+        try:
+            self._run(step.rows, step.fills, result)
+        except Exception:
+            logger.exception("a step failed; running its rows one by one")
+            for row in step.rows:
+                try:
+                    self._run([row], [], result)
+                except Exception:
+                    logger.exception("request %s failed", row[0].request_id)
+                    result.errors[row[0].request_id] = "the model failed on this request"
+            for fill in step.fills:
+                try:
+                    self._run([], [fill], result)
+                except Exception:
+                    logger.exception("soft prompt %s failed", fill[0].ref.sha256)
+                    result.fill_errors[fill[0].ref.sha256] = "the model failed on this soft prompt"
+        for prompt, count in step.fills:
+            done = prompt.num_computed + count == prompt.ref.num_virtual_tokens
+            if done or prompt.ref.sha256 in result.fill_errors:
+                self._filling.pop(prompt.ref.sha256, None)
+        return result
+
+    def read_soft_prompt(self, ref: SoftPromptRef) -> SoftPrompt:
+        """Read and check a soft prompt's file; safe to call from another thread. Raises SoftPromptError."""
+        prompt = load(Path(ref.path), self._max_prompt_bytes)
+        check_fits(prompt, self._spec)
+        return prompt
+
+    @torch.inference_mode()
+    def place_soft_prompt(self, resident: ResidentSoftPrompt, prompt: SoftPrompt) -> bool:
+        """Bring a soft prompt into its blocks; True if it lies there now, False if steps have to compute it."""
+        if prompt.manifest.kind == "kv":
+            self._kv_cache.write(resident.blocks, prompt.tensors["keys"], prompt.tensors["values"])
+            return True
+        embeddings = prompt.tensors["embeddings"].to(self._device, self._embed.weight.dtype)
+        self._filling[resident.ref.sha256] = embeddings
+        return False
+
+    def _run(
+        self,
+        rows: list[tuple[Sequence, int]],
+        fills: list[tuple[ResidentSoftPrompt, int]],
+        result: StepResult,
+    ) -> None:
+        logits = self.forward([_sequence_row(s, count) for s, count in rows] + [self._fill_row(p, c) for p, c in fills])
+        sampling, sampled_rows, at = [], [], 0
+        for sequence, count in rows:
+            wanted = sequence.logit_rows(count)
+            if sequence.score_from is not None:
+                self._score(sequence, wanted, logits[at : at + len(wanted)], result)
+            elif wanted:
+                sampling.append(sequence)
+                sampled_rows.append(at)
+            at += len(wanted)
+        if not sampling:
+            return
+        if len(sampled_rows) < at:
+            logits = logits[torch.tensor(sampled_rows, device=logits.device)]
+        inputs = [SampleInput(s.params, s.tokens, s.num_prompt, s.length) for s in sampling]
+        for sequence, chosen in zip(sampling, sample(logits, inputs), strict=True):
+            if chosen.error is not None:
+                result.errors[sequence.request_id] = chosen.error
+                continue
+            result.tokens[sequence.request_id] = chosen.token_id
+            if chosen.logprobs is not None:
+                result.logprobs[sequence.request_id] = chosen.logprobs
+
+    def _score(self, sequence: Sequence, wanted: range, logits: torch.Tensor, result: StepResult) -> None:
+        """Log-probability of the token that follows each wanted position."""
+        first = sequence.num_computed - sequence.num_virtual
+        targets = torch.tensor([sequence.tokens[first + offset + 1] for offset in wanted], device=logits.device)
+        table = torch.log_softmax(logits.float(), dim=-1)
+        scores = table.gather(1, targets[:, None].long())[:, 0]
+        if torch.isfinite(scores).all():
+            result.scores[sequence.request_id] = scores.tolist()
+        else:
+            result.errors[sequence.request_id] = "the model's logits are not finite"
+
+    def forward(self, rows: list[Row]) -> torch.Tensor:
+        """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
+        batch = build_batch(rows, self._kv_cache.block_size, self._device)
+        inputs = self._embed(batch.token_ids)
+        for first, embeddings in batch.embeddings:
+            inputs[first : first + embeddings.shape[0]] = embeddings
+        output = self._model(
+            inputs_embeds=inputs[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+            paged=PagedForward(self._kv_cache, batch.attention, self._backend),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
+        embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]
+        return Row(prompt.num_computed, (), prompt.blocks, range(0), embeddings=embeddings)
+
+
+def _sequence_row(sequence: Sequence, count: int) -> Row:
+    first = sequence.num_computed - sequence.num_virtual
+    tokens = sequence.tokens[first : first + count]
+    return Row(sequence.num_computed, tokens, sequence.block_table, sequence.logit_rows(count))

@@ -1,0 +1,488 @@
+"""Both attention backends against torch's own attention in float64 on contiguous data, and the CPU kernel's build."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from scheduler.model.attention import choose, cpu
+from scheduler.model.attention.base import AttentionBackend, PagedBatch
+from scheduler.model.attention.reference import reference
+
+ROOT = Path(__file__).parents[2]
+NAN = float("nan")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def kernel() -> AttentionBackend:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    built = cpu.build()
+    assert built is not None
+    return built
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step as the backends get it, and each sequence's whole keys and values [context, kv_heads, head_dim]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    batch: PagedBatch
+    scale: float
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def run(self, backend: AttentionBackend) -> torch.Tensor:
+        """The output; afterwards the cache must hold the new tokens and be untouched elsewhere."""
+        key_cache, value_cache = self.key_cache.clone(), self.value_cache.clone()
+        torch.full_like(self.query, NAN)  # freed at once: what an output left unwritten would most likely show
+        out = backend(self.query, self.key, self.value, key_cache, value_cache, self.batch, self.scale)
+        for cache, before, new in (
+            (key_cache, self.key_cache, self.key),
+            (value_cache, self.value_cache, self.value),
+        ):
+            expected = before.clone()
+            for token, slot in enumerate(self.batch.slot_mapping.tolist()):
+                expected[slot // before.shape[2], :, slot % before.shape[2]] = new[token]
+            torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+        return out
+
+    def expected(self) -> torch.Tensor:
+        """float64 [T, heads, head_dim], by torch's attention with an explicit mask."""
+        rows, start = [], self.batch.query_start.tolist()
+        for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            query = self.query[start[s] : start[s + 1]].double().transpose(0, 1)
+            length, context = query.shape[1], keys.shape[0]
+            mask = torch.ones(length, context, dtype=torch.bool).tril(context - length)
+            out = scaled_dot_product_attention(
+                query[None],
+                keys.double().transpose(0, 1)[None],
+                values.double().transpose(0, 1)[None],
+                attn_mask=mask,
+                scale=self.scale,
+                enable_gqa=True,
+            )
+            rows.append(out[0].transpose(0, 1))
+        return torch.cat(rows)
+
+    def check(self, *backends: AttentionBackend) -> None:
+        expected = self.expected()
+        for backend in backends:
+            assert_near(self.run(backend), expected)
+
+
+def assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within one rounding to the output's dtype, plus what float32 sums lose."""
+    relative = 1e-5 if out.dtype == torch.float32 else 0.505 * torch.finfo(out.dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=relative, atol=1e-5)
+
+
+def make_case(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    shared_blocks: int = 0,
+    seed: int = 0,
+) -> Case:
+    """Random sequences of (query length, context length); all start with the same `shared_blocks` full blocks.
+
+    Blocks are scattered, block 0 (which pads the block tables) belongs to nobody, and every cache slot that no
+    token owns holds NaN, those that this step's tokens will fill included.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    shared = shared_blocks * block_size
+    own_blocks = [-(-context // block_size) - shared_blocks for _, context in lengths]
+    num_blocks = 1 + shared_blocks + sum(own_blocks) + 2
+    free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+    prefix_table = [free.pop() for _ in range(shared_blocks)]
+    prefix_keys, prefix_values = random(shared, kv_heads, head_dim), random(shared, kv_heads, head_dim)
+
+    key_cache = torch.full((num_blocks, kv_heads, block_size, head_dim), NAN, dtype=dtype)
+    value_cache = key_cache.clone()
+    table = torch.zeros(len(lengths), max((shared_blocks + n for n in own_blocks), default=0), dtype=torch.int32)
+    keys, values, new_keys, new_values, slots = [], [], [], [], []
+    for s, (length, context) in enumerate(lengths):
+        assert context - length >= shared
+        blocks = prefix_table + [free.pop() for _ in range(own_blocks[s])]
+        table[s, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        keys.append(torch.cat([prefix_keys, random(context - shared, kv_heads, head_dim)]))
+        values.append(torch.cat([prefix_values, random(context - shared, kv_heads, head_dim)]))
+        for position in range(context):
+            block, offset = blocks[position // block_size], position % block_size
+            if position < context - length:
+                key_cache[block, :, offset] = keys[s][position]
+                value_cache[block, :, offset] = values[s][position]
+            else:
+                slots.append(block * block_size + offset)
+        new_keys.append(keys[s][context - length :])
+        new_values.append(values[s][context - length :])
+    ends = torch.tensor([0] + [length for length, _ in lengths]).cumsum(0)
+    batch = PagedBatch(
+        query_start=ends.int(),
+        context_len=torch.tensor([context for _, context in lengths], dtype=torch.int32),
+        block_table=table,
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+    )
+    key, value = (torch.cat([torch.empty(0, kv_heads, head_dim, dtype=dtype), *new]) for new in (new_keys, new_values))
+    query = random(int(ends[-1]), heads, head_dim)
+    return Case(query, key, value, key_cache, value_cache, batch, head_dim**-0.5, keys, values)
+
+
+# Decoding, whole and chunked prefill; on both sides of block ends, key tiles (64) and key splits (512, 1024).
+RAGGED = [(1, 1), (1, 17), (5, 5), (1, 64), (33, 100), (1, 513), (70, 1090), (2, 2048), (1, 2000), (1, 129), (300, 333)]
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("group", "block_size"), [(1, 16), (3, 1), (3, 16), (4, 32), (8, 8)], ids=lambda value: str(value)
+)
+def test_ragged_batches(
+    kernel: AttentionBackend, group: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    make_case(RAGGED, heads=2 * group, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=dtype).check(
+        kernel, reference
+    )
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 8, 24, 40, 72])
+def test_head_sizes_that_fill_no_vector(kernel: AttentionBackend, head_dim: int) -> None:
+    make_case(RAGGED[:6], heads=5, kv_heads=5, head_dim=head_dim).check(kernel, reference)
+
+
+def test_a_block_size_that_is_no_power_of_two(kernel: AttentionBackend) -> None:
+    make_case(RAGGED, heads=9, kv_heads=3, block_size=13).check(kernel, reference)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.one_of(st.just(0), st.integers(0, 300))), min_size=1, max_size=7),
+    decode=st.lists(st.booleans(), min_size=7, max_size=7),
+    group=st.integers(1, 9),
+    kv_heads=st.integers(1, 4),
+    head_dim=st.sampled_from([8, 16, 32, 48, 64]),
+    block_size=st.sampled_from([1, 4, 8, 16, 32]),
+    dtype=st.sampled_from(cpu.DTYPES),
+    shared_blocks=st.integers(0, 3),
+    seed=st.integers(0, 1 << 20),
+)
+def test_any_batch(
+    kernel: AttentionBackend,
+    lengths: list[tuple[int, int]],
+    decode: list[bool],
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    shared_blocks: int,
+    seed: int,
+) -> None:
+    queries = [1 if one else length for (length, _), one in zip(lengths, decode, strict=False)]
+    make_case(
+        [(n, n + before + shared_blocks * block_size) for n, (_, before) in zip(queries, lengths, strict=True)],
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        shared_blocks=shared_blocks,
+        seed=seed,
+    ).check(kernel, reference)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_sequences_that_share_blocks(kernel: AttentionBackend, dtype: torch.dtype) -> None:
+    lengths = [(1, 33), (4, 36), (1, 700), (20, 52), (1, 34)]
+    make_case(lengths, block_size=8, shared_blocks=4, dtype=dtype).check(kernel, reference)
+
+
+def test_a_batch_of_nothing(kernel: AttentionBackend) -> None:
+    case = make_case([])
+    for backend in (kernel, reference):
+        assert case.run(backend).shape == (0, 4, 16)
+
+
+def test_a_sequence_without_query_tokens(kernel: AttentionBackend) -> None:
+    make_case([(1, 20), (0, 30), (3, 5)]).check(kernel, reference)
+
+
+@pytest.mark.parametrize("layout", ["fused", "transposed", "every other column"])
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_inputs_need_not_be_contiguous(kernel: AttentionBackend, layout: str, dtype: torch.dtype) -> None:
+    case = make_case([(1, 20), (9, 30), (1, 1)], heads=6, kv_heads=2, dtype=dtype)
+    tensors = (case.query, case.key, case.value)
+    if layout == "fused":
+        views = list(torch.cat(tensors, dim=1).split([6, 2, 2], dim=1))
+    elif layout == "transposed":
+        views = [t.transpose(0, 1).contiguous()[None][0].transpose(0, 1) for t in tensors]
+    else:
+        views = [torch.stack([t, torch.full_like(t, NAN)], dim=-1)[..., 0] for t in tensors]
+    assert not any(view.is_contiguous() for view in views)
+    replace(case, query=views[0], key=views[1], value=views[2]).check(kernel, reference)
+
+
+def test_a_block_table_may_be_a_view_of_a_wider_one(kernel: AttentionBackend) -> None:
+    case = make_case([(1, 40), (3, 70)])
+    wide = torch.full((2, 50), -1, dtype=torch.int32)
+    view = wide[:, : case.batch.block_table.shape[1]]
+    view.copy_(case.batch.block_table)
+    replace(case, batch=replace(case.batch, block_table=view)).check(kernel, reference)
+
+
+def test_layers_may_lie_in_one_tensor(kernel: AttentionBackend) -> None:
+    case = make_case([(1, 40), (3, 70)])
+    both = torch.stack([case.key_cache, case.value_cache], dim=1)  # [num_blocks, 2, …]: strided over the blocks
+    out = kernel(case.query, case.key, case.value, both[:, 0], both[:, 1], case.batch, case.scale)
+    assert_near(out, case.expected())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
+def test_scores_of_any_size(kernel: AttentionBackend, scale: float) -> None:
+    """30 · q·k reaches several hundred: exp() without the running maximum would overflow."""
+    case = replace(make_case([(1, 600), (50, 300), (1, 5)], head_dim=64), scale=scale)
+    expected = case.expected()
+    for backend in (kernel, reference):
+        torch.testing.assert_close(case.run(backend).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_number_comes_back(kernel: AttentionBackend, dtype: torch.dtype) -> None:
+    """With one key its weight is 1, so the output is the value itself: all 65536 of them."""
+    numbers = torch.arange(1 << 16).to(torch.uint16).view(dtype).view(-1, 1, 64)
+    case = replace(make_case([(1, 1)] * 1024, heads=1, kv_heads=1, head_dim=64, dtype=dtype), value=numbers)
+    torch.testing.assert_close(case.run(kernel), numbers, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_result_does_not_depend_on_the_batch_or_the_threads(kernel: AttentionBackend) -> None:
+    lengths = [(1, 1500), (40, 1200), (1, 30), (7, 600)]
+    case = make_case(lengths, heads=6, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+    out = case.run(kernel)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(case.run(kernel), out)
+    finally:
+        torch.set_num_threads(threads)
+    start = case.batch.query_start.tolist()
+    for s in range(len(lengths)):
+        rows = slice(start[s], start[s + 1])
+        alone = PagedBatch(
+            query_start=torch.tensor([0, lengths[s][0]], dtype=torch.int32),
+            context_len=case.batch.context_len[s : s + 1],
+            block_table=case.batch.block_table[s : s + 1],
+            slot_mapping=case.batch.slot_mapping[rows],
+        )
+        single = replace(case, query=case.query[rows], key=case.key[rows], value=case.value[rows], batch=alone)
+        assert torch.equal(single.run(kernel), out[rows])
+
+
+@pytest.mark.parametrize("broken", range(4))
+def test_nan_stays_in_its_sequence_and_is_not_hidden(kernel: AttentionBackend, broken: int) -> None:
+    case = make_case([(1, 90), (20, 90), (1, 700), (3, 3)])
+    start = case.batch.query_start.tolist()
+    rows = slice(start[broken], start[broken + 1])
+    case.query[rows] = NAN
+    for backend in (kernel, reference):
+        out = case.run(backend)
+        assert out[rows].isnan().all()
+        out[rows] = 0
+        assert out.isfinite().all()
+
+
+def _wrong(case: Case, name: str, change: Any) -> Case:
+    if hasattr(case.batch, name):
+        return replace(case, batch=replace(case.batch, **{name: change(getattr(case.batch, name))}))
+    return replace(case, **{name: change(getattr(case, name))})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("query", lambda t: t.double(), "one dtype"),
+        ("query", lambda t: t[:-1], "query's tokens"),
+        ("query", lambda t: t[:, :3], "multiple of kv_heads"),
+        ("query", lambda t: t[..., :8], "head_dim"),
+        ("query", lambda t: t[0], r"\[T, heads, head_dim\]"),
+        ("key", lambda t: t[:, :1], "one shape"),
+        ("key_cache", lambda t: t[:-1], "one shape and layout"),
+        ("key_cache", lambda t: t.half(), "one dtype"),
+        ("query_start", lambda t: t.long(), "query_start must be Int"),
+        ("query_start", lambda t: t[1:], "one entry more"),
+        ("query_start", lambda t: t + 1, "begin with 0"),
+        ("query_start", lambda t: t.flip(0) - t.flip(0)[0] + t, "begin with 0|decrease"),
+        ("context_len", lambda t: t - 39, "shorter than its query"),
+        ("context_len", lambda t: t + 1000, "exceeds its block table"),
+        ("block_table", lambda t: t + 1000, "names block"),
+        ("block_table", lambda t: t - 1000, "names block"),
+        ("block_table", lambda t: t[:1], "one row per sequence"),
+        ("block_table", lambda t: t[0], "2 dimension"),
+        ("slot_mapping", lambda t: t[1:], "one entry per token"),
+        ("slot_mapping", lambda t: t + 100_000, "names slot"),
+        ("slot_mapping", lambda t: -1 - t, "names slot"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_anything_is_written(
+    kernel: AttentionBackend, name: str, change: Any, message: str
+) -> None:
+    case = make_case([(1, 40), (4, 40)], kv_heads=2)
+    wrong = _wrong(case, name, change)
+    caches = wrong.key_cache.clone(), wrong.value_cache.clone()
+    with pytest.raises(RuntimeError, match=message):
+        kernel(wrong.query, wrong.key, wrong.value, *caches, wrong.batch, wrong.scale)
+    torch.testing.assert_close(caches[0], wrong.key_cache, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(caches[1], wrong.value_cache, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_operator_is_described_truly_to_torch_compile(kernel: AttentionBackend) -> None:
+    case = make_case([(1, 40), (4, 40)])
+    batch = case.batch
+    arguments = (
+        case.query,
+        case.key,
+        case.value,
+        case.key_cache.nan_to_num(),
+        case.value_cache.nan_to_num(),
+        batch.query_start,
+        batch.context_len,
+        batch.block_table,
+        batch.slot_mapping,
+        case.scale,
+    )
+    torch.library.opcheck(
+        torch.ops.softbatch.paged_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_compiler
+def test_choose() -> None:
+    for dtype in cpu.DTYPES:
+        assert choose(torch.device("cpu"), dtype) == ("cpu", cpu.paged_attention)
+    assert choose(torch.device("cpu"), torch.float64) == ("reference", reference)
+    assert choose(torch.device("meta"), torch.float32) == ("reference", reference)
+
+
+# ---- the build, each in a process of its own with an empty cache -----------------------------------------------
+
+START = """
+import logging, sys
+logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
+import torch
+from scheduler.model.attention import choose
+name, backend = choose(torch.device("cpu"), torch.float32)
+print(name)
+if name == "cpu":
+    from tests.model.test_attention import RAGGED, make_case
+    make_case(RAGGED, heads=14, kv_heads=2, head_dim=40).check(backend)
+    make_case(RAGGED, heads=6, kv_heads=2, head_dim=64, dtype=torch.bfloat16).check(backend)
+    make_case(RAGGED, heads=2, kv_heads=2, head_dim=24, dtype=torch.float16).check(backend)
+    print("checked")
+"""
+
+
+def start(cache: Path, compiler: Path | str) -> subprocess.Popen[str]:
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", START],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
+    """Its output's lines, and its log."""
+    output, log = process.communicate(timeout=250)
+    assert process.returncode == 0, log
+    return output.split(), log
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@needs_compiler
+def test_processes_that_start_together_share_a_cache(tmp_path: Path) -> None:
+    """Also: a compiler that lacks -march=native builds a portable kernel, and a built one needs no compiler."""
+    old_compiler = script(
+        tmp_path / "g++",
+        'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac\nexec c++ "$@"',
+    )
+    cache = tmp_path / "cache"
+    together = [start(cache, old_compiler), start(cache, old_compiler)]
+    for output, log in map(finish, together):
+        assert output == ["cpu", "checked"]
+        assert "WARNING" not in log
+    (directory,) = (cache / "softbatch" / "kernels").iterdir()
+    assert [path.name for path in directory.iterdir()] == ["paged_attention.so"]
+
+    output, log = finish(start(cache, "/nonexistent"))
+    assert output == ["cpu", "checked"]
+    assert "compiling" not in log
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "no C++ compiler: /nonexistent is not on the PATH"),
+        ('echo "kernel.cpp:1:1: error: no such header" >&2; exit 1', "kernel.cpp:1:1: error: no such header"),
+    ],
+)
+def test_without_a_compiler_plain_torch_takes_over_with_one_warning(
+    tmp_path: Path, compiler: str | None, reason: str
+) -> None:
+    path = script(tmp_path / "g++", compiler) if compiler else "/nonexistent"
+    output, log = finish(start(tmp_path / "cache", path))
+    assert output == ["reference"]
+    (warning,) = (line for line in log.splitlines() if line.startswith("WARNING the CPU attention kernel"))
+    assert reason in warning
+    assert "Install a C++ compiler" in warning
+
+
+def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no compiler at hand the attempt shows in the warning."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu._cached_library()
+    assert library is not None
+    library.write_bytes(b"damaged")
+    output, log = finish(start(tmp_path, "/nonexistent"))
+    assert output == ["reference"]
+    assert "cannot be built (no C++ compiler" in log
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    output, _ = finish(start(tmp_path / "file", "c++"))
+    assert output == ["cpu", "checked"]
