@@ -1,0 +1,158 @@
+"""create_app(): wires the parts together; nothing else knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse, Response
+from transformers import AutoTokenizer
+
+from prompt_store.manifest import ModelSpec
+from prompt_store.store import PromptStore
+from scheduler.messages import EngineConfig
+from server.auth import AuthMiddleware
+from server.compression.jobs import CompressionJobs
+from server.engine_client import EngineClient, StartupError
+from server.errors import install_handlers
+from server.generation import Generator
+from server.limits import BodyLimitMiddleware
+from server.metrics import Metrics
+from server.preparation import Preparer
+from server.routes import ROUTERS
+from server.scoring import Scorer
+from server.settings import Settings, absolute_model
+from server.soft_prompts import SoftPromptLeases, lease_directory
+from server.text import TextProcessor
+from server.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts that routes use, made once at start."""
+
+    settings: Settings
+    engine: EngineClient
+    generator: Generator
+    scorer: Scorer
+    store: PromptStore
+    leases: SoftPromptLeases
+    compressions: CompressionJobs
+    text: TextProcessor
+    metrics: Metrics
+    spec: ModelSpec
+    model_name: str
+
+
+@contextlib.asynccontextmanager
+async def running_services(settings: Settings) -> AsyncIterator[Services]:
+    """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
+    started = time.monotonic()
+    try:
+        store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    except OSError as error:
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+    metrics = Metrics()
+    with contextlib.ExitStack() as exits:
+        # The sockets' paths are short, for ipc:// allows about 100 characters.
+        directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="softbatch-", ignore_cleanup_errors=True))
+        engine = EngineClient(_engine_config(settings), Path(directory), metrics)
+        try:
+            ready = await engine.start()
+            since = time.monotonic()
+            tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
+            text = TextProcessor(tokenizer, ready.model.max_model_len)
+            logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+            preparer = Preparer(text, ready.model.vocab_size, ready.model.max_model_len)
+            spec = ready.model.spec
+            leased = exits.enter_context(lease_directory(store.root))
+            leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
+            metrics.watch(
+                waiting=lambda: engine.num_waiting,
+                running=lambda: engine.num_running,
+                registered=lambda: len(store.list()),
+            )
+            checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
+            logger.info("ready after %.2f s", time.monotonic() - started)
+            jobs = CompressionJobs(store, spec, metrics.registry, lambda: engine.draining)
+            async with jobs.running() as compressions:
+                yield Services(
+                    settings=settings,
+                    engine=engine,
+                    generator=Generator(engine, leases, text, preparer, settings.seed),
+                    scorer=Scorer(engine, leases, preparer, ready.model.eos_token_ids),
+                    store=store,
+                    leases=leases,
+                    compressions=compressions,
+                    text=text,
+                    metrics=metrics,
+                    spec=spec,
+                    model_name=ready.model.name,
+                )
+            await checking
+        finally:
+            await engine.stop()
+
+
+def _warn_of_broken(store: PromptStore) -> None:
+    """Reads every soft prompt once, in a thread: with many of them that takes a while."""
+    for name, reason in store.broken():
+        logger.warning("soft prompt %s cannot be used: %s", name, reason)
+
+
+def create_app(services: Services) -> FastAPI:
+    app = FastAPI(
+        title="softbatch",
+        version=VERSION,
+        summary="Language model serving with continuous batching and compressed prompts",
+        description=_DESCRIPTION,
+    )
+    app.state.services = services
+    for router in ROUTERS:
+        app.include_router(router)
+
+    @app.get("/metrics", tags=["operations"], summary="Prometheus metrics")
+    def metrics() -> Response:
+        return Response(services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+    install_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=services.settings.max_prompt_mib << 20)
+    app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key)
+    return app
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        model=absolute_model(settings.model),
+        served_model_name=settings.served_model_name,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_model_len=settings.max_model_len,
+        max_queue_size=settings.max_queue_size,
+        kv_cache_gib=settings.kv_cache_gib,
+        block_size=settings.block_size,
+        max_prompt_bytes=settings.max_prompt_mib << 20,
+    )
+
+
+_DESCRIPTION = """
+Ask many questions about a few long contexts: each context is compressed once into a **soft prompt**, registered
+under a name, and every request that names it is answered as if the whole context stood in front of it.
+
+Name a soft prompt as `model` (or in the field `soft_prompt`) of any request that generates.
+"""

@@ -1,0 +1,231 @@
+"""`softbatch compress`: a context becomes a registered soft prompt."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from prompt_store.compression.pipeline import Stopped
+from prompt_store.manifest import SoftPromptError
+from prompt_store.store import PromptStore
+from scheduler.model.source import ModelError, resolve
+from server.cli.fidelity_table import fidelity_table
+from server.cli.model_flags import add_model_flags, add_server_flags, choice_of
+from server.cli.progress import ProgressView, duration
+from server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
+from server.cli.settings_flags import UsageError, settings_from
+from server.compression.request import (
+    MAX_CONTEXT_BYTES,
+    MIB,
+    CompressionRequest,
+    InputError,
+    ModelShape,
+    check_length,
+    check_room,
+    make_settings,
+    read_context,
+    read_questions,
+)
+from server.compression.run import DIRECTORY, discard, has_work, locked, run_compression
+from server.compression.workbench import count_tokens, load_tokenizer
+from server.settings import Settings
+
+_DESCRIPTION = """
+Learn a soft prompt that stands for CONTEXT, measure how faithful it is, and register it under NAME. Everything
+runs on this machine and needs no server. Ctrl-C keeps what has been done; --resume goes on with it.
+"""
+_INTERRUPTED = 130
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compress", help="turn a context into a registered soft prompt", description=_DESCRIPTION
+    )
+    parser.add_argument(
+        "context",
+        type=Path,
+        metavar="CONTEXT",
+        help=f"a text file (txt, md, …), up to {MAX_CONTEXT_BYTES // MIB} MiB",
+    )
+    parser.add_argument("--name", required=True, help="what requests will call the soft prompt")
+    parser.add_argument(
+        "--objective",
+        default="kl",
+        metavar="{kl,nll,mixed}",
+        help="kl keeps the model's uncertainty, nll reproduces its answers, mixed weighs both (default: kl)",
+    )
+    parser.add_argument("--alpha", type=float, metavar="A", help="weight of nll in mixed, 0 to 1 (default: 0.5)")
+    parser.add_argument(
+        "--kind",
+        default="kv",
+        metavar="{kv,embeddings}",
+        help="keys and values of every layer, or input embeddings: far smaller, less faithful (default: kv)",
+    )
+    parser.add_argument("--virtual-tokens", type=int, metavar="N", help="length of the soft prompt (default: 64)")
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="Q.jsonl",
+        help='questions of your own to train on, a line each: {"input": "…"}, with "output" if you have the answer',
+    )
+    parser.add_argument("--instruction", metavar="TEXT", help="put before the context and compressed with it")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, metavar="M", help="budget for everything (default: 10)")
+    length.add_argument("--steps", type=int, metavar="N", help="training steps, however long they take")
+    parser.add_argument(
+        "--seed",
+        dest="training_seed",
+        type=int,
+        metavar="S",
+        help="the same seed and --steps give the same soft prompt",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="where report.html goes (default: in the prompt store)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    add_server_flags(parser, "register at this server instead of in the prompt store")
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        settings = settings_from(options)
+        return _compress(settings, options)
+    except (UsageError, InputError, SoftPromptError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+
+
+def _fail(message: str) -> int:
+    print(f"softbatch compress: {message}", file=sys.stderr)
+    return 2
+
+
+def _compress(settings: Settings, options: argparse.Namespace) -> int:
+    wanted = make_settings(
+        objective=options.objective,
+        alpha=options.alpha,
+        kind=options.kind,
+        virtual_tokens=options.virtual_tokens,
+        instruction=options.instruction,
+        minutes=options.minutes,
+        steps=options.steps,
+        seed=options.training_seed,
+    )
+    context = read_context(options.context)
+    questions = read_questions(options.questions) if options.questions else ()
+    if options.report is not None and options.report.exists() and not options.report.is_dir():
+        raise UsageError(f"--report {options.report}: not a directory")
+
+    disable_progress_bar()
+    set_verbosity_error()
+    max_bytes = settings.max_prompt_mib << 20
+    registry: Registry
+    if options.server:
+        registry = RemoteRegistry(Client(options.server, next(iter(settings.api_key), None)))
+    else:
+        registry = LocalRegistry(PromptStore(settings.prompt_store, max_bytes))
+    registry.check_free(options.name)
+    choice = choice_of(settings)
+    directory = settings.prompt_store / DIRECTORY / options.name
+    view = ProgressView(Console(stderr=True))
+    stop = _StopOnSignal()
+    began = time.monotonic()
+    try:
+        shape = ModelShape.of(AutoConfig.from_pretrained(resolve(choice.model).path))
+        check_room(directory, shape, wanted, max_bytes)
+        tokens = count_tokens(load_tokenizer(choice), context, wanted.instruction)
+        check_length(tokens, wanted)
+        with locked(directory):
+            if has_work(directory) and not options.resume:
+                raise UsageError(
+                    f"unfinished work for {options.name} lies in {directory}: add --resume to go on with it, or delete "
+                    "the directory to begin anew"
+                )
+            view.note(f"{tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}")
+            request = CompressionRequest(
+                name=options.name,
+                context=context,
+                settings=wanted,
+                questions=questions,
+                choice=choice,
+                store=str(settings.prompt_store),
+                max_prompt_bytes=max_bytes,
+            )
+            with stop:
+                finished = run_compression(
+                    request, directory, options.resume, view, stop.was_asked, registry.check_model
+                )
+            view.close()
+            registry.add(options.name, finished)
+            report = directory / "report"
+            if options.report is not None:
+                shutil.copytree(report, options.report, dirs_exist_ok=True)
+                report = options.report
+            discard(directory)
+    except Stopped:
+        view.note(f"stopped; nothing is lost: run the same command with --resume (work is kept in {directory})")
+        return _INTERRUPTED
+    except (ModelError, ValueError, FloatingPointError) as error:
+        view.close()
+        return _fail(str(error))
+    finally:
+        view.close()
+    _print_summary(options, settings, finished.report, report, time.monotonic() - began)
+    return 0
+
+
+class _StopOnSignal:
+    """The first Ctrl-C (or SIGTERM) asks the run to save and stop, the second ends it on the spot."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def was_asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping at the next safe point; once more ends it at once", file=sys.stderr)
+
+
+def _print_summary(
+    options: argparse.Namespace, settings: Settings, report: dict[str, Any], directory: Path, seconds: float
+) -> None:
+    console = Console()
+    console.print(fidelity_table(report))
+    console.print(f"{report['compression_ratio']:g}x shorter, {duration(seconds)}", highlight=False)
+    console.print(f"report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
+    url = (options.server or f"http://127.0.0.1:{settings.port}").rstrip("/")
+    start = "" if options.server else f"softbatch serve --prompt-store {settings.prompt_store} &\n"
+    body = f'{{"model": "{options.name}", "messages": [{{"role": "user", "content": "…"}}]}}'
+    console.print(
+        f"registered as {options.name}; a first request:\n\n{start}"
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,79 @@
+"""`softbatch evaluate`: how faithful a registered soft prompt is on questions of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from prompt_store.compression.report import write_report
+from prompt_store.manifest import SoftPromptError
+from prompt_store.soft_prompt import load
+from prompt_store.store import PromptStore
+from scheduler.model.source import ModelError
+from server.cli.fidelity_table import fidelity_table
+from server.cli.model_flags import add_model_flags, choice_of
+from server.cli.progress import ProgressView
+from server.cli.settings_flags import UsageError, settings_from
+from server.compression.evaluate import evaluate
+from server.compression.request import InputError, read_context, read_questions
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a registered soft prompt on questions of your own",
+        description="Compare the soft prompt NAME with the full context on questions it was not trained on.",
+    )
+    parser.add_argument("name")
+    parser.add_argument("--context", type=Path, required=True, metavar="FILE", help="the text it was made of")
+    parser.add_argument(
+        "--questions", type=Path, required=True, metavar="Q.jsonl", help='a line each: {"input": "…", "output"?: "…"}'
+    )
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        _evaluate(options)
+    except (UsageError, InputError, SoftPromptError, ModelError, ValueError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"softbatch evaluate: {message}", file=sys.stderr)
+    return 2
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    settings = settings_from(options)
+    context, questions = read_context(options.context), read_questions(options.questions)
+    if options.report is not None and options.report.exists() and not options.report.is_dir():
+        raise UsageError(f"--report {options.report}: not a directory")
+    max_bytes = settings.max_prompt_mib << 20
+    stored = PromptStore(settings.prompt_store, max_bytes).get(options.name)
+    disable_progress_bar()
+    set_verbosity_error()
+    view = ProgressView(Console(stderr=True))
+    made_of = stored.manifest.context
+    if made_of is not None and made_of.sha256 != hashlib.sha256(context.encode()).hexdigest():
+        view.note(f"note: {options.name} was made of another text than {options.context}")
+    try:
+        prompt = load(stored.path, max_bytes)
+        report = evaluate(prompt, context, questions, choice_of(settings), max_bytes, view)
+    finally:
+        view.close()
+    Console().print(fidelity_table(report))
+    if options.report is not None:
+        write_report(report, options.report, options.name)
+        Console().print(f"report: {options.report / 'report.html'}", highlight=False, soft_wrap=True)

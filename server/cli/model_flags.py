@@ -1,0 +1,48 @@
+"""The settings of `serve` that the offline commands share: the same flags, defaults and environment variables."""
+
+from __future__ import annotations
+
+import argparse
+
+from server.compression.request import ModelChoice
+from server.settings import Settings, absolute_model
+
+_METAVARS = {
+    "model": "TEXT",
+    "served_model_name": "TEXT",
+    "dtype": "{auto,float32,bfloat16,float16}",
+    "device": "{auto,cpu,cuda}",
+    "prompt_store": "DIR",
+    "max_prompt_mib": "N",
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which model is loaded, how, and where soft prompts lie."""
+    group = parser.add_argument_group("model and store")
+    for name, metavar in _METAVARS.items():
+        field = Settings.model_fields[name]
+        default = f" (default: {field.default})" if field.default is not None else ""
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            metavar=metavar,
+            help=f"{field.description}{default} [SOFTBATCH_{name.upper()}]",
+        )
+
+
+def add_server_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """--server, and the key it may want."""
+    parser.add_argument("--server", metavar="URL", help=purpose)
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="KEY",
+        help="the server's API key [SOFTBATCH_API_KEY]",
+    )
+
+
+def choice_of(settings: Settings) -> ModelChoice:
+    """The model to load."""
+    return ModelChoice(absolute_model(settings.model), settings.served_model_name, settings.dtype, settings.device)

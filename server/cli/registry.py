@@ -1,0 +1,141 @@
+"""Where a new soft prompt is registered: a store on this machine, or a running server."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import secrets
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from prompt_store.manifest import ModelSpec
+from prompt_store.store import PromptStore
+from server.cli.settings_flags import UsageError
+from server.compression.run import Finished, register
+
+TIMEOUT_SECONDS = 60.0
+CHUNK = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class Registry(Protocol):
+    """Raises UsageError or SoftPromptError."""
+
+    def check_free(self, name: str) -> None: ...
+
+    def check_model(self, spec: ModelSpec) -> None: ...
+
+    def add(self, name: str, finished: Finished) -> None: ...
+
+
+class LocalRegistry:
+    def __init__(self, store: PromptStore) -> None:
+        self._store = store
+
+    def check_free(self, name: str) -> None:
+        self._store.check_free(name)
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """A store takes the soft prompts of any model."""
+
+    def add(self, name: str, finished: Finished) -> None:
+        register(self._store, name, finished)
+
+
+class RemoteRegistry:
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def check_free(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise UsageError("--name: use 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
+        status, _ = self._client.call("GET", f"/v1/soft_prompts/{name}", expected=(200, 404))
+        if status == 200:
+            raise UsageError(f"--name: the server has a soft prompt named '{name}' already")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        _, info = self._client.call("GET", "/info")
+        if info.get("model_fingerprint") != spec.fingerprint:
+            raise UsageError(
+                f"--model: the server runs {info.get('model_id')}, which is another model than {spec.name}; "
+                "compress with the model that will serve the soft prompt"
+            )
+
+    def add(self, name: str, finished: Finished) -> None:
+        self._client.upload("/v1/soft_prompts", name, finished.prompt)
+
+
+class Client:
+    """A running softbatch server over HTTP. Raises UsageError with the server's own words."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"--server {url}: give an address such as http://127.0.0.1:8000")
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def call(
+        self, method: str, path: str, body: object = None, expected: tuple[int, ...] = (200,)
+    ) -> tuple[int, dict[str, Any]]:
+        """(status, JSON reply) of a request whose status is one of `expected`."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        return self._send(method, path, data, headers, expected)
+
+    def upload(self, path: str, name: str, file: Path) -> None:
+        """A multipart form with the fields `name` and `file`; the file is not held in memory."""
+        boundary = secrets.token_hex(16)
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="name"\r\n\r\n{name}\r\n--{boundary}\r\n'
+            f'Content-Disposition: form-data; name="file"; filename="{name}.safetensors"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        ).encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+
+        def parts() -> Iterator[bytes]:
+            yield head
+            with file.open("rb") as source:
+                while chunk := source.read(CHUNK):
+                    yield chunk
+            yield tail
+
+        headers = {
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Content-Length": str(len(head) + file.stat().st_size + len(tail)),
+        }
+        self._send("POST", path, parts(), headers, (201,))
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        data: bytes | Iterator[bytes] | None,
+        headers: Mapping[str, str],
+        expected: tuple[int, ...],
+    ) -> tuple[int, dict[str, Any]]:
+        request = urllib.request.Request(
+            self._url + path, data=data, headers={**self._headers, **headers}, method=method
+        )
+        try:
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
+                    status, content = reply.status, reply.read()
+            except urllib.error.HTTPError as error:
+                status, content = error.code, error.read()
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise UsageError(f"--server {self._url}: no answer ({reason}); is the server running?") from error
+        try:
+            parsed = json.loads(content)
+        except ValueError:
+            raise UsageError(f"--server {self._url}: this is no softbatch server (status {status})") from None
+        if status not in expected:
+            message = parsed.get("error", {}).get("message") if isinstance(parsed, dict) else None
+            raise UsageError(f"the server says: {message or f'status {status}'}")
+        return status, parsed

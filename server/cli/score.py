@@ -1,0 +1,176 @@
+"""`softbatch score`: which of these answers would the model choose?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from prompt_store.manifest import SoftPromptError
+from prompt_store.soft_prompt import check_fits
+from prompt_store.store import PromptStore
+from prompt_store.template import render_chat
+from scheduler.messages import SoftPromptRef
+from scheduler.model.source import ModelError
+from server.cli.model_flags import add_model_flags, add_server_flags, choice_of
+from server.cli.registry import Client
+from server.cli.settings_flags import UsageError, settings_from
+from server.compression.local_engine import LocalEngine
+from server.compression.request import InputError, read_context
+from server.compression.workbench import load_tokenizer
+from server.schemas.score import MAX_CANDIDATES
+from server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`tokens` are (text, log-probability); `probability` is the share among the candidates."""
+
+    text: str
+    logprob: float
+    probability: float
+    tokens: list[tuple[str, float]]
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "score",
+        help="log-probabilities of given answers",
+        description="log Pr(candidate | soft prompt or context or nothing, input) of each candidate, and the best.",
+    )
+    parser.add_argument("--input", required=True, metavar="TEXT", help="the user's turn")
+    parser.add_argument(
+        "--candidate", action="append", required=True, metavar="TEXT", help=f"an answer; up to {MAX_CANDIDATES} times"
+    )
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--soft-prompt", metavar="NAME", help="what stands before the input")
+    before.add_argument("--context", type=Path, metavar="FILE", help="or the text of a file, in the system turn")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the log-probability of every token")
+    add_server_flags(parser, "ask this server instead of loading the model")
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        settings = settings_from(options)
+        if len(options.candidate) > MAX_CANDIDATES:
+            raise UsageError(f"--candidate: at most {MAX_CANDIDATES} can be compared, got {len(options.candidate)}")
+        context = read_context(options.context) if options.context else None
+        scored = (_ask if options.server else _compute)(options, settings, context)
+    except (UsageError, InputError, SoftPromptError, ModelError, ValueError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    _print(scored, options.json)
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"softbatch score: {message}", file=sys.stderr)
+    return 2
+
+
+def _ask(options: argparse.Namespace, settings: Settings, context: str | None) -> list[Scored]:
+    body = {
+        "input": options.input,
+        "candidates": options.candidate,
+        "soft_prompt": options.soft_prompt,
+        "context": context,
+    }
+    client = Client(options.server, next(iter(settings.api_key), None))
+    _, reply = client.call("POST", "/v1/score", {name: value for name, value in body.items() if value is not None})
+    return [
+        Scored(
+            candidate["text"],
+            candidate["logprob"],
+            candidate["probability"],
+            [(token["text"], token["logprob"]) for token in candidate["tokens"]],
+        )
+        for candidate in reply["candidates"]
+    ]
+
+
+def _compute(options: argparse.Namespace, settings: Settings, context: str | None) -> list[Scored]:
+    """As the server does it: the same template, the same batches."""
+    disable_progress_bar()
+    set_verbosity_error()
+    choice, max_bytes = choice_of(settings), settings.max_prompt_mib << 20
+    tokenizer = load_tokenizer(choice)
+    stored = PromptStore(settings.prompt_store, max_bytes).get(options.soft_prompt) if options.soft_prompt else None
+    shared = _prompt(tokenizer, options.input, context, stored.manifest.replaces if stored else "nothing")
+    engine = LocalEngine(choice, len(shared), 64, max_bytes)
+    try:
+        ref = None
+        if stored is not None:
+            check_fits(stored.manifest, engine.ready.model.spec)
+            ref = SoftPromptRef(stored.sha256, str(stored.path), stored.manifest.num_virtual_tokens)
+        ending = engine.ready.model.eos_token_ids[:1]
+        candidates = [[*_tokens(tokenizer, text), *ending] for text in options.candidate]
+        logprobs = engine.score(shared, candidates, ref)
+    finally:
+        engine.close()
+    totals = [sum(part) for part in logprobs]
+    return [
+        Scored(text, total, share, [(tokenizer.decode([i]), p) for i, p in zip(ids, part, strict=True)])
+        for text, ids, part, total, share in zip(
+            options.candidate, candidates, logprobs, totals, _shares(totals), strict=True
+        )
+    ]
+
+
+def _prompt(tokenizer: Any, text: str, context: str | None, replaces: Literal["nothing", "system"]) -> list[int]:
+    if not tokenizer.chat_template:
+        raw = "\n\n".join(part for part in (context, text) if part)
+        return list(tokenizer.encode(raw, add_special_tokens=replaces == "nothing"))
+    turns = [{"role": "user", "content": text}]
+    if context is not None:
+        turns.insert(0, {"role": "system", "content": context})
+    return _tokens(tokenizer, render_chat(tokenizer, turns, replaces=replaces))
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _shares(logprobs: Sequence[float]) -> list[float]:
+    """Probabilities normalised over the candidates."""
+    most = max(logprobs)
+    weights = [math.exp(logprob - most) for logprob in logprobs]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _print(scored: list[Scored], as_json: bool) -> None:
+    best = max(range(len(scored)), key=lambda index: scored[index].logprob)
+    if as_json:
+        candidates = [
+            {
+                "text": s.text,
+                "logprob": s.logprob,
+                "probability": s.probability,
+                "tokens": [{"text": text, "logprob": logprob} for text, logprob in s.tokens],
+            }
+            for s in scored
+        ]
+        print(json.dumps({"best": best, "candidates": candidates}, indent=2, ensure_ascii=False))
+        return
+    table = Table()
+    table.add_column("candidate")
+    for heading in ("log Pr", "share", "tokens"):
+        table.add_column(heading, justify="right")
+    for index, candidate in enumerate(scored):
+        style = "bold" if index == best else None
+        figures = (f"{candidate.logprob:.3f}", f"{candidate.probability:.1%}", str(len(candidate.tokens)))
+        table.add_row(candidate.text.replace("[", "\\["), *figures, style=style)
+    console = Console()
+    console.print(table)
+    console.print(f"best: {scored[best].text}", highlight=False, markup=False, soft_wrap=True)

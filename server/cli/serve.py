@@ -1,0 +1,98 @@
+"""`softbatch serve`: check the settings, take the port, start the engine, serve until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from server.app import create_app, running_services
+from server.cli.settings_flags import UsageError, add_flags, settings_from
+from server.engine_client import StartupError
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+BACKLOG = 2048
+# Running requests may take this long to finish once the server was told to stop.
+DRAIN_SECONDS = 300
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP. Every flag can also be set through the environment.",
+    )
+    add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        settings = settings_from(options)
+        listener = _listen(settings)
+        # While it serves, uvicorn takes the signal, and raises it again behind the last request. An exception lets the
+        # engine and the temporary files go; the default would end the process on the spot.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, listener))
+    except (UsageError, StartupError) as error:
+        print(f"softbatch serve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> None:
+    async with running_services(settings) as services:
+        config = uvicorn.Config(
+            create_app(services),
+            lifespan="off",
+            backlog=BACKLOG,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+        logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
+
+        class DrainingServer(uvicorn.Server):
+            """Admits nothing from the moment it is told to stop; what runs is finished."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                services.engine.draining = True
+                super().handle_exit(sig, frame)
+
+        server = DrainingServer(config)
+
+        def stop() -> None:
+            server.should_exit = True
+
+        services.engine.on_give_up = stop
+        await server.serve(sockets=[listener])
+        if services.engine.gave_up:
+            raise StartupError("the engine died and could not be started again; see the log above")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Take the port before the model is loaded, so that a taken one is told at once. Raises StartupError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another --host or --port"
+        ) from error
+    return listener  # not listening yet: until the model is loaded, clients are refused rather than kept waiting

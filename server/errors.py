@@ -1,0 +1,182 @@
+"""The one exception the HTTP side raises on purpose, and the only shape errors leave the server in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 1000
+MAX_ECHO_CHARS = 80
+# Clients decide on these whether to retry, so an error raised without a code gets its status's own.
+_DEFAULT_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    429: "rate_limit_exceeded",
+    503: "unavailable",
+}
+
+
+class ApiError(Exception):
+    """An answer other than 2xx: `{"error": {"message", "type", "param", "code"}}` with an HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """The error types that OpenAI's clients know."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 429:
+            return "requests"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+
+def invalid(param: str, message: str, *, code: str | None = None) -> ApiError:
+    """400: `param` has a value that cannot be used; `message` says what would be right."""
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def unknown_model(name: str) -> ApiError:
+    """404: no model and no soft prompt of this name."""
+    return ApiError(
+        404,
+        f"the model {shown(name)} does not exist; GET /v1/models lists the base model and every soft prompt",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def unknown_soft_prompt(name: str) -> ApiError:
+    """404: no soft prompt of this name."""
+    return ApiError(
+        404,
+        f"the soft prompt {shown(name)} does not exist; GET /v1/soft_prompts lists those that do",
+        param="soft_prompt",
+        code="soft_prompt_not_found",
+    )
+
+
+def unavailable(message: str, *, code: str = "unavailable", retry_after: int = 5) -> ApiError:
+    """503: not now; the same request may work in `retry_after` seconds."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
+
+
+def shown(value: str) -> str:
+    """A client's own word as it may stand in a message: quoted, printable, short."""
+    clipped = value if len(value) <= MAX_ECHO_CHARS else value[:MAX_ECHO_CHARS] + "…"
+    return f"'{printable(clipped)}'"
+
+
+def printable(value: str) -> str:
+    """Neither control characters nor lone surrogates, which pydantic and UTF-8 cannot carry."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
+
+
+def error_json(error: ApiError) -> str:
+    """The body of an error reply, also sent as the last event of a stream that fails. Plain ASCII."""
+    body = {
+        "message": error.message[:MAX_MESSAGE_CHARS],
+        "type": error.type,
+        "param": error.param,
+        "code": error.code or _DEFAULT_CODES.get(error.status),
+    }
+    return json.dumps({"error": body}, separators=(",", ":"))
+
+
+def error_response(error: ApiError) -> Response:
+    """The error as an ASGI response, for handlers and middlewares alike."""
+    return Response(error_json(error), error.status, error.headers, media_type="application/json")
+
+
+def internal_error(exc: BaseException, where: str) -> ApiError:
+    """500 that carries nothing but an id; the log has the same id and the traceback."""
+    request_id = secrets.token_hex(8)
+    logger.error("internal error %s in %s", request_id, where, exc_info=exc)
+    return ApiError(500, f"internal error {request_id}; see the server's log", code="internal_error")
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What pydantic found, as one 400 about the first field at fault; never echoes what was sent."""
+    first = errors[0]
+    # FastAPI puts 'body', 'path' or 'query' in front.
+    path = [str(part) for part in first["loc"][1:]]
+    context = first.get("ctx") or {}
+    kind = first["type"]
+    if kind == "json_invalid":
+        where = f"{context.get('error', 'syntax error')}, at character {path[0] if path else 0}"
+        return ApiError(400, f"the body is not valid JSON: {where}", code="invalid_json")
+    if "param" in context:
+        path.append(str(context["param"]))
+    param = ".".join(path)[:256] or None
+    if param is None:
+        message = "a JSON object is expected as body, with the header 'Content-Type: application/json'"
+        if kind not in ("missing", "not_an_object"):
+            message = first["msg"]
+        return ApiError(400, message, code="invalid_body")
+    message = "required, but missing" if kind == "missing" else first["msg"]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return ApiError(400, f"{param}: {message[:1].lower()}{message[1:]}{more}", param=param, code=kind)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Give every error of the app, expected or not, the one shape."""
+
+    async def on_api_error(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, ApiError)
+        return error_response(exc)
+
+    async def on_validation_error(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)
+        return error_response(validation_error(exc.errors()))
+
+    async def on_http_exception(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, HTTPException)
+        return error_response(_from_http_exception(request, exc))
+
+    async def on_exception(request: Request, exc: Exception) -> Response:
+        return error_response(internal_error(exc, f"{request.method} {request.scope['path'][:200]!r}"))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_exception)
+
+
+def _from_http_exception(request: Request, exc: HTTPException) -> ApiError:
+    """Starlette's and FastAPI's own errors: unknown route, wrong method, unreadable body or form."""
+    headers = dict(exc.headers or {})
+    route = f"{request.method} {shown(request.scope['path'])}"
+    if exc.status_code == 404:
+        return ApiError(404, f"there is no route {route}; GET /docs shows those there are", headers=headers)
+    if exc.status_code == 405:
+        return ApiError(405, f"{route} is not allowed; allowed: {headers.get('Allow', '')}", headers=headers)
+    if exc.status_code == 400 and exc.__cause__ is not None:
+        # FastAPI's answer to a body that breaks the JSON parser itself.
+        message = "the body is not valid JSON: it must be UTF-8, and not nested a thousand levels deep"
+        return ApiError(400, message, code="invalid_json")
+    return ApiError(exc.status_code, str(exc.detail), headers=headers)

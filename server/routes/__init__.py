@@ -1,0 +1,33 @@
+"""One router per resource."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from server.routes import (
+    chat,
+    completions,
+    compressions,
+    generate,
+    health,
+    info,
+    models,
+    queue,
+    score,
+    soft_prompts,
+    tokenize,
+)
+
+ROUTERS: tuple[APIRouter, ...] = (
+    generate.router,
+    completions.router,
+    chat.router,
+    score.router,
+    models.router,
+    soft_prompts.router,
+    compressions.router,
+    tokenize.router,
+    queue.router,
+    info.router,
+    health.router,
+)

@@ -1,0 +1,103 @@
+"""What the routes share: the way to the server's parts, the meaning of `model`, replies as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, cast
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from server.errors import ApiError, invalid, unavailable, unknown_model
+from server.generation import Generation, GenerationRequest
+from server.schemas.replies import CachedTokens, Usage
+from server.schemas.sampling import FinishReason, OpenAIRequest
+
+if TYPE_CHECKING:
+    from scheduler.messages import Ready
+    from server.app import Services
+
+# What OpenAI calls the ends of a text.
+FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+def services_of(request: Request) -> Services:
+    """Raises ApiError 503 until the app has wired its parts together."""
+    services = getattr(request.app.state, "services", None)
+    if services is None:
+        raise unavailable("the server is starting", code="starting")
+    return cast("Services", services)
+
+
+def engine_info(services: Services) -> Ready:
+    """What the engine said about itself and its model. Raises ApiError 503 until it has."""
+    info = services.engine.info
+    if info is None:
+        raise unavailable("the engine is starting", code="starting")
+    return info
+
+
+def is_base_model(services: Services, name: str) -> bool:
+    return name in (services.model_name, services.settings.model)
+
+
+def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | None) -> str | None:
+    """The soft prompt that both fields ask for together. Whether it exists shows when it is used."""
+    if model is None or is_base_model(services, model):
+        return soft_prompt
+    if soft_prompt not in (None, model):
+        raise invalid("soft_prompt", "'model' already names another soft prompt: send only one of them")
+    return model
+
+
+@contextlib.contextmanager
+def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Iterator[None]:
+    """Let errors from below name the fields as this route's clients know them; `model` is the soft prompt's name when
+    it came in the field of that name."""
+    try:
+        yield
+    except ApiError as error:
+        if model is not None and error.param == "soft_prompt":
+            if error.code == "soft_prompt_not_found":
+                raise unknown_model(model) from error
+            error.param = "model"
+        error.param = names.get(error.param or "", error.param)
+        raise
+
+
+async def start_all(
+    services: Services,
+    body: OpenAIRequest,
+    requests: Sequence[GenerationRequest],
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> list[Generation]:
+    """Start all choices of a request, or none. Raises ApiError; `names` as in `fields_named`."""
+    with fields_named(names, model=body.model if body.model == requests[0].soft_prompt else None):
+        return await services.generator.start_many(requests)
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError for a token that the model does not have."""
+    if token_ids and max(token_ids) >= vocab_size:
+        at = next(index for index, token_id in enumerate(token_ids) if token_id >= vocab_size)
+        raise invalid(f"{param}.{at}", f"the model's token ids are 0 to {vocab_size - 1}", code="token_id")
+
+
+def usage_of(generations: Sequence[Generation], choices_per_prompt: int) -> Usage:
+    """Counts a prompt once, however many choices it has."""
+    prompts = generations[::choices_per_prompt]
+    virtual = sum(generation.virtual_tokens for generation in prompts)
+    prompt_tokens = virtual + sum(generation.prompt_tokens for generation in prompts)
+    completion_tokens = sum(generation.completion_tokens for generation in generations)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=CachedTokens(cached_tokens=virtual),
+    )
+
+
+def json_reply(model: BaseModel, status: Literal[200, 201] = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(model.model_dump_json(), status, headers, media_type="application/json")

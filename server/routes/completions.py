@@ -1,0 +1,144 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.choices import gather, merge
+from server.disconnect import until_disconnect
+from server.generation import Generation, GenerationRequest, Token
+from server.routes.common import (
+    FINISH_REASONS,
+    json_reply,
+    named_soft_prompt,
+    services_of,
+    start_all,
+    usage_of,
+)
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from server.sse import DONE, EventStream
+
+if TYPE_CHECKING:
+    from server.app import Services
+
+router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
+ROUTE = "/v1/completions"
+
+
+@router.post(ROUTE, response_model=Completion, summary="Continue a text (OpenAI)")
+async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    """`prompt` is a text, token ids, or a list of either; every prompt gets `n` choices, numbered in order.
+
+    With `stream: true` the reply is a stream of events `data: {...}`, ended by `data: [DONE]`.
+    """
+    services = services_of(request)
+    requests = _requests(services, body)
+    echoes = [_echo(services, body, prompt) for prompt in body.prompt for _ in range(body.n)]
+    if body.stream:
+        generations = await start_all(services, body, requests)
+        reply = _reply_fields(services, body, generations)
+        events = _events(body, generations, echoes, reply)
+        return EventStream(events, generations, ROUTE)
+
+    async def complete() -> Response:
+        generations = await start_all(services, body, requests)
+        choices = [
+            CompletionChoice(
+                index=index,
+                text=echoes[index] + choice.text,
+                logprobs=None if body.logprobs is None else _logprobs(choice.tokens, 0),
+                finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
+                stop_reason=choice.stop_reason,
+            )
+            for index, choice in enumerate(await gather(generations))
+        ]
+        usage = usage_of(generations, body.n)
+        reply = _reply_fields(services, body, generations)
+        return json_reply(Completion(**reply, choices=choices, usage=usage))
+
+    return await until_disconnect(request, complete())
+
+
+def _requests(services: Services, body: CompletionRequest) -> list[GenerationRequest]:
+    soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
+    return [
+        GenerationRequest(
+            prompt=prompt,
+            params=body.sampling_params(body.logprobs),
+            seed=body.seed_of(choice),
+            max_tokens=body.max_tokens,
+            stop=tuple(body.stop),
+            soft_prompt=soft_prompt,
+            add_special_tokens=body.add_special_tokens,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            route=ROUTE,
+        )
+        for prompt in body.prompt
+        for choice in range(body.n)
+    ]
+
+
+def _echo(services: Services, body: CompletionRequest, prompt: str | list[int]) -> str:
+    if not body.echo:
+        return ""
+    return prompt if isinstance(prompt, str) else services.text.decode(prompt)
+
+
+def _reply_fields(services: Services, body: CompletionRequest, generations: Sequence[Generation]) -> dict[str, Any]:
+    """What the reply and all chunks of a stream have in common."""
+    return {
+        "id": f"cmpl-{generations[0].request_id}",
+        "created": generations[0].created,
+        "model": body.model or services.model_name,
+    }
+
+
+async def _events(
+    body: CompletionRequest, generations: Sequence[Generation], echoes: Sequence[str], reply: dict[str, Any]
+) -> AsyncGenerator[str, None]:
+    pending_echo = list(echoes)
+    offsets = [0] * len(generations)
+    async with aclosing(merge(generations)) as deltas:
+        async for index, delta in deltas:
+            text, pending_echo[index] = pending_echo[index] + delta.text, ""
+            logprobs = None
+            if body.logprobs is not None:
+                logprobs = _logprobs(delta.tokens, offsets[index])
+                offsets[index] += sum(len(token) for token in logprobs.tokens)
+            if not text and not (logprobs and logprobs.tokens) and delta.finish_reason is None:
+                continue
+            choice = CompletionChoice(
+                index=index,
+                text=text,
+                logprobs=logprobs,
+                finish_reason=FINISH_REASONS.get(delta.finish_reason or ""),
+                stop_reason=delta.stop_reason,
+            )
+            yield Completion(**reply, choices=[choice]).model_dump_json()
+    if body.stream_options is not None and body.stream_options.include_usage:
+        yield Completion(**reply, choices=[], usage=usage_of(generations, body.n)).model_dump_json()
+    yield DONE
+
+
+def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
+    """`offset` is where the first token begins."""
+    reply = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for token in tokens:
+        logprob = token.logprob if token.logprob is not None else 0.0
+        # Two tokens may have the same text; the better one comes first and stays.
+        top: dict[str, float] = {}
+        for other in token.top:
+            top.setdefault(other.text, other.logprob)
+        top.setdefault(token.text, logprob)
+        reply.tokens.append(token.text)
+        reply.token_logprobs.append(logprob)
+        reply.top_logprobs.append(top)
+        reply.text_offset.append(offset)
+        offset += len(token.text)
+    return reply

@@ -1,0 +1,187 @@
+"""`POST /generate`, `/generate_stream` and `/`, as text-generation-inference has them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+
+from server.choices import Choice, gather, merge
+from server.disconnect import until_disconnect
+from server.generation import Delta, Generation, GenerationRequest, Token
+from server.routes.common import fields_named, json_reply, services_of
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.generate import (
+    CompatGenerateRequest,
+    GenerateDetails,
+    GeneratedToken,
+    GenerateFinishReason,
+    GenerateReply,
+    GenerateRequest,
+    GenerateStreamRequest,
+    StreamDetails,
+    StreamEvent,
+)
+from server.sse import EventStream
+
+if TYPE_CHECKING:
+    from server.app import Services
+
+router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
+# What the fields of a generation are called here.
+NAMES = {
+    "prompt": "inputs",
+    "max_tokens": "parameters.max_new_tokens",
+    "soft_prompt": "parameters.soft_prompt",
+}
+FINISH_REASONS: Mapping[str, GenerateFinishReason] = {
+    "eos": "eos_token",
+    "stop": "stop_sequence",
+    "length": "length",
+}
+
+
+@router.post("/generate", response_model=GenerateReply, summary="Continue a text (text-generation-inference)")
+async def generate(request: Request, body: GenerateRequest) -> Response:
+    """The headers x-queue-time, x-inference-time and x-time-per-token are milliseconds."""
+    services = services_of(request)
+    choice = await until_disconnect(request, _complete(services, body, "/generate"))
+    return json_reply(_reply(services, body, choice), headers=_timings(choice.generation))
+
+
+@router.post("/generate_stream", response_model=StreamEvent, summary="The same as a stream of tokens")
+async def generate_stream(request: Request, body: GenerateStreamRequest) -> Response:
+    """Events `data: {...}`, one per token; the last one has `generated_text` and `details`."""
+    return await _stream(services_of(request), body, "/generate_stream")
+
+
+@router.post("/", response_model=list[GenerateReply], summary="Either of both, by the field `stream`")
+async def compat_generate(request: Request, body: CompatGenerateRequest) -> Response:
+    """The route that the clients of huggingface_hub call. Without `stream` the reply is a list of one."""
+    services = services_of(request)
+    if body.stream:
+        return await _stream(services, body, "/")
+    choice = await until_disconnect(request, _complete(services, body, "/"))
+    text = f"[{_reply(services, body, choice).model_dump_json()}]"
+    return Response(text, headers=_timings(choice.generation), media_type="application/json")
+
+
+async def _complete(services: Services, body: GenerateRequest, route: str) -> Choice:
+    with fields_named(NAMES):
+        generation = await services.generator.start(_request(body, body.parameters.details, route))
+    return (await gather([generation]))[0]
+
+
+async def _stream(services: Services, body: GenerateRequest, route: str) -> Response:
+    with fields_named(NAMES):
+        generation = await services.generator.start(_request(body, True, route))
+    return EventStream(_events(services, body, generation), [generation], route)
+
+
+def _request(body: GenerateRequest, with_logprobs: bool, route: str) -> GenerationRequest:
+    parameters = body.parameters
+    return GenerationRequest(
+        prompt=body.inputs,
+        params=parameters.sampling_params(parameters.top_n_tokens if with_logprobs else None),
+        seed=parameters.seed,
+        max_tokens=parameters.max_new_tokens,
+        stop=tuple(parameters.stop),
+        include_stop=True,
+        soft_prompt=parameters.soft_prompt or parameters.adapter_id,
+        truncate=parameters.truncate,
+        route=route,
+    )
+
+
+def _reply(services: Services, body: GenerateRequest, choice: Choice) -> GenerateReply:
+    text = _prefix(body) + choice.text
+    if not body.parameters.details:
+        return GenerateReply(generated_text=text)
+    top_tokens = None
+    if body.parameters.top_n_tokens:
+        top_tokens = [_alternatives(services, token) for token in choice.tokens]
+    return GenerateReply(
+        generated_text=text,
+        details=GenerateDetails(
+            finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
+            generated_tokens=choice.generation.completion_tokens,
+            seed=_seed(body, choice.generation),
+            tokens=[_token(token) for token in choice.tokens],
+            top_tokens=top_tokens,
+        ),
+    )
+
+
+async def _events(services: Services, body: GenerateRequest, generation: Generation) -> AsyncGenerator[str, None]:
+    pieces = [_prefix(body)]
+    index = 0
+    async with aclosing(merge([generation])) as deltas:
+        async for _, delta in deltas:
+            pieces.append(delta.text)
+            for position, (token, text) in enumerate(zip(delta.tokens, _texts(delta), strict=True), 1):
+                index += 1
+                is_last = delta.finish_reason is not None and position == len(delta.tokens)
+                yield StreamEvent(
+                    index=index,
+                    token=_token(token).model_copy(update={"text": text}),
+                    top_tokens=_alternatives(services, token) if body.parameters.top_n_tokens else None,
+                    generated_text="".join(pieces) if is_last else None,
+                    details=_stream_details(body, generation, delta.finish_reason) if is_last else None,
+                ).model_dump_json()
+
+
+def _texts(delta: Delta) -> list[str]:
+    """What each token adds; joined over all events, the generated text. Special tokens show their own."""
+    texts = [token.text if token.special else "" for token in delta.tokens]
+    if delta.text:
+        # Behind the text there can only be special tokens.
+        ordinary = [position for position, token in enumerate(delta.tokens) if not token.special]
+        texts[ordinary[-1] if ordinary else -1] = delta.text
+    return texts
+
+
+def _stream_details(body: GenerateRequest, generation: Generation, finish_reason: str | None) -> StreamDetails:
+    return StreamDetails(
+        finish_reason=FINISH_REASONS[finish_reason or "stop"],
+        generated_tokens=generation.completion_tokens,
+        seed=_seed(body, generation),
+        input_length=generation.virtual_tokens + generation.prompt_tokens,
+    )
+
+
+def _prefix(body: GenerateRequest) -> str:
+    return body.inputs if body.parameters.return_full_text else ""
+
+
+def _seed(body: GenerateRequest, generation: Generation) -> int | None:
+    return generation.seed if body.parameters.samples else None
+
+
+def _token(token: Token) -> GeneratedToken:
+    return GeneratedToken(id=token.id, text=token.text, logprob=token.logprob or 0.0, special=token.special)
+
+
+def _alternatives(services: Services, token: Token) -> list[GeneratedToken]:
+    return [
+        GeneratedToken(id=t.id, text=t.text, logprob=t.logprob, special=services.text.is_special(t.id))
+        for t in token.top
+    ]
+
+
+def _timings(generation: Generation) -> dict[str, str]:
+    inference = generation.total_seconds - generation.queue_seconds
+    tokens = generation.completion_tokens
+    return {
+        "x-total-time": _milliseconds(generation.total_seconds),
+        "x-queue-time": _milliseconds(generation.queue_seconds),
+        "x-inference-time": _milliseconds(inference),
+        "x-time-per-token": _milliseconds(inference / max(tokens, 1)),
+        "x-prompt-tokens": str(generation.virtual_tokens + generation.prompt_tokens),
+        "x-generated-tokens": str(tokens),
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(round(seconds * 1000))

@@ -1,0 +1,38 @@
+"""`/health*`: the only routes that need no API key."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from server.errors import unavailable
+from server.routes.common import json_reply, services_of
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.info import Health
+
+router = APIRouter(prefix="/health", tags=["health"], responses=ERROR_REPLIES)
+
+
+@router.get("", response_model=Health, summary="Is a step being made?")
+async def health(request: Request) -> Response:
+    """200 only if the engine was heard of lately: it reports every step, and while idle a heartbeat."""
+    engine = services_of(request).engine
+    if not engine.ready:
+        raise unavailable("the engine is restarting", code="restarting")
+    if not engine.healthy:
+        age = round(engine.last_message_age)
+        raise unavailable(f"the engine has not made a step for {age} seconds", code="stalled")
+    return json_reply(Health())
+
+
+@router.get("/live", response_model=Health, summary="Does the process answer?")
+async def live() -> Response:
+    """200 as soon as the server listens, whatever the engine does."""
+    return json_reply(Health())
+
+
+@router.get("/ready", response_model=Health, summary="Should it get requests?")
+async def ready(request: Request) -> Response:
+    """503 while starting, restarting the engine, or finishing the last requests before the end."""
+    if services_of(request).engine.draining:
+        raise unavailable("the server is shutting down", code="draining")
+    return await health(request)

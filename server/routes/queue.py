@@ -1,0 +1,48 @@
+"""`GET /v1/queue`: the running batch and the waiting queue, live."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+
+from server.routes.common import json_reply, services_of
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.info import Progress, Queue, QueueEntry
+
+if TYPE_CHECKING:
+    from server.active_request import ActiveRequest
+
+router = APIRouter(tags=["queue"], responses=ERROR_REPLIES)
+
+
+@router.get("/v1/queue", response_model=Queue, summary="Every running and waiting request")
+async def get_queue(request: Request) -> Response:
+    """With its age, its soft prompt and how far it has come; the first of `waiting` is admitted next."""
+    services = services_of(request)
+    active = list(services.engine.active.values())
+    running = [entry for entry in active if entry.state == "running"]
+    waiting = [entry for entry in active if entry.state == "waiting"]
+    return json_reply(
+        Queue(
+            slots=services.settings.max_batch_size,
+            running=[_entry(entry) for entry in sorted(running, key=lambda entry: entry.started or 0.0)],
+            # `active` is in the order of submission, and so the scheduler admits; a preempted request keeps its place.
+            waiting=[_entry(entry) for entry in sorted(waiting, key=lambda entry: entry.priority)],
+        )
+    )
+
+
+def _entry(active: ActiveRequest) -> QueueEntry:
+    return QueueEntry(
+        id=active.request_id,
+        state=active.state,
+        route=active.route,
+        age_seconds=round(time.monotonic() - active.arrived, 3),
+        priority=active.priority,
+        soft_prompt=active.soft_prompt,
+        prompt_tokens=active.prompt_tokens,
+        virtual_tokens=active.virtual_tokens,
+        progress=Progress(num_computed=active.num_computed, generated=active.generated, max_tokens=active.max_tokens),
+    )

@@ -1,0 +1,94 @@
+"""`POST /v1/score`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+
+from server.disconnect import until_disconnect
+from server.errors import invalid
+from server.preparation import Prompt
+from server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.replies import CachedTokens, Usage
+from server.schemas.score import ScoredCandidate, ScoredToken, ScoreReply, ScoreRequest
+from server.scoring import Scores
+
+if TYPE_CHECKING:
+    from server.app import Services
+
+router = APIRouter(tags=["score"], responses=ERROR_REPLIES)
+ROUTE = "/v1/score"
+
+
+@router.post(ROUTE, response_model=ScoreReply, summary="Log-probabilities of given answers")
+async def score(request: Request, body: ScoreRequest) -> Response:
+    """log Pr(y | soft prompt or context or nothing, input) of each candidate y, per token and summed."""
+    services = services_of(request)
+    soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
+    if soft_prompt is not None and body.context is not None:
+        raise invalid("context", "a soft prompt already stands for a context: send only one of them")
+    work = services.scorer.score(
+        _prompt(services, body), body.candidates, soft_prompt=soft_prompt, end=body.end, route=ROUTE
+    )
+    names = {"prompt": "input" if body.messages is None else "messages"}
+    with fields_named(names, model=body.model if body.model == soft_prompt else None):
+        scores = await until_disconnect(request, work)
+    return json_reply(_reply(services, body, soft_prompt, scores))
+
+
+def _prompt(services: Services, body: ScoreRequest) -> Prompt:
+    """As the context would have stood in front when a soft prompt was made of it: in the system turn."""
+    if not services.text.tokenizer.chat_template:
+        if body.messages is not None:
+            raise invalid("messages", "this model has no chat template; send 'input'")
+        return "\n\n".join(part for part in (body.context, body.input) if part)
+    turns = [{"role": "user", "content": body.input or ""}]
+    if body.messages is not None:
+        turns = [message.as_turn() for message in body.messages]
+    return [{"role": "system", "content": body.context}, *turns] if body.context is not None else turns
+
+
+def _reply(services: Services, body: ScoreRequest, soft_prompt: str | None, scores: Scores) -> ScoreReply:
+    totals = [candidate.logprob for candidate in scores.candidates]
+    shares = _normalised(totals)
+    return ScoreReply(
+        model=services.model_name,
+        soft_prompt=soft_prompt,
+        best=max(range(len(totals)), key=totals.__getitem__),
+        candidates=[
+            ScoredCandidate(
+                index=index,
+                text=body.candidates[index],
+                logprob=totals[index],
+                probability=shares[index],
+                tokens=[
+                    ScoredToken(id=token_id, text=services.text.piece(token_id), logprob=logprob)
+                    for token_id, logprob in zip(candidate.token_ids, candidate.logprobs, strict=True)
+                ],
+            )
+            for index, candidate in enumerate(scores.candidates)
+        ],
+        usage=_usage(scores),
+    )
+
+
+def _usage(scores: Scores) -> Usage:
+    prompt = scores.virtual_tokens + scores.prompt_tokens
+    scored = sum(len(candidate.token_ids) for candidate in scores.candidates)
+    return Usage(
+        prompt_tokens=prompt + scored,
+        completion_tokens=0,
+        total_tokens=prompt + scored,
+        prompt_tokens_details=CachedTokens(cached_tokens=scores.virtual_tokens),
+    )
+
+
+def _normalised(logprobs: Sequence[float]) -> list[float]:
+    """Shares that add up to one."""
+    most = max(logprobs)
+    weights = [math.exp(logprob - most) for logprob in logprobs]
+    return [weight / sum(weights) for weight in weights]

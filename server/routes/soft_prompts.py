@@ -1,0 +1,117 @@
+"""`/v1/soft_prompts`: register, list, show, download and delete trained soft prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+
+from prompt_store.manifest import SoftPromptError
+from prompt_store.store import StoredPrompt
+from server.errors import ApiError, shown, unknown_soft_prompt
+from server.routes.common import json_reply, services_of
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject
+from server.upload import UPLOAD_BODY, read_upload, register
+
+if TYPE_CHECKING:
+    from server.app import Services
+
+router = APIRouter(prefix="/v1/soft_prompts", tags=["soft prompts"], responses=ERROR_REPLIES)
+# Anything else that is wrong with a soft prompt is 422.
+STATUS = {"unknown_prompt": 404, "name_taken": 409, "too_large": 413}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=SoftPromptObject,
+    summary="Register a soft prompt",
+    openapi_extra=UPLOAD_BODY,
+)
+async def create_soft_prompt(request: Request) -> Response:
+    """Upload a soft prompt file, or an adapter trained by PEFT (PROMPT_TUNING, P_TUNING, CPT, PREFIX_TUNING,
+    CARTRIDGE) as its two files or a zip of its folder.
+
+    `curl -F name=manual -F file=@manual.safetensors http://127.0.0.1:8000/v1/soft_prompts`
+    """
+    services = services_of(request)
+    with _store_errors():
+        async with read_upload(request, services) as upload:
+            stored = await asyncio.to_thread(register, services, upload)
+    return json_reply(_object(stored, full=True), 201, headers={"Location": f"{router.prefix}/{stored.name}"})
+
+
+@router.get("", response_model=SoftPromptList, summary="All soft prompts")
+async def list_soft_prompts(request: Request) -> Response:
+    """`broken` names files in the store that cannot be used, if there are any."""
+    store = services_of(request).store
+    stored = await asyncio.to_thread(store.list)
+    broken = [BrokenFile(name=name, reason=why) for name, why in await asyncio.to_thread(store.broken)]
+    return json_reply(SoftPromptList(data=[_object(prompt) for prompt in stored], broken=broken or None))
+
+
+@router.get("/{name}", response_model=SoftPromptObject, summary="One soft prompt, with its fidelity")
+async def get_soft_prompt(request: Request, name: str) -> Response:
+    """`manifest` is what the file says about itself: context, training and measured fidelity."""
+    return json_reply(_object(await _get(services_of(request), name), full=True))
+
+
+@router.get("/{name}/content", response_class=FileResponse, summary="Download the file")
+async def get_soft_prompt_content(request: Request, name: str) -> Response:
+    """The `.safetensors` file, which any other softbatch server of the same model can register."""
+    stored = await _get(services_of(request), name)
+    return FileResponse(
+        stored.path,
+        media_type="application/octet-stream",
+        filename=f"{stored.name}.safetensors",
+        headers={"ETag": f'"{stored.sha256}"'},
+    )
+
+
+@router.delete("/{name}", response_model=SoftPromptDeleted, summary="Delete a soft prompt")
+async def delete_soft_prompt(request: Request, name: str) -> Response:
+    """Requests that use it are served to their end."""
+    services = services_of(request)
+    with _store_errors(name):
+        await asyncio.to_thread(services.store.remove, name)
+    await services.leases.collect()
+    return json_reply(SoftPromptDeleted(id=name))
+
+
+async def _get(services: Services, name: str) -> StoredPrompt:
+    with _store_errors(name):
+        return await asyncio.to_thread(services.store.get, name)
+
+
+@contextlib.contextmanager
+def _store_errors(name: str | None = None) -> Iterator[None]:
+    """Give the store's refusals their HTTP status."""
+    try:
+        yield
+    except SoftPromptError as error:
+        if error.code == "unknown_prompt" and name is not None:
+            raise unknown_soft_prompt(name) from error
+        status = STATUS.get(error.code, 422)
+        where = f"soft prompt {shown(name)}: " if name is not None else ""
+        raise ApiError(status, f"{where}{error}", param=error.param, code=error.code) from error
+
+
+def _object(stored: StoredPrompt, full: bool = False) -> SoftPromptObject:
+    manifest = stored.manifest
+    return SoftPromptObject(
+        id=stored.name,
+        name=stored.name,
+        created=stored.created_at,
+        sha256=stored.sha256,
+        bytes=stored.num_bytes,
+        kind=manifest.kind,
+        num_virtual_tokens=manifest.num_virtual_tokens,
+        base_model=manifest.model.name,
+        context_tokens=manifest.context.num_tokens if manifest.context else None,
+        manifest=manifest if full else None,
+    )

@@ -1,0 +1,62 @@
+"""`POST /tokenize` and `/detokenize`. Long texts take a while, so the work is done in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Literal
+
+from fastapi import APIRouter, Request, Response
+
+from prompt_store.manifest import SoftPromptError
+from server.errors import unknown_model
+from server.routes.common import check_token_ids, engine_info, is_base_model, json_reply, services_of
+from server.schemas.base import ERROR_REPLIES
+from server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
+
+if TYPE_CHECKING:
+    from server.app import Services
+
+router = APIRouter(tags=["tokens"], responses=ERROR_REPLIES)
+
+
+@router.post("/tokenize", response_model=TokenizeReply, summary="Text or messages to token ids (vLLM)")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """With `messages` and a soft prompt as `model`: the tokens that follow the soft prompt."""
+    services = services_of(request)
+    max_model_len = engine_info(services).model.max_model_len
+    replaces = await asyncio.to_thread(_replaces, services, body.model)
+
+    def work() -> TokenizeReply:
+        if body.messages is not None:
+            turns = [message.as_turn() for message in body.messages]
+            text, special = services.text.render(turns, replaces, body.add_generation_prompt), False
+        else:
+            # A soft prompt that stands for the beginning of the text stands for BOS too.
+            text, special = body.prompt or "", replaces == "nothing"
+        if body.add_special_tokens is not None:
+            special = body.add_special_tokens
+        ids = services.text.encode(text, special)
+        strings = services.text.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return TokenizeReply(count=len(ids), max_model_len=max_model_len, tokens=ids, token_strs=strings)
+
+    return json_reply(await asyncio.to_thread(work))
+
+
+@router.post("/detokenize", response_model=DetokenizeReply, summary="Token ids to text (vLLM)")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Special tokens are part of the text."""
+    services = services_of(request)
+    await asyncio.to_thread(_replaces, services, body.model)
+    check_token_ids(body.tokens, engine_info(services).model.vocab_size, "tokens")
+    text = await asyncio.to_thread(services.text.decode, body.tokens, False)
+    return json_reply(DetokenizeReply(prompt=text))
+
+
+def _replaces(services: Services, model: str | None) -> Literal["nothing", "system"]:
+    """What the soft prompt named by `model` stands for. Raises ApiError 404."""
+    if model is None or is_base_model(services, model):
+        return "nothing"
+    try:
+        return services.store.get(model).manifest.replaces
+    except SoftPromptError as error:
+        raise unknown_model(model) from error

@@ -1,0 +1,94 @@
+"""What every request body has in common: strict types, bounded sizes, no field ignored without saying so."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.errors import printable, shown
+
+MAX_INT32 = 2**31 - 1
+MAX_NAME_CHARS = 256
+
+# Unsupported field -> the values of it that ask for nothing.
+Neutral = Mapping[str, tuple[object, ...]]
+
+
+def refusal(kind: str, message: str, param: str = "") -> PydanticCustomError:
+    """An error for a validator to raise; `param` is the field below the one being validated."""
+    context = {"message": message, "param": param} if param else {"message": message}
+    return PydanticCustomError(kind, "{message}", context)
+
+
+# Bounded like a whole body; with any bound pydantic also refuses lone surrogates, which JSON can hold.
+Text = Annotated[str, StringConstraints(max_length=8 << 20)]
+
+
+class RequestModel(BaseModel):
+    """A JSON object sent by a client. A field that is null counts as not sent.
+
+    Fields are known, or in `without_effect` (accepted because clients send them and nothing depends on them),
+    or in `unsupported` with a value that asks for nothing; any other field or value is refused by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            raise refusal("not_an_object", "must be a JSON object")
+        known: dict[str, Any] = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                if value is not None:
+                    known[name] = value
+            elif name in cls.unsupported:
+                neutral = cls.unsupported[name]
+                if value is not None and value not in neutral:
+                    allowed = f"; leave it out or send {_json_like(neutral)}" if neutral else "; leave it out"
+                    raise refusal("unsupported_field", f"not supported by this server{allowed}", name)
+            elif name not in cls.without_effect:
+                raise refusal("unknown_field", _unknown_field(name, cls), printable(name)[:MAX_NAME_CHARS])
+        return known
+
+
+def _unknown_field(name: str, model: type[RequestModel]) -> str:
+    message = f"unknown field {shown(name)}"
+    close = difflib.get_close_matches(name[:MAX_NAME_CHARS], list(model.model_fields), n=1)
+    return f"{message}; did you mean {shown(close[0])}?" if close else message
+
+
+def _json_like(values: tuple[object, ...]) -> str:
+    return " or ".join(repr(value).replace("True", "true").replace("False", "false") for value in values)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, for people and for programs."""
+
+    message: str = Field(examples=["temperature: input should be less than or equal to 2"])
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(examples=["temperature"])
+    code: str | None = Field(examples=["less_than_equal"])
+
+
+class ErrorReply(BaseModel):
+    """Every reply other than 2xx, and the last event of a stream that fails."""
+
+    error: ErrorBody
+
+
+ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": ErrorReply,
+        "description": "The request cannot be served; the message says why",
+    },
+    "5XX": {"model": ErrorReply, "description": "The server cannot serve the request now"},
+}

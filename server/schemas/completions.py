@@ -1,0 +1,125 @@
+"""`POST /v1/completions`: OpenAI's request and reply."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from server.schemas.base import MAX_INT32, Neutral, refusal
+from server.schemas.replies import Usage
+from server.schemas.sampling import MAX_TOP_LOGPROBS, UNSUPPORTED, FinishReason, OpenAIRequest, TokenCount
+
+MAX_PROMPTS = 64
+MAX_CHOICES = 64
+MAX_PROMPT_TOKENS = 1 << 18
+
+Prompt = str | list[int]
+_EXPECTED = "must be a text, a list of token ids, or a list of texts or of such lists"
+
+
+def token_ids(value: object, param: str = "") -> list[int]:
+    """`value` as token ids. Whether the model has these tokens is for whoever knows the model."""
+    if not isinstance(value, list):
+        raise refusal("prompt", "must be a list of token ids", param)
+    if len(value) > MAX_PROMPT_TOKENS:
+        raise refusal("too_long", f"at most {MAX_PROMPT_TOKENS} token ids are allowed, not {len(value)}", param)
+    for index, item in enumerate(value):
+        # bool is an int to isinstance
+        if type(item) is not int or not 0 <= item <= MAX_INT32:
+            message = f"a token id is an integer from 0 to {MAX_INT32}"
+            raise refusal("token_id", message, f"{param}.{index}" if param else str(index))
+    return value
+
+
+def _text(value: object, param: str = "") -> str:
+    if not isinstance(value, str):
+        raise refusal("prompt", "must be a text, as the other items are", param)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise refusal("prompt", "must be valid Unicode, without lone surrogates", param) from None
+    return value
+
+
+def _prompts(value: object) -> list[Prompt]:
+    if isinstance(value, str):
+        return [_text(value)]
+    if not isinstance(value, list) or not value:
+        raise refusal("prompt", _EXPECTED)
+    if isinstance(value[0], str | list):
+        if len(value) > MAX_PROMPTS:
+            raise refusal("too_long", f"at most {MAX_PROMPTS} prompts are allowed, not {len(value)}")
+        check = _text if isinstance(value[0], str) else token_ids
+        return [check(item, str(index)) for index, item in enumerate(value)]
+    return [token_ids(value)]
+
+
+Prompts = Annotated[
+    list[Prompt],
+    PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
+]
+
+
+class CompletionRequest(OpenAIRequest):
+    """Continue one text or several. Fields of OpenAI's API that this server does not support are refused."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "smollm2-135m", "prompt": "The capital of France is", "max_tokens": 16}]
+        }
+    )
+    unsupported: ClassVar[Neutral] = {**UNSUPPORTED, "suffix": ("",)}
+
+    prompt: Prompts = Field(description="text, token ids, or a list of either")
+    max_tokens: TokenCount = Field(default=16, description="at most this many tokens per choice")
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="only 1 or n")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="alternatives per token; 0: the chosen one alone",
+    )
+    echo: bool = Field(default=False, description="begin the text with the prompt; not with logprobs")
+    add_special_tokens: bool = Field(default=True, description="as the tokenizer does it, e.g. BOS in front")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> CompletionRequest:
+        self.check_stream_options()
+        if self.best_of not in (None, 1, self.n):
+            raise refusal("unsupported_field", f"only 1 or n ({self.n}) is supported", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise refusal("unsupported_field", "not supported together with logprobs", "echo")
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            message = f"prompts times n must be at most {MAX_CHOICES}, not {len(self.prompt)} times {self.n}"
+            raise refusal("too_long", message, "n")
+        return self
+
+
+class CompletionLogprobs(BaseModel):
+    """OpenAI's legacy format: four lists with one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] = Field(description="the alternatives, the chosen token among them")
+    text_offset: list[int] = Field(description="where the token begins, in characters")
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = Field(description="the stop string or stop token id that ended the text")
+
+
+class Completion(BaseModel):
+    """The reply, and with `stream` every chunk of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    system_fingerprint: None = None
+    usage: Usage | None = None

@@ -1,0 +1,113 @@
+"""`/v1/compressions`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from prompt_store.compression.self_study import MAX_TEXT
+from prompt_store.manifest import MAX_VIRTUAL_TOKENS
+from server.compression.request import MAX_INSTRUCTION_CHARS
+from server.schemas.base import RequestModel, Text, refusal
+from server.schemas.sampling import at_most_items
+
+MAX_QUESTIONS = 10_000
+MAX_MINUTES = 24 * 60
+MAX_STEPS = 1_000_000
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
+
+
+class Question(RequestModel):
+    """A question to train on; without `output` the model's own answer is taken."""
+
+    input: ShortText
+    output: ShortText | None = None
+
+
+class CompressionRequestBody(RequestModel):
+    """A context to learn a soft prompt for, and how."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "manual",
+                    "context": "The harbour office opens at seven. Ring the brass bell twice before you enter. …",
+                    "objective": "kl",
+                    "virtual_tokens": 64,
+                    "minutes": 10,
+                }
+            ]
+        }
+    )
+
+    name: str = Field(min_length=1, max_length=128, description="what requests will call the soft prompt")
+    context: Text = Field(description="the text that the soft prompt will stand for")
+    objective: Literal["kl", "nll", "mixed"] = Field(
+        default="kl",
+        description="kl keeps the model's uncertainty, nll reproduces its answers, mixed weighs both",
+    )
+    alpha: float = Field(default=0.5, ge=0, le=1, description="weight of nll in mixed")
+    kind: Literal["kv", "embeddings"] = "kv"
+    virtual_tokens: int = Field(default=64, ge=2, le=MAX_VIRTUAL_TOKENS)
+    questions: Annotated[list[Question], at_most_items(MAX_QUESTIONS)] = Field(
+        default=[], description="questions of your own; they are trained on beside those made from the context"
+    )
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_INSTRUCTION_CHARS,
+        description="put before the context and compressed with it",
+    )
+    minutes: float | None = Field(
+        default=None, gt=0, le=MAX_MINUTES, description="budget for everything; 10 when neither this nor steps is sent"
+    )
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="training steps, however long they take")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> CompressionRequestBody:
+        if self.minutes is not None and self.steps is not None:
+            raise refusal("minutes", "send either 'minutes' or 'steps'", "minutes")
+        return self
+
+
+class JobProgress(BaseModel):
+    """Where the running phase stands: self_study, gold, teacher, matching, training or evaluation."""
+
+    phase: str
+    done: int
+    total: int
+    loss: float | None
+    seconds_left: float | None
+
+
+class JobErrorBody(BaseModel):
+    code: str
+    message: str
+    param: str | None
+
+
+class CompressionJob(BaseModel):
+    """A compression in the manner of OpenAI's fine-tuning jobs. Times are Unix seconds."""
+
+    id: str
+    object: Literal["compression.job"] = "compression.job"
+    status: Status
+    name: str
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    progress: JobProgress | None
+    soft_prompt: str | None = Field(description="what to name in requests, once the job has succeeded")
+    fidelity: dict[str, Any] | None = Field(description="the figures of the report")
+    error: JobErrorBody | None
+
+
+class CompressionJobList(BaseModel):
+    """Newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[CompressionJob]

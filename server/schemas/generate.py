@@ -1,0 +1,142 @@
+"""`POST /generate`, `/generate_stream` and `/`: text-generation-inference's request and reply."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from scheduler.messages import SamplingParams
+from server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
+from server.schemas.replies import is_none
+from server.schemas.sampling import (
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    SEED_MASK,
+    ModelName,
+    StopString,
+    TokenCount,
+    at_most_items,
+)
+
+
+class GenerateParameters(RequestModel):
+    """How to continue the input. What text-generation-inference has and this server does not, is refused."""
+
+    unsupported: ClassVar[Neutral] = {
+        "best_of": (1,),
+        "typical_p": (1.0,),
+        "watermark": (False,),
+        "decoder_input_details": (False,),
+        "grammar": (),
+        "response_format": (),
+    }
+
+    max_new_tokens: TokenCount = 100
+    do_sample: bool | None = Field(
+        default=None,
+        description="false always takes the most likely token, whatever the temperature; left out: true if "
+        "temperature, top_k or top_p ask for sampling, as in text-generation-inference",
+    )
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    top_k: int = Field(default=0, ge=0, le=MAX_INT32, description="0: off")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=0, le=SEED_MASK)
+    stop: Annotated[list[StopString], at_most_items(MAX_STOP_STRINGS)] = Field(
+        default=[], description="the text ends with the first of these strings, and keeps it"
+    )
+    truncate: TokenCount | None = Field(default=None, description="keep only the last so many tokens")
+    return_full_text: bool = Field(default=False, description="begin the text with the input")
+    details: bool = Field(default=False, description="also report every token")
+    top_n_tokens: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
+    soft_prompt: ModelName | None = Field(default=None, description="name of the soft prompt to prepend")
+    adapter_id: ModelName | None = Field(default=None, description="another name of soft_prompt")
+
+    @property
+    def samples(self) -> bool:
+        if self.do_sample is not None:
+            return self.do_sample
+        return self.temperature != 1.0 or self.top_k != 0 or self.top_p != 1.0
+
+    def sampling_params(self, logprobs: int | None) -> SamplingParams:
+        """`max_tokens` and `seed` are the generator's to set."""
+        return SamplingParams(
+            temperature=self.temperature if self.samples else 0.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logprobs=logprobs,
+        )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> GenerateParameters:
+        if self.soft_prompt and self.adapter_id and self.soft_prompt != self.adapter_id:
+            raise refusal("adapter_id", "is another name of soft_prompt: send only one of them", "adapter_id")
+        return self
+
+
+class GenerateRequest(RequestModel):
+    """Continue one text."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 16}}]}
+    )
+    # The two routes say by their names whether they stream.
+    unsupported: ClassVar[Neutral] = {"stream": (False,)}
+
+    inputs: Text
+    parameters: GenerateParameters = Field(default_factory=GenerateParameters)
+
+
+class GenerateStreamRequest(GenerateRequest):
+    unsupported: ClassVar[Neutral] = {"stream": (True,)}
+
+
+class CompatGenerateRequest(GenerateRequest):
+    unsupported: ClassVar[Neutral] = {}
+
+    stream: bool = False
+
+
+GenerateFinishReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+class GeneratedToken(BaseModel):
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class GenerateDetails(BaseModel):
+    finish_reason: GenerateFinishReason
+    generated_tokens: int
+    seed: int | None = Field(description="null when nothing was drawn at random")
+    prefill: list[GeneratedToken] = []
+    tokens: list[GeneratedToken]
+    top_tokens: list[list[GeneratedToken]] | None = Field(default=None, exclude_if=is_none)
+
+
+class GenerateReply(BaseModel):
+    generated_text: str
+    details: GenerateDetails | None = Field(default=None, exclude_if=is_none)
+
+
+class StreamDetails(BaseModel):
+    finish_reason: GenerateFinishReason
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class StreamEvent(BaseModel):
+    """One event per token; the last one has the whole text, and the details."""
+
+    index: int = Field(description="counts the tokens from 1")
+    token: GeneratedToken
+    top_tokens: list[GeneratedToken] | None = Field(default=None, exclude_if=is_none)
+    generated_text: str | None
+    details: StreamDetails | None

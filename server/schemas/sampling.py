@@ -1,0 +1,143 @@
+"""The fields that say how tokens are chosen and when a text ends, shared by the generating routes."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, StringConstraints
+
+from scheduler.messages import SamplingParams
+from server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_CHOICES_PER_PROMPT = 16
+MAX_PRIORITY = 1000
+SEED_MASK = 2**63 - 1
+
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_INT32)]
+Salt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+def _as_stop_list(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and len(value) > MAX_STOP_STRINGS:
+        raise refusal("too_long", f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(value)}")
+    return value
+
+
+StopStrings = Annotated[list[StopString], BeforeValidator(_as_stop_list, json_schema_input_type=str | list[StopString])]
+
+
+def at_most_items(limit: int) -> BeforeValidator:
+    """Refuse a long list before any of its items is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list) and len(value) > limit:
+            raise refusal("too_long", f"at most {limit} items are allowed, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries besides its text."""
+
+    include_usage: bool = Field(default=False, description="end with a chunk with the usage")
+
+
+class OpenAIRequest(RequestModel):
+    """The fields that `/v1/completions` and `/v1/chat/completions` share."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "parallel_tool_calls",
+        }
+    )
+
+    model: ModelName | None = Field(
+        default=None, description="the base model (also when left out), or the name of a soft prompt"
+    )
+    soft_prompt: ModelName | None = Field(default=None, description="prepended; not from OpenAI's API")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES_PER_PROMPT, description="choices per prompt")
+    seed: Seed | None = Field(default=None, description="choice i of a prompt draws from seed + i")
+    stop: StopStrings = Field(default=[], description="the text ends before the first of these strings")
+    temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most likely token")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off; not from OpenAI's API")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="not from OpenAI's API")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="not from OpenAI's API")
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT32)]], at_most_items(MAX_STOP_TOKEN_IDS)] = (
+        Field(default=[], description="the text ends with any of these tokens; not from OpenAI's API")
+    )
+    ignore_eos: bool = Field(default=False, description="go on after end-of-text; not from OpenAI's API")
+    priority: int = Field(
+        default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; not from OpenAI's API"
+    )
+    cache_salt: Salt = Field(default="", description="only requests with the same salt share cached prefixes")
+
+    def seed_of(self, choice: int) -> int | None:
+        """The seed of one prompt's `choice`, in the 63 bits that the sampler takes."""
+        return None if self.seed is None else (self.seed + choice) & SEED_MASK
+
+    def sampling_params(self, logprobs: int | None) -> SamplingParams:
+        """`max_tokens` and `seed` are the generator's to set."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logprobs=logprobs,
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+        )
+
+    def check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise refusal("stream_options", "only allowed with 'stream': true", "stream_options")
+
+
+# Asked for by OpenAI's or vLLM's clients, done by neither route yet.
+UNSUPPORTED: Neutral = {
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "logits_processors": ([],),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+}
+
+FinishReason = Literal["stop", "length"]

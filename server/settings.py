@@ -1,0 +1,96 @@
+"""One frozen settings object: flags of `softbatch serve`, each also a SOFTBATCH_* environment variable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class Settings(BaseSettings):
+    """Everything a server is told at start; nothing here changes afterwards."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SOFTBATCH_", frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    model: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        max_length=4096,
+        description="alias (smollm2-135m), local directory, GGUF file or hub id",
+    )
+    served_model_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,255}$",
+        description="name that clients use for the model; default: the last part of --model",
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: Port = Field(8000, description="port to listen on")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and KV cache; auto: bfloat16 where the processor computes in it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")
+    max_batch_tokens: int = Field(
+        512, ge=1, le=1_048_576, description="token budget of one step (prefill is cut into such chunks)"
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=8,
+        le=16_777_216,
+        description="longest sequence, virtual tokens included; default: the model's",
+    )
+    max_queue_size: int = Field(
+        256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
+    )
+    kv_cache_gib: float = Field(1.0, gt=0, le=4096, description="memory for keys and values, in GiB")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
+    max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
+    api_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
+        description="key that clients must send as a bearer token; repeat it or separate keys with commas",
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+            # As a flag; an environment variable that is empty counts as not set.
+            if parts is value and not all(part.strip(" ,") for part in parts):
+                raise ValueError("a key must not be empty: without one the server would be open to everybody")
+            return tuple(key for part in parts for key in part.replace(",", " ").split())
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"--max-batch-tokens {self.max_batch_tokens} is less than --max-batch-size {self.max_batch_size}: "
+                "every running sequence needs one token of each step"
+            )
+        if not self.api_key and self.host not in LOOPBACK:
+            raise ValueError(
+                f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
+            )
+        return self
+
+    @field_validator("prompt_store")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+
+def absolute_model(model: str) -> str:
+    """A model on disk, named independently of the directory a command was started in."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model

@@ -1,0 +1,263 @@
+"""API keys, body limits and the one shape of errors, on an app without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from pydantic import BaseModel
+
+from server.auth import AuthMiddleware
+from server.errors import (
+    ApiError,
+    error_json,
+    install_handlers,
+    invalid,
+    shown,
+    unavailable,
+    unknown_model,
+    unknown_soft_prompt,
+)
+from server.limits import MIB, BodyLimitMiddleware
+
+KEYS = ("first-key", "zweiter-schlüssel")
+LIMIT = 1000
+CHUNK = 100
+
+
+class Body(BaseModel):
+    text: str
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    install_handlers(app)
+
+    @app.get("/health")
+    @app.get("/health/live")
+    @app.get("/healthy")
+    @app.get("/v1/models")
+    def fine() -> str:
+        return "fine"
+
+    @app.post("/parsed")
+    def parsed(body: Body) -> int:
+        return len(body.text)
+
+    @app.post("/raw")
+    @app.post("/v1/soft_prompts")
+    async def raw(request: Request) -> int:
+        return sum([len(chunk) async for chunk in request.stream()])
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise ZeroDivisionError("secret detail at /some/path")
+
+    @app.get("/busy")
+    def busy() -> None:
+        raise ApiError(429, "the queue is full", headers={"Retry-After": "7"})
+
+    return app
+
+
+async def stream(app: Any, path: str, num_chunks: int, announced: str | None) -> tuple[int, bytes, int]:
+    """POST a body chunk by chunk; returns status, reply and how many chunks the app has taken."""
+    headers = [(b"content-type", b"application/json")]
+    if announced is not None:
+        headers.append((b"content-length", announced.encode()))
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("testserver", 80),
+        "client": ("127.0.0.1", 1),
+    }
+    taken = 0
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal taken
+        taken += 1
+        return {"type": "http.request", "body": b"x" * CHUNK, "more_body": taken < num_chunks}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]), taken
+
+
+def client_of(app: FastAPI) -> TestClient:
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def error_of(reply: Any, status: int) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+class TestAuth:
+    @pytest.fixture
+    def client(self, app: FastAPI) -> TestClient:
+        app.add_middleware(AuthMiddleware, api_keys=KEYS)
+        return client_of(app)
+
+    @pytest.mark.parametrize("key", KEYS)
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+    def test_each_key_opens(self, client: TestClient, key: str, scheme: str) -> None:
+        headers = {"authorization": f"{scheme} {key}".encode()}
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+    @pytest.mark.parametrize(
+        "authorization",
+        [
+            None,
+            "",
+            "Bearer",
+            "Bearer ",
+            "first-key",
+            "Basic first-key",
+            "Bearer first-ke",
+            "Bearer first-key x",
+        ],
+    )
+    def test_anything_else_is_refused(self, client: TestClient, authorization: str | None) -> None:
+        headers = {"authorization": authorization} if authorization is not None else {}
+        reply = client.get("/v1/models", headers=headers)
+        error = error_of(reply, 401)
+        assert error["type"] == "authentication_error"
+        assert error["code"] == "invalid_api_key"
+        assert reply.headers["www-authenticate"] == "Bearer"
+
+    @pytest.mark.parametrize("path", ["/health", "/health/live"])
+    def test_probes_need_no_key(self, client: TestClient, path: str) -> None:
+        assert client.get(path).status_code == 200
+
+    @pytest.mark.parametrize(
+        "path", ["/healthy", "/health%2e", "/docs", "/openapi.json", "/nowhere", "//health", "/v1/models/"]
+    )
+    def test_everything_else_does(self, client: TestClient, path: str) -> None:
+        error_of(client.get(path), 401)
+
+    def test_the_host_header_opens_nothing(self, client: TestClient) -> None:
+        for host in ("testserver/health?", "testserver/health/", "health"):
+            error_of(client.get("/v1/models", headers={"host": host}), 401)
+
+    def test_off_without_keys(self, app: FastAPI) -> None:
+        app.add_middleware(AuthMiddleware, api_keys=())
+        assert client_of(app).get("/v1/models").status_code == 200
+
+
+class TestBodyLimit:
+    @pytest.fixture
+    def client(self, app: FastAPI) -> TestClient:
+        app.add_middleware(BodyLimitMiddleware, max_upload_bytes=2 * LIMIT, max_json_bytes=LIMIT)
+        return client_of(app)
+
+    def test_up_to_the_limit(self, client: TestClient) -> None:
+        assert client.post("/raw", content=b"x" * LIMIT).json() == LIMIT
+        assert client.post("/parsed", json={"text": "x" * 900}).json() == 900
+
+    @pytest.mark.parametrize("path", ["/raw", "/parsed", "/nowhere"])
+    def test_announced_too_large(self, client: TestClient, path: str) -> None:
+        error = error_of(client.post(path, content=b"x" * (LIMIT + 1)), 413)
+        assert error["type"] == "invalid_request_error"
+        assert "larger than" in error["message"]
+
+    def test_refused_before_it_is_read(self, client: TestClient) -> None:
+        status, _, chunks_read = asyncio.run(stream(client.app, "/raw", 10_000, str(LIMIT + 1)))
+        assert (status, chunks_read) == (413, 0)
+
+    @pytest.mark.parametrize("path", ["/raw", "/parsed"])
+    @pytest.mark.parametrize("announced", [None, "10", "-5", "x"])
+    def test_counted_while_it_streams(self, client: TestClient, path: str, announced: str | None) -> None:
+        status, body, chunks_read = asyncio.run(stream(client.app, path, 10_000, announced))
+        assert status == 413
+        assert b"larger than" in body
+        assert chunks_read == LIMIT // CHUNK + 1
+
+    def test_uploads_have_their_own_limit(self, client: TestClient) -> None:
+        largest = 2 * LIMIT + MIB
+        assert client.post("/v1/soft_prompts", content=b"x" * largest).json() == largest
+        error_of(client.post("/v1/soft_prompts", content=b"x" * (largest + 1)), 413)
+
+    def test_an_error_of_the_app_stays_what_it_is(self, client: TestClient) -> None:
+        error_of(client.get("/broken"), 500)
+        error_of(client.get("/nowhere"), 404)
+
+
+class TestErrors:
+    @pytest.fixture
+    def client(self, app: FastAPI) -> TestClient:
+        return client_of(app)
+
+    def test_unknown_route(self, client: TestClient) -> None:
+        error = error_of(client.get("/v1/nowhere"), 404)
+        assert "'/v1/nowhere'" in error["message"]
+        assert error["type"] == "invalid_request_error"
+
+    def test_long_and_strange_paths_are_clipped(self, client: TestClient) -> None:
+        error = error_of(client.get("/" + "x" * 5000 + "%00%0a"), 404)
+        assert len(error["message"]) < 300
+
+    def test_wrong_method(self, client: TestClient) -> None:
+        reply = client.get("/parsed")
+        error = error_of(reply, 405)
+        assert reply.headers["allow"] == "POST"
+        assert "allowed: POST" in error["message"]
+
+    def test_headers_of_an_error_are_sent(self, client: TestClient) -> None:
+        reply = client.get("/busy")
+        error = error_of(reply, 429)
+        assert reply.headers["retry-after"] == "7"
+        assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+
+    def test_a_bug_shows_nothing_but_an_id_that_the_log_has_too(
+        self, client: TestClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.ERROR, logger="server.errors"):
+            reply = client.get("/broken")
+        error = error_of(reply, 500)
+        assert error["type"] == "server_error"
+        assert "secret" not in reply.text
+        assert "ZeroDivision" not in reply.text
+        [record] = [record for record in caplog.records if record.name == "server.errors"]
+        request_id = error["message"].split()[2].rstrip(";")
+        assert len(request_id) == 16
+        assert request_id in record.getMessage()
+        assert record.exc_info is not None
+        assert record.exc_info[0] is ZeroDivisionError
+
+    @pytest.mark.parametrize(
+        ("error", "status", "kind", "code"),
+        [
+            (invalid("n", "too many"), 400, "invalid_request_error", None),
+            (unknown_model("x"), 404, "invalid_request_error", "model_not_found"),
+            (unknown_soft_prompt("x"), 404, "invalid_request_error", "soft_prompt_not_found"),
+            (unavailable("later"), 503, "server_error", "unavailable"),
+            (ApiError(409, "taken"), 409, "invalid_request_error", None),
+            (ApiError(422, "wrong"), 422, "invalid_request_error", None),
+        ],
+    )
+    def test_types_and_codes(self, error: ApiError, status: int, kind: str, code: str | None) -> None:
+        assert (error.status, error.type, error.code) == (status, kind, code)
+
+    def test_messages_are_bounded_and_printable(self) -> None:
+        assert len(error_json(ApiError(400, "x" * 10_000))) < 1200
+        assert error_json(ApiError(400, "\ud800")).isascii()
+        assert shown("a\nb\ud800" + "c" * 200) == "'a\ufffdb\ufffd" + "c" * 76 + "…'"

@@ -1,0 +1,480 @@
+"""Request bodies: what is understood, and how everything else is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from server.errors import install_handlers, validation_error
+from server.schemas.chat import ChatChunkChoice, ChatCompletionChunk, ChatCompletionRequest, ChatDelta
+from server.schemas.completions import CompletionRequest
+from server.schemas.generate import (
+    CompatGenerateRequest,
+    GenerateParameters,
+    GenerateRequest,
+    GenerateStreamRequest,
+)
+from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    """Every schema behind a route that does nothing: errors take the very way they take in the server."""
+    app = FastAPI()
+    install_handlers(app)
+
+    @app.post("/completions")
+    def completions(body: CompletionRequest) -> None: ...
+
+    @app.post("/chat")
+    def chat(body: ChatCompletionRequest) -> None: ...
+
+    @app.post("/generate")
+    def generate(body: GenerateRequest) -> None: ...
+
+    @app.post("/generate_stream")
+    def generate_stream(body: GenerateStreamRequest) -> None: ...
+
+    @app.post("/compat")
+    def compat(body: CompatGenerateRequest) -> None: ...
+
+    @app.post("/tokenize")
+    def tokenize(body: TokenizeRequest) -> None: ...
+
+    @app.post("/detokenize")
+    def detokenize(body: DetokenizeRequest) -> None: ...
+
+    with TestClient(app) as client:
+        yield client
+
+
+def post(client: TestClient, route: str, body: Any) -> Any:
+    """`body` may be JSON text; Python's own dialect of JSON has NaN and Infinity."""
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    return client.post(route, content=content, headers={"content-type": "application/json"})
+
+
+def error_of(client: TestClient, route: str, body: Any) -> dict[str, Any]:
+    reply = post(client, route, body)
+    assert reply.status_code == 400, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) <= 1000
+    return error
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "Hello", **fields}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"messages": HELLO, **fields}
+
+
+def generate(**parameters: Any) -> dict[str, Any]:
+    return {"inputs": "Hello", "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/completions", completion()),
+        ("/completions", completion(prompt=[1, 2, 3])),
+        ("/completions", completion(prompt=["a", "b"], n=16, best_of=16)),
+        ("/completions", completion(prompt=[[1], [2, 3]])),
+        ("/completions", completion(temperature=0, top_p=1, seed=-1, stop="x", logprobs=20, logit_bias={})),
+        ("/completions", completion(best_of=1, n=2, suffix=None, echo=True, min_tokens=0, top_k=-1)),
+        ("/completions", completion(stream=True, stream_options={"include_usage": True})),
+        ("/completions", completion(stop=["a"] * 16, stop_token_ids=[0] * 64, ignore_eos=True)),
+        ("/completions", completion(user="u", model=None, temperature=None, stop=None, logit_bias=None)),
+        ("/chat", chat()),
+        (
+            "/chat",
+            chat(messages=[{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]),
+        ),
+        ("/chat", chat(logprobs=True, top_logprobs=20, max_tokens=5, max_completion_tokens=5)),
+        ("/chat", chat(tools=[], tool_choice="none", functions=None, response_format={"type": "text"})),
+        ("/chat", chat(modalities=["text"], audio=None, parallel_tool_calls=True, reasoning_effort=None)),
+        (
+            "/chat",
+            chat(user="u", metadata={"a": "b"}, store=False, service_tier="auto", safety_identifier="s"),
+        ),
+        (
+            # What the openai package gives back of an earlier answer.
+            "/chat",
+            chat(
+                messages=[
+                    {
+                        "role": "assistant",
+                        "content": "Hi",
+                        "refusal": None,
+                        "annotations": None,
+                        "audio": None,
+                        "function_call": None,
+                        "tool_calls": None,
+                    }
+                ]
+            ),
+        ),
+        ("/generate", {"inputs": "Hello"}),
+        ("/generate", {"inputs": "Hello", "parameters": None, "stream": False}),
+        ("/generate_stream", {"inputs": "Hello", "stream": True}),
+        ("/compat", {"inputs": "Hello", "stream": True}),
+        # What huggingface_hub's client sends.
+        ("/compat", {**generate(watermark=False, decoder_input_details=False, best_of=1), "stream": False}),
+        ("/generate", generate(soft_prompt="a", adapter_id="a", truncate=3, stop=["x"], seed=2**63 - 1)),
+        ("/tokenize", {"prompt": ""}),
+        ("/tokenize", {"messages": HELLO, "add_generation_prompt": True}),
+        ("/detokenize", {"tokens": [], "model": "m"}),
+    ],
+)
+def test_accepts(client: TestClient, route: str, body: Any) -> None:
+    reply = post(client, route, body)
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param", "says"),
+    [
+        # ranges and types
+        ("/completions", completion(temperature=2.1), "temperature", "less than or equal to 2"),
+        ("/completions", completion(temperature="1"), "temperature", "valid number"),
+        ("/completions", completion(temperature=True), "temperature", "valid number"),
+        ("/completions", completion(n=True), "n", "valid integer"),
+        ("/completions", completion(n=1.5), "n", "integer"),
+        ("/completions", completion(n=17), "n", "less than or equal to 16"),
+        ("/completions", completion(n=0), "n", "greater than or equal to 1"),
+        ("/completions", completion(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+        ("/completions", completion(max_tokens=2**31), "max_tokens", "less than or equal to 2147483647"),
+        ("/completions", completion(max_tokens=10**400), "max_tokens", "less than or equal to 2147483647"),
+        ("/completions", completion(seed=2**63), "seed", "less than or equal to"),
+        ("/completions", completion(seed=10**30), "seed", "less than or equal to"),
+        ("/completions", completion(top_k=-2), "top_k", "greater than or equal to -1"),
+        ("/completions", completion(top_p=0), "top_p", "greater than 0"),
+        ("/completions", completion(min_p=1.5), "min_p", "less than or equal to 1"),
+        ("/completions", completion(presence_penalty=-3), "presence_penalty", "greater than or equal to -2"),
+        ("/completions", completion(frequency_penalty=3), "frequency_penalty", "less than or equal to 2"),
+        ("/completions", completion(repetition_penalty=0), "repetition_penalty", "0.01"),
+        ("/completions", completion(logprobs=21), "logprobs", "less than or equal to 20"),
+        ("/completions", completion(logprobs=True), "logprobs", "valid integer"),
+        ("/completions", completion(priority=1001), "priority", "less than or equal to 1000"),
+        ("/completions", completion(stream="yes"), "stream", "valid boolean"),
+        (
+            "/completions",
+            completion(stream_options={"include_usage": True}),
+            "stream_options",
+            "'stream': true",
+        ),
+        (
+            "/completions",
+            completion(stream=True, stream_options={"include_obfuscation": True}),
+            "stream_options.include_obfuscation",
+            "unknown field",
+        ),
+        ("/completions", completion(stop=[""]), "stop.0", "at least 1 character"),
+        ("/completions", completion(stop=["x" * 257]), "stop.0", "at most 256 characters"),
+        ("/completions", completion(stop=["x"] * 10_000), "stop", "at most 16 stop strings"),
+        ("/completions", completion(stop=5), "stop", "list"),
+        ("/completions", completion(stop=["ok", 5]), "stop.1", "valid string"),
+        ("/completions", completion(stop_token_ids=[1] * 65), "stop_token_ids", "at most 64"),
+        ("/completions", completion(stop_token_ids=[-1]), "stop_token_ids.0", "greater than or equal to 0"),
+        ("/completions", completion(model=""), "model", "at least 1 character"),
+        ("/completions", completion(model="m" * 257), "model", "at most 256 characters"),
+        ("/completions", completion(cache_salt="s" * 257), "cache_salt", "at most 256 characters"),
+        # prompts
+        ("/completions", {}, "prompt", "required"),
+        ("/completions", completion(prompt=None), "prompt", "required"),
+        ("/completions", completion(prompt=7), "prompt", "must be a text"),
+        ("/completions", completion(prompt={}), "prompt", "must be a text"),
+        ("/completions", completion(prompt=[]), "prompt", "must be a text"),
+        ("/completions", completion(prompt=[1, -1]), "prompt.1", "integer from 0"),
+        ("/completions", completion(prompt=[1, True]), "prompt.1", "integer from 0"),
+        ("/completions", completion(prompt=[1, 2.0]), "prompt.1", "integer from 0"),
+        ("/completions", completion(prompt=[1, 2**31]), "prompt.1", "integer from 0"),
+        ("/completions", completion(prompt=[1, "a"]), "prompt.1", "integer from 0"),
+        ("/completions", completion(prompt=["a", 1]), "prompt.1", "must be a text"),
+        ("/completions", completion(prompt=[[1], "a"]), "prompt.1", "list of token ids"),
+        ("/completions", completion(prompt=[[1], [2, None]]), "prompt.1.1", "integer from 0"),
+        ("/completions", completion(prompt=["a"] * 65), "prompt", "at most 64 prompts"),
+        ("/completions", completion(prompt=["a"] * 33, n=2), "n", "33 times 2"),
+        ("/completions", '{"prompt": "\\ud800"}', "prompt", "surrogates"),
+        ("/completions", '{"prompt": ["ok", "\\ud800"]}', "prompt.1", "surrogates"),
+        # combinations and what is not supported
+        ("/completions", completion(best_of=3, n=2), "best_of", "only 1 or n"),
+        ("/completions", completion(echo=True, logprobs=1), "echo", "not supported together with logprobs"),
+        ("/completions", completion(suffix="s"), "suffix", "not supported"),
+        ("/completions", completion(logit_bias={"5": 1}), "logit_bias", "not supported"),
+        ("/completions", completion(min_tokens=1), "min_tokens", "send 0"),
+        ("/completions", completion(temperatur=1), "temperatur", "did you mean 'temperature'?"),
+        ("/completions", completion(messages=HELLO), "messages", "unknown field 'messages'"),
+        ("/completions", completion(**{"x" * 5000: 1}), "x" * 256, "unknown field"),
+        # chat
+        ("/chat", {}, "messages", "required"),
+        ("/chat", chat(messages=[]), "messages", "at least one message"),
+        ("/chat", chat(messages="hi"), "messages", "valid list"),
+        ("/chat", chat(messages=[5]), "messages.0", "must be a JSON object"),
+        ("/chat", chat(messages=HELLO * 1025), "messages", "at most 1024 items"),
+        ("/chat", chat(messages=[{"role": "user"}]), "messages.0.content", "required"),
+        ("/chat", chat(messages=[{"role": "user", "content": 5}]), "messages.0.content", "a text or a list"),
+        (
+            "/chat",
+            chat(messages=[*HELLO, {"role": "tool", "content": "x"}]),
+            "messages.1.role",
+            "'assistant'",
+        ),
+        ("/chat", chat(messages=[{**HELLO[0], "name": "Ann"}]), "messages.0.name", "not supported"),
+        ("/chat", chat(messages=[{**HELLO[0], "contents": "x"}]), "messages.0.contents", "'content'?"),
+        (
+            "/chat",
+            chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+            "messages.0.content.0.type",
+            "parts of type 'image_url' are not supported",
+        ),
+        (
+            "/chat",
+            chat(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+            "messages.0.content.0.text",
+            "required",
+        ),
+        (
+            "/chat",
+            chat(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 65}]),
+            "messages.0.content",
+            "at most 64",
+        ),
+        (
+            "/chat",
+            '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            "messages.0.content.0.text",
+            "unicode",
+        ),
+        ("/chat", chat(top_logprobs=2), "top_logprobs", "'logprobs': true"),
+        ("/chat", chat(logprobs=1), "logprobs", "valid boolean"),
+        ("/chat", chat(max_tokens=5, max_completion_tokens=6), "max_tokens", "older name"),
+        ("/chat", chat(tools=[{"type": "function"}]), "tools", "not supported"),
+        ("/chat", chat(tool_choice="auto"), "tool_choice", "send 'none'"),
+        ("/chat", chat(response_format={"type": "json_object"}), "response_format", "not supported"),
+        ("/chat", chat(modalities=["text", "audio"]), "modalities", "not supported"),
+        ("/chat", chat(audio={"voice": "x"}), "audio", "not supported"),
+        ("/chat", chat(reasoning_effort="low"), "reasoning_effort", "not supported"),
+        ("/chat", chat(prompt="x"), "prompt", "unknown field"),
+        # text-generation-inference
+        ("/generate", {}, "inputs", "required"),
+        ("/generate", {"inputs": ["a"]}, "inputs", "valid string"),
+        ("/generate", {"inputs": "a", "stream": True}, "stream", "send false"),
+        ("/generate_stream", {"inputs": "a", "stream": False}, "stream", "send true"),
+        ("/generate", {"inputs": "a", "max_new_tokens": 5}, "max_new_tokens", "unknown field"),
+        ("/generate", generate(temperature=0), "parameters.temperature", "greater than 0"),
+        ("/generate", generate(max_new_tokens=-1), "parameters.max_new_tokens", "greater than or equal to 1"),
+        ("/generate", generate(best_of=2), "parameters.best_of", "send 1"),
+        ("/generate", generate(typical_p=0.9), "parameters.typical_p", "not supported"),
+        ("/generate", generate(watermark=True), "parameters.watermark", "send false"),
+        ("/generate", generate(grammar={"type": "regex"}), "parameters.grammar", "not supported"),
+        (
+            "/generate",
+            generate(decoder_input_details=True),
+            "parameters.decoder_input_details",
+            "not supported",
+        ),
+        ("/generate", generate(top_n_tokens=21), "parameters.top_n_tokens", "less than or equal to 20"),
+        ("/generate", generate(seed=-1), "parameters.seed", "greater than or equal to 0"),
+        ("/generate", generate(soft_prompt="a", adapter_id="b"), "parameters.adapter_id", "only one"),
+        ("/generate", generate(max_tokens=1), "parameters.max_tokens", "did you mean 'max_new_tokens'?"),
+        ("/generate", '{"inputs": "\\ud800"}', "inputs", "unicode"),
+        ("/completions", '{"prompt": "a", "cache_salt": "\\ud800"}', "cache_salt", "unicode"),
+        ("/completions", '{"prompt": "a", "stop": "\\ud800"}', "stop.0", "unicode"),
+        ("/completions", '{"prompt": "a", "model": "\\ud800"}', "model", "unicode"),
+        # tokens
+        ("/tokenize", {}, "prompt", "either 'prompt' or 'messages'"),
+        ("/tokenize", {"prompt": "a", "messages": HELLO}, "prompt", "either 'prompt' or 'messages'"),
+        ("/tokenize", {"prompt": "a" * (2**20 + 1)}, "prompt", "at most 1048576 characters"),
+        ("/detokenize", {"tokens": "abc"}, "tokens", "list of token ids"),
+        ("/detokenize", {"tokens": [1, -5]}, "tokens.1", "integer from 0"),
+        ("/detokenize", {"tokens": [1] * (2**18 + 1)}, "tokens", "at most 262144"),
+    ],
+)
+def test_refuses_by_name(client: TestClient, route: str, body: Any, param: str, says: str) -> None:
+    error = error_of(client, route, body)
+    assert error["param"] == param
+    assert says in error["message"]
+    assert error["message"].startswith(param[:50])
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"])
+def test_refuses_numbers_that_are_not_finite(client: TestClient, field: str, number: str) -> None:
+    error = error_of(client, "/completions", f'{{"prompt": "a", "{field}": {number}}}')
+    assert error["param"] == field
+    assert "finite number" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("", "a JSON object is expected"),
+        ("[]", "a JSON object is expected"),
+        ('"text"', "a JSON object is expected"),
+        ("null", "a JSON object is expected"),
+        ('{"prompt": }', "not valid JSON: Expecting value, at character 11"),
+        ('{"prompt": "a"', "not valid JSON"),
+        (b'{"prompt": "\xff"}', "must be UTF-8"),
+        ("[" * 100_000, "not nested"),
+        ('{"prompt":' * 20_000, "not nested"),
+        ('{"seed": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_refuses_bodies_that_are_no_json_object(client: TestClient, body: str | bytes, says: str) -> None:
+    error = error_of(client, "/completions", body)
+    assert says in error["message"]
+    assert error["param"] is None
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_refuses_other_content_types(client: TestClient, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    reply = client.post("/completions", content='{"prompt": "a"}', headers=headers)
+    assert reply.status_code == 400
+    assert "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+def test_never_echoes_what_was_sent(client: TestClient) -> None:
+    secret = "s3cret" * 50
+    for body in (
+        completion(temperature=secret),
+        completion(stop=[secret * 10]),
+        completion(prompt={"a": secret}),
+        completion(suffix=secret),
+        completion(logit_bias={secret: 1}),
+    ):
+        assert secret not in post(client, "/completions", body).text
+
+
+def test_a_large_bad_body_makes_one_small_error() -> None:
+    """Every error pydantic reports costs a kilobyte or so; a body of megabytes can hold millions of them."""
+    messages = [{"role": "user", "content": [{}] * 64}] * 1024
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({"messages": messages, "stop": [{}] * 16, "stop_token_ids": [""] * 64})
+    assert caught.value.error_count() < 100
+
+
+def test_unprintable_field_names_do_no_harm(client: TestClient) -> None:
+    for name in ("\\ud800", "\\u0000\\n", "{message}", "%s"):
+        error = error_of(client, "/completions", f'{{"prompt": "a", "{name}": 1}}')
+        assert error["code"] == "unknown_field"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted({*CompletionRequest.model_fields, *CompletionRequest.unsupported, "x"})),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+            lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+            max_leaves=6,
+        ),
+    )
+)
+def test_any_json_is_either_taken_within_bounds_or_refused(body: dict[str, Any]) -> None:
+    """No value of any field raises anything but a validation error, and what is taken is bounded."""
+    try:
+        request = CompletionRequest.model_validate(body)
+    except ValidationError as error:
+        answer = validation_error([{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)])
+        assert answer.status == 400
+        return
+    assert "prompt" in body
+    assert 1 <= len(request.prompt) * request.n <= 64
+    params = request.sampling_params(request.logprobs)
+    assert 0 <= params.temperature <= 2
+    assert 0 < params.top_p <= 1
+    assert params.top_k >= 0
+    assert request.seed_of(15) is None or 0 <= request.seed_of(15) < 2**63
+
+
+def test_choices_draw_from_different_seeds_that_fit_63_bits() -> None:
+    request = CompletionRequest.model_validate(completion(n=3, seed=-1))
+    assert [request.seed_of(choice) for choice in range(3)] == [2**63 - 1, 0, 1]
+    assert CompletionRequest.model_validate(completion(n=3)).seed_of(2) is None
+
+
+@pytest.mark.parametrize(("sent", "meant"), [(-1, 0), (0, 0), (7, 7)])
+def test_top_k_can_be_off_in_two_ways(sent: int, meant: int) -> None:
+    assert CompletionRequest.model_validate(completion(top_k=sent)).sampling_params(None).top_k == meant
+
+
+def test_prompts_are_normalised_to_a_list() -> None:
+    def prompts(prompt: Any) -> Any:
+        return CompletionRequest.model_validate({"prompt": prompt}).prompt
+
+    assert prompts("a") == ["a"]
+    assert prompts(["a", ""]) == ["a", ""]
+    assert prompts([1, 2]) == [[1, 2]]
+    assert prompts([[1], [2]]) == [[1], [2]]
+
+
+def test_messages_become_turns() -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]
+    request = ChatCompletionRequest.model_validate({"messages": messages})
+    assert [message.as_turn() for message in request.messages] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a\nb"},
+    ]
+
+
+def test_chat_token_limit_and_logprobs() -> None:
+    def request(**fields: Any) -> ChatCompletionRequest:
+        return ChatCompletionRequest.model_validate(chat(**fields))
+
+    assert request().token_limit is None
+    assert request(max_tokens=7).token_limit == 7
+    assert request(max_completion_tokens=8).token_limit == 8
+    assert request().num_logprobs is None
+    assert request(logprobs=True).num_logprobs == 0
+    assert request(logprobs=True, top_logprobs=3).num_logprobs == 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "temperature"),
+    [
+        ({}, 0.0),
+        ({"temperature": 1.0}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.5}, 0.5),
+        ({"do_sample": False, "temperature": 0.5, "top_p": 0.9}, 0.0),
+        ({"temperature": 0.5}, 0.5),
+        ({"top_p": 0.9}, 1.0),
+        ({"top_k": 5}, 1.0),
+    ],
+)
+def test_tgi_samples_when_asked_to(parameters: dict[str, Any], temperature: float) -> None:
+    parsed = GenerateParameters.model_validate(parameters)
+    assert parsed.sampling_params(None).temperature == temperature
+    assert parsed.samples == (temperature > 0)
+
+
+def test_chunks_leave_out_what_adds_nothing_but_keep_the_nulls_that_clients_read() -> None:
+    choice = ChatChunkChoice(index=0, delta=ChatDelta(content="hi"))
+    chunk = json.loads(ChatCompletionChunk(id="c", created=1, model="m", choices=[choice]).model_dump_json())
+    assert chunk == {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "delta": {"content": "hi"}, "logprobs": None, "finish_reason": None}],
+        "system_fingerprint": None,
+        "usage": None,
+    }

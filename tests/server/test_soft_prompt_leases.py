@@ -1,0 +1,86 @@
+"""Leased files go with their last user, whoever deletes the soft prompt and whenever a request is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from prompt_store.manifest import ModelSpec
+from prompt_store.store import PromptStore, StoredPrompt
+from server.errors import ApiError
+from server.soft_prompts import SoftPromptLeases
+from tests.conftest import make_soft_prompt, save_prompt
+
+SPEC = ModelSpec(name="tiny", fingerprint="ab" * 32, hidden_size=8, num_layers=2, num_kv_heads=1, head_dim=4)
+
+
+class SlowStore(PromptStore):
+    """Leases only when told to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, 1 << 20)
+        self.linking, self.may_link = threading.Event(), threading.Event()
+
+    def lease(self, stored: StoredPrompt, directory: Path) -> Path:
+        self.linking.set()
+        assert self.may_link.wait(60)
+        return super().lease(stored, directory)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SlowStore:
+    store = SlowStore(tmp_path / "prompts")
+    store.add("manual", save_prompt(make_soft_prompt("kv", 4, SPEC), tmp_path, "manual"))
+    return store
+
+
+def leases_of(store: SlowStore, tmp_path: Path, unused: list[str]) -> SoftPromptLeases:
+    return SoftPromptLeases(store, SPEC, tmp_path / "leases", unused.append)
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "leases").iterdir())
+
+
+def test_removed_by_another_process(store: SlowStore, tmp_path: Path) -> None:
+    store.may_link.set()
+    unused: list[str] = []
+
+    async def scenario() -> None:
+        leases = leases_of(store, tmp_path, unused)
+        first, second = await leases.acquire("manual"), await leases.acquire("manual")
+        PromptStore(store.root, 1 << 20).remove("manual")
+        with pytest.raises(ApiError, match="manual"):
+            await leases.acquire("manual")
+        leases.release(first)
+        assert len(files(tmp_path)) == 1, "the second still uses it"
+        leases.release(second)
+        assert files(tmp_path) == []
+        assert unused == [first.stored.sha256]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_given_up_while_its_file_is_linked(store: SlowStore, tmp_path: Path) -> None:
+    unused: list[str] = []
+
+    async def scenario() -> None:
+        leases = leases_of(store, tmp_path, unused)
+        request = asyncio.create_task(leases.acquire("manual"))
+        await asyncio.to_thread(store.linking.wait, 60)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        store.may_link.set()
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
+        await asyncio.sleep(0)
+        assert len(files(tmp_path)) == 1, "kept for the next request, as the soft prompt is registered"
+        store.remove("manual")
+        await leases.collect()
+        assert files(tmp_path) == []
+        assert len(unused) == 1
+
+    asyncio.run(scenario())
