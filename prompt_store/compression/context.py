@@ -1,0 +1,118 @@
+"""One context in front of one model: its tokens, its KV, and everything of σ's length that is made from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.initial import chosen_positions, moved_prefix, truncated_ids
+from prompt_store.compression.pairs import Pair
+from prompt_store.compression.rendering import Renderer, Segment, group_of
+from prompt_store.compression.self_study import Example, Generate
+
+# What a user turn may take beside the answer.
+QUESTION_ROOM = 384
+# A text on another subject, for the wrong-prompt baseline when no other soft prompt is at hand.
+OTHER_TEXT = (
+    "Bread needs four things: flour, water, salt and yeast. Weigh 500 g of flour, add 350 g of water at 25 degrees, "
+    "10 g of salt and 3 g of dry yeast. Stir until no dry flour is left and wait for half an hour. Then stretch the "
+    "dough from each side and fold it over; do this three times, half an hour apart. The dough is ready when it has "
+    "doubled and shakes like jelly. Shape it with wet hands, let it rest in a basket for an hour and heat the oven to "
+    "240 degrees with an iron pot inside. Bake the loaf for 25 minutes with the lid on and for 15 minutes without. "
+    "It should sound hollow when you knock on it. Let it cool on a rack before cutting, because the crumb is still "
+    "setting. Rye takes up more water than wheat and rises less. A sourdough starter replaces the yeast: feed it "
+    "with the same weight of flour and water every day, and use it when it floats. "
+)
+
+
+class Context:
+    """Raises ValueError for a context that is empty, no text, or cannot be cut to the model's window.
+
+    A context longer than the window is held as segments; each question is then answered from one of them.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Any, text: str, instruction: str | None, max_answer_tokens: int
+    ) -> None:
+        if not text.strip():
+            raise ValueError("context is empty")
+        if "\0" in text:
+            raise ValueError("context is not text: it contains a NUL byte")
+        self.decoder, self.text, self.max_answer_tokens = decoder, text, max_answer_tokens
+        self.renderer = Renderer(tokenizer, instruction)
+        room = QUESTION_ROOM + max_answer_tokens
+        self.segments: list[Segment] = self.renderer.segments(text, decoder.window - room)
+        self.head, self.tail = self.renderer.frame()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(part.ids) for part in self.segments)
+
+    @cached_property
+    def full(self) -> list[Prefix]:
+        """The KV of every segment."""
+        return [self.decoder.encode(part.ids) for part in self.segments]
+
+    def prefill_seconds(self, clock: Callable[[], float]) -> float:
+        """What reading the context costs a request that does without σ, measured."""
+        began = clock()
+        for part in self.segments:
+            self.decoder.encode(part.ids)
+        return clock() - began
+
+    def check_length(self, virtual_tokens: int) -> None:
+        """Raises ValueError when σ would be longer than what it stands for."""
+        if not 2 <= virtual_tokens <= self.num_tokens:
+            raise ValueError(
+                f"virtual_tokens must lie between 2 and the context's {self.num_tokens} tokens, got {virtual_tokens}"
+            )
+
+    def pair(self, example: Example) -> Pair:
+        return self.renderer.pair(example, self.segments, self.max_answer_tokens)
+
+    def ask(self, examples: Sequence[Example], max_tokens: int, generate: Generate) -> list[list[int]]:
+        """Greedy answers, segment by segment, so that each segment's KV is shared by its questions."""
+        answers: list[list[int]] = [[] for _ in examples]
+        for group, part in enumerate(self.segments):
+            mine = [i for i, e in enumerate(examples) if group_of(e, self.segments) == group]
+            if mine:
+                prompts = [[*part.ids, *self.renderer.question(examples[i].input)] for i in mine]
+                for index, answer in zip(mine, generate(prompts, max_tokens), strict=True):
+                    answers[index] = list(answer)
+        return answers
+
+    # Of σ's length --------------------------------------------------------------------------------------------
+
+    def untrained_kv(self, length: int) -> Prefix:
+        """Evenly sampled chunks of the context's KV: where kind `kv` starts."""
+        return moved_prefix(self.decoder, self.full, self._positions(length))
+
+    def untrained_embeddings(self, length: int) -> Tensor:
+        """Input embeddings [n, hidden] of evenly sampled chunks: where kind `embeddings` starts."""
+        ids = [token for part in self.segments for token in part.ids]
+        chosen = torch.tensor([ids[at] for at in self._positions(length)], device=self.decoder.device)
+        return self.decoder.embed(chosen).detach()
+
+    def truncated(self, length: int) -> Prefix:
+        """The first tokens of the context and the end of its turn."""
+        first = self.segments[0].ids
+        return self.decoder.encode(truncated_ids(first, min(length, len(first)), self.tail))
+
+    def other(self, length: int) -> Prefix:
+        """The untrained start of a text on another subject."""
+        text = OTHER_TEXT * (length // 150 + 1)
+        other = self.decoder.encode(self.renderer.context(text)[: self.decoder.window])
+        return moved_prefix(self.decoder, [other], chosen_positions(other.length, length, self.head, self.tail))
+
+    def _positions(self, length: int) -> list[int]:
+        return chosen_positions(self.num_tokens, length, self.head, self.tail)

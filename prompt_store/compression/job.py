@@ -1,0 +1,74 @@
+"""The work directory of one compression: whose it is, and how much time has gone into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the target and rename: a reader or a crash never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def save_states(states: Sequence[Tensor], path: Path) -> None:
+    """Tensors [rows, hidden] of one dtype, in order, whole or not at all."""
+    sizes = torch.tensor([len(state) for state in states])
+    tensors = {"sizes": sizes, "states": torch.cat(list(states)).cpu().contiguous()}
+    replace_file(path, lambda target: save_file(tensors, target))
+
+
+def load_states(path: Path) -> list[Tensor]:
+    """Raises ValueError when the file cannot be read."""
+    try:
+        tensors = load_file(path)
+        return list(torch.split(tensors["states"], tensors["sizes"].tolist()))
+    except (OSError, KeyError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"resume: {path.name} in the work directory cannot be read: {error}") from None
+
+
+class JobDirectory:
+    """Owns job.json: the run's identity and the seconds spent so far. The phases keep their own files beside it."""
+
+    FILES = ("questions.jsonl", "held_out.jsonl", "train.jsonl", "baselines.json", "checkpoint/state.json", "job.json")
+
+    def __init__(self, path: Path, identity: dict[str, Any], clock: Callable[[], float]) -> None:
+        self.path, self._identity, self._clock = path, identity, clock
+        self._started = clock()
+
+    def open(self, resume: bool) -> None:
+        """Start afresh, or go on with what is there. Raises ValueError when that is another run's or unreadable."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        target = self.path / "job.json"
+        if resume and target.exists():
+            try:
+                record = json.loads(target.read_text(encoding="utf-8"))
+                elapsed = float(record["elapsed"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError("resume: job.json in the work directory cannot be read") from None
+            if any(record.get(key) != value for key, value in self._identity.items()):
+                raise ValueError("resume: the work directory belongs to a run with other settings or another context")
+            self._started = self._clock() - elapsed
+            return
+        for name in self.FILES:
+            (self.path / name).unlink(missing_ok=True)
+        self.save()
+
+    def elapsed(self) -> float:
+        return self._clock() - self._started
+
+    def save(self) -> None:
+        record = {**self._identity, "elapsed": self.elapsed()}
+        replace_file(self.path / "job.json", lambda path: path.write_text(json.dumps(record), encoding="utf-8"))

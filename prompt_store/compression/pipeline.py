@@ -1,0 +1,300 @@
+"""From a context to σ and its report: self-study, gold answers, teacher, baselines, matching, training, evaluation.
+
+Every phase leaves its result in the work directory, so that a run that was killed goes on where it was; the time
+already spent counts against the budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prompt_store.compression.context import Context
+from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.evaluate import measure_baselines, with_gold
+from prompt_store.compression.job import JobDirectory, load_states, save_states
+from prompt_store.compression.matching import MatchingSettings, fit
+from prompt_store.compression.pairs import Pair
+from prompt_store.compression.report import (
+    Evaluation,
+    Measured,
+    Subject,
+    break_even,
+    build_report,
+    load_measured,
+    save_measured,
+    thinned,
+    write_report,
+)
+from prompt_store.compression.self_study import (
+    Example,
+    Generate,
+    load_jsonl,
+    merge,
+    model_questions,
+    question_prompts,
+    save_jsonl,
+    split,
+    template_questions,
+    usable,
+)
+from prompt_store.compression.settings import CompressionSettings
+from prompt_store.compression.student import Student
+from prompt_store.compression.teacher import Teaching, teach, without
+from prompt_store.compression.trainer import Progress, Trainer, TrainingResult, TrainingSettings
+
+# Shares of a time budget after which a phase takes what it has and goes on.
+HELD_OUT_SHARE = 0.05
+GOLD_SHARE = 0.22
+TEACHER_SHARE = 0.14
+MATCHING_SHARE = 0.18
+OBSERVED_PAIRS = 160
+EVALUATION_STEPS = 7
+
+
+class Stopped(Exception):
+    """The run was asked to stop; what it has done so far is in its work directory."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """σ's tensors in float32 as a soft prompt file holds them, the report, and what the manifest wants to know."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+    report: dict[str, Any]
+    context_sha256: str
+    context_tokens: int
+
+
+class Compression:
+    """One compression of one context. `generate` answers prompts greedily (see self_study.Generate): every prompt
+    begins with the same context tokens, except that a long context's segments come one after another.
+
+    Raises ValueError (DataError, TemplateError) for bad input before any work is done.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        context: str,
+        settings: CompressionSettings,
+        generate: Generate,
+        directory: Path,
+        user_examples: Sequence[Example] = (),
+        wrong_prefix: Prefix | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.decoder, self.settings, self.generate = decoder, settings, generate
+        self.context = Context(decoder, tokenizer, context, settings.instruction, settings.max_answer_tokens)
+        self.context.check_length(settings.virtual_tokens)
+        self.user_examples, self.wrong_prefix, self.clock = list(user_examples), wrong_prefix, clock
+        self.on_progress, self.should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
+        asked = hashlib.sha256(repr(self.user_examples).encode()).hexdigest()
+        identity = {"settings": asdict(settings), "context": self.context.sha256, "user_examples": asked}
+        self.directory, self.job = directory, JobDirectory(directory, identity, clock)
+
+    def _check_stop(self) -> None:
+        self.job.save()
+        if self.should_stop():
+            raise Stopped
+
+    def _report(self, phase: str, done: int, total: int, began: float, loss: float | None = None) -> None:
+        left = (self.clock() - began) / done * (total - done) if done else None
+        self.on_progress(Progress(phase, done, total, loss, left))
+
+    def run(self, resume: bool = False) -> Outcome:
+        """Raises Stopped; ValueError when asked to resume another run's directory."""
+        self.job.open(resume)
+        context, settings = self.context, self.settings
+        training, held_out = split(self._questions(), settings.held_out, settings.seed)
+        held_out = self._answer(held_out, "held_out", HELD_OUT_SHARE, 16)
+        training = self._answer(training, "train", GOLD_SHARE, 32)
+        if not held_out or not training:
+            raise ValueError("the model answers none of the questions about this context")
+        prefill_seconds = context.prefill_seconds(self.clock)
+        evaluation = Evaluation(
+            self.decoder,
+            context.renderer,
+            context.segments,
+            context.full,
+            held_out,
+            settings.max_answer_tokens,
+            settings.free_answers,
+            self.clock,
+        )
+        baselines = self._baselines(evaluation)
+        pairs, teaching = self._teach([context.pair(example) for example in training])
+        student = self._student(teaching)
+        recited = [index for index, example in enumerate(training) if example.kind == "recite"]
+        # Matching likes them all; in training their KL, many times that of an answer, would drown the rest.
+        pairs, teaching = without(pairs, teaching, [index for at, index in enumerate(recited) if at % 3])
+        # What is still to come is like one baseline: only that is kept back of the budget.
+        reserve = 1.5 * max(measured.seconds for measured in baselines.values()) + 2.0
+        result = self._train(student, pairs, teaching, reserve)
+        if result.stopped:
+            raise Stopped
+        self._check_stop()
+        began, prefix = self.clock(), student.fixed_prefix()
+        sigma = evaluation.measure(Subject.shared(prefix, len(context.full)))
+        self._report("evaluation", EVALUATION_STEPS - 1, EVALUATION_STEPS, began)
+        off_topic = evaluation.off_topic(prefix)
+        self._report("evaluation", EVALUATION_STEPS, EVALUATION_STEPS, began)
+        tensors = {name: tensor.cpu() for name, tensor in student.tensors().items()}
+        facts = self._facts(tensors, pairs, result, prefill_seconds)
+        report = build_report(evaluation, sigma, baselines, off_topic, facts)
+        write_report(report, self.directory)
+        return Outcome(settings.kind, tensors, report, context.sha256, context.num_tokens)
+
+    def _questions(self) -> list[Example]:
+        """All questions, the user's first, without answers of the model yet; the same on every call."""
+        path = self.directory / "questions.jsonl"
+        if path.exists():
+            return load_jsonl(path)
+        settings, text = self.settings, self.context.text
+        count = settings.questions + settings.held_out
+        own: list[Example] = []
+        if settings.model_questions:
+            asked = question_prompts(text, settings.model_questions // 2 + 1, settings.seed)
+            examples = [Example(message, None, "model", position, "model") for message, position in asked]
+            replies = self.context.ask(examples, 96, self.generate)
+            texts = [self.context.renderer.text(reply) for reply in replies]
+            own = model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])
+            own = own[: settings.model_questions]
+        templates = template_questions(text, count, settings.seed)
+        examples = merge(self.user_examples, own + templates, text, count + len(self.user_examples))
+        save_jsonl(examples, path)
+        self.on_progress(Progress("self_study", len(examples), len(examples)))
+        return examples
+
+    def _answer(self, examples: Sequence[Example], name: str, share: float, size: int) -> list[Example]:
+        """The examples with gold answers, as many as the time share allows; kept in `name`.jsonl as they come."""
+        path = self.directory / f"{name}.jsonl"
+        done = load_jsonl(path) if path.exists() and path.stat().st_size else []
+        began, budget = self.clock(), self.settings.seconds
+        while len(done) < len(examples):
+            self._check_stop()
+            late = budget is not None and self.job.elapsed() > share * budget
+            if late and len(done) >= self.settings.batch_size:
+                break
+            batch = examples[len(done) : len(done) + size]
+            for example in with_gold(self.context, batch, self.generate, self.settings.max_answer_tokens):
+                # The file has no empty answers; one that echoes the question is as unusable.
+                empty = not (example.output or "").strip()
+                done.append(replace(example, output=example.input) if empty else example)
+            save_jsonl(done, path)
+            self._report("gold", len(done), len(examples), began)
+        return [example for example in done if usable(example)]
+
+    def _baselines(self, evaluation: Evaluation) -> dict[str, Measured]:
+        kept = load_measured(self.directory / "baselines.json")
+        if kept is not None:
+            return kept
+        began, settings = self.clock(), self.settings
+        done: list[str] = []
+
+        def on_done(name: str) -> None:
+            done.append(name)
+            self._report("evaluation", len(done), EVALUATION_STEPS, began)
+            self._check_stop()
+
+        found = measure_baselines(
+            evaluation, self.context, settings.kind, settings.virtual_tokens, self.wrong_prefix, on_done
+        )
+        save_measured(found, self.directory / "baselines.json")
+        return found
+
+    def _teach(self, pairs: Sequence[Pair]) -> tuple[list[Pair], Teaching]:
+        """The teacher's states, on as many pairs as the time share allows (the first ones: evenly spread).
+
+        Once training has begun they come from their file: matching, which needs more than them, is over.
+        """
+        settings, began = self.settings, self.clock()
+        kept = self.directory / "teacher.safetensors"
+        if (self.directory / "checkpoint" / "state.json").exists() and kept.exists():
+            states = [state.to(self.decoder.device) for state in load_states(kept)]
+            return list(pairs[: len(states)]), Teaching(states, [])
+        states = []
+        observed = []
+        size = 16 * settings.batch_size
+        for start in range(0, len(pairs), size):
+            late = settings.seconds is not None and self.clock() - began > TEACHER_SHARE * settings.seconds
+            if start and late:
+                break
+            part = pairs[start : start + size]
+            wanted = max(1, OBSERVED_PAIRS * len(part) // len(pairs)) if settings.kind == "kv" else 0
+            found = teach(self.decoder, self.context.full, part, settings.batch_size, wanted, settings.virtual_tokens)
+            states += found.states
+            observed += found.observed
+            self._report("teacher", start + len(part), len(pairs), began)
+            self._check_stop()
+        save_states(states, kept)
+        return list(pairs[: len(states)]), Teaching(states, observed)
+
+    def _student(self, teaching: Teaching) -> Student:
+        length = self.settings.virtual_tokens
+        if self.settings.kind == "embeddings":
+            start = self.context.untrained_embeddings(length)
+            return Student(self.decoder, "embeddings", {"embeddings": start})
+        untrained = self.context.untrained_kv(length)
+        if (self.directory / "checkpoint" / "state.json").exists() or not self.settings.matching_steps:
+            return Student.from_prefix(self.decoder, untrained)
+        began, steps, budget = self.clock(), self.settings.matching_steps, self.settings.seconds
+        matching = MatchingSettings(steps, None if budget is None else MATCHING_SHARE * budget)
+
+        def on_step(step: int, error: float) -> None:
+            if step % 10 == 0 or step == steps:
+                self._report("matching", step, steps, began, error)
+                self._check_stop()
+
+        fitted = fit(untrained, teaching.observed, matching, self.decoder.scale, self.clock, on_step)
+        return Student.from_prefix(self.decoder, fitted)
+
+    def _train(self, student: Student, pairs: Sequence[Pair], teaching: Teaching, reserve: float) -> TrainingResult:
+        settings = self.settings
+        training = TrainingSettings(
+            objective=settings.objective,
+            alpha=settings.alpha,
+            steps=settings.steps,
+            seconds=settings.seconds,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+        )
+        trainer = Trainer(student, pairs, teaching.states, training, self.directory / "checkpoint", self.clock)
+        if not trainer.resume():
+            trainer.save()
+        if settings.seconds is not None:
+            left = max(1.0, settings.seconds - self.job.elapsed() - reserve)
+            trainer.allow(trainer.state.elapsed + left)
+        return trainer.run(self.on_progress, self.should_stop)
+
+    def _facts(
+        self, tensors: dict[str, Tensor], pairs: Sequence[Pair], result: TrainingResult, prefill_seconds: float
+    ) -> dict[str, Any]:
+        seconds, settings, context = self.job.elapsed(), self.settings, self.context
+        return {
+            "compression_ratio": round(context.num_tokens / settings.virtual_tokens, 3),
+            "seconds": round(seconds, 2),
+            "break_even_requests": break_even(seconds, prefill_seconds),
+            "context_prefill_seconds": round(prefill_seconds, 4),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            "context_kv_bytes": sum(prefix.num_bytes for prefix in context.full),
+            "context_tokens": context.num_tokens,
+            "segments": len(context.segments),
+            "virtual_tokens": settings.virtual_tokens,
+            "kind": settings.kind,
+            "objective": settings.objective,
+            "wrong_prompt_is_trained": self.wrong_prefix is not None,
+            "training": {**asdict(settings), "questions": len(pairs), "steps": result.steps},
+            "curve": thinned(result.curve),
+        }

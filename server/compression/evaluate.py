@@ -1,0 +1,52 @@
+"""Measure a registered soft prompt on questions it has never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prompt_store.compression.evaluate import evaluate_prompt
+from prompt_store.compression.self_study import Example
+from prompt_store.compression.settings import CompressionSettings
+from prompt_store.compression.trainer import Progress
+from prompt_store.soft_prompt import SoftPrompt, check_fits
+from server.compression.request import ModelChoice
+from server.compression.workbench import Workbench, count_tokens, load_tokenizer
+
+LONGEST_ANSWER = CompressionSettings.max_answer_tokens
+
+
+def evaluate(
+    prompt: SoftPrompt,
+    context: str,
+    questions: Sequence[Example],
+    choice: ModelChoice,
+    max_prompt_bytes: int,
+    on_progress: Callable[[Progress], None],
+) -> dict[str, Any]:
+    """The report, with the keys that a compression's has. A question's own output is the gold answer where it has
+    one, else what the model answers with the full context. Raises ValueError, SoftPromptError or ModelError."""
+    training = prompt.manifest.training
+    instruction, longest = training.get("instruction"), training.get("max_answer_tokens")
+    instruction = instruction if isinstance(instruction, str) else None
+    longest = longest if isinstance(longest, int) and 4 <= longest <= 4096 else LONGEST_ANSWER
+    tokens = count_tokens(load_tokenizer(choice), context, instruction)
+    bench = Workbench.open(choice, tokens, longest, max_prompt_bytes, instruction)
+    try:
+        check_fits(prompt, bench.spec)
+        report = evaluate_prompt(
+            bench.decoder,
+            bench.tokenizer,
+            prompt.manifest.kind,
+            prompt.tensors,
+            context,
+            questions,
+            bench.generate,
+            instruction,
+            longest,
+            free_answers=len(questions),
+            on_progress=on_progress,
+        )
+    finally:
+        bench.release_engine()
+    return report | {"seconds": prompt.manifest.fidelity.get("seconds"), "objective": prompt.manifest.objective}

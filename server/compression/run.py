@@ -1,0 +1,206 @@
+"""One compression in its directory: from a request to a soft prompt file and its report, resumable at any moment.
+
+work/                     the library's: questions, gold answers, checkpoint
+model                     fingerprint of the model that `work` was made with
+report/                   report.json, report.html, the training and held-out data
+soft_prompt.safetensors   the result; when it is there, the run is over
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from prompt_store.compression.decoder import Prefix
+from prompt_store.compression.job import replace_file
+from prompt_store.compression.objectives import Objective
+from prompt_store.compression.pipeline import Compression, Outcome
+from prompt_store.compression.report import write_report
+from prompt_store.compression.student import Kind
+from prompt_store.compression.trainer import Progress
+from prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
+from prompt_store.soft_prompt import SoftPrompt, load, save
+from prompt_store.store import NameTaken, PromptStore, StoredPrompt
+from server.compression.request import CompressionRequest, InputError
+from server.compression.workbench import Workbench, count_tokens, load_tokenizer
+
+DIRECTORY = ".compressions"
+# Phases that ask the engine for answers; it is released with the first of the others.
+ANSWERING = frozenset({"self_study", "gold"})
+DATA = ("questions.jsonl", "train.jsonl", "held_out.jsonl")
+SOURCE = "softbatch compress"
+_SECTIONS = ("answers", "curve", "off_topic", "baselines")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """`prompt` is the soft prompt's file, `report` what report.json says."""
+
+    prompt: Path
+    report: dict[str, Any]
+
+
+def run_compression(
+    request: CompressionRequest,
+    directory: Path,
+    resume: bool,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+    check_model: Callable[[ModelSpec], None] = lambda spec: None,
+) -> Finished:
+    """Run it, or go on with it. `check_model` sees the model before any work is done, and may raise.
+
+    Raises Stopped when `should_stop` said so, InputError, ValueError or ModelError when it cannot be done.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    finished = find_finished(directory)
+    if resume and finished is not None:
+        return finished
+    work = directory / "work"
+    if not resume:
+        discard(directory)
+    settings = request.settings
+    tokens = count_tokens(load_tokenizer(request.choice), request.context, settings.instruction)
+    bench = Workbench.open(
+        request.choice, tokens, settings.max_answer_tokens, request.max_prompt_bytes, settings.instruction
+    )
+    try:
+        check_model(bench.spec)
+        _check_same_model(directory, bench.spec)
+
+        def report_progress(progress: Progress) -> None:
+            if progress.phase not in ANSWERING:
+                bench.release_engine()
+            on_progress(progress)
+
+        outcome = Compression(
+            bench.decoder,
+            bench.tokenizer,
+            request.context,
+            settings,
+            bench.generate,
+            work,
+            request.questions,
+            _another_prompt(bench, request),
+            report_progress,
+            should_stop,
+        ).run(resume)
+    finally:
+        bench.release_engine()
+    write_report(outcome.report, directory / "report", request.name)
+    for name in DATA:
+        if (work / name).exists():
+            shutil.copyfile(work / name, directory / "report" / name)
+    prompt = SoftPrompt(_manifest(outcome, request, bench.spec), **outcome.tensors)
+    save(prompt, directory / "soft_prompt.safetensors")
+    return Finished(directory / "soft_prompt.safetensors", outcome.report)
+
+
+def find_finished(directory: Path) -> Finished | None:
+    """The result, if the run came to its end."""
+    prompt, report = directory / "soft_prompt.safetensors", directory / "report" / "report.json"
+    if not prompt.exists() or not report.exists():
+        return None
+    return Finished(prompt, json.loads(report.read_text(encoding="utf-8")))
+
+
+def has_work(directory: Path) -> bool:
+    """Whether gold answers or more of an unfinished run lie in the directory."""
+    return any((directory / "work" / name).exists() for name in DATA) or find_finished(directory) is not None
+
+
+def discard(directory: Path) -> None:
+    """Delete what a run leaves for resuming; the report stays."""
+    shutil.rmtree(directory / "work", ignore_errors=True)
+    for name in ("soft_prompt.safetensors", "model"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def register(store: PromptStore, name: str, finished: Finished) -> StoredPrompt:
+    """Add the result to the store; once more does no harm. Raises SoftPromptError."""
+    try:
+        return store.add(name, finished.prompt)
+    except NameTaken:
+        stored = store.get(name)
+        if stored.path.read_bytes() != finished.prompt.read_bytes():
+            raise
+        return stored
+
+
+@contextmanager
+def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the directory's lock, which goes with the process that holds it. Raises InputError when another does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise InputError(
+                "name", "another process is compressing under this name right now", code="name_taken"
+            ) from None
+        yield
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures at the top level of a report."""
+    return {name: value for name, value in report.items() if isinstance(value, int | float | str | None)}
+
+
+def _check_same_model(directory: Path, spec: ModelSpec) -> None:
+    path = directory / "model"
+    if path.exists() and path.read_text() != spec.fingerprint:
+        raise InputError("model", "this compression was begun with another model; begin anew, without --resume")
+    replace_file(path, lambda target: target.write_text(spec.fingerprint))
+
+
+def _another_prompt(bench: Workbench, request: CompressionRequest) -> Prefix | None:
+    """A soft prompt of the same model and length, made of another context, for the report's wrong-prompt baseline."""
+    store = Path(request.store)
+    if not store.is_dir():
+        return None
+    own = hashlib.sha256(request.context.encode()).hexdigest()
+    for stored in PromptStore(store, request.max_prompt_bytes).list():
+        manifest = stored.manifest
+        if (
+            (manifest.context is None or manifest.context.sha256 != own)
+            and manifest.model.fingerprint == bench.spec.fingerprint
+            and manifest.num_virtual_tokens == request.settings.virtual_tokens
+            and manifest.replaces == "system"
+        ):
+            return bench.prefix_of(load(stored.path, request.max_prompt_bytes))
+    return None
+
+
+def _manifest(outcome: Outcome, request: CompressionRequest, spec: ModelSpec) -> Manifest:
+    """The report goes in as far as there is room; its longest parts are left out first."""
+    report = {name: value for name, value in outcome.report.items() if name != "training"}
+    settings = request.settings
+    while True:
+        try:
+            return Manifest(
+                kind=cast(Kind, outcome.kind),
+                num_virtual_tokens=settings.virtual_tokens,
+                model=ModelRef(name=spec.name, fingerprint=spec.fingerprint),
+                replaces="system",
+                context=ContextRef(sha256=outcome.context_sha256, num_tokens=outcome.context_tokens),
+                objective=cast(Objective, settings.objective),
+                source=SOURCE,
+                created_at=int(time.time()),
+                training=outcome.report["training"],
+                fidelity=report,
+            )
+        except ValidationError:
+            longest = next((name for name in _SECTIONS if name in report), None)
+            if longest is None:
+                raise
+            del report[longest]

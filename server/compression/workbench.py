@@ -1,0 +1,78 @@
+"""A model opened for compression: the decoder that trains and measures, and the engine that writes gold answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from prompt_store.compression.context import QUESTION_ROOM
+from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.rendering import Renderer
+from prompt_store.manifest import ModelSpec
+from prompt_store.soft_prompt import SoftPrompt
+from scheduler.model.loader import DTYPES, load_transformers
+from scheduler.model.source import resolve
+from server.compression.local_engine import LocalEngine
+from server.compression.request import ModelChoice
+
+
+def load_tokenizer(choice: ModelChoice) -> Any:
+    """Raises ModelError."""
+    return AutoTokenizer.from_pretrained(resolve(choice.model).path)
+
+
+@dataclass
+class Workbench:
+    """Two copies of the weights while gold answers are written: the engine may keep them in a form that is quick to
+    run but has no gradients. `release_engine` gives that copy and its KV cache back."""
+
+    decoder: Decoder
+    tokenizer: Any
+    spec: ModelSpec
+    stop_ids: frozenset[int]
+    engine: LocalEngine | None = field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        choice: ModelChoice,
+        context_tokens: int,
+        max_answer_tokens: int,
+        max_prompt_bytes: int,
+        instruction: str | None = None,
+    ) -> Workbench:
+        """Raises ModelError, or ValueError for a model that cannot be compressed for."""
+        longest = context_tokens + QUESTION_ROOM + max_answer_tokens
+        engine = LocalEngine(choice, longest, max_answer_tokens, max_prompt_bytes)
+        info = engine.ready.model
+        model, tokenizer = load_transformers(resolve(choice.model), DTYPES[info.dtype], torch.device(info.device))
+        model.set_attn_implementation("eager")  # ours needs a KV cache; the decoder puts its own in its place
+        decoder = Decoder(model, info.device)
+        return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """self_study.Generate."""
+        if self.engine is None:
+            raise RuntimeError("the engine was released")
+        return self.engine.generate(prompts, max_tokens, self.stop_ids)
+
+    def release_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def prefix_of(self, prompt: SoftPrompt) -> Prefix:
+        """The KV that a soft prompt puts in front of the model."""
+        tensors = {name: tensor.to(self.decoder.device) for name, tensor in prompt.tensors.items()}
+        if prompt.manifest.kind == "embeddings":
+            with torch.no_grad():
+                return self.decoder.prefill(tensors["embeddings"])
+        return Prefix(tensors["keys"], tensors["values"])
+
+
+def count_tokens(tokenizer: Any, context: str, instruction: str | None) -> int:
+    """Length of the turn that a soft prompt of this context stands for. Raises TemplateError."""
+    return len(Renderer(tokenizer, instruction).context(context))

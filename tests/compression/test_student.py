@@ -1,0 +1,244 @@
+"""The student behind σ: equal to plain transformers, right gradients, and one forward for teacher and student."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from prompt_store.compression.decode import greedy
+from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.initial import chosen_positions, moved_prefix, rotated, truncated_ids
+from prompt_store.compression.matching import LayerView, MatchingSettings, attend, fit
+from prompt_store.compression.objectives import objective_from_hidden
+from prompt_store.compression.pairs import Pair, answer_states, collate
+from prompt_store.compression.student import Student
+from prompt_store.compression.teacher import teach
+from tests.conftest import Reference
+
+PAIRS = [
+    Pair((5, 6, 7), (8, 9, 10, 11)),
+    Pair((15, 16, 17, 18, 19), (21, 2)),
+    Pair((31,), (32, 33, 34, 35, 36, 37)),
+    Pair((41, 42), (43,)),
+]
+
+
+def decoder_of(reference: Reference) -> Decoder:
+    return Decoder(copy.deepcopy(reference.model))
+
+
+def double_llama() -> Decoder:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return Decoder(model)
+
+
+def random_prefix(decoder: Decoder, length: int, seed: int = 0) -> Prefix:
+    shape = decoder.geometry
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.layers, length, shape.kv_heads, shape.head_dim)
+    return Prefix(*(torch.randn(size, generator=generator, dtype=decoder.dtype) for _ in range(2)))
+
+
+def plain_logits(model: Any, pair: Pair, sigma: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Answer logits by transformers alone, one row, no padding."""
+    ids = torch.tensor([[*pair.prompt, *pair.answer[:-1]]])
+    if "embeddings" in sigma:
+        embeds = torch.cat([sigma["embeddings"][None], model.get_input_embeddings()(ids)], dim=1)
+        logits = model(inputs_embeds=embeds).logits
+    else:
+        cache = DynamicCache(config=model.config)
+        for layer in range(sigma["keys"].shape[0]):
+            cache.update(
+                sigma["keys"][layer][None].transpose(1, 2), sigma["values"][layer][None].transpose(1, 2), layer
+            )
+        logits = model(ids, past_key_values=cache).logits
+    return logits[0, -len(pair.answer) :]
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+def test_student_equals_plain_transformers(tiny: Reference, kind: Any) -> None:
+    """Padded batch of ragged rows behind σ, against one row at a time with past_key_values or inputs_embeds."""
+    decoder = decoder_of(tiny)
+    prefix = random_prefix(decoder, 6)
+    sigma = (
+        {"keys": prefix.keys, "values": prefix.values}
+        if kind == "kv"
+        else {"embeddings": torch.randn(6, decoder.geometry.hidden) * 0.3}
+    )
+    student = Student(decoder, kind, sigma)
+    states = teach(decoder, [student.fixed_prefix()], PAIRS, batch_size=4).states
+    with torch.no_grad():
+        for pair, found in zip(PAIRS, states, strict=True):
+            expected = plain_logits(tiny.model, pair, sigma)
+            assert torch.allclose(decoder.project(found), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_gradient_of_sigma_against_finite_differences(kind: Any, alpha: float) -> None:
+    decoder = double_llama()
+    teacher = teach(decoder, [random_prefix(decoder, 9, 1)], PAIRS).states
+    prefix = random_prefix(decoder, 3)
+    sigma = (
+        {"keys": prefix.keys, "values": prefix.values}
+        if kind == "kv"
+        else {"embeddings": torch.randn(3, decoder.geometry.hidden, dtype=torch.float64)}
+    )
+    student = Student(decoder, kind, sigma)
+    batch = collate(PAIRS, [0, 1, 2, 3], decoder.device)
+    targets = torch.cat(teacher)
+
+    def loss() -> torch.Tensor:
+        states = answer_states(decoder, student.prefix(), batch)
+        return objective_from_hidden(states, targets, batch.gold, decoder.head, alpha, 4)
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(3)
+    for part in student.trainable.values():
+        assert part.grad is not None
+        direction = torch.randn(part.shape, generator=generator, dtype=torch.float64)
+        expected = (part.grad * direction).sum().item()
+        step = 1e-3  # the norms compute in float32 whatever the model does
+        with torch.no_grad():
+            part += step * direction
+            above = loss().item()
+            part -= 2 * step * direction
+            below = loss().item()
+            part += step * direction
+        assert (above - below) / (2 * step) == pytest.approx(expected, rel=2e-3, abs=1e-6)
+
+
+def test_kl_is_zero_when_the_student_is_the_teacher(tiny: Reference) -> None:
+    decoder = decoder_of(tiny)
+    prefix = random_prefix(decoder, 5)
+    teacher = teach(decoder, [prefix], PAIRS, batch_size=2).states
+    student = Student.from_prefix(decoder, prefix)
+    batch = collate(PAIRS, [0, 1, 2, 3], decoder.device)
+    states = answer_states(decoder, student.prefix(), batch)
+    loss = objective_from_hidden(states, torch.cat(teacher), batch.gold, decoder.head, 0.0)
+    assert abs(loss.item()) < 1e-6
+
+
+def test_slot_zero_is_frozen_and_the_model_too() -> None:
+    decoder = double_llama()
+    student = Student.from_prefix(decoder, random_prefix(decoder, 4))
+    assert student.trainable["keys"].shape[1] == 3
+    assert not any(parameter.requires_grad for parameter in decoder.model.parameters())
+    student.prefix().keys.sum().backward()
+    assert all(parameter.grad is None for parameter in decoder.model.parameters())
+
+
+def test_greedy_equals_transformers_generate(tiny: Reference) -> None:
+    decoder = decoder_of(tiny)
+    context = list(range(100, 130))
+    prompts = [list(pair.prompt) for pair in PAIRS]
+    found = greedy(decoder, decoder.encode(context), prompts, 6, {2}, batch_size=3)
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert answer == tiny.generate(context + prompt, 6)
+
+
+def test_rotated_keys_are_those_of_the_new_positions(tiny: Reference) -> None:
+    """Layer 0 keys depend on token and position alone: moving them must give what another position gives."""
+    decoder = decoder_of(tiny)
+    if not hasattr(decoder.body, "rotary_emb"):
+        pytest.skip("the model has no rotary positions")
+    keys = decoder.encode([7, 50, 51, 52, 53]).keys[0]
+    later = decoder.encode([9, 9, 9, 50, 51, 52, 53]).keys[0]
+    moved = rotated(decoder, keys[1:].transpose(0, 1), torch.tensor([2, 2, 2, 2])).transpose(0, 1)
+    assert torch.allclose(moved, later[3:], atol=1e-4)
+    whole = decoder.encode(list(range(40, 60)))
+    start = moved_prefix(decoder, [whole], [0, 7, 12])
+    assert torch.allclose(start.keys[0, 1], decoder.encode([40, 47]).keys[0, 1], atol=1e-4)
+
+
+def test_all_positions_chosen_is_the_full_context(tiny: Reference) -> None:
+    decoder = decoder_of(tiny)
+    whole = decoder.encode(list(range(40, 60)))
+    start = moved_prefix(decoder, [whole], chosen_positions(20, 20, 3, 2))
+    assert torch.allclose(start.keys, whole.keys, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 64, 199, 200])
+def test_chosen_positions_are_ordered_and_cover_the_context(count: int) -> None:
+    chosen = chosen_positions(200, count, 4, 2)
+    assert len(chosen) == count
+    assert sorted(set(chosen)) == chosen
+    assert chosen[0] >= 0
+    assert chosen[-1] < 200
+    with pytest.raises(ValueError, match="virtual_tokens"):
+        chosen_positions(3, 4, 0, 0)
+    assert truncated_ids(list(range(10)), 5, 2) == [0, 1, 2, 8, 9]
+
+
+def test_attention_of_matching_is_the_models_own() -> None:
+    """Over the full context's KV the observed outputs come back exactly: the fit starts from the right function."""
+    decoder = double_llama()
+    prefix = decoder.encode(list(range(3, 20)))
+    observed = teach(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=prefix.length).observed
+    assert len(observed) == 1
+    for layer in range(decoder.geometry.layers):
+        seen = LayerView.of(observed[0], layer, torch.float64)
+        keys, values = prefix.keys[layer].transpose(0, 1), prefix.values[layer].transpose(0, 1)
+        output = attend(seen, keys, values, decoder.scale)
+        assert torch.allclose(output * seen.valid[:, None, :, None], seen.output * seen.valid[:, None, :, None])
+
+
+def test_moving_the_observation_keeps_the_attention() -> None:
+    """The student stands at position n and not at the context's length: all rotates together, nothing changes."""
+    decoder = double_llama()
+    prefix = decoder.encode(list(range(3, 20)))
+    observed = teach(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=5).observed
+    keys = rotated(decoder, prefix.keys.transpose(1, 2), torch.full((17,), 5 - 17))
+    seen = LayerView.of(observed[0], 1, torch.float64)
+    output = attend(seen, keys[1], prefix.values[1].transpose(0, 1), decoder.scale)
+    assert torch.allclose(output * seen.valid[:, None, :, None], seen.output * seen.valid[:, None, :, None])
+
+
+def test_matching_lowers_the_error_and_keeps_slot_zero() -> None:
+    decoder = double_llama()
+    full = decoder.encode(list(range(3, 40)))
+    observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
+    start = moved_prefix(decoder, [full], chosen_positions(37, 6, 2, 1))
+    errors: list[float] = []
+    fitted = fit(
+        start,
+        observed,
+        MatchingSettings(steps=60, key_rate=0.05, value_rate=0.05),
+        decoder.scale,
+        on_step=lambda _, error: errors.append(error),
+    )
+    assert errors[-1] < 0.5 * errors[0]
+    assert torch.equal(fitted.keys[:, 0], start.keys[:, 0])
+    assert torch.equal(fitted.values[:, 0], start.values[:, 0])
+
+
+def test_models_that_cannot_be_trained_for_are_refused() -> None:
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+    )
+    with pytest.raises(ValueError, match="not full in every layer"):
+        Decoder(MistralForCausalLM(config))
