@@ -109,24 +109,14 @@ def prefix_attention(
     if call is None:
         raise RuntimeError("the model runs with the compression attention: call it through Decoder")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    batch, heads, tokens, dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
+    dim = query.shape[-1]
+    group = query.shape[1] // key.shape[1]
     if call.cache is not None:
         return _decode_attention(call.cache, call.prefix, layer, query, key, value, scaling), None
-    keys, values = key, value
-    length = 0
-    if call.prefix is not None:
-        length = call.prefix.length
-        keys = torch.cat((call.prefix.keys[layer].expand(batch, -1, -1, -1), keys), dim=2)
-        values = torch.cat((call.prefix.values[layer].expand(batch, -1, -1, -1), values), dim=2)
-    if length == 0:
+    if call.prefix is None or call.prefix.length == 0:
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
     else:
-        mask = _causal_mask(tokens, length, group, query)
-        folded = query.reshape(batch, kv_heads, group * tokens, dim)
-        output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
-        output = output.reshape(batch, heads, tokens, dim)
+        output = attend(query, key, value, call.prefix.keys[layer], call.prefix.values[layer], scaling or dim**-0.5)
     if call.on_layer is not None:
         call.on_layer(layer, LayerTrace(query, key, value, output, scaling or dim**-0.5))
     return output.transpose(1, 2), None
@@ -167,11 +157,38 @@ def _decode_attention(
     return output.reshape(batch, 1, heads, dim)
 
 
-def _causal_mask(tokens: int, length: int, group: int, like: Tensor) -> Tensor:
-    """Additive mask [1, 1, group * tokens, length + tokens]: the whole prefix, then the past."""
-    own = torch.full((tokens, tokens), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
-    seen = torch.zeros(tokens, length, dtype=like.dtype, device=like.device)
-    return torch.cat((seen, own), dim=1).repeat(group, 1)[None, None]
+def attention_weights(query: Tensor, key: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What causal attention gives to a prefix that all rows share, [kv_heads, batch * rows, n], and to the rows' own
+    tokens, [kv_heads, batch * rows, tokens], where rows are (query head of the kv head, token).
+
+    `query` [batch, heads, tokens, head_dim], `key` the rows' own [batch, kv_heads, tokens, head_dim], `keys` the
+    prefix's [kv_heads, n, head_dim].
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, length = keys.shape[0], keys.shape[1]
+    rows = heads // kv_heads * tokens
+    query = (query * scale).reshape(batch, kv_heads, rows, dim)
+    future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    own = query @ key.transpose(-1, -2) + future.repeat(heads // kv_heads, 1)
+    # The large one is never copied into another order: the small one is.
+    shared = query.transpose(0, 1).reshape(kv_heads, batch * rows, dim) @ keys.transpose(-1, -2)
+    own = own.transpose(0, 1).reshape(kv_heads, batch * rows, tokens)
+    before, after = torch.split(torch.cat((shared, own), dim=-1).softmax(-1), [length, tokens], dim=-1)
+    return before, after
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention [batch, heads, tokens, head_dim] of queries over a prefix that all rows share, then their own.
+
+    Plain products, one over the prefix for all rows together: on CPUs several times as fast, forwards and backwards,
+    as scaled_dot_product_attention with a mask over prefix and rows.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads = keys.shape[0]
+    before, after = attention_weights(query, key, keys, scale)
+    shared = (before @ values).view(kv_heads, batch, -1, dim).transpose(0, 1)
+    own = after.reshape(kv_heads, batch, -1, tokens).transpose(0, 1) @ value
+    return (shared + own).reshape(batch, heads, tokens, dim)
 
 
 AttentionInterface.register(ATTENTION_NAME, prefix_attention)

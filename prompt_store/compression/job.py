@@ -42,7 +42,16 @@ def load_states(path: Path) -> list[Tensor]:
 class JobDirectory:
     """Owns job.json: the run's identity and the seconds spent so far. The phases keep their own files beside it."""
 
-    FILES = ("questions.jsonl", "held_out.jsonl", "train.jsonl", "baselines.json", "checkpoint/state.json", "job.json")
+    FILES = (
+        "questions.jsonl",
+        "held_out.jsonl",
+        "train.jsonl",
+        "baselines.json",
+        "teacher.safetensors",
+        "matching.safetensors",
+        "checkpoint/state.json",
+        "job.json",
+    )
 
     def __init__(self, path: Path, identity: dict[str, Any], clock: Callable[[], float]) -> None:
         self.path, self._identity, self._clock = path, identity, clock

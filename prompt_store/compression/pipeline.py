@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from prompt_store.compression.context import Context
 from prompt_store.compression.decoder import Decoder, Prefix
 from prompt_store.compression.evaluate import measure_baselines, with_gold
 from prompt_store.compression.job import JobDirectory, load_states, save_states
-from prompt_store.compression.matching import MatchingSettings, fit
+from prompt_store.compression.matching import MatchingSettings, fit, selected
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.report import (
     Evaluation,
@@ -41,12 +42,13 @@ from prompt_store.compression.self_study import (
     question_prompts,
     save_jsonl,
     split,
+    spread_first,
     template_questions,
     usable,
 )
 from prompt_store.compression.settings import CompressionSettings
 from prompt_store.compression.student import Student
-from prompt_store.compression.teacher import Teaching, teach, without
+from prompt_store.compression.teacher import Observed, Teaching, teach, without
 from prompt_store.compression.trainer import Progress, Trainer, TrainingResult, TrainingSettings
 
 # Shares of a time budget after which a phase takes what it has and goes on.
@@ -118,7 +120,7 @@ class Compression:
         context, settings = self.context, self.settings
         training, held_out = split(self._questions(), settings.held_out, settings.seed)
         held_out = self._answer(held_out, "held_out", HELD_OUT_SHARE, 16)
-        training = self._answer(training, "train", GOLD_SHARE, 32)
+        training = self._answer(training, "train", GOLD_SHARE, 128)
         if not held_out or not training:
             raise ValueError("the model answers none of the questions about this context")
         prefill_seconds = context.prefill_seconds(self.clock)
@@ -133,6 +135,8 @@ class Compression:
             self.clock,
         )
         baselines = self._baselines(evaluation)
+        if self._is_matching:
+            training = spread_first(training, OBSERVED_PAIRS)
         pairs, teaching = self._teach([context.pair(example) for example in training])
         student = self._student(teaching)
         recited = [index for index, example in enumerate(training) if example.kind == "recite"]
@@ -214,40 +218,44 @@ class Compression:
         return found
 
     def _teach(self, pairs: Sequence[Pair]) -> tuple[list[Pair], Teaching]:
-        """The teacher's states, on as many pairs as the time share allows (the first ones: evenly spread).
-
-        Once training has begun they come from their file: matching, which needs more than them, is over.
-        """
-        settings, began = self.settings, self.clock()
-        kept = self.directory / "teacher.safetensors"
-        if (self.directory / "checkpoint" / "state.json").exists() and kept.exists():
-            states = [state.to(self.decoder.device) for state in load_states(kept)]
+        """The teacher's states, on as many pairs as the time share allows: of the observed ones first, then of the
+        others in their order. Once training has begun they come from their file: matching is over."""
+        settings, began, kept = self.settings, self.clock(), self.directory / "teacher.safetensors"
+        states = [state.to(self.decoder.device) for state in load_states(kept)] if kept.exists() else []
+        if self._is_training:
             return list(pairs[: len(states)]), Teaching(states, [])
-        states = []
-        observed = []
-        size = 16 * settings.batch_size
-        for start in range(0, len(pairs), size):
+        watched = min(OBSERVED_PAIRS, len(pairs)) if self._is_matching else 0
+        ends = [*range(watched, len(pairs), 16 * settings.batch_size), len(pairs)]
+        observed: list[Observed] = []
+        for start, end in pairwise(dict.fromkeys([0, *ends])):
             late = settings.seconds is not None and self.clock() - began > TEACHER_SHARE * settings.seconds
-            if start and late:
-                break
-            part = pairs[start : start + size]
-            wanted = max(1, OBSERVED_PAIRS * len(part) // len(pairs)) if settings.kind == "kv" else 0
-            found = teach(self.decoder, self.context.full, part, settings.batch_size, wanted, settings.virtual_tokens)
-            states += found.states
+            if end > watched and (end <= len(states) or (start and late)):
+                continue
+            part = pairs[start:end]
+            watch = len(part) if end <= watched else 0
+            found = teach(self.decoder, self.context.full, part, settings.batch_size, watch, settings.virtual_tokens)
             observed += found.observed
-            self._report("teacher", start + len(part), len(pairs), began)
+            if end > len(states):
+                states += found.states
+                save_states(states, kept)
+            self._report("teacher", end, len(pairs), began)
             self._check_stop()
-        save_states(states, kept)
         return list(pairs[: len(states)]), Teaching(states, observed)
+
+    @property
+    def _is_training(self) -> bool:
+        return (self.directory / "checkpoint" / "state.json").exists()
+
+    @property
+    def _is_matching(self) -> bool:
+        return self.settings.kind == "kv" and self.settings.matching_steps > 0
 
     def _student(self, teaching: Teaching) -> Student:
         length = self.settings.virtual_tokens
         if self.settings.kind == "embeddings":
-            start = self.context.untrained_embeddings(length)
-            return Student(self.decoder, "embeddings", {"embeddings": start})
-        untrained = self.context.untrained_kv(length)
-        if (self.directory / "checkpoint" / "state.json").exists() or not self.settings.matching_steps:
-            return Student.from_prefix(self.decoder, untrained)
+            return Student(self.decoder, "embeddings", {"embeddings": self.context.untrained_embeddings(length)})
+        if self._is_training or not self._is_matching:
+            return Student.from_prefix(self.decoder, self.context.untrained_kv(length))
         began, steps, budget = self.clock(), self.settings.matching_steps, self.settings.seconds
         matching = MatchingSettings(steps, None if budget is None else MATCHING_SHARE * budget)
 
@@ -256,7 +264,9 @@ class Compression:
                 self._report("matching", step, steps, began, error)
                 self._check_stop()
 
-        fitted = fit(untrained, teaching.observed, matching, self.decoder.scale, self.clock, on_step)
+        start = selected(self.decoder, self.context.full, teaching.observed, length)
+        checkpoint = self.directory / "matching.safetensors"
+        fitted = fit(start, teaching.observed, matching, self.decoder.scale, self.clock, on_step, checkpoint)
         return Student.from_prefix(self.decoder, fitted)
 
     def _train(self, student: Student, pairs: Sequence[Pair], teaching: Teaching, reserve: float) -> TrainingResult:

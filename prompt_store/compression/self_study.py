@@ -259,3 +259,9 @@ def usable(example: Example) -> bool:
     """Whether the gold answer is neither missing, empty, nor the question again."""
     output = _WORD.findall((example.output or "").lower())
     return bool(output) and output != _WORD.findall(example.input.lower())
+
+
+def spread_first(examples: Sequence[Example], count: int) -> list[Example]:
+    """The same examples, `count` of them that are spread evenly over all come first."""
+    chosen = dict.fromkeys(index * len(examples) // count for index in range(count)) if count < len(examples) else {}
+    return [examples[index] for index in chosen] + [e for index, e in enumerate(examples) if index not in chosen]

@@ -33,7 +33,7 @@ class CompressionSettings:
     instruction: str | None = None
     batch_size: int = 8
     learning_rate: float | None = None
-    matching_steps: int = 600
+    matching_steps: int = 250
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ class Observed:
     tokens.
 
     query, output [layers, batch, heads, tokens, head_dim]; key, value [layers, batch, kv_heads, tokens,
-    head_dim]; valid [batch, tokens] is False on padding.
+    head_dim]; valid [batch, tokens] is False on padding; group is that of its pairs.
     """
 
     query: Tensor
@@ -31,6 +31,7 @@ class Observed:
     value: Tensor
     output: Tensor
     valid: Tensor
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,5 @@ def _observed(
         torch.stack([trace.value for trace in traces]),
         torch.stack([trace.output for trace in traces]),
         valid,
+        pairs[batch.indices[0]].group,
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +13,20 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from prompt_store.compression.decode import greedy
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder, Prefix, attend
 from prompt_store.compression.initial import chosen_positions, moved_prefix, rotated, truncated_ids
-from prompt_store.compression.matching import LayerView, MatchingSettings, attend, fit
+from prompt_store.compression.matching import (
+    LayerView,
+    MatchingSettings,
+    fit,
+    matching_error,
+    selected,
+    with_best_values,
+)
 from prompt_store.compression.objectives import objective_from_hidden
 from prompt_store.compression.pairs import Pair, answer_states, collate
 from prompt_store.compression.student import Student
-from prompt_store.compression.teacher import teach
+from prompt_store.compression.teacher import Observed, teach
 from tests.conftest import Reference
 
 PAIRS = [
@@ -197,7 +207,7 @@ def test_attention_of_matching_is_the_models_own() -> None:
     for layer in range(decoder.geometry.layers):
         seen = LayerView.of(observed[0], layer, torch.float64)
         keys, values = prefix.keys[layer].transpose(0, 1), prefix.values[layer].transpose(0, 1)
-        output = attend(seen, keys, values, decoder.scale)
+        output = attend(seen.query, seen.key, seen.value, keys, values, decoder.scale)
         assert torch.allclose(output * seen.valid[:, None, :, None], seen.output * seen.valid[:, None, :, None])
 
 
@@ -208,26 +218,74 @@ def test_moving_the_observation_keeps_the_attention() -> None:
     observed = teach(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=5).observed
     keys = rotated(decoder, prefix.keys.transpose(1, 2), torch.full((17,), 5 - 17))
     seen = LayerView.of(observed[0], 1, torch.float64)
-    output = attend(seen, keys[1], prefix.values[1].transpose(0, 1), decoder.scale)
+    output = attend(seen.query, seen.key, seen.value, keys[1], prefix.values[1].transpose(0, 1), decoder.scale)
     assert torch.allclose(output * seen.valid[:, None, :, None], seen.output * seen.valid[:, None, :, None])
 
 
-def test_matching_lowers_the_error_and_keeps_slot_zero() -> None:
+def error_of(prefix: Prefix, observed: list[Observed], scale: float) -> float:
+    layers = range(prefix.keys.shape[0])
+    keys, values = prefix.keys.transpose(1, 2), prefix.values.transpose(1, 2)
+    views = [(layer, LayerView.of(seen, layer, keys.dtype)) for seen in observed for layer in layers]
+    return sum(float(matching_error(view, keys[layer], values[layer], scale)) for layer, view in views)
+
+
+def test_matching_lowers_the_error_at_every_move_and_keeps_slot_zero() -> None:
     decoder = double_llama()
     full = decoder.encode(list(range(3, 40)))
     observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
-    start = moved_prefix(decoder, [full], chosen_positions(37, 6, 2, 1))
-    errors: list[float] = []
-    fitted = fit(
-        start,
-        observed,
-        MatchingSettings(steps=60, key_rate=0.05, value_rate=0.05),
-        decoder.scale,
-        on_step=lambda _, error: errors.append(error),
-    )
+    plain = moved_prefix(decoder, [full], chosen_positions(37, 6, 2, 1))
+    start = selected(decoder, [full], observed, 6)
+    solved = with_best_values(start, observed, decoder.scale)
+    settings = MatchingSettings(steps=60, key_rate=0.05, value_rate=0.05)
+    fitted = fit(start, observed, settings, decoder.scale)
+    errors = [error_of(prefix, observed, decoder.scale) for prefix in (plain, start, solved, fitted)]
+    assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
-    assert torch.equal(fitted.keys[:, 0], start.keys[:, 0])
-    assert torch.equal(fitted.values[:, 0], start.values[:, 0])
+    for prefix in (solved, fitted):
+        assert torch.equal(prefix.keys[:, 0], start.keys[:, 0])
+        assert torch.equal(prefix.values[:, 0], start.values[:, 0])
+
+
+def test_all_of_the_context_selected_is_the_teacher() -> None:
+    """As many slots as tokens, in two segments: each question's attention over its own comes back exactly."""
+    decoder = double_llama()
+    full = decoder.encode(list(range(3, 12)))
+    observed = teach(decoder, [full], PAIRS, 4, observe=4, virtual_tokens=9).observed
+    everything = selected(decoder, [full], observed, 9)
+    assert error_of(everything, observed, decoder.scale) < 1e-20
+    assert torch.allclose(everything.keys, full.keys)
+    long, short = decoder.encode(list(range(3, 30))), decoder.encode(list(range(20, 50)))
+    pairs = [replace(pair, group=index % 2) for index, pair in enumerate(PAIRS)]
+    observed = teach(decoder, [long, short], pairs, 2, observe=4, virtual_tokens=7).observed
+    assert {seen.group for seen in observed} == {0, 1}
+    chosen = selected(decoder, [long, short], observed, 7)
+    assert torch.allclose(chosen.values[:, 0], long.values[:, 0]), "the sink stays first"
+    assert chosen.length == 7
+
+
+def test_matching_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    decoder = double_llama()
+    full = decoder.encode(list(range(3, 40)))
+    observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
+    start, settings = selected(decoder, [full], observed, 6), MatchingSettings(steps=12)
+    whole = fit(start, observed, settings, decoder.scale)
+    ticks = itertools.count(step=16.0)
+
+    def interrupt(step: int, _: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "matching.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(start, observed, settings, decoder.scale, lambda: next(ticks), interrupt, path)
+    steps: list[int] = []
+    again = fit(start, observed, settings, decoder.scale, on_step=lambda step, _: steps.append(step), checkpoint=path)
+    assert steps[0] == 6
+    assert torch.equal(again.keys, whole.keys)
+    assert torch.equal(again.values, whole.values)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"matching\.safetensors in the work directory cannot be read"):
+        fit(start, observed, settings, decoder.scale, checkpoint=path)
 
 
 def test_models_that_cannot_be_trained_for_are_refused() -> None:

@@ -1,0 +1,193 @@
+"""How faithful a soft prompt is, by its length, kind, objective and training time: figures and plots of docs/compression.md.
+
+    python benchmarks/compression_tradeoffs.py                    # about an hour on 2 cores
+    python benchmarks/compression_tradeoffs.py --seconds 20 --lengths 16,64   # a quick look
+    python benchmarks/compression_tradeoffs.py --plot             # draw what results.json holds
+
+Questions, gold answers and the teacher's states of one example context are made once; then every setting is matched
+and trained for the same time and measured on the hand-written questions beside the context, which nothing trained on.
+What is done is kept in --out, so that a second call goes on. Plotting takes matplotlib (pip install matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prompt_store.compression.context import Context
+from prompt_store.compression.decoder import Prefix
+from prompt_store.compression.evaluate import with_gold
+from prompt_store.compression.fidelity import position_scores
+from prompt_store.compression.matching import MatchingSettings, fit, selected
+from prompt_store.compression.pairs import Pair
+from prompt_store.compression.self_study import (
+    Example,
+    load_jsonl,
+    save_jsonl,
+    spread_first,
+    template_questions,
+    usable,
+)
+from prompt_store.compression.student import Student
+from prompt_store.compression.teacher import Observed, teach
+from prompt_store.compression.trainer import Trainer, TrainingSettings
+from server.compression.request import ModelChoice
+from server.compression.workbench import Workbench, count_tokens, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSWER_TOKENS = 48
+BATCH = 8
+OBSERVED = 160
+MAX_PROMPT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One context with its training pairs and the teacher's states, and the questions to measure on."""
+
+    bench: Workbench
+    context: Context
+    pairs: list[Pair]
+    states: list[Tensor]
+    asked: list[Pair]
+    asked_states: list[Tensor]
+    no_context_kl: float
+
+    def closed(self, prefix: Prefix | None) -> dict[str, float]:
+        found = teach(self.bench.decoder, [prefix], self.asked, BATCH).states
+        scores = position_scores(self.bench.decoder, found, self.asked_states, self.asked)
+        return {"kl_closed": 1 - scores.kl / self.no_context_kl, "top1_agreement": scores.top1_agreement}
+
+    def observe(self, length: int) -> list[Observed]:
+        watched = self.pairs[:OBSERVED]
+        return teach(self.bench.decoder, self.context.full, watched, BATCH, len(watched), length).observed
+
+
+def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
+    text = (ROOT / "examples" / example / "context.md").read_text()
+    choice = ModelChoice(model)
+    tokens = count_tokens(load_tokenizer(choice), text, None)
+    bench = Workbench.open(choice, tokens, ANSWER_TOKENS, MAX_PROMPT_BYTES)
+    context = Context(bench.decoder, bench.tokenizer, text, None, ANSWER_TOKENS)
+
+    def answered(path: Path, examples: list[Example]) -> list[Example]:
+        done = load_jsonl(path) if path.exists() else []
+        while len(done) < len(examples):
+            part = examples[len(done) : len(done) + 128]
+            answers = with_gold(context, part, bench.generate, ANSWER_TOKENS)
+            done += [a if (a.output or "").strip() else q for a, q in zip(answers, part, strict=True)]
+            save_jsonl(done, path)
+            print(f"gold answers: {len(done)} of {len(examples)}", flush=True)
+        return [found for found in done if usable(found)]
+
+    train = answered(out / f"{example}-train.jsonl", template_questions(text, questions))
+    hand = answered(out / f"{example}-hand.jsonl", load_jsonl(ROOT / "examples" / example / "questions.jsonl"))
+    bench.release_engine()
+    train = spread_first(train, OBSERVED)
+    pairs, asked = [context.pair(one) for one in train], [context.pair(one) for one in hand]
+    states, asked_states = (teach(bench.decoder, context.full, which, BATCH).states for which in (pairs, asked))
+    bare = teach(bench.decoder, [None], asked, BATCH).states
+    without = position_scores(bench.decoder, bare, asked_states, asked).kl
+    return Prepared(bench, context, pairs, states, asked, asked_states, without)
+
+
+def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds: float) -> dict[str, Any]:
+    """One setting; of kind kv's time two fifths go to matching at most."""
+    decoder, context = prepared.bench.decoder, prepared.context
+    began = time.monotonic()
+    if kind == "kv":
+        observed = prepared.observe(length)
+        began = time.monotonic()  # observing is a part of the teacher's run in a compression
+        start = selected(decoder, context.full, observed, length)
+        matching = MatchingSettings(seconds=0.4 * seconds - (time.monotonic() - began))
+        student = Student.from_prefix(decoder, fit(start, observed, matching, decoder.scale))
+        untrained = context.untrained_kv(length)
+    else:
+        student = Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
+        untrained = student.fixed_prefix()
+    left = max(1.0, seconds - (time.monotonic() - began))
+    matched = prepared.closed(student.fixed_prefix())
+    settings = TrainingSettings(objective=objective, seconds=left, batch_size=BATCH)
+    result = Trainer(student, prepared.pairs, prepared.states, settings).run()
+    return {
+        "kind": kind,
+        "objective": objective,
+        "virtual_tokens": length,
+        "seconds": seconds,
+        "steps": result.steps,
+        **prepared.closed(student.fixed_prefix()),
+        "before_training": matched["kl_closed"],
+        "untrained": prepared.closed(untrained)["kl_closed"],
+        "truncated": prepared.closed(context.truncated(length))["kl_closed"],
+    }
+
+
+def plot(rows: list[dict[str, Any]], seconds: float, length: int, out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    looks = {("kv", "kl"): "C0-o", ("kv", "nll"): "C0--s", ("embeddings", "kl"): "C1-o", ("embeddings", "nll"): "C1--s"}
+    for axis, fixed, value, label in (
+        ("virtual_tokens", "seconds", seconds, f"virtual tokens ({seconds:g} s of matching and training each)"),
+        ("seconds", "virtual_tokens", length, f"seconds of matching and training ({length} virtual tokens)"),
+    ):
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+        for (kind, objective), look in looks.items():
+            mine = [r for r in rows if (r["kind"], r["objective"], r[fixed]) == (kind, objective, value)]
+            mine.sort(key=lambda row: row[axis])
+            axes.plot([r[axis] for r in mine], [r["kl_closed"] for r in mine], look, label=f"{kind}, {objective}")
+        if axis == "virtual_tokens":
+            cut = {r[axis]: r["truncated"] for r in rows if r[fixed] == value}
+            axes.plot(sorted(cut), [cut[n] for n in sorted(cut)], "k:", label="context cut to as many tokens")
+        axes.set(xscale="log", xlabel=label, ylabel="kl_closed, hand-written questions")
+        ticks = sorted({row[axis] for row in rows if row[fixed] == value})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        figure.savefig(out / f"kl-closed-by-{axis.replace('_', '-')}.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--example", default="manual", help="a folder of examples/")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--lengths", default="8,16,32,64,128")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of matching and training, by length")
+    parser.add_argument("--times", default="30,90,270", help="seconds, at --length virtual tokens")
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=640)
+    parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "compression")
+    parser.add_argument("--plot", action="store_true", help="only draw results.json")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    if not arguments.plot:
+        points = [(int(n), arguments.seconds) for n in arguments.lengths.split(",")]
+        points += [(arguments.length, float(s)) for s in arguments.times.split(",")]
+        torch.manual_seed(0)
+        prepared = prepare(arguments.example, arguments.model, arguments.questions, out)
+        for length, seconds in dict.fromkeys(points):
+            for kind, objective in (("kv", "kl"), ("embeddings", "kl"), ("kv", "nll"), ("embeddings", "nll")):
+                setting = {"kind": kind, "objective": objective, "virtual_tokens": length, "seconds": seconds}
+                if any(setting.items() <= row.items() for row in rows):
+                    continue
+                rows.append(measure(prepared, kind, objective, length, seconds))
+                path.write_text(json.dumps(rows, indent=1))
+                print(json.dumps(rows[-1]), flush=True)
+    plot(rows, arguments.seconds, arguments.length, out)
+
+
+if __name__ == "__main__":
+    main()
