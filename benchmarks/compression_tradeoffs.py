@@ -1,4 +1,4 @@
-"""How faithful a soft prompt is, by its length, kind, objective and training time: figures and plots of docs/compression.md.
+"""How faithful a soft prompt is, by length, kind, objective and training time: figures, plots of docs/compression.md.
 
     python benchmarks/compression_tradeoffs.py                    # about an hour on 2 cores
     python benchmarks/compression_tradeoffs.py --seconds 20 --lengths 16,64   # a quick look
@@ -99,19 +99,16 @@ def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
 
 
 def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds: float) -> dict[str, Any]:
-    """One setting; of kind kv's time two fifths go to matching at most."""
+    """One setting; of its time two fifths go to matching at most."""
     decoder, context = prepared.bench.decoder, prepared.context
-    began = time.monotonic()
+    observed = prepared.observe(length)
+    began = time.monotonic()  # observing is a part of the teacher's run in a compression
+    student = Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
+    untrained = student.fixed_prefix()
     if kind == "kv":
-        observed = prepared.observe(length)
-        began = time.monotonic()  # observing is a part of the teacher's run in a compression
-        start = selected(decoder, context.full, observed, length)
-        matching = MatchingSettings(seconds=0.4 * seconds - (time.monotonic() - began))
-        student = Student.from_prefix(decoder, fit(start, observed, matching, decoder.scale))
         untrained = context.untrained_kv(length)
-    else:
-        student = Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
-        untrained = student.fixed_prefix()
+        student = Student.from_prefix(decoder, selected(decoder, context.full, observed, length))
+    fit(student, observed, MatchingSettings(seconds=0.4 * seconds - (time.monotonic() - began)))
     left = max(1.0, seconds - (time.monotonic() - began))
     matched = prepared.closed(student.fixed_prefix())
     settings = TrainingSettings(objective=objective, seconds=left, batch_size=BATCH)

@@ -8,7 +8,8 @@ where A(q; p, own) is causal attention over a prefix p and the row's own tokens.
 2602.16284), in three moves: every head keeps the n keys of the context that get the most attention, as far from the
 question as they were; the best values for given keys are linear least squares; between two such solutions gradient
 steps move keys and values. No layer waits for another and neither MLP nor lm_head is computed, so that a step costs a
-fraction of a training step: it gives training a far better start than the context's bare KV.
+fraction of a training step: it gives training a far better start than the context's bare KV. Of kind `embeddings`
+only the gradient steps apply, through what the model makes of the n embeddings.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from prompt_store.compression.decoder import Decoder, Prefix, attend, attention_
 from prompt_store.compression.initial import moved
 from prompt_store.compression.job import replace_file
 from prompt_store.compression.schedule import learning_rate_factor
+from prompt_store.compression.student import Student
 from prompt_store.compression.teacher import Observed
 
 # One observed batch in so many is enough to see which keys are attended to.
@@ -44,6 +46,7 @@ class MatchingSettings:
     seconds: float | None = None
     key_rate: float = 0.1
     value_rate: float = 0.02
+    embedding_rate: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -127,28 +130,22 @@ def matching_error(seen: LayerView, keys: Tensor, values: Tensor, scale: float) 
 
 
 def fit(
-    start: Prefix,
+    student: Student,
     observed: Sequence[Observed],
     settings: MatchingSettings,
-    scale: float,
     clock: Callable[[], float] = time.monotonic,
     on_step: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
-) -> Prefix:
-    """σ of kind `kv` from `start`, its slot 0 kept. Deterministic as long as `seconds` does not cut it short.
+) -> None:
+    """Match the student to the observed batches. Deterministic as long as `seconds` does not cut it short.
 
     Every `CHECKPOINT_SECONDS` its state goes into `checkpoint`, from where another call takes it up.
     """
-    start = with_best_values(start, observed, scale)
-    keys = start.keys.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    values = start.values.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    groups = [
-        {"params": [keys], "lr": settings.key_rate, "rate": settings.key_rate},
-        {"params": [values], "lr": settings.value_rate, "rate": settings.value_rate},
-    ]
+    _solve(student, observed)
+    rates = {"keys": settings.key_rate, "values": settings.value_rate, "embeddings": settings.embedding_rate}
+    groups = [{"params": [part], "rate": rates[name]} for name, part in student.trainable.items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    keys.grad, values.grad = torch.zeros_like(keys), torch.zeros_like(values)
-    first = _load(checkpoint, keys, values, optimiser) if checkpoint is not None and checkpoint.exists() else 0
+    first = _load(checkpoint, student, optimiser) if checkpoint is not None and checkpoint.exists() else 0
     began = saved = clock()
     for step in range(first, settings.steps):
         fraction = step / settings.steps
@@ -158,48 +155,59 @@ def fit(
                 break
         for group in optimiser.param_groups:
             group["lr"] = group["rate"] * learning_rate_factor(fraction, 0.03, 0.0)
-        error = _fill_gradients(observed[step % len(observed)], keys, values, scale)
+        optimiser.zero_grad(set_to_none=True)
+        error = _fill_gradients(observed[step % len(observed)], student)
         optimiser.step()
         if checkpoint is not None and clock() - saved >= CHECKPOINT_SECONDS:
-            _save(checkpoint, step + 1, keys, values, optimiser)
+            _save(checkpoint, step + 1, student, optimiser)
             saved = clock()
         if on_step is not None:
             on_step(step + 1, error)
-    return with_best_values(Prefix(keys.transpose(1, 2), values.transpose(1, 2)), observed, scale)
+    _solve(student, observed)
 
 
-def _fill_gradients(observed: Observed, keys: Tensor, values: Tensor, scale: float) -> float:
-    """Put each layer's gradient into keys.grad and values.grad (0 for slot 0); returns the mean error.
+def _solve(student: Student, observed: Sequence[Observed]) -> None:
+    """Only values that are free, and not what a model makes of embeddings, can be solved for."""
+    if student.kind == "kv":
+        best = with_best_values(student.fixed_prefix(), observed, student.decoder.scale)
+        student.load({"keys": best.keys, "values": best.values})
+
+
+def _fill_gradients(observed: Observed, student: Student) -> float:
+    """Add the error's gradient to that of the trainable tensors; returns the error, a mean over the layers.
 
     Layer by layer, because a layer's tensors then stay in the processor's cache: three times as fast as at once.
     """
-    assert keys.grad is not None
-    assert values.grad is not None
+    prefix = student.prefix()
+    master = torch.promote_types(prefix.keys.dtype, torch.float32)
+    keys, values = prefix.keys.detach().to(master).transpose(1, 2), prefix.values.detach().to(master).transpose(1, 2)
+    gradients = torch.empty_like(keys), torch.empty_like(values)
     total = 0.0
     for layer in range(keys.shape[0]):
-        own_keys, own_values = keys[layer].detach().requires_grad_(), values[layer].detach().requires_grad_()
-        seen = LayerView.of(observed, layer, keys.dtype)
-        error = matching_error(seen, own_keys, own_values, scale)
-        key_gradient, value_gradient = torch.autograd.grad(error, (own_keys, own_values))
-        keys.grad[layer], values.grad[layer] = key_gradient, value_gradient
+        own = keys[layer].clone().requires_grad_(), values[layer].clone().requires_grad_()
+        error = matching_error(LayerView.of(observed, layer, master), *own, student.decoder.scale)
+        gradients[0][layer], gradients[1][layer] = torch.autograd.grad(error, own)
         total += float(error.detach())
-    keys.grad[:, :, 0], values.grad[:, :, 0] = 0, 0
+    towards = [gradient.transpose(1, 2).to(prefix.keys.dtype) for gradient in gradients]
+    torch.autograd.backward([prefix.keys, prefix.values], towards)
     return total / keys.shape[0]
 
 
-def _save(path: Path, step: int, keys: Tensor, values: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    tensors = {"step": torch.tensor(step), "keys": keys.detach(), "values": values.detach()}
-    for name, part in (("keys", keys), ("values", values)):
+def _save(path: Path, step: int, student: Student, optimiser: torch.optim.Optimizer) -> None:
+    tensors = {"step": torch.tensor(step)}
+    for name, part in student.trainable.items():
+        tensors[name] = part.detach()
         tensors |= {f"{name}.{field}": torch.as_tensor(value) for field, value in optimiser.state[part].items()}
     replace_file(path, lambda target: save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, target))
 
 
-def _load(path: Path, keys: Tensor, values: Tensor, optimiser: torch.optim.Optimizer) -> int:
+def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int:
     """Returns the number of steps done. Raises ValueError when the file cannot be read."""
     try:
-        tensors = load_file(path, device=str(keys.device))
-        for name, part in (("keys", keys), ("values", values)):
-            part.copy_(tensors[name])
+        tensors = load_file(path, device=str(student.decoder.device))
+        for name, part in student.trainable.items():
+            with torch.no_grad():
+                part.copy_(tensors[name])
             fields = {field: tensors[f"{name}.{field}"] for field in ("step", "exp_avg", "exp_avg_sq")}
             optimiser.state[part] = {**fields, "step": fields["step"].cpu()}
         return int(tensors["step"])

@@ -135,7 +135,7 @@ class Compression:
             self.clock,
         )
         baselines = self._baselines(evaluation)
-        if self._is_matching:
+        if settings.matching_steps:
             training = spread_first(training, OBSERVED_PAIRS)
         pairs, teaching = self._teach([context.pair(example) for example in training])
         student = self._student(teaching)
@@ -224,7 +224,7 @@ class Compression:
         states = [state.to(self.decoder.device) for state in load_states(kept)] if kept.exists() else []
         if self._is_training:
             return list(pairs[: len(states)]), Teaching(states, [])
-        watched = min(OBSERVED_PAIRS, len(pairs)) if self._is_matching else 0
+        watched = min(OBSERVED_PAIRS, len(pairs)) if settings.matching_steps else 0
         ends = [*range(watched, len(pairs), 16 * settings.batch_size), len(pairs)]
         observed: list[Observed] = []
         for start, end in pairwise(dict.fromkeys([0, *ends])):
@@ -246,28 +246,27 @@ class Compression:
     def _is_training(self) -> bool:
         return (self.directory / "checkpoint" / "state.json").exists()
 
-    @property
-    def _is_matching(self) -> bool:
-        return self.settings.kind == "kv" and self.settings.matching_steps > 0
-
     def _student(self, teaching: Teaching) -> Student:
-        length = self.settings.virtual_tokens
-        if self.settings.kind == "embeddings":
-            return Student(self.decoder, "embeddings", {"embeddings": self.context.untrained_embeddings(length)})
-        if self._is_training or not self._is_matching:
-            return Student.from_prefix(self.decoder, self.context.untrained_kv(length))
-        began, steps, budget = self.clock(), self.settings.matching_steps, self.settings.seconds
-        matching = MatchingSettings(steps, None if budget is None else MATCHING_SHARE * budget)
+        settings, length = self.settings, self.settings.virtual_tokens
+        if settings.kind == "embeddings":
+            student = Student(self.decoder, "embeddings", {"embeddings": self.context.untrained_embeddings(length)})
+        elif teaching.observed:
+            start = selected(self.decoder, self.context.full, teaching.observed, length)
+            student = Student.from_prefix(self.decoder, start)
+        else:
+            student = Student.from_prefix(self.decoder, self.context.untrained_kv(length))
+        if not teaching.observed:
+            return student
+        began, steps, budget = self.clock(), settings.matching_steps, settings.seconds
 
         def on_step(step: int, error: float) -> None:
             if step % 10 == 0 or step == steps:
                 self._report("matching", step, steps, began, error)
                 self._check_stop()
 
-        start = selected(self.decoder, self.context.full, teaching.observed, length)
-        checkpoint = self.directory / "matching.safetensors"
-        fitted = fit(start, teaching.observed, matching, self.decoder.scale, self.clock, on_step, checkpoint)
-        return Student.from_prefix(self.decoder, fitted)
+        matching = MatchingSettings(steps, None if budget is None else MATCHING_SHARE * budget)
+        fit(student, teaching.observed, matching, self.clock, on_step, self.directory / "matching.safetensors")
+        return student
 
     def _train(self, student: Student, pairs: Sequence[Pair], teaching: Teaching, reserve: float) -> TrainingResult:
         settings = self.settings

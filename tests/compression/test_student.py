@@ -237,7 +237,9 @@ def test_matching_lowers_the_error_at_every_move_and_keeps_slot_zero() -> None:
     start = selected(decoder, [full], observed, 6)
     solved = with_best_values(start, observed, decoder.scale)
     settings = MatchingSettings(steps=60, key_rate=0.05, value_rate=0.05)
-    fitted = fit(start, observed, settings, decoder.scale)
+    student = Student.from_prefix(decoder, start)
+    fit(student, observed, settings)
+    fitted = student.fixed_prefix()
     errors = [error_of(prefix, observed, decoder.scale) for prefix in (plain, start, solved, fitted)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
@@ -263,12 +265,30 @@ def test_all_of_the_context_selected_is_the_teacher() -> None:
     assert chosen.length == 7
 
 
-def test_matching_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_embeddings_are_matched_through_the_model() -> None:
     decoder = double_llama()
     full = decoder.encode(list(range(3, 40)))
     observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
-    start, settings = selected(decoder, [full], observed, 6), MatchingSettings(steps=12)
-    whole = fit(start, observed, settings, decoder.scale)
+    student = Student(decoder, "embeddings", {"embeddings": decoder.embed(torch.arange(3, 9))})
+    before = error_of(student.fixed_prefix(), observed, decoder.scale)
+    fit(student, observed, MatchingSettings(steps=60, embedding_rate=0.05))
+    assert error_of(student.fixed_prefix(), observed, decoder.scale) < 0.7 * before
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+def test_matching_goes_on_from_its_checkpoint(kind: str, tmp_path: Path) -> None:
+    decoder = double_llama()
+    full = decoder.encode(list(range(3, 40)))
+    observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
+    settings = MatchingSettings(steps=12)
+
+    def start() -> Student:
+        if kind == "kv":
+            return Student.from_prefix(decoder, selected(decoder, [full], observed, 6))
+        return Student(decoder, "embeddings", {"embeddings": decoder.embed(torch.arange(3, 9))})
+
+    whole, cut, again = start(), start(), start()
+    fit(whole, observed, settings)
     ticks = itertools.count(step=16.0)
 
     def interrupt(step: int, _: float) -> None:
@@ -277,15 +297,15 @@ def test_matching_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
     path = tmp_path / "matching.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        fit(start, observed, settings, decoder.scale, lambda: next(ticks), interrupt, path)
+        fit(cut, observed, settings, lambda: next(ticks), interrupt, path)
     steps: list[int] = []
-    again = fit(start, observed, settings, decoder.scale, on_step=lambda step, _: steps.append(step), checkpoint=path)
+    fit(again, observed, settings, on_step=lambda step, _: steps.append(step), checkpoint=path)
     assert steps[0] == 6
-    assert torch.equal(again.keys, whole.keys)
-    assert torch.equal(again.values, whole.values)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"matching\.safetensors in the work directory cannot be read"):
-        fit(start, observed, settings, decoder.scale, checkpoint=path)
+        fit(again, observed, settings, checkpoint=path)
 
 
 def test_models_that_cannot_be_trained_for_are_refused() -> None:
