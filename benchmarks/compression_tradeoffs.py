@@ -2,7 +2,7 @@
 
     python benchmarks/compression_tradeoffs.py                    # about 40 minutes on 2 cores
     python benchmarks/compression_tradeoffs.py --seconds 20 --lengths 16,64   # a quick look
-    python benchmarks/compression_tradeoffs.py --plot             # draw what results.json holds
+    python benchmarks/compression_tradeoffs.py --plot             # draw what has been measured
 
 Questions, gold answers and the teacher's states of one example context are made once; then every setting is matched
 and trained for the same time and measured on the hand-written questions beside the context, which nothing trained on.
@@ -105,14 +105,14 @@ def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
 
 
 def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds: float) -> dict[str, Any]:
-    """One setting; two fifths of its time go to matching. Observing and selecting, the same for all, is not counted."""
+    """One setting; two fifths of its time go to selection and matching. Observing, the same for all, is not counted."""
     decoder, context = prepared.bench.decoder, prepared.context
     observed = prepared.observe(length)
+    began = time.monotonic()
     student = Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
     if kind == "kv":
         student = Student.from_prefix(decoder, selected(decoder, context.full, observed, length))
-    began = time.monotonic()
-    fit(student, observed, MatchingSettings(seconds=0.4 * seconds))
+    fit(student, observed, MatchingSettings(seconds=max(0.01, 0.4 * seconds - (time.monotonic() - began))))
     left = max(1.0, seconds - (time.monotonic() - began))
     settings = TrainingSettings(objective=objective, seconds=left, batch_size=BATCH)
     result = Trainer(student, prepared.pairs, prepared.states, settings).run()
@@ -165,11 +165,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--questions", type=int, default=640)
     parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "compression")
-    parser.add_argument("--plot", action="store_true", help="only draw results.json")
+    parser.add_argument("--plot", action="store_true", help="only draw what has been measured")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
+    path = out / f"results-{arguments.example}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     if not arguments.plot:
         points = [(int(n), arguments.seconds) for n in arguments.lengths.split(",")]

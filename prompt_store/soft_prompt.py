@@ -51,8 +51,8 @@ class SoftPrompt:
     """Tensors that agree with their manifest: a SoftPrompt that exists is valid.
 
     Kind `embeddings`: `embeddings` [n, hidden], as they enter the model as `inputs_embeds`. Kind `kv`:
-    `keys` and `values` [layers, n, kv_heads, head_dim], as they enter the cache (keys rotated for positions
-    0 to n-1). Raises SoftPromptError.
+    `keys` and `values` [layers, n, kv_heads, head_dim], as they enter the cache (keys already turned,
+    for questions that begin at position n). Raises SoftPromptError.
     """
 
     manifest: Manifest

@@ -121,8 +121,8 @@ class SoftPromptLeases:
             if stored.sha256 not in self._leased:
                 check_fits(stored.manifest, self._spec)
                 self._leased[stored.sha256] = await asyncio.to_thread(self._store.lease, stored, self._directory)
-                self._names.add(name)
                 await self.collect()
+            self._names.add(name)
         except BaseException:
             self._release(stored.sha256)
             raise

@@ -94,7 +94,7 @@ class Context:
     # Of σ's length --------------------------------------------------------------------------------------------
 
     def untrained_kv(self, length: int) -> Prefix:
-        """Evenly sampled chunks of the context's KV: where kind `kv` starts."""
+        """Evenly sampled chunks of the context's KV: kind `kv` without matching or training."""
         return moved_prefix(self.decoder, self.full, self._positions(length))
 
     def untrained_embeddings(self, length: int) -> Tensor:

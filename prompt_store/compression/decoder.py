@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 ATTENTION_NAME = "softbatch_prefix"
+# Attention weights that are held at once where no gradient needs them.
+MAX_WEIGHTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tens
     as scaled_dot_product_attention with a mask over prefix and rows.
     """
     batch, heads, tokens, dim = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads, length = keys.shape[0], keys.shape[1]
+    step = max(1, MAX_WEIGHTS // (heads * tokens * (length + tokens)))
+    if step < batch and not torch.is_grad_enabled():
+        parts = [slice(first, first + step) for first in range(0, batch, step)]
+        return torch.cat([attend(query[part], key[part], value[part], keys, values, scale) for part in parts])
     before, after = attention_weights(query, key, keys, scale)
     shared = (before @ values).view(kv_heads, batch, -1, dim).transpose(0, 1)
     own = after.reshape(kv_heads, batch, -1, tokens).transpose(0, 1) @ value

@@ -1,4 +1,4 @@
-"""Where σ starts: the context's own tokens, chosen evenly and moved to positions 0..n-1."""
+"""The untrained start: the context's own tokens, chosen evenly and moved to positions 0..n-1."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ from prompt_store.compression.teacher import Observed
 SELECTION_STRIDE = 3
 # Of the mean diagonal, in the least squares: enough to keep a key that nobody looks at harmless.
 RIDGE = 1e-3
+# And of a row that gives all its attention to one key: a head that hardly looks at σ keeps the values it has.
+FLOOR = 1e-8
 CHECKPOINT_SECONDS = 15.0
 
 
@@ -82,11 +84,14 @@ def selected(decoder: Decoder, contexts: Sequence[Prefix], observed: Sequence[Ob
     layers, kv_heads = contexts[0].keys.shape[0], contexts[0].keys.shape[2]
     keys = [moved(decoder, part.keys.to(master).transpose(1, 2), length - part.length) for part in contexts]
     mass = [torch.zeros(layers, kv_heads, part.length, dtype=master, device=decoder.device) for part in contexts]
-    for seen in observed[::SELECTION_STRIDE]:
-        for layer in range(layers):
-            view = LayerView.of(seen, layer, master)
-            before, _ = attention_weights(view.query, view.key, keys[seen.group][layer], decoder.scale)
-            mass[seen.group][layer] += view.rows(kv_heads).to(master) @ before
+    for group, part in enumerate(mass):
+        looked_at = [seen for seen in observed if seen.group == group][::SELECTION_STRIDE]
+        rows = sum(int(seen.valid.sum()) for seen in looked_at)
+        for seen in looked_at:
+            for layer in range(layers):
+                view = LayerView.of(seen, layer, master)
+                before, _ = attention_weights(view.query, view.key, keys[group][layer], decoder.scale)
+                part[layer] += view.rows(kv_heads).to(master) @ before / rows
     mass[0][:, :, 0] = torch.inf
     chosen = torch.cat(mass, dim=-1).topk(length, dim=-1).indices.sort(-1).values[..., None]
     chosen = chosen.expand(-1, -1, -1, keys[0].shape[-1])
@@ -100,21 +105,24 @@ def selected(decoder: Decoder, contexts: Sequence[Prefix], observed: Sequence[Ob
 def with_best_values(start: Prefix, observed: Sequence[Observed], scale: float) -> Prefix:
     """The values that minimise the squared error for these keys: ridge regression on the attention weights, layer by
     layer, which draws towards the values there are. Slot 0 is kept."""
-    keys, values = start.keys.transpose(1, 2), start.values.transpose(1, 2).contiguous()
+    keys = start.keys.transpose(1, 2)
+    values = start.values.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     layers, kv_heads, length, dim = keys.shape
     for layer in range(layers):
         squares = keys.new_zeros(kv_heads, length, length)
         products = keys.new_zeros(kv_heads, length, dim)
+        rows = 0
         for seen in observed:
             view = LayerView.of(seen, layer, keys.dtype)
             before, _ = attention_weights(view.query, view.key, keys[layer], scale)
             missing = view.output - attend(view.query, view.key, view.value, keys[layer], values[layer], scale)
             missing = missing.reshape(missing.shape[0], kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
             weights = (before * view.rows(kv_heads)[:, None]).transpose(1, 2)
+            rows += int(view.rows(kv_heads).sum())
             squares += weights @ before
             products += weights @ missing
         squares, products = squares[:, 1:, 1:], products[:, 1:]
-        ridge = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(squares.dtype).tiny
+        ridge = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(-1) + FLOOR * rows
         squares = squares + ridge[:, None, None] * torch.eye(length - 1, dtype=keys.dtype, device=keys.device)
         values[layer][:, 1:] += torch.linalg.solve(squares, products)
     return Prefix(start.keys, values.transpose(1, 2))
@@ -137,16 +145,20 @@ def fit(
     on_step: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None,
 ) -> None:
-    """Match the student to the observed batches. Deterministic as long as `seconds` does not cut it short.
+    """Match the student to the observed batches. Deterministic where no `seconds` are set: they steer the rates.
 
-    Every `CHECKPOINT_SECONDS` its state goes into `checkpoint`, from where another call takes it up.
+    Every `CHECKPOINT_SECONDS`, and when `on_step` raises, its state goes into `checkpoint`, from where another call
+    takes it up.
     """
-    _solve(student, observed)
+    resumes = checkpoint is not None and checkpoint.exists()
+    if not resumes:
+        _solve(student, observed)
     rates = {"keys": settings.key_rate, "values": settings.value_rate, "embeddings": settings.embedding_rate}
     groups = [{"params": [part], "rate": rates[name]} for name, part in student.trainable.items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    first = _load(checkpoint, student, optimiser) if checkpoint is not None and checkpoint.exists() else 0
-    began = saved = clock()
+    first, spent = _load(checkpoint, student, optimiser) if checkpoint is not None and resumes else (0, 0.0)
+    saved = clock()
+    began = saved - spent
     for step in range(first, settings.steps):
         fraction = step / settings.steps
         if settings.seconds is not None:
@@ -159,10 +171,15 @@ def fit(
         error = _fill_gradients(observed[step % len(observed)], student)
         optimiser.step()
         if checkpoint is not None and clock() - saved >= CHECKPOINT_SECONDS:
-            _save(checkpoint, step + 1, student, optimiser)
+            _save(checkpoint, step + 1, clock() - began, student, optimiser)
             saved = clock()
         if on_step is not None:
-            on_step(step + 1, error)
+            try:
+                on_step(step + 1, error)
+            except BaseException:
+                if checkpoint is not None:
+                    _save(checkpoint, step + 1, clock() - began, student, optimiser)
+                raise
     _solve(student, observed)
 
 
@@ -193,16 +210,16 @@ def _fill_gradients(observed: Observed, student: Student) -> float:
     return total / keys.shape[0]
 
 
-def _save(path: Path, step: int, student: Student, optimiser: torch.optim.Optimizer) -> None:
-    tensors = {"step": torch.tensor(step)}
+def _save(path: Path, step: int, spent: float, student: Student, optimiser: torch.optim.Optimizer) -> None:
+    tensors = {"step": torch.tensor(step), "spent": torch.tensor(spent, dtype=torch.float64)}
     for name, part in student.trainable.items():
         tensors[name] = part.detach()
         tensors |= {f"{name}.{field}": torch.as_tensor(value) for field, value in optimiser.state[part].items()}
     replace_file(path, lambda target: save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, target))
 
 
-def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int:
-    """Returns the number of steps done. Raises ValueError when the file cannot be read."""
+def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> tuple[int, float]:
+    """Returns the steps done and the seconds spent. Raises ValueError when the file cannot be read."""
     try:
         tensors = load_file(path, device=str(student.decoder.device))
         for name, part in student.trainable.items():
@@ -210,6 +227,6 @@ def _load(path: Path, student: Student, optimiser: torch.optim.Optimizer) -> int
                 part.copy_(tensors[name])
             fields = {field: tensors[f"{name}.{field}"] for field in ("step", "exp_avg", "exp_avg_sq")}
             optimiser.state[part] = {**fields, "step": fields["step"].cpu()}
-        return int(tensors["step"])
+        return int(tensors["step"]), float(tensors["spent"])
     except (OSError, KeyError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"resume: {path.name} in the work directory cannot be read: {error}") from None

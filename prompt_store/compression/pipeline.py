@@ -58,6 +58,7 @@ TEACHER_SHARE = 0.14
 MATCHING_SHARE = 0.18
 OBSERVED_PAIRS = 160
 EVALUATION_STEPS = 7
+MATCHING_FILE = "matching.safetensors"
 
 
 class Stopped(Exception):
@@ -105,9 +106,12 @@ class Compression:
         identity = {"settings": asdict(settings), "context": self.context.sha256, "user_examples": asked}
         self.directory, self.job = directory, JobDirectory(directory, identity, clock)
 
-    def _check_stop(self) -> None:
+    def _is_stopped(self) -> bool:
         self.job.save()
-        if self.should_stop():
+        return self.should_stop()
+
+    def _check_stop(self) -> None:
+        if self._is_stopped():
             raise Stopped
 
     def _report(self, phase: str, done: int, total: int, began: float, loss: float | None = None) -> None:
@@ -247,7 +251,7 @@ class Compression:
         return (self.directory / "checkpoint" / "state.json").exists()
 
     def _student(self, teaching: Teaching) -> Student:
-        settings, length = self.settings, self.settings.virtual_tokens
+        settings, length, began = self.settings, self.settings.virtual_tokens, self.clock()
         if settings.kind == "embeddings":
             student = Student(self.decoder, "embeddings", {"embeddings": self.context.untrained_embeddings(length)})
         elif teaching.observed:
@@ -257,15 +261,18 @@ class Compression:
             student = Student.from_prefix(self.decoder, self.context.untrained_kv(length))
         if not teaching.observed:
             return student
-        began, steps, budget = self.clock(), settings.matching_steps, settings.seconds
+        steps, seconds = settings.matching_steps, None
+        if settings.seconds is not None:
+            left = settings.seconds - self.job.elapsed()
+            seconds = max(0.01, min(MATCHING_SHARE * settings.seconds - (self.clock() - began), left / 2))
 
         def on_step(step: int, error: float) -> None:
             if step % 10 == 0 or step == steps:
                 self._report("matching", step, steps, began, error)
                 self._check_stop()
 
-        matching = MatchingSettings(steps, None if budget is None else MATCHING_SHARE * budget)
-        fit(student, teaching.observed, matching, self.clock, on_step, self.directory / "matching.safetensors")
+        matching = MatchingSettings(steps, seconds)
+        fit(student, teaching.observed, matching, self.clock, on_step, self.directory / MATCHING_FILE)
         return student
 
     def _train(self, student: Student, pairs: Sequence[Pair], teaching: Teaching, reserve: float) -> TrainingResult:
@@ -282,10 +289,11 @@ class Compression:
         trainer = Trainer(student, pairs, teaching.states, training, self.directory / "checkpoint", self.clock)
         if not trainer.resume():
             trainer.save()
+        (self.directory / MATCHING_FILE).unlink(missing_ok=True)
         if settings.seconds is not None:
             left = max(1.0, settings.seconds - self.job.elapsed() - reserve)
             trainer.allow(trainer.state.elapsed + left)
-        return trainer.run(self.on_progress, self.should_stop)
+        return trainer.run(self.on_progress, self._is_stopped)
 
     def _facts(
         self, tensors: dict[str, Tensor], pairs: Sequence[Pair], result: TrainingResult, prefill_seconds: float

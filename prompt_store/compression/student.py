@@ -15,7 +15,7 @@ Kind = Literal["embeddings", "kv"]
 class Student:
     """The model behind σ. Owns the fp32 master tensors; the model's own weights never change.
 
-    kind `kv`: keys and values [layers, n, kv_heads, head_dim], keys rotated for positions 0..n-1; slot 0 (the
+    kind `kv`: keys and values [layers, n, kv_heads, head_dim], keys as queries at n, n + 1, … meet them; slot 0 (the
     attention sink) is frozen. kind `embeddings`: [n, hidden] in the input embedding space.
     """
 

@@ -60,7 +60,7 @@ def teach(
     observed: list[Observed] = []
     order = sorted(range(len(pairs)), key=lambda index: (pairs[index].group, pairs[index].length))
     batches = _same_group(order, pairs, batch_size)
-    every = max(1, len(batches) * batch_size // observe) if observe else 0
+    every = max(1, len(pairs) // observe) if observe else 0
     for number, indices in enumerate(batches):
         batch = collate(pairs, indices, decoder.device)
         prefix = prefixes[pairs[indices[0]].group]

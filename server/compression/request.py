@@ -167,7 +167,8 @@ def check_room(directory: Path, shape: ModelShape, settings: CompressionSettings
         )
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     answers = settings.questions + settings.held_out
-    states = 4 * shape.hidden_size * answers * settings.max_answer_tokens  # of the teacher, kept for resuming
+    # Of the teacher, kept for resuming, and its successor while that is being written.
+    states = 2 * 4 * shape.hidden_size * answers * settings.max_answer_tokens
     needed = COPIES_ON_DISK * size + states + 16 * MIB
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -69,6 +69,9 @@ class Workbench:
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+            malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if malloc_trim is not None:
+                malloc_trim(0)
 
     def prefix_of(self, prompt: SoftPrompt) -> Prefix:
         """The KV that a soft prompt puts in front of the model."""

@@ -211,6 +211,16 @@ def test_attention_of_matching_is_the_models_own() -> None:
         assert torch.allclose(output * seen.valid[:, None, :, None], seen.output * seen.valid[:, None, :, None])
 
 
+def test_attention_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no gradient is needed, a long context does not take memory for the whole batch at once."""
+    decoder = double_llama()
+    prefix = decoder.encode(list(range(3, 20)))
+    whole = teach(decoder, [prefix], PAIRS, 4).states
+    monkeypatch.setattr("prompt_store.compression.decoder.MAX_WEIGHTS", 1)
+    for state, expected in zip(teach(decoder, [prefix], PAIRS, 4).states, whole, strict=True):
+        assert torch.allclose(state, expected, rtol=1e-12)
+
+
 def test_moving_the_observation_keeps_the_attention() -> None:
     """The student stands at position n and not at the context's length: all rotates together, nothing changes."""
     decoder = double_llama()
