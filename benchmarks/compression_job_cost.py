@@ -57,7 +57,7 @@ def main() -> None:
                     print(f"{label} c={concurrency}: {figures}", file=sys.stderr, flush=True)
 
         load("alone", 0)
-        body = {"name": "cost", "context": CONTEXT.read_text(), "minutes": 30, "questions": 64}
+        body = {"name": "cost", "context": CONTEXT.read_text(), "minutes": 20}
         job = post(options.port, "/v1/compressions", body)["id"]
         for number, phases in enumerate((("gold",), ("training",))):
             while job_phase(options.port, job) not in phases:
