@@ -10,7 +10,7 @@ import http.client
 import json
 import statistics
 import sys
-import time
+from itertools import count
 from pathlib import Path
 
 from against_transformers import Softbatch
@@ -29,51 +29,49 @@ def post(port: int, path: str, body: dict[str, object]) -> dict[str, object]:
     return found
 
 
-def job_phase(port: int, job: object) -> str:
+def job_phase(port: int, job: object) -> str | None:
+    """What the job is at, None once it has ended."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", f"/v1/compressions/{job}")
     found = json.loads(connection.getresponse().read())
     if found["status"] not in ("queued", "running"):
-        raise RuntimeError(f"the job ended too early: {found}")
+        return None
     return str((found.get("progress") or {}).get("phase", found["status"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="without a job; beside it, as many as it lasts")
+    parser.add_argument("--minutes", type=float, default=4.0, help="budget of the job")
     parser.add_argument("--port", type=int, default=8398)
     options = parser.parse_args()
     server = Softbatch("bfloat16", options.port)
+    rates: dict[tuple[str, int], list[float]] = {}
+    starts = count(0, 1000)
+
+    def load(label: str) -> None:
+        start = next(starts)
+        for concurrency, requests in LOAD.items():
+            figures = server.run(concurrency, requests, start + concurrency * 100)
+            rates.setdefault((label, concurrency), []).append(figures["tokens_per_second"])
+            print(f"{label}, concurrency {concurrency}: {figures}", file=sys.stderr, flush=True)
+
     try:
         server.run(8, 16, 900_000)
-        steps: dict[tuple[str, int], list[float]] = {}
-
-        def load(label: str, offset: int) -> None:
-            for round_number in range(options.rounds):
-                for concurrency, requests in LOAD.items():
-                    start = offset + round_number * 1000 + concurrency * 100
-                    figures = server.run(concurrency, requests, start)
-                    steps.setdefault((label, concurrency), []).append(figures["tokens_per_second"])
-                    print(f"{label} c={concurrency}: {figures}", file=sys.stderr, flush=True)
-
-        load("alone", 0)
-        body = {"name": "cost", "context": CONTEXT.read_text(), "minutes": 20}
+        for _ in range(options.rounds):
+            load("alone")
+        body = {"name": "cost", "context": CONTEXT.read_text(), "minutes": options.minutes}
         job = post(options.port, "/v1/compressions", body)["id"]
-        for number, phases in enumerate((("gold",), ("training",))):
-            while job_phase(options.port, job) not in phases:
-                time.sleep(1)
-            load(f"beside {phases[0]}", 100_000 * (number + 1))
+        while (phase := job_phase(options.port, job)) is not None:
+            load(f"beside a job at {phase}")
     finally:
         server.stop()
-    print("| output tokens/s, median (least to most) | " + " | ".join(f"concurrency {c}" for c in LOAD) + " |")
+    print("| output tokens/s, median (least to most), rounds | " + " | ".join(f"concurrency {c}" for c in LOAD) + " |")
     print("|---|" + "---|" * len(LOAD))
-    for label in dict.fromkeys(label for label, _ in steps):
-        cells = [steps[label, c] for c in LOAD]
-        print(
-            f"| {label} | "
-            + " | ".join(f"{statistics.median(c):.0f} ({min(c):.0f}-{max(c):.0f})" for c in cells)
-            + " |"
-        )
+    for label in dict.fromkeys(label for label, _ in rates):
+        cells = [rates[label, c] for c in LOAD]
+        shown = [f"{statistics.median(c):.0f} ({min(c):.0f} to {max(c):.0f}), {len(c)}" for c in cells]
+        print(f"| {label} | " + " | ".join(shown) + " |")
 
 
 if __name__ == "__main__":

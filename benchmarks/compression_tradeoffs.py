@@ -93,8 +93,9 @@ def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
             print(f"gold answers: {len(done)} of {len(examples)}", flush=True)
         return [found for found in done if usable(found)]
 
-    train = answered(out / f"{example}-train.jsonl", template_questions(text, questions))
-    hand = answered(out / f"{example}-hand.jsonl", load_jsonl(ROOT / "examples" / example / "questions.jsonl"))
+    tag = f"{example}-{Path(model).name}"
+    train = answered(out / f"{tag}-train.jsonl", template_questions(text, questions))
+    hand = answered(out / f"{tag}-hand.jsonl", load_jsonl(ROOT / "examples" / example / "questions.jsonl"))
     bench.release_engine()
     train = spread_first(train, OBSERVED)
     pairs, asked = [context.pair(one) for one in train], [context.pair(one) for one in hand]
@@ -169,7 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"results-{arguments.example}.json"
+    path = out / f"results-{arguments.example}-{Path(arguments.model).name}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     if not arguments.plot:
         points = [(int(n), arguments.seconds) for n in arguments.lengths.split(",")]

@@ -35,7 +35,7 @@ from prompt_store.compression.teacher import Observed
 SELECTION_STRIDE = 3
 # Of the mean diagonal, in the least squares: enough to keep a key that nobody looks at harmless.
 RIDGE = 1e-3
-# And of a row that gives all its attention to one key: a head that hardly looks at σ keeps the values it has.
+# And for each observed row: in a head that hardly looks at σ, where the mean is next to nothing, values stay put.
 FLOOR = 1e-8
 CHECKPOINT_SECONDS = 15.0
 
