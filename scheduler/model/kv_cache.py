@@ -26,6 +26,8 @@ class KVCache:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
@@ -35,17 +37,15 @@ class KVCache:
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks, source to target, in every layer."""
-        device = self.keys[0].device
-        sources = torch.tensor([source for source, _ in copies], device=device)
-        targets = torch.tensor([target for _, target in copies], device=device)
+        sources = torch.tensor([source for source, _ in copies], device=self.device)
+        targets = torch.tensor([target for _, target in copies], device=self.device)
         for cache in (*self.keys, *self.values):
             cache[targets] = cache[sources]
 
     def write(self, blocks: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write `keys` and `values` [layers, n, kv_heads, head_dim] to positions 0 … n−1 of `blocks`."""
-        device = self.keys[0].device
-        positions = torch.arange(keys.shape[1], device=device)
-        block = torch.tensor(blocks, device=device)[positions // self.block_size]
+        positions = torch.arange(keys.shape[1], device=self.device)
+        block = torch.tensor(blocks, device=self.device)[positions // self.block_size]
         offset = positions % self.block_size
         for layer, (key_cache, value_cache) in enumerate(zip(self.keys, self.values, strict=True)):
             key_cache[block, :, offset] = keys[layer].to(key_cache)

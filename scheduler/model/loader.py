@@ -20,6 +20,7 @@ from scheduler.messages import EngineConfig, ModelInfo
 from scheduler.model import interface
 from scheduler.model.attention import choose
 from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.forward import TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.packing import pack_linears
 from scheduler.model.runner import Runner
@@ -157,7 +158,7 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 def _checked_runner(
     model: Any, kv_cache: KVCache, backend: AttentionBackend, info: ModelInfo, config: EngineConfig
 ) -> Runner:
-    runner = Runner(model, kv_cache, backend, info.spec, config.max_prompt_bytes)
+    runner = Runner(TransformersForward(model, kv_cache, backend), kv_cache, info.spec, config.max_prompt_bytes)
     try:
         self_check(model, runner, kv_cache.block_size)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from prompt_store.soft_prompt import ModelSpec, SoftPrompt, check_fits, load
 from scheduler.messages import SoftPromptRef
-from scheduler.model.attention.base import AttentionBackend
 from scheduler.model.batch import Row, build_batch
-from scheduler.model.interface import PagedForward
+from scheduler.model.forward import Forward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.sampler import SampleInput, sample
 from scheduler.scheduler import Step, StepResult
@@ -23,18 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class Runner:
-    """Owns the model and the KV cache. A row that fails, fails alone: the others' results still come back."""
+    """Owns the KV cache and the way the model is run. A row that fails, fails alone: the others' results still come."""
 
-    def __init__(
-        self, model: Any, kv_cache: KVCache, backend: AttentionBackend, spec: ModelSpec, max_prompt_bytes: int
-    ) -> None:
-        self._model = model
-        self._embed = model.get_input_embeddings()
+    def __init__(self, forward: Forward, kv_cache: KVCache, spec: ModelSpec, max_prompt_bytes: int) -> None:
+        self._forward = forward
         self._kv_cache = kv_cache
-        self._backend = backend
         self._spec = spec
         self._max_prompt_bytes = max_prompt_bytes
-        self._device = self._embed.weight.device
         self._filling: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
@@ -78,8 +71,9 @@ class Runner:
         if prompt.manifest.kind == "kv":
             self._kv_cache.write(resident.blocks, prompt.tensors["keys"], prompt.tensors["values"])
             return True
-        embeddings = prompt.tensors["embeddings"].to(self._device, self._embed.weight.dtype)
-        self._filling[resident.ref.sha256] = embeddings
+        self._filling[resident.ref.sha256] = prompt.tensors["embeddings"].to(
+            self._kv_cache.device, self._kv_cache.dtype
+        )
         return False
 
     def _run(
@@ -124,19 +118,7 @@ class Runner:
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
-        batch = build_batch(rows, self._kv_cache.block_size, self._device)
-        inputs = self._embed(batch.token_ids)
-        for first, embeddings in batch.embeddings:
-            inputs[first : first + embeddings.shape[0]] = embeddings
-        output = self._model(
-            inputs_embeds=inputs[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            logits_to_keep=batch.logit_rows,
-            paged=PagedForward(self._kv_cache, batch.attention, self._backend),
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return self._forward(build_batch(rows, self._kv_cache.block_size, self._kv_cache.device))
 
     def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
         embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]

@@ -1,0 +1,45 @@
+"""From a step's ragged batch to its logits: one signature behind which every way to run the model stands."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.batch import RaggedBatch
+from scheduler.model.interface import PagedForward
+from scheduler.model.kv_cache import KVCache
+
+
+class Forward(Protocol):
+    """Runs the model over a step's tokens, writing their keys and values into the paged cache.
+
+    Returns the logits of `batch.logit_rows`: [R, vocab].
+    """
+
+    def __call__(self, batch: RaggedBatch) -> torch.Tensor: ...
+
+
+class TransformersForward:
+    """Any `transformers` model through its own modelling code, with our attention inside."""
+
+    def __init__(self, model: Any, kv_cache: KVCache, backend: AttentionBackend) -> None:
+        self._model = model
+        self._embed = model.get_input_embeddings()
+        self._kv_cache = kv_cache
+        self._backend = backend
+
+    def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        inputs = self._embed(batch.token_ids)
+        for first, embeddings in batch.embeddings:
+            inputs[first : first + embeddings.shape[0]] = embeddings
+        output = self._model(
+            inputs_embeds=inputs[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+            paged=PagedForward(self._kv_cache, batch.attention, self._backend),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
