@@ -19,8 +19,8 @@ from prompt_store.manifest import ModelSpec
 from scheduler.messages import EngineConfig, ModelInfo
 from scheduler.model import interface
 from scheduler.model.attention import choose
-from scheduler.model.attention.base import AttentionBackend
-from scheduler.model.forward import TransformersForward
+from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
+from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.packing import pack_linears
 from scheduler.model.runner import Runner
@@ -69,7 +69,6 @@ def load(config: EngineConfig, report: Report) -> Loaded:
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
-    phases.done("weight layout", f"{pack_linears(model)} linear layers packed")
     max_model_len = _max_model_len(config, model)
     bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
     num_blocks = int(config.kv_cache_gib * 2**30) // (bytes_per_token * config.block_size)
@@ -100,6 +99,13 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     except RuntimeError as error:
         raise ModelError(f"--kv-cache-gib {config.kv_cache_gib:g}: not that much memory is free") from error
     phases.done("KV cache", f"{num_blocks} blocks of {config.block_size} tokens")
+    forward: Forward
+    if runs_in_one_call(model, dtype):
+        forward = DecoderForward(model, kv_cache)
+        phases.done("weight layout", "packed for the decoder in C++")
+    else:
+        forward = TransformersForward(model, kv_cache, backend)
+        phases.done("weight layout", f"{pack_linears(model)} linear layers packed")
 
     info = ModelInfo(
         name=spec.name,
@@ -117,7 +123,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
         attention=name,
         num_parameters=num_parameters,
     )
-    runner = _checked_runner(model, kv_cache, backend, info, config)
+    runner = _checked_runner(model, forward, kv_cache, info, config)
     phases.done("self-check", "paged attention agrees with transformers' own")
     return Loaded(runner, kv_cache, info)
 
@@ -155,10 +161,8 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
     )
 
 
-def _checked_runner(
-    model: Any, kv_cache: KVCache, backend: AttentionBackend, info: ModelInfo, config: EngineConfig
-) -> Runner:
-    runner = Runner(TransformersForward(model, kv_cache, backend), kv_cache, info.spec, config.max_prompt_bytes)
+def _checked_runner(model: Any, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig) -> Runner:
+    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
     try:
         self_check(model, runner, kv_cache.block_size)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:

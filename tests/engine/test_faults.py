@@ -107,9 +107,9 @@ def test_the_same_seed_gives_the_same_text_whatever_else_runs(llama: str) -> Non
 
 def test_logits_that_are_not_finite_fail_the_sequence(llama: str) -> None:
     engine, _ = build(llama, num_blocks=64, max_batch_size=4, max_batch_tokens=32, max_model_len=64)
-    model = engine._runner._model
+    embed = engine._runner._forward._embed
     with torch.no_grad():
-        model.get_input_embeddings().weight[77] = float("nan")
+        embed.weight[77] = float("nan")
     outputs = drain(engine, [make_request("nan", [77, 5]), make_request("good", [6, 7])])
     assert outputs["nan"][-1].finish_reason == "error"
     assert "finite" in outputs["nan"][-1].error

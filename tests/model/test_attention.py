@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scheduler.model.attention import choose, cpu
 from scheduler.model.attention.base import AttentionBackend, PagedBatch
 from scheduler.model.attention.reference import reference
+from scheduler.model.cpu.build import _cached_library
 
 ROOT = Path(__file__).parents[2]
 NAN = float("nan")
@@ -445,7 +446,7 @@ def test_processes_that_start_together_share_a_cache(tmp_path: Path) -> None:
         assert output == ["cpu", "checked"]
         assert "WARNING" not in log
     (directory,) = (cache / "softbatch" / "kernels").iterdir()
-    assert [path.name for path in directory.iterdir()] == ["paged_attention.so"]
+    assert [path.name for path in directory.iterdir()] == ["softbatch_cpu.so"]
 
     output, log = finish(start(cache, "/nonexistent"))
     assert output == ["cpu", "checked"]
@@ -465,7 +466,7 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_warning(
     path = script(tmp_path / "g++", compiler) if compiler else "/nonexistent"
     output, log = finish(start(tmp_path / "cache", path))
     assert output == ["reference"]
-    (warning,) = (line for line in log.splitlines() if line.startswith("WARNING the CPU attention kernel"))
+    (warning,) = (line for line in log.splitlines() if line.startswith("WARNING the CPU kernels"))
     assert reason in warning
     assert "Install a C++ compiler" in warning
 
@@ -473,7 +474,7 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_warning(
 def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no compiler at hand the attempt shows in the warning."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = cpu._cached_library()
+    library = _cached_library()
     assert library is not None
     library.write_bytes(b"damaged")
     output, log = finish(start(tmp_path, "/nonexistent"))

@@ -1,9 +1,6 @@
 // Attention over a paged KV cache on CPUs, for float32, bfloat16 and float16. Sums and softmax are in float32.
 //
-// The query heads that share a kv head are handled together, so that each K and V row is read from memory once.
-// Sequences with one query token take the dot path, longer chunks the tile path. A long key range is split at
-// fixed positions into items whose results are merged, which keeps all threads busy with a small batch. Where
-// it is split depends neither on the batch nor on the number of threads, so a sequence's result does not either.
+// One layer's attention as an operator of its own, for models that run through transformers' modelling code.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -15,8 +12,7 @@
 #include <atomic>
 #include <vector>
 
-#include "dot_path.h"
-#include "tile_path.h"
+#include "attention.h"
 
 namespace softbatch {
 namespace {
@@ -49,49 +45,6 @@ void write_cache(const at::Tensor& key, const at::Tensor& value, const at::Tenso
       copy(value, value_cache, t);
     }
   });
-}
-
-template <typename T>
-void attend(Problem<T>& p, int64_t sequences, int64_t kv_heads) {
-  const auto uses_dots = [&](int64_t s) { return p.query_length(s) == 1; };
-  int64_t dot_splits = 0;
-  for (int64_t s = 0; s < sequences; ++s)
-    if (uses_dots(s)) dot_splits += (p.context_len[s] + kDotSplit - 1) / kDotSplit;
-  // A block's kv heads lie side by side in memory: walk them together, unless threads would run out of items.
-  const int64_t together =
-      std::clamp<int64_t>(kv_heads * dot_splits / (4 * at::get_num_threads()), 1, kv_heads);
-
-  std::vector<Group> groups;
-  std::vector<Item> items;
-  int64_t partials = 0;
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t length = p.query_length(s);
-    const bool dots = uses_dots(s);
-    const int64_t step = dots ? together : 1, split = dots ? kDotSplit : kTileSplit;
-    for (int64_t h = 0; h < kv_heads; h += step) {
-      const int64_t heads = std::min(step, kv_heads - h) * p.group, rows = length * heads;
-      const int64_t max_rows = dots ? rows : kMaxRows;
-      for (int64_t first = 0; first < rows; first += max_rows) {
-        const int64_t count = std::min(max_rows, rows - first);
-        const int64_t key_end = p.context_len[s] - length + (first + count - 1) / heads + 1;
-        const int64_t splits = (key_end + split - 1) / split;
-        for (int64_t n = 0; n < splits; ++n)
-          items.push_back({static_cast<int64_t>(groups.size()), n});
-        groups.push_back({s, h, heads, first, count, key_end, splits, partials});
-        if (splits > 1) partials += splits * count;
-      }
-    }
-  }
-  const at::Tensor partial = at::empty({partials, p.padded_dim + 2}, at::kFloat);
-  p.partials = partial.data_ptr<float>();
-  for_each_item(items.size(), [&](int64_t i) {
-    const Group& g = groups[items[i].group];
-    uses_dots(g.sequence) ? dot_item(p, g, items[i].split) : tile_item(p, g, items[i].split);
-  });
-  if (partials > 0)
-    for_each_item(groups.size(), [&](int64_t i) {
-      if (groups[i].splits > 1) p.merge(groups[i]);
-    });
 }
 
 void check_metadata(const at::Tensor& t, at::ScalarType dtype, int64_t dim, const char* name) {
@@ -188,7 +141,10 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     p.dim = q.size(2);
     p.padded_dim = round_up(p.dim, std::max(kLanes, kTileRows));
     p.scale = static_cast<float>(scale) * kLog2e;
-    attend(p, context_len.size(0), k.size(1));
+    const Plan plan(p, context_len.size(0), k.size(1));
+    const at::Tensor partials = at::empty({plan.partials, p.padded_dim + 2}, at::kFloat);
+    p.partials = partials.data_ptr<float>();
+    attend(plan, p, [](int64_t count, const auto& f) { for_each_item(count, f); });
   };
   AT_DISPATCH_SWITCH(query.scalar_type(), "paged_attention",
                      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t{}); })

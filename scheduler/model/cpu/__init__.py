@@ -1,0 +1,1 @@
+"""The fast way to run a model on CPUs: kernels in C++, and a decoder made of them."""

@@ -1,0 +1,373 @@
+// A whole decoder of the Llama family in one call: RMSNorm, rotary positions, attention over the paged cache, SwiGLU.
+//
+// The residual stream, norms, softmax and all sums are float32; what enters a product is rounded to the weights' dtype.
+// W is the weights' dtype, T that of the KV cache and of what attention reads and writes.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+
+#include "attention.h"
+#include "matmul.h"
+
+namespace softbatch {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::vector<float> floats(const at::Tensor& t) {
+  const at::Tensor f = t.to(at::kFloat).contiguous();
+  return {f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel()};
+}
+
+template <typename T>
+INLINE void widen_row(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(to + i, load(from + i));
+  for (; i < count; ++i)
+    to[i] = static_cast<float>(from[i]);
+}
+
+template <typename T>
+INLINE void narrow_row(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(to + i, load(from + i));
+  for (; i < count; ++i)
+    to[i] = static_cast<T>(from[i]);
+}
+
+INLINE void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, float* to) {
+  const int64_t size = weight.size();
+  Vec squares = {};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    squares += load(x + i) * load(x + i);
+  for (; i < size; ++i)
+    rest += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + epsilon);
+  for (i = 0; i + kLanes <= size; i += kLanes)
+    store(to + i, load(weight.data() + i) * (load(x + i) * scale));
+  for (; i < size; ++i)
+    to[i] = weight[i] * (x[i] * scale);
+}
+
+// gate * sigmoid(gate) * up
+INLINE Vec swiglu(Vec gate, Vec up) {
+  const Vec magnitude = gate < 0.0f ? -gate : gate;
+  const Vec e = exp2(magnitude * -kLog2e);
+  const Vec one = fill(1.0f);
+  return gate * (gate < 0.0f ? e : one) / (one + e) * up;
+}
+
+// Rows of a product, into memory of `columns` floats a row.
+struct Rows {
+  float* data;
+  int64_t columns;
+
+  template <typename F>
+  INLINE void each(int64_t row, int64_t column, const float* sums, const F& f) const {
+    float* to = data + row * columns + column;
+    if (column + kColumns <= columns) {
+      for (int half = 0; half < kColumns; half += kLanes)
+        store(to + half, f(load(to + half), load(sums + half)));
+    } else {
+      for (int64_t i = 0; i < columns - column; ++i)
+        to[i] = f(fill(to[i]), fill(sums[i]))[0];
+    }
+  }
+};
+
+}  // namespace
+
+// What Python holds; Decoder below has the types.
+class DecoderBase : public torch::CustomClassHolder {
+ public:
+  virtual void add_layer(const std::vector<at::Tensor>& weights, const std::vector<OptionalTensor>& optional,
+                         const at::Tensor& key_cache, const at::Tensor& value_cache) = 0;
+  virtual void set_head(const at::Tensor& norm, const at::Tensor& weight, const OptionalTensor& bias) = 0;
+  virtual at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
+                             const at::Tensor& context_len, const at::Tensor& block_table,
+                             const at::Tensor& slot_mapping, const at::Tensor& logit_rows) = 0;
+};
+
+namespace {
+
+template <typename W, typename T>
+class Decoder final : public DecoderBase {
+ public:
+  Decoder(int64_t heads, int64_t kv_heads, int64_t dim, double epsilon, double scale, const at::Tensor& frequencies,
+          double rotary_scale)
+      : heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
+        frequencies_(floats(frequencies)), rotary_scale_(rotary_scale) {
+    TORCH_CHECK(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+    TORCH_CHECK(2 * int64_t(frequencies_.size()) == dim, "one frequency for every two dimensions of a head");
+  }
+
+  void add_layer(const std::vector<at::Tensor>& weights, const std::vector<OptionalTensor>& optional,
+                 const at::Tensor& key_cache, const at::Tensor& value_cache) override {
+    TORCH_CHECK(weights.size() == 9 && optional.size() == 6, "a layer has nine tensors, and six optional ones");
+    TORCH_CHECK(key_cache.sizes() == value_cache.sizes() && key_cache.strides() == value_cache.strides() &&
+                    key_cache.is_contiguous() && key_cache.dim() == 4 && key_cache.size(1) == kv_heads_ &&
+                    key_cache.size(3) == dim_,
+                "caches must be contiguous [num_blocks, kv_heads, block_size, head_dim]");
+    layers_.emplace_back(std::make_unique<Layer>());
+    Layer& layer = *layers_.back();
+    layer.input_norm = floats(weights[0]);
+    stack(layer.qkv, {weights[1], weights[2], weights[3]}, {optional[0], optional[1], optional[2]});
+    stack(layer.out, {weights[4]}, {optional[3]});
+    layer.mlp_norm = floats(weights[5]);
+    interleave(layer.gate_up, weights[6], weights[7]);
+    stack(layer.down, {weights[8]}, {std::nullopt});
+    if (optional[4]) layer.query_norm = floats(*optional[4]);
+    if (optional[5]) layer.key_norm = floats(*optional[5]);
+    layer.key_cache = key_cache;
+    layer.value_cache = value_cache;
+    intermediate_ = weights[8].size(1);
+  }
+
+  void set_head(const at::Tensor& norm, const at::Tensor& weight, const OptionalTensor& bias) override {
+    norm_ = floats(norm);
+    stack(head_, {weight}, {bias});
+  }
+
+  at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
+                     const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping,
+                     const at::Tensor& logit_rows) override {
+    const int64_t tokens = hidden.size(0), size = hidden.size(1), sequences = context_len.size(0);
+    TORCH_CHECK(size == int64_t(norm_.size()), "hidden must be [T, hidden_size]");
+    const at::Tensor inputs = hidden.contiguous();
+    const at::Tensor logits = at::empty({logit_rows.size(0), head_.outputs}, at::kFloat);
+    const int64_t* wanted = logit_rows.const_data_ptr<int64_t>();
+    const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
+    const int64_t* position = positions.const_data_ptr<int64_t>();
+    const int64_t width = heads_ * dim_, kv_width = kv_heads_ * dim_, half = dim_ / 2;
+
+    const Rows residual{residual_.resize(tokens * size), size};
+    const Rows qkv{qkv_.resize(tokens * (width + 2 * kv_width)), width + 2 * kv_width};
+    T* query = query_.resize(tokens * width);
+    T* attended = attended_.resize(tokens * width);
+    T* gated = gated_.resize(tokens * intermediate_);
+    float* cosines = rotary_.resize(2 * tokens * half);
+    float* sines = cosines + tokens * half;
+
+    Problem<T> p{};
+    const at::Tensor& any_cache = layers_.front()->key_cache;
+    p.query = query;
+    p.query_stride = width;
+    p.query_head_stride = dim_;
+    p.block_stride = any_cache.stride(0);
+    p.head_stride = any_cache.stride(1);
+    p.block_size = any_cache.size(2);
+    p.query_start = query_start.const_data_ptr<int32_t>();
+    p.context_len = context_len.const_data_ptr<int32_t>();
+    p.block_table = block_table.const_data_ptr<int32_t>();
+    p.table_stride = block_table.stride(0);
+    p.out = attended;
+    p.heads = heads_;
+    p.group = heads_ / kv_heads_;
+    p.dim = dim_;
+    p.padded_dim = round_up(dim_, std::max(kLanes, kTileRows));
+    p.scale = static_cast<float>(scale_) * kLog2e;
+    const Plan plan(p, sequences, kv_heads_);
+    p.partials = partials_.resize(plan.partials * (p.padded_dim + 2));
+
+    for (auto* x : {&hidden_in_, &attended_in_, &gated_in_})
+      x->resize(tokens, x == &hidden_in_ ? size : x == &attended_in_ ? width : intermediate_);
+    head_in_.resize(logit_rows.size(0), size);
+
+    Team::run([&](Team& team) {
+      std::vector<float> row_buffer(std::max({size, width, intermediate_}));
+      float* buffer = row_buffer.data();
+      // Rows of activations for the next product; read(row, to) writes them as float32.
+      const auto fill_rows = [&](Activations<W>& x, const auto& read) {
+        team.for_each(x.tiles, [&](int64_t t) {
+          for (int64_t row = x.first(t); row < x.first(t + 1); ++row)
+            x.put(t, row, read(row));
+        });
+      };
+      const auto normed = [&](const std::vector<float>& weight) {
+        return [&, buffer](int64_t row) {
+          rms_norm(residual.data + row * size, weight, epsilon_, buffer);
+          return buffer;
+        };
+      };
+      const auto widened = [&](const T* from, int64_t columns) {
+        return [=](int64_t row) {
+          widen_row(from + row * columns, columns, buffer);
+          return buffer;
+        };
+      };
+      const auto add_to_residual = [&](int64_t row, int64_t column, const float* sums) {
+        residual.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
+      };
+
+      team.for_each(tokens, [&](int64_t t) {
+        widen_row(inputs.const_data_ptr<T>() + t * size, size, residual.data + t * size);
+        for (int64_t i = 0; i < half; ++i) {
+          const float angle = static_cast<float>(position[t]) * frequencies_[i];
+          cosines[t * half + i] = std::cos(angle) * rotary_scale_;
+          sines[t * half + i] = std::sin(angle) * rotary_scale_;
+        }
+      });
+      for (const auto& layer : layers_) {
+        fill_rows(hidden_in_, normed(layer->input_norm));
+        matmul(team, layer->qkv, hidden_in_, [&](int64_t row, int64_t column, const float* sums) {
+          qkv.each(row, column, sums, [](Vec, Vec sum) { return sum; });
+        });
+        T* key_cache = layer->key_cache.template data_ptr<T>();
+        T* value_cache = layer->value_cache.template data_ptr<T>();
+        team.for_each(tokens, [&](int64_t t) {
+          const float *cosine = cosines + t * half, *sine = sines + t * half;
+          float* from = qkv.data + t * qkv.columns;
+          const int64_t slot = slots[t] / p.block_size * p.block_stride + slots[t] % p.block_size * dim_;
+          for (int64_t h = 0; h < heads_; ++h) {
+            rotate(from + h * dim_, layer->query_norm, cosine, sine, buffer);
+            narrow_row(buffer, dim_, query + t * width + h * dim_);
+          }
+          for (int64_t h = 0; h < kv_heads_; ++h) {
+            rotate(from + width + h * dim_, layer->key_norm, cosine, sine, buffer);
+            narrow_row(buffer, dim_, key_cache + slot + h * p.head_stride);
+            narrow_row(from + width + kv_width + h * dim_, dim_, value_cache + slot + h * p.head_stride);
+          }
+        });
+        Problem<T> mine = p;
+        mine.key_cache = key_cache;
+        mine.value_cache = value_cache;
+        attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each(count, f); });
+        fill_rows(attended_in_, widened(attended, width));
+        matmul(team, layer->out, attended_in_, add_to_residual);
+        fill_rows(hidden_in_, normed(layer->mlp_norm));
+        matmul(team, layer->gate_up, hidden_in_, [&](int64_t row, int64_t column, const float* sums) {
+          const int64_t first = column / 2;
+          float part[kLanes];
+          store(part, swiglu(load(sums), load(sums + kLanes)));
+          narrow_row(part, std::min<int64_t>(kLanes, intermediate_ - first), gated + row * intermediate_ + first);
+        });
+        fill_rows(gated_in_, widened(gated, intermediate_));
+        matmul(team, layer->down, gated_in_, add_to_residual);
+      }
+      if (logit_rows.size(0) == 0) return;
+      fill_rows(head_in_, [&](int64_t row) { return normed(norm_)(wanted[row]); });
+      const Rows out{logits.data_ptr<float>(), head_.outputs};
+      matmul(team, head_, head_in_, [&](int64_t row, int64_t column, const float* sums) {
+        out.each(row, column, sums, [](Vec, Vec sum) { return sum; });
+      });
+    });
+    return logits;
+  }
+
+ private:
+  struct Layer {
+    std::vector<float> input_norm, mlp_norm, query_norm, key_norm;
+    Packed<W> qkv, out, gate_up, down;
+    at::Tensor key_cache, value_cache;
+  };
+
+  // Rotates one head's vector [dim] by its position, normed before where the model does so.
+  INLINE void rotate(const float* from, const std::vector<float>& norm, const float* cosine, const float* sine,
+                     float* to) const {
+    if (!norm.empty()) {
+      rms_norm(from, norm, epsilon_, to);
+      from = to;
+    }
+    const int64_t half = dim_ / 2;
+    int64_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+      const Vec low = load(from + i), high = load(from + half + i), c = load(cosine + i), s = load(sine + i);
+      store(to + i, low * c - high * s);
+      store(to + half + i, high * c + low * s);
+    }
+    for (; i < half; ++i) {
+      const float low = from[i], high = from[half + i];
+      to[i] = low * cosine[i] - high * sine[i];
+      to[half + i] = high * cosine[i] + low * sine[i];
+    }
+  }
+
+  // One product with the outputs of several, one after another.
+  static void stack(Packed<W>& packed, const std::vector<at::Tensor>& parts, const std::vector<OptionalTensor>& biases) {
+    std::vector<at::Tensor> rows;
+    std::vector<float> bias;
+    int64_t outputs = 0;
+    bool any = false;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      rows.push_back(parts[i].to(at::kFloat).contiguous());
+      outputs += parts[i].size(0);
+      const std::vector<float> own = biases[i] ? floats(*biases[i]) : std::vector<float>(parts[i].size(0));
+      bias.insert(bias.end(), own.begin(), own.end());
+      any |= biases[i].has_value();
+    }
+    check_inputs(parts.front());
+    packed.pack(outputs, parts.front().size(1), [&](int64_t row) {
+      size_t part = 0;
+      while (row >= rows[part].size(0))
+        row -= rows[part++].size(0);
+      return rows[part].template const_data_ptr<float>() + row * rows[part].size(1);
+    });
+    if (any) packed.bias = bias;
+  }
+
+  // Every panel holds kLanes outputs of the gate and the same of the other half.
+  static void interleave(Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
+    const at::Tensor g = gate.to(at::kFloat).contiguous(), u = up.to(at::kFloat).contiguous();
+    check_inputs(gate);
+    const int64_t outputs = round_up(gate.size(0), kLanes), inputs = gate.size(1);
+    packed.pack(2 * outputs, inputs, [&](int64_t row) -> const float* {
+      const int64_t at = row / kColumns * kLanes + row % kLanes;
+      if (at >= g.size(0)) return nullptr;
+      return (row % kColumns < kLanes ? g : u).template const_data_ptr<float>() + at * inputs;
+    });
+  }
+
+  static void check_inputs(const at::Tensor& weight) {
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) % Format<W>::kDepth == 0, "weights must be [outputs, inputs], inputs a multiple of ",
+                Format<W>::kDepth);
+  }
+
+  const int64_t heads_, kv_heads_, dim_;
+  const float epsilon_;
+  const double scale_;
+  const std::vector<float> frequencies_;
+  const float rotary_scale_;
+  int64_t intermediate_ = 0;
+  std::vector<std::unique_ptr<Layer>> layers_;
+  std::vector<float> norm_;
+  Packed<W> head_;
+  // Working memory of a step, kept for the next.
+  Buffer<float> residual_, qkv_, rotary_, partials_;
+  Buffer<T> query_, attended_, gated_;
+  Activations<W> hidden_in_, attended_in_, gated_in_, head_in_;
+};
+
+c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const std::string& cache, int64_t heads,
+                                             int64_t kv_heads, int64_t dim, double epsilon, double scale,
+                                             const at::Tensor& frequencies, double rotary_scale) {
+  const auto make = [&](auto w, auto t) -> c10::intrusive_ptr<DecoderBase> {
+    return c10::make_intrusive<Decoder<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon, scale, frequencies,
+                                                                  rotary_scale);
+  };
+  if (weights == "float32") return make(float{}, float{});
+  if (weights == "bfloat16") return make(at::BFloat16{}, at::BFloat16{});
+  TORCH_CHECK(weights == "int8", "weights must be float32, bfloat16 or int8, not ", weights);
+  return cache == "float32" ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
+}
+
+}  // namespace
+}  // namespace softbatch
+
+TORCH_LIBRARY_FRAGMENT(softbatch, m) {
+  using softbatch::DecoderBase;
+  m.class_<DecoderBase>("Decoder")
+      .def(torch::init(&softbatch::make_decoder))
+      .def("add_layer", &DecoderBase::add_layer)
+      .def("set_head", &DecoderBase::set_head)
+      .def("forward", &DecoderBase::forward);
+
+}

@@ -1,0 +1,95 @@
+"""Llama-like models on CPUs: the whole decoder in one C++ call, over weights laid out once for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scheduler.model.batch import RaggedBatch
+from scheduler.model.cpu.build import build
+from scheduler.model.kv_cache import KVCache
+
+# Their layers are RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; biases and norms of heads may be there.
+ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+# Their frequencies are the same at every length.
+_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
+    """Whether `DecoderForward` computes this model; its kernels are built, at the first start, when it does."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return bool(
+        type(model).__name__ in ARCHITECTURES
+        and dtype in _DTYPES
+        and model.device.type == "cpu"
+        and config.hidden_act == "silu"
+        and not getattr(config, "mlp_bias", False)
+        and rope.get("rope_type", "default") in _ROTARY
+        and config.hidden_size % 4 == config.intermediate_size % 4 == 0
+        and build()
+    )
+
+
+class DecoderForward:
+    """`Forward` in C++. It has its own copy of the weights in `weights` (float32, bfloat16 or int8)."""
+
+    def __init__(self, model: Any, kv_cache: KVCache, weights: str | None = None) -> None:
+        config, rotary = model.config, model.model.rotary_emb
+        first = model.model.layers[0].self_attn
+        self._embed = model.get_input_embeddings()
+        self._decoder = torch.classes.softbatch.Decoder(
+            weights or _DTYPES[kv_cache.dtype],
+            _DTYPES[kv_cache.dtype],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            first.head_dim,
+            config.rms_norm_eps,
+            first.scaling,
+            rotary.inv_freq,
+            rotary.attention_scaling,
+        )
+        for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            self._decoder.add_layer(
+                [
+                    layer.input_layernorm.weight,
+                    attention.q_proj.weight,
+                    attention.k_proj.weight,
+                    attention.v_proj.weight,
+                    attention.o_proj.weight,
+                    layer.post_attention_layernorm.weight,
+                    mlp.gate_proj.weight,
+                    mlp.up_proj.weight,
+                    mlp.down_proj.weight,
+                ],
+                [
+                    attention.q_proj.bias,
+                    attention.k_proj.bias,
+                    attention.v_proj.bias,
+                    attention.o_proj.bias,
+                    getattr(getattr(attention, "q_norm", None), "weight", None),
+                    getattr(getattr(attention, "k_norm", None), "weight", None),
+                ],
+                keys,
+                values,
+            )
+        self._decoder.set_head(model.model.norm.weight, model.lm_head.weight, model.lm_head.bias)
+
+    def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        inputs = self._embed(batch.token_ids)
+        for first, embeddings in batch.embeddings:
+            inputs[first : first + embeddings.shape[0]] = embeddings
+        attention = batch.attention
+        logits: torch.Tensor = self._decoder.forward(
+            inputs,
+            batch.positions,
+            attention.query_start,
+            attention.context_len,
+            attention.block_table,
+            attention.slot_mapping,
+            batch.logit_rows,
+        )
+        return logits

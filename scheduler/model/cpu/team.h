@@ -1,0 +1,74 @@
+// A team of threads that goes through many small parallel loops within one OpenMP region.
+//
+// A step of a small model is some three hundred loops of a few microseconds each: opening a region for each of them
+// would cost as much as the work. Items are handed out one by one, since their costs differ and other processes may
+// hold up a core. A member that waits spins, but yields its core before long: something else may need it.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace softbatch {
+
+class Team {
+ public:
+  // Runs body(team) on every member; loops inside are shared by all of them.
+  template <typename F>
+  static void run(const F& body) {
+    Team team(at::in_parallel_region() ? 1 : at::get_num_threads());
+#pragma omp parallel num_threads(team.size_)
+    body(team);
+  }
+
+  // Calls f(item, the item this member takes next or count) for every item; returns when all are done.
+  template <typename F>
+  void for_each_ahead(int64_t count, const F& f) {
+    int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
+    while (item < count) {
+      const int64_t after = next_.fetch_add(1, std::memory_order_relaxed);
+      f(item, after < count ? after : count);
+      item = after;
+    }
+    meet();
+  }
+
+  template <typename F>
+  void for_each(int64_t count, const F& f) {
+    for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
+      f(item);
+    meet();
+  }
+
+ private:
+  explicit Team(int size) : size_(size) {}
+
+  // The last to come sets the counter back and lets everybody go.
+  void meet() {
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      next_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spins >= kSpins) sched_yield();
+    }
+  }
+
+  static constexpr int kSpins = 2000;
+
+  const int size_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int64_t> round_{0};
+};
+
+}  // namespace softbatch
