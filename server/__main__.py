@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when torch is loaded, here and in child processes. OpenMP threads spin long while they wait for each other,
     # which is slow as soon as anything else needs a core; never spinning costs much on an idle machine. So: briefly.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # torch's larger allocations, the KV cache above all, in huge pages: attention reads it from end to end.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from server.cli import compress, evaluate, prompts, score, serve
 
     parser = argparse.ArgumentParser(

@@ -24,24 +24,6 @@ std::vector<float> floats(const at::Tensor& t) {
   return {f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel()};
 }
 
-template <typename T>
-INLINE void widen_row(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(to + i, load(from + i));
-  for (; i < count; ++i)
-    to[i] = static_cast<float>(from[i]);
-}
-
-template <typename T>
-INLINE void narrow_row(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(to + i, load(from + i));
-  for (; i < count; ++i)
-    to[i] = static_cast<T>(from[i]);
-}
-
 INLINE void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, float* to) {
   const int64_t size = weight.size();
   Vec squares = {};
@@ -292,7 +274,7 @@ class Decoder final : public DecoderBase {
   }
 
   // One product with the outputs of several, one after another.
-  static void stack(Packed<W>& packed, const std::vector<at::Tensor>& parts, const std::vector<OptionalTensor>& biases) {
+  void stack(Packed<W>& packed, const std::vector<at::Tensor>& parts, const std::vector<OptionalTensor>& biases) {
     std::vector<at::Tensor> rows;
     std::vector<float> bias;
     int64_t outputs = 0;
@@ -305,7 +287,7 @@ class Decoder final : public DecoderBase {
       any |= biases[i].has_value();
     }
     check_inputs(parts.front());
-    packed.pack(outputs, parts.front().size(1), [&](int64_t row) {
+    packed.pack(arena_, outputs, parts.front().size(1), [&](int64_t row) {
       size_t part = 0;
       while (row >= rows[part].size(0))
         row -= rows[part++].size(0);
@@ -315,11 +297,11 @@ class Decoder final : public DecoderBase {
   }
 
   // Every panel holds kLanes outputs of the gate and the same of the other half.
-  static void interleave(Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
+  void interleave(Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
     const at::Tensor g = gate.to(at::kFloat).contiguous(), u = up.to(at::kFloat).contiguous();
     check_inputs(gate);
     const int64_t outputs = round_up(gate.size(0), kLanes), inputs = gate.size(1);
-    packed.pack(2 * outputs, inputs, [&](int64_t row) -> const float* {
+    packed.pack(arena_, 2 * outputs, inputs, [&](int64_t row) -> const float* {
       const int64_t at = row / kColumns * kLanes + row % kLanes;
       if (at >= g.size(0)) return nullptr;
       return (row % kColumns < kLanes ? g : u).template const_data_ptr<float>() + at * inputs;
@@ -337,6 +319,7 @@ class Decoder final : public DecoderBase {
   const std::vector<float> frequencies_;
   const float rotary_scale_;
   int64_t intermediate_ = 0;
+  Arena arena_;  // of all packed weights
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<float> norm_;
   Packed<W> head_;

@@ -145,7 +145,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split) {
   std::fill(top, total, kLowest);
   std::fill(total, decay, 0.0f);
   for (int64_t row = 0; row < g.rows; ++row)
-    p.read_query(g, row, query + row * stride);
+    p.read_query(g, row, p.scale, query + row * stride);
 
   const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kDotSplit);
   const auto length = [&](int64_t begin) { return std::clamp<int64_t>(end - begin, 0, kKeyTile); };

@@ -7,20 +7,13 @@
 
 #pragma once
 
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
+#include "format.h"
+#include "memory.h"
 #include "team.h"
 #include "vector.h"
 #include "work.h"
@@ -37,140 +30,26 @@ constexpr int kTile = 6;  // 16 registers
 #endif
 constexpr int kTilesTogether = 8;  // rows of one item: 112 with AVX-512, whose activations stay in the L2 cache
 
-// 64-byte aligned memory that grows and is kept; backed by huge pages where it is large.
-template <typename T>
-class Buffer {
- public:
-  T* resize(size_t count) {
-    if (count > count_) {
-      const size_t align = count * sizeof(T) >= kHuge ? kHuge : 64, bytes = (count * sizeof(T) + align - 1) / align * align;
-      void* p = std::aligned_alloc(align, bytes);
-      if (p == nullptr) throw std::bad_alloc();
-      if (align == kHuge) madvise(p, bytes, MADV_HUGEPAGE);
-      data_.reset(static_cast<T*>(p));
-      count_ = count;
-    }
-    return data_.get();
-  }
-  T* data() const { return data_.get(); }
-
- private:
-  static constexpr size_t kHuge = 1 << 21;
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  size_t count_ = 0;
-};
-
-// How the kernel reads weights of type W: kDepth inputs at once, against one Element of activations.
-template <typename W>
-struct Format;
-
-template <>
-struct Format<float> {
-  static constexpr int kDepth = 1;
-  using Element = float;
-  using Sum = Vec;
-  static INLINE Element element(const float* x, float) { return *x; }
-  static INLINE Vec weights(const float* w) { return load(w); }
-  static INLINE Vec add(Vec sum, Vec w, Element x) { return sum + w * x; }
-};
-
-template <>
-struct Format<at::BFloat16> {
-  static constexpr int kDepth = 2;
-  using Sum = Vec;
-  static INLINE Bits weights(const at::BFloat16* w) {
-    Bits v;
-    std::memcpy(&v, w, sizeof v);
-    return v;
-  }
-#if defined(__AVX512BF16__)
-  using Element = uint32_t;
-  static INLINE Element element(const float* x, float) {
-    const auto bits = [](float f) { return uint32_t{c10::BFloat16(f).x}; };
-    return bits(x[0]) | bits(x[1]) << 16;
-  }
-  static INLINE Vec add(Vec sum, Bits w, Element x) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)));
-  }
-#else
-  struct Element {
-    float low, high;
-  };
-  static INLINE Element element(const float* x, float) {
-    return {static_cast<float>(c10::BFloat16(x[0])), static_cast<float>(c10::BFloat16(x[1]))};
-  }
-  static INLINE Vec add(Vec sum, Bits w, Element x) {
-    return sum + (Vec)(w << 16) * x.low + (Vec)(w & 0xffff0000u) * x.high;
-  }
-#endif
-};
-
-// Row r of the activations is quantised by its own scale, x = scale[r] * (element - kZero).
-template <>
-struct Format<int8_t> {
-  static constexpr int kDepth = 4;
-  static INLINE Bits weights(const int8_t* w) {
-    Bits v;
-    std::memcpy(&v, w, sizeof v);
-    return v;
-  }
-#if defined(__AVX512VNNI__)
-  typedef int32_t Sum __attribute__((vector_size(kLanes * 4)));
-  using Element = uint32_t;
-  static constexpr int kZero = 128;  // the instruction takes unsigned activations
-  static INLINE Element element(const float* x, float inverse) {
-    uint32_t packed = 0;
-    for (int i = 0; i < 4; ++i)
-      packed |= static_cast<uint32_t>(static_cast<int>(std::nearbyint(x[i] * inverse)) + kZero) << (8 * i);
-    return packed;
-  }
-  static INLINE Sum add(Sum sum, Bits w, Element x) {
-    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)w);
-  }
-#else
-  using Sum = Vec;
-  static constexpr int kZero = 0;
-  struct Element {
-    float x[4];
-  };
-  static INLINE Element element(const float* x, float inverse) {
-    Element e;
-    for (int i = 0; i < 4; ++i)
-      e.x[i] = std::nearbyint(x[i] * inverse);
-    return e;
-  }
-  static INLINE Vec add(Vec sum, Bits w, const Element& x) {
-    typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-    for (int i = 0; i < 4; ++i)
-      sum += __builtin_convertvector((Ints)(w << (24 - 8 * i)) >> 24, Vec) * x.x[i];
-    return sum;
-  }
-#endif
-};
-
 // A weight matrix [outputs, inputs] in panels: [panel][inputs / kDepth][kColumns][kDepth].
 template <typename W>
 struct Packed {
   int64_t outputs = 0, inputs = 0;
-  Buffer<W> data;
+  W* data = nullptr;
   std::vector<float> bias;   // one per output, or empty
   std::vector<float> scale;  // of each column, int8 only; by panel and column
   std::vector<float> shift;  // what an activation's zero adds to each column, int8 only
 
   int64_t panels() const { return (outputs + kColumns - 1) / kColumns; }
   int64_t depth() const { return inputs / Format<W>::kDepth; }
-  const W* panel(int64_t p) const { return data.data() + p * inputs * kColumns; }
+  const W* panel(int64_t p) const { return data + p * inputs * kColumns; }
 
   // row(i): where column i of the panels comes from, float32 [inputs], or null for a column of zeros.
   template <typename F>
-  void pack(int64_t columns, int64_t from_inputs, const F& row) {
+  void pack(Arena& arena, int64_t columns, int64_t from_inputs, const F& row) {
     constexpr int kDepth = Format<W>::kDepth;
     outputs = columns;
     inputs = from_inputs;
-    W* to = data.resize(panels() * inputs * kColumns);
+    W* to = data = arena.allocate<W>(panels() * inputs * kColumns);
     if constexpr (std::is_same_v<W, int8_t>) {
       scale.assign(panels() * kColumns, 0.0f);
       shift.assign(panels() * kColumns, 0.0f);
@@ -233,8 +112,10 @@ struct Activations {
       scale.data()[row] = largest / 127;
       inverse = largest > 0 ? 127 / largest : 0;
     }
+    Element* row_of_elements = reinterpret_cast<Element*>(scratch(depth * sizeof(Element) / sizeof(float)));
+    Format<W>::elements(values, depth * Format<W>::kDepth, inverse, row_of_elements);
     for (int64_t k = 0; k < depth; ++k)
-      to[k * step] = Format<W>::element(values + k * Format<W>::kDepth, inverse);
+      to[k * step] = row_of_elements[k];
   }
 };
 

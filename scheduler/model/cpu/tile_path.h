@@ -1,18 +1,31 @@
 // Attention of longer chunks, bound by arithmetic: register-blocked products S^T = K Q^T and O^T += V^T P^T.
 //
 // Query rows lie in the vectors' lanes. Neither K nor V is transposed then, and the online softmax never sums
-// across lanes. A tile of keys and values is widened to float32 once for all the item's rows.
+// across lanes. A tile of keys and values is brought into the products' format once for all the item's rows.
 
 #pragma once
 
+#include <type_traits>
+
+#include "format.h"
 #include "work.h"
 
 namespace softbatch {
 
+// bfloat16 is multiplied as it is where the processor can; everything else as float32.
+#if defined(__AVX512BF16__)
+template <typename T>
+using TileFormat = Format<std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, float>>;
+#else
+template <typename T>
+using TileFormat = Format<float>;
+#endif
+
 // out[r][column] = decay[column] * out[r][column] + sum over k of a[r * row_step + k * depth_step] * b[k][column]
 // for kTileRows rows r and one panel of columns; without decay, out starts from zero.
-INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const float* b, int64_t depth,
-                     const Vec* decay, float* out) {
+template <typename F>
+INLINE void multiply(const typename F::Element* a, int64_t row_step, int64_t depth_step, const float* b,
+                     int64_t depth, const Vec* decay, float* out) {
   Vec acc[kTileRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
@@ -20,12 +33,12 @@ INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const
     acc[r][1] = decay ? load(out + r * kPanel + kLanes) * decay[1] : Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const Vec b0 = load(b + k * kPanel), b1 = load(b + k * kPanel + kLanes);
+    const auto b0 = F::lanes(b + k * kPanel), b1 = F::lanes(b + k * kPanel + kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      const float x = a[r * row_step + k * depth_step];
-      acc[r][0] += b0 * x;
-      acc[r][1] += b1 * x;
+      const auto x = a[r * row_step + k * depth_step];
+      acc[r][0] = F::add(acc[r][0], b0, x);
+      acc[r][1] = F::add(acc[r][1], b1, x);
     }
   }
 #pragma GCC unroll 8
@@ -35,35 +48,55 @@ INLINE void multiply(const float* a, int64_t row_step, int64_t depth_step, const
   }
 }
 
-// Cache rows as float32, filled up with rows of zeros to a multiple of kTileRows.
-template <typename T>
-void widen(const T* cache, const int64_t* offsets, int64_t count, int64_t dim, int64_t stride, float* out) {
+// Key rows [count][stride / kDepth], filled up with rows of zeros to a multiple of kTileRows.
+template <typename F, typename T>
+void take_keys(const T* cache, const int64_t* offsets, int64_t count, int64_t dim, int64_t stride,
+               typename F::Element* out) {
+  const int64_t step = stride / F::kDepth, padded = round_up(count, kTileRows);
+  std::memset(out, 0, padded * step * sizeof *out);
   for (int64_t i = 0; i < count; ++i) {
-    const T* row = cache + offsets[i];
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes)
-      store(out + i * stride + d, load(row + d));
-    if (d < dim) store(out + i * stride + d, load_first(row + d, dim - d));
+    if constexpr (F::kDepth == 2) {
+      std::memcpy(out + i * step, cache + offsets[i], dim * sizeof(T));
+    } else {
+      widen_row(cache + offsets[i], dim, out + i * step);
+    }
   }
-  std::fill(out + count * stride, out + round_up(count, kTileRows) * stride, 0.0f);
+}
+
+// Value rows [count / kDepth][stride], kDepth rows interleaved, filled up like the keys.
+template <typename F, typename T>
+void take_values(const T* cache, const int64_t* offsets, int64_t count, int64_t dim, int64_t stride,
+                 typename F::Element* out) {
+  if constexpr (F::kDepth == 2) {
+    std::memset(out, 0, round_up(count, kTileRows) / 2 * stride * sizeof *out);
+    for (int64_t i = 0; i < count; i += 2) {
+      const T *low = cache + offsets[i], *high = i + 1 < count ? cache + offsets[i + 1] : nullptr;
+      for (int64_t d = 0; d < dim; ++d)
+        out[i / 2 * stride + d] = low[d].x | (high ? uint32_t{high[d].x} << 16 : 0);
+    }
+  } else {
+    take_keys<F>(cache, offsets, count, dim, stride, out);
+  }
 }
 
 // A panel of query rows, stored lane by lane.
 struct Panel {
-  float* query;     // [padded_dim][kPanel]
+  float* query;     // [padded_dim / kDepth][kPanel], in the products' format
   float* acc;       // [padded_dim][kPanel]
   float* last_key;  // position of the last key that each row sees
   float* top;
   float* total;
 };
 
-// Attends with one panel over a tile of widened keys and values, the first of which stands at `position`. The
-// rows of zeros that fill up the tile lie after the last key that any row sees, and are masked like later keys.
-inline void panel_step(const Panel& panel, const float* keys, const float* values, int64_t stride,
-                       int64_t position, int64_t count, int64_t dim, float* scores) {
+// Attends with one panel over a tile of keys and values, the first of which stands at `position`. The rows of
+// zeros that fill up the tile lie after the last key that any row sees, and are masked like later keys.
+template <typename F>
+INLINE void panel_step(const Panel& panel, const typename F::Element* keys, const typename F::Element* values,
+                       int64_t stride, int64_t position, int64_t count, int64_t dim, float scale, float* scores) {
   const int64_t padded = round_up(count, kTileRows);
   for (int64_t i = 0; i < padded; i += kTileRows)
-    multiply(keys + i * stride, stride, 1, panel.query, dim, nullptr, scores + i * kPanel);
+    multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query, (dim + F::kDepth - 1) / F::kDepth,
+                nullptr, scores + i * kPanel);
   Vec decay[2];
   for (int half = 0; half < 2; ++half) {
     float* s = scores + half * kLanes;
@@ -71,39 +104,47 @@ inline void panel_step(const Panel& panel, const float* keys, const float* value
     const Vec last = load(panel.last_key + half * kLanes), old_top = load(top);
     Vec new_top = old_top, weights = {};
     for (int64_t i = 0; i < padded; ++i) {
-      const Vec score = fill(static_cast<float>(position + i)) > last ? fill(-kInfinity) : load(s + i * kPanel);
+      const Vec score =
+          fill(static_cast<float>(position + i)) > last ? fill(-kInfinity) : load(s + i * kPanel) * scale;
       new_top = max(new_top, score);
       store(s + i * kPanel, score);
     }
-    for (int64_t i = 0; i < padded; ++i) {
-      const Vec weight = exp2(load(s + i * kPanel) - new_top);
-      weights += weight;
-      store(s + i * kPanel, weight);
+    for (int64_t i = 0; i < padded; i += F::kDepth) {
+      Vec weight[F::kDepth];
+      for (int j = 0; j < F::kDepth; ++j) {
+        weight[j] = exp2(load(s + (i + j) * kPanel) - new_top);
+        weights += weight[j];
+      }
+      store(s + i / F::kDepth * kPanel, F::interleave(weight));
     }
     decay[half] = exp2(old_top - new_top);
     store(total, load(total) * decay[half] + weights);
     store(top, new_top);
   }
   for (int64_t d = 0; d < dim; d += kTileRows)
-    multiply(values + d, 1, stride, scores, padded, decay, panel.acc + d * kPanel);
+    multiply<F>(values + d, 1, stride, scores, padded / F::kDepth, decay, panel.acc + d * kPanel);
 }
 
 template <typename T>
 void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
+  using F = TileFormat<T>;
+  using Element = typename F::Element;
+  static_assert(sizeof(Element) == sizeof(float));
   const int64_t stride = p.padded_dim, square = stride * kPanel, panel_size = 2 * square + 3 * kPanel;
   const int64_t padded_rows = round_up(g.rows, kPanel);
-  float* keys =
-      scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size + stride);
-  float* values = keys + kKeyTile * stride;
-  float* scores = values + kKeyTile * stride;
+  float* memory = scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size + 2 * stride);
+  Element* keys = reinterpret_cast<Element*>(memory);
+  Element* values = keys + kKeyTile * stride;
+  float* scores = memory + 2 * kKeyTile * stride;
   float* panels = scores + kKeyTile * kPanel;
   float* row_buffer = panels + padded_rows / kPanel * panel_size;
+  Element* elements = reinterpret_cast<Element*>(row_buffer + stride);
   const auto panel = [&](int64_t row) {
     float* base = panels + row / kPanel * panel_size;
     float* tail = base + 2 * square;
     return Panel{base, base + square, tail, tail + kPanel, tail + 2 * kPanel};
   };
-  std::fill(panels, row_buffer, 0.0f);
+  std::fill(panels, row_buffer + stride, 0.0f);
   const int64_t first_position = p.context_len[g.sequence] - p.query_length(g.sequence);
   for (int64_t row = 0; row < padded_rows; ++row) {
     const Panel to = panel(row);
@@ -111,9 +152,10 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     to.top[lane] = kLowest;
     if (row >= g.rows) continue;
     to.last_key[lane] = static_cast<float>(first_position + (g.first + row) / g.heads);
-    p.read_query(g, row, row_buffer);
-    for (int64_t d = 0; d < p.dim; ++d)
-      to.query[d * kPanel + lane] = row_buffer[d];
+    p.read_query(g, row, 1.0f, row_buffer);
+    F::elements(row_buffer, stride, 1.0f, elements);
+    for (int64_t k = 0; k < stride / F::kDepth; ++k)
+      std::memcpy(to.query + k * kPanel + lane, elements + k, sizeof *elements);
   }
 
   const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kTileSplit);
@@ -121,10 +163,10 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   for (int64_t begin = split * kTileSplit; begin < end; begin += kKeyTile) {
     const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
     p.locate(g.sequence, begin, count, offsets);
-    widen(p.key_cache + g.kv_head * p.head_stride, offsets, count, p.dim, stride, keys);
-    widen(p.value_cache + g.kv_head * p.head_stride, offsets, count, p.dim, stride, values);
+    take_keys<F>(p.key_cache + g.kv_head * p.head_stride, offsets, count, p.dim, stride, keys);
+    take_values<F>(p.value_cache + g.kv_head * p.head_stride, offsets, count, p.dim, stride, values);
     for (int64_t row = 0; row < padded_rows; row += kPanel)
-      panel_step(panel(row), keys, values, stride, begin, count, p.dim, scores);
+      panel_step<F>(panel(row), keys, values, stride, begin, count, p.dim, p.scale, scores);
   }
   for (int64_t row = 0; row < g.rows; ++row) {
     const Panel from = panel(row);

@@ -63,16 +63,38 @@ INLINE Vec load_first(const T* p, int64_t count) {
 
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-INLINE void store(at::BFloat16* p, Vec v) {
+// float32 whose upper halves are the nearest bfloat16 numbers, ties to even.
+INLINE Bits rounded(Vec v) {
   const Bits bits = (Bits)v;
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const Short s = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, Short);
+  return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
+}
+
+INLINE void store(at::BFloat16* p, Vec v) {
+  const Short s = __builtin_convertvector(rounded(v) >> 16, Short);
   std::memcpy(p, &s, sizeof s);
 }
 
 INLINE void store(at::Half* p, Vec v) {
   for (int i = 0; i < kLanes; ++i)
     p[i] = static_cast<at::Half>(v[i]);
+}
+
+template <typename T>
+INLINE void widen_row(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(to + i, load(from + i));
+  for (; i < count; ++i)
+    to[i] = static_cast<float>(from[i]);
+}
+
+template <typename T>
+INLINE void narrow_row(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(to + i, load(from + i));
+  for (; i < count; ++i)
+    to[i] = static_cast<T>(from[i]);
 }
 
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
