@@ -121,6 +121,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     served_model_name: str | None = None
     dtype: str = "auto"
+    quantization: str = "none"
     device: str = "auto"
     max_batch_size: int = 32
     max_batch_tokens: int = 512

@@ -139,6 +139,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         model=absolute_model(settings.model),
         served_model_name=settings.served_model_name,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,

@@ -19,7 +19,8 @@ from prompt_store.manifest import ModelSpec
 from scheduler.messages import EngineConfig, ModelInfo
 from scheduler.model import interface
 from scheduler.model.attention import choose
-from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
+from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.cpu.decoder import ARCHITECTURES, DecoderForward, runs_in_one_call
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.packing import pack_linears
@@ -99,13 +100,8 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     except RuntimeError as error:
         raise ModelError(f"--kv-cache-gib {config.kv_cache_gib:g}: not that much memory is free") from error
     phases.done("KV cache", f"{num_blocks} blocks of {config.block_size} tokens")
-    forward: Forward
-    if runs_in_one_call(model, dtype):
-        forward = DecoderForward(model, kv_cache)
-        phases.done("weight layout", "packed for the decoder in C++")
-    else:
-        forward = TransformersForward(model, kv_cache, backend)
-        phases.done("weight layout", f"{pack_linears(model)} linear layers packed")
+    forward, layout = _forward(model, kv_cache, backend, config.quantization)
+    phases.done("weight layout", layout)
 
     info = ModelInfo(
         name=spec.name,
@@ -161,10 +157,26 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
     )
 
 
+def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
+    """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
+    if runs_in_one_call(model, kv_cache.dtype):
+        weights = None if quantization == "none" else quantization
+        try:
+            return DecoderForward(model, kv_cache, weights), f"packed for the decoder in C++, {weights or 'plain'}"
+        except RuntimeError as error:
+            raise ModelError(f"--quantization {quantization}: {str(error).splitlines()[0]}") from error
+    if quantization != "none":
+        raise ModelError(
+            f"--quantization {quantization} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
+            f"{', '.join(sorted(ARCHITECTURES))}; this one is {type(model).__name__}: use --quantization none"
+        )
+    return TransformersForward(model, kv_cache, backend), f"{pack_linears(model)} linear layers packed"
+
+
 def _checked_runner(model: Any, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig) -> Runner:
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
     try:
-        self_check(model, runner, kv_cache.block_size)
+        self_check(model, runner, kv_cache.block_size, quantized=config.quantization != "none")
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
     return runner

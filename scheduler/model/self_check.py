@@ -15,7 +15,7 @@ CUT = 17
 
 
 @torch.inference_mode()
-def self_check(model: Any, runner: Runner, block_size: int) -> None:
+def self_check(model: Any, runner: Runner, block_size: int, quantized: bool = False) -> None:
     """Run one short sequence in two chunks through the paged cache and whole through eager attention.
 
     Raises RuntimeError when the logits disagree beyond rounding: the architecture does something (a window, a bias, a
@@ -36,7 +36,7 @@ def self_check(model: Any, runner: Runner, block_size: int) -> None:
     eager = output.logits[0, -1].float()
     spread = float((eager - eager.mean()).norm())
     error = float((paged - eager).norm()) / max(spread, 1e-6)
-    allowed = 1e-3 if output.logits.dtype == torch.float32 else 0.1
+    allowed = 0.4 if quantized else 1e-3 if output.logits.dtype == torch.float32 else 0.1
     if not error <= allowed:
         raise RuntimeError(
             f"its logits through paged attention are {error:.1%} off transformers' own (at most {allowed:.1%} allowed)"

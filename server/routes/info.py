@@ -27,6 +27,7 @@ async def get_info(request: Request) -> Response:
         Info(
             model_id=services.model_name,
             model_dtype=model.dtype,
+            quantization=settings.quantization,
             model_device_type=model.device,
             max_concurrent_requests=settings.max_batch_size + settings.max_queue_size,
             max_input_tokens=model.max_model_len - 1,

@@ -16,6 +16,7 @@ class Info(BaseModel):
 
     model_id: str
     model_dtype: str
+    quantization: str
     model_device_type: str
     max_concurrent_requests: int = Field(description="running and waiting together")
     max_input_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -407,6 +408,11 @@ if name == "cpu":
     make_case(RAGGED, heads=14, kv_heads=2, head_dim=40).check(backend)
     make_case(RAGGED, heads=6, kv_heads=2, head_dim=64, dtype=torch.bfloat16).check(backend)
     make_case(RAGGED, heads=2, kv_heads=2, head_dim=24, dtype=torch.float16).check(backend)
+    from tests.model import test_decoder
+    for name in test_decoder.CONFIGS:
+        test_decoder.test_float32_equals_transformers(name)
+    for weights in ("float32", "bfloat16", "int8"):
+        test_decoder.test_near_transformers_in_every_format(weights)
     print("checked")
 """
 
@@ -486,7 +492,13 @@ def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path: Path, monkeypa
 
 
 @needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction set is x86-64's")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    """Also: kernels for AVX2."""
+    compiler = script(
+        tmp_path / "g++",
+        'for a in "$@"; do set -- "$@" "$(echo "$a" | sed s/=native/=x86-64-v3/)"; shift; done\nexec c++ "$@"',
+    )
     (tmp_path / "file").write_text("not a directory")
-    output, _ = finish(start(tmp_path / "file", "c++"))
+    output, _ = finish(start(tmp_path / "file", compiler))
     assert output == ["cpu", "checked"]

@@ -309,8 +309,8 @@ class Decoder final : public DecoderBase {
   }
 
   static void check_inputs(const at::Tensor& weight) {
-    TORCH_CHECK(weight.dim() == 2 && weight.size(1) % Format<W>::kDepth == 0, "weights must be [outputs, inputs], inputs a multiple of ",
-                Format<W>::kDepth);
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) % Layout<W>::kInputs == 0,
+                "weights must be [outputs, inputs], inputs a multiple of ", Layout<W>::kInputs);
   }
 
   const int64_t heads_, kv_heads_, dim_;

@@ -16,7 +16,7 @@ INLINE void prefetch(const T* row, int64_t dim) {
 
 // Memory is the limit: while keys are dotted, their values and the keys of the next tile are fetched.
 template <typename T>
-struct Ahead {
+struct NextTile {
   const T* values;
   const T* keys;
   const int64_t* key_offsets;
@@ -25,7 +25,7 @@ struct Ahead {
 // scores[h][i] = query[h] . keys[offsets[i]] for H heads; count is a multiple of 4.
 template <int H, typename T>
 INLINE void dot_keys(const float* query, int64_t stride, const T* keys, const int64_t* offsets, int64_t count,
-                     int64_t dim, const Ahead<T>* ahead, float* scores) {
+                     int64_t dim, const NextTile<T>* ahead, float* scores) {
   for (int64_t i = 0; i < count; i += 4) {
     Vec acc[H][4] = {};
     const auto step = [&](int64_t d, auto load_key) ALWAYS_INLINE {
@@ -162,7 +162,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split) {
       const T* keys = p.key_cache + (g.kv_head + n) * p.head_stride;
       const T* values = p.value_cache + (g.kv_head + n) * p.head_stride;
       const bool last = n + 1 == kv_heads;
-      const Ahead<T> ahead{values, last ? p.key_cache + g.kv_head * p.head_stride : keys + p.head_stride,
+      const NextTile<T> ahead{values, last ? p.key_cache + g.kv_head * p.head_stride : keys + p.head_stride,
                            last ? next_offsets : offsets};
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
         dot_keys<H.value>(query + (h0 + h) * stride, stride, keys, offsets, fours, p.dim,

@@ -153,7 +153,7 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     if (row >= g.rows) continue;
     to.last_key[lane] = static_cast<float>(first_position + (g.first + row) / g.heads);
     p.read_query(g, row, 1.0f, row_buffer);
-    F::elements(row_buffer, stride, 1.0f, elements);
+    F::elements(row_buffer, stride, elements);
     for (int64_t k = 0; k < stride / F::kDepth; ++k)
       std::memcpy(to.query + k * kPanel + lane, elements + k, sizeof *elements);
   }

@@ -1,0 +1,270 @@
+"""The decoder in C++ against transformers' own modelling code, in every weight format."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from scheduler.engine import build_engine
+from scheduler.messages import EngineConfig
+from scheduler.model import interface
+from scheduler.model.attention.reference import reference
+from scheduler.model.batch import Row, build_batch
+from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
+from scheduler.model.forward import TransformersForward
+from scheduler.model.kv_cache import KVCache
+from scheduler.model.source import ModelError
+from tests.conftest import Reference
+
+CPU = torch.device("cpu")
+BLOCKS = 160
+VOCAB = 150  # fills no panel of outputs
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 3, "max_position_embeddings": 512}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Sizes on both sides of vectors and panels; grouped heads; biases; norms of heads; heads wider than the model.
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        **SIZES,
+    ),
+    "llama3 rope, biases": LlamaConfig(
+        hidden_size=60,
+        intermediate_size=100,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        attention_bias=True,
+        rope_parameters=LLAMA3_ROPE,
+        **SIZES,
+    ),
+    "mistral": MistralConfig(
+        hidden_size=96, intermediate_size=72, num_attention_heads=6, num_key_value_heads=1, sliding_window=None, **SIZES
+    ),
+    "qwen2": Qwen2Config(hidden_size=64, intermediate_size=132, num_attention_heads=4, num_key_value_heads=2, **SIZES),
+    "qwen3": Qwen3Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=40, **SIZES
+    ),
+}
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+pytestmark = needs_compiler
+
+
+def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    interface.register()
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=interface.ATTENTION_NAME)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too: at their initial values they would not show
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.15)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS) -> KVCache:
+    config, attention = model.config, model.model.layers[0].self_attn
+    cache = KVCache(
+        num_layers=config.num_hidden_layers,
+        num_blocks=num_blocks,
+        num_kv_heads=config.num_key_value_heads,
+        block_size=16,
+        head_dim=attention.head_dim,
+        dtype=dtype,
+        device=CPU,
+    )
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))  # whoever reads what was not written shows
+    return cache
+
+
+def make_rows(steps: Sequence[tuple[int, int]], seed: int = 0, logits: bool = True) -> list[Row]:
+    """Sequences in scattered blocks: the row of sequence s computes `count` tokens from `start` on."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, blocks = [], iter(torch.randperm(BLOCKS, generator=generator).tolist())
+    for start, count in steps:
+        table = [next(blocks) for _ in range(-(-(start + count) // 16))]
+        tokens = torch.randint(VOCAB, (start + count,), generator=generator).tolist()
+        rows.append(Row(start, tokens[start:], table, range(count - 1, count) if logits else range(count)))
+    return rows
+
+
+def prefix(rows: Sequence[Row], seed: int = 0) -> list[Row]:
+    """What has to be computed before `rows`: the tokens in front of each."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.randperm(BLOCKS, generator=generator)
+    found = []
+    for row in rows:
+        tokens = torch.randint(VOCAB, (row.start + row.count,), generator=generator).tolist()
+        if row.start:
+            found.append(Row(0, tokens[: row.start], row.block_table, range(0)))
+    return found
+
+
+@torch.inference_mode()
+def run(forward: Any, steps: Sequence[tuple[int, int]], seed: int = 0) -> torch.Tensor:
+    rows = make_rows(steps, seed)
+    before = prefix(rows, seed)
+    if before:
+        assert forward(build_batch(before, 16, CPU)).shape == (0, VOCAB)
+    return forward(build_batch(rows, 16, CPU)).clone()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / (expected.double() - expected.double().mean()).norm())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_equals_transformers(name: str) -> None:
+    """One sequence, chunks and decoding mixed, more rows than a tile; keys and values lie in the cache alike."""
+    model = make_model(CONFIGS[name], torch.float32)
+    assert runs_in_one_call(model, torch.float32)
+    ours, theirs = make_cache(model, torch.float32), make_cache(model, torch.float32)
+    decoder, plain = DecoderForward(model, ours), TransformersForward(model, theirs, reference)
+    for steps in ([(0, 1)], [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16)], [(i, 1) for i in range(1, 40)]):
+        assert distance(run(decoder, steps), run(plain, steps)) < 2e-5
+        for mine, expected in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_near_transformers_in_every_format(weights: str) -> None:
+    """As near as the format is fine; what is rounded may not add up to more."""
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    model = make_model(CONFIGS["qwen3"], dtype)
+    assert runs_in_one_call(model, dtype)
+    steps = [(40, 1), (0, 37), (5, 12), *[(9, 1)] * 20]
+    found = run(DecoderForward(model, make_cache(model, dtype), weights), steps)
+    model = model.float()
+    expected = run(TransformersForward(model, make_cache(model, torch.float32), reference), steps)
+    assert distance(found, expected) < {"float32": 2e-5, "bfloat16": 0.02, "int8": 0.05}[weights]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=9),
+    seed=st.integers(0, 1000),
+)
+def test_any_batch_in_float32(steps: list[tuple[int, int]], seed: int) -> None:
+    model = make_model(CONFIGS["qwen2"], torch.float32)
+    runs_in_one_call(model, torch.float32)
+    decoder = DecoderForward(model, make_cache(model, torch.float32))
+    plain = TransformersForward(model, make_cache(model, torch.float32), reference)
+    assert distance(run(decoder, steps, seed), run(plain, steps, seed)) < 2e-5
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> None:
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    model = make_model(CONFIGS["llama"], dtype)
+    runs_in_one_call(model, dtype)
+    decoder = DecoderForward(model, make_cache(model, dtype), weights)
+    rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
+    with torch.inference_mode():
+        together = decoder(build_batch(rows, 16, CPU))
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                assert torch.equal(decoder(build_batch(rows, 16, CPU)), together)
+        finally:
+            torch.set_num_threads(threads)
+        for index in (0, 1, 2, 21):
+            assert torch.equal(decoder(build_batch([rows[index]], 16, CPU))[0], together[index])
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_nan_stays_in_its_row(weights: str) -> None:
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    model = make_model(
+        CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "tie_word_embeddings": False}), dtype
+    )
+    runs_in_one_call(model, dtype)
+    decoder = DecoderForward(model, make_cache(model, dtype), weights)
+    model.get_input_embeddings().weight[7] = float("nan")
+    rows = [Row(0, [5, 9], [0], range(1, 2)), Row(0, [7], [1], range(1)), Row(0, [6], [2], range(1))]
+    with torch.inference_mode():
+        logits = decoder(build_batch(rows, 16, CPU))
+    assert logits.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+TEXT = Path(__file__).parents[2] / "examples" / "manual" / "context.md"
+
+
+@pytest.fixture(scope="module")
+def log_probs(smollm2: Reference) -> tuple[list[int], torch.Tensor]:
+    """512 tokens of an example, and the model's own log-probabilities in float32 at each."""
+    tokens = smollm2.tokenizer(TEXT.read_text())["input_ids"][:512]
+    with torch.inference_mode():
+        logits = smollm2.model(torch.tensor([tokens]), use_cache=False).logits[0]
+    return tokens, logits.log_softmax(-1)
+
+
+@torch.inference_mode()
+def closeness(forward: Any, tokens: list[int], expected: torch.Tensor) -> tuple[float, float]:
+    """KL to float32, mean of all positions, and how often the most probable token is the same; in three chunks."""
+    found = []
+    for start in range(0, len(tokens), 200):
+        part = tokens[start : start + 200]
+        found.append(forward(build_batch([Row(start, part, list(range(32)), range(len(part)))], 16, CPU)))
+    own = torch.cat(found).float().log_softmax(-1)
+    kl = (expected.exp() * (expected - own)).sum(-1).mean()
+    return float(kl), float((own.argmax(-1) == expected.argmax(-1)).float().mean())
+
+
+def test_real_model_in_bfloat16_and_int8(smollm2: Reference, log_probs: tuple[list[int], torch.Tensor]) -> None:
+    """bfloat16 through the decoder is nearer to float32 than through transformers, whose residuals are rounded."""
+    tokens, expected = log_probs
+    interface.register()
+    model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.bfloat16)
+    model.set_attn_implementation(interface.ATTENTION_NAME)
+    runs_in_one_call(model, torch.bfloat16)
+    theirs, _ = closeness(TransformersForward(model, make_cache(model, torch.bfloat16), reference), tokens, expected)
+    ours, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16)), tokens, expected)
+    assert ours < 5e-4
+    assert ours < theirs
+    assert agreed > 0.98
+    quantized, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16), "int8"), tokens, expected)
+    assert ours < quantized < 8e-3
+    assert agreed > 0.94
+
+
+def test_what_runs_in_one_call() -> None:
+    assert runs_in_one_call(make_model(CONFIGS["qwen3"], torch.float32), torch.float32)
+    assert not runs_in_one_call(make_model(CONFIGS["qwen3"], torch.float16), torch.float16)
+    gelu = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_act": "gelu"})
+    assert not runs_in_one_call(make_model(gelu, torch.float32), torch.float32)
+    dynamic = LlamaConfig(
+        **{**CONFIGS["llama"].to_dict(), "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    )
+    assert not runs_in_one_call(make_model(dynamic, torch.float32), torch.float32)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB))
+    assert not runs_in_one_call(gpt2, torch.float32)
+
+
+def test_int8_of_a_model_that_cannot_is_refused(tiny_models: dict[str, str]) -> None:
+    with pytest.raises(ModelError, match=r"--quantization int8 takes a CPU.*GPT2LMHeadModel"):
+        build_engine(EngineConfig(model=tiny_models["gpt2"], quantization="int8", dtype="float32"), lambda *_: None)
