@@ -36,7 +36,7 @@ def self_check(model: Any, runner: Runner, block_size: int, quantized: bool = Fa
     eager = output.logits[0, -1].float()
     spread = float((eager - eager.mean()).norm())
     error = float((paged - eager).norm()) / max(spread, 1e-6)
-    allowed = 0.4 if quantized else 1e-3 if output.logits.dtype == torch.float32 else 0.1
+    allowed = 0.4 if quantized else 1e-3 if output.logits.dtype == torch.float32 else 0.3
     if not error <= allowed:
         raise RuntimeError(
             f"its logits through paged attention are {error:.1%} off transformers' own (at most {allowed:.1%} allowed)"
