@@ -44,42 +44,49 @@ struct Layout {
   using F = Format<W>;
   using Element = typename F::Element;
   static constexpr int64_t kInputs = F::kDepth;  // the number of inputs must be a multiple of this
+  // Elements of a row that lie together in a tile; the rest of the last group is zeros, in the weights too.
+  static constexpr int64_t kGroup = 16;
+  static constexpr int64_t kStep = kColumns * F::kDepth * sizeof(W);  // a panel's share of an element
 
-  static int64_t panel_bytes(int64_t inputs) { return inputs * kColumns * sizeof(W); }
-  static int64_t row_bytes(int64_t inputs) { return inputs / F::kDepth * sizeof(Element); }
+  static int64_t groups(int64_t inputs) { return (inputs / F::kDepth + kGroup - 1) / kGroup; }
+  static int64_t panel_bytes(int64_t inputs) { return groups(inputs) * kGroup * kStep; }
+  static int64_t row_bytes(int64_t inputs) { return groups(inputs) * kGroup * sizeof(Element); }
 
   // Writes column `column` of a panel: float32 weights [inputs], or null for zeros.
   static void pack(const float* from, int64_t inputs, int64_t column, char* panel) {
     W* to = reinterpret_cast<W*>(panel) + column * F::kDepth;
-    for (int64_t k = 0; k < inputs; ++k)
-      to[k / F::kDepth * kColumns * F::kDepth + k % F::kDepth] = from ? static_cast<W>(from[k]) : W(0);
+    for (int64_t k = 0; k < groups(inputs) * kGroup * F::kDepth; ++k)
+      to[k / F::kDepth * kColumns * F::kDepth + k % F::kDepth] = from && k < inputs ? static_cast<W>(from[k]) : W(0);
   }
 
   // Writes row `row` of a tile of `rows`: float32 values [inputs].
   static INLINE void put(const float* values, int64_t inputs, int64_t row, int64_t rows, char* tile) {
-    const int64_t depth = inputs / F::kDepth;
-    Element* elements = reinterpret_cast<Element*>(scratch(row_bytes(inputs) / sizeof(float)));
-    F::elements(values, inputs, elements);
-    Element* to = reinterpret_cast<Element*>(tile) + row;
-    for (int64_t k = 0; k < depth; ++k)
-      to[k * rows] = elements[k];
+    Element* to = reinterpret_cast<Element*>(tile) + row * kGroup;
+    constexpr int64_t kValues = kGroup * F::kDepth;
+    int64_t k = 0;
+    for (; k + kValues <= inputs; k += kValues, to += rows * kGroup)
+      F::elements(values + k, kValues, to);
+    if (k == inputs) return;
+    float rest[kValues] = {};
+    std::memcpy(rest, values + k, (inputs - k) * sizeof(float));
+    F::elements(rest, kValues, to);
   }
 
   // sums[m][0 ... kColumns - 1] for the M rows of a tile.
   template <int M>
   static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {
-    constexpr int64_t kStep = kColumns * F::kDepth * sizeof(W);
     const Element* x = reinterpret_cast<const Element*>(tile);
     Vec acc[M][2] = {};
-    for (int64_t k = 0; k < inputs / F::kDepth; ++k, panel += kStep, x += M) {
-      const auto w0 = F::lanes(panel), w1 = F::lanes(panel + kStep / 2);
-      ahead.fetch(kStep);
+    for (int64_t g = 0; g < groups(inputs); ++g, x += (M - 1) * kGroup)
+      for (int k = 0; k < kGroup; ++k, panel += kStep, ++x) {
+        const auto w0 = F::lanes(panel), w1 = F::lanes(panel + kStep / 2);
+        ahead.fetch(kStep);
 #pragma GCC unroll 14
-      for (int m = 0; m < M; ++m) {
-        acc[m][0] = F::add(acc[m][0], w0, x[m]);
-        acc[m][1] = F::add(acc[m][1], w1, x[m]);
+        for (int m = 0; m < M; ++m) {
+          acc[m][0] = F::add(acc[m][0], w0, x[m * kGroup]);
+          acc[m][1] = F::add(acc[m][1], w1, x[m * kGroup]);
+        }
       }
-    }
 #pragma GCC unroll 14
     for (int m = 0; m < M; ++m) {
       store(sums + m * kColumns, acc[m][0]);
@@ -104,17 +111,17 @@ struct Layout<int8_t> {
   static int64_t panel_bytes(int64_t inputs) { return inputs / kGroup * kGroupBytes; }
   static int64_t row_bytes(int64_t inputs) { return inputs / kGroup * kRowBytes; }
 
-  static float largest(const float* x) {
-    float found = 0;
-    for (int i = 0; i < kGroup; ++i)
-      found = std::max(found, std::abs(x[i]));
-    return found;
+  static INLINE float most(const float* x) {
+    Vec found = {};
+    for (int i = 0; i < kGroup; i += kLanes)
+      found = max(found, magnitude(load(x + i)));
+    return largest(found);
   }
 
   static void pack(const float* from, int64_t inputs, int64_t column, char* panel) {
     for (int64_t g = 0; g < inputs / kGroup; ++g, panel += kGroupBytes) {
-      const float most = from ? largest(from + g * kGroup) : 0.0f, inverse = most > 0 ? 127 / most : 0;
-      reinterpret_cast<float*>(panel)[column] = most / 127;
+      const float top = from ? most(from + g * kGroup) : 0.0f, inverse = top > 0 ? 127 / top : 0;
+      reinterpret_cast<float*>(panel)[column] = top / 127;
       uint8_t* to = reinterpret_cast<uint8_t*>(panel) + kColumns * sizeof(float) + column * 4;
       for (int k = 0; k < kGroup; ++k) {
         const float scaled = from ? from[g * kGroup + k] * inverse : 0.0f;
@@ -125,24 +132,28 @@ struct Layout<int8_t> {
 
   static INLINE void put(const float* values, int64_t inputs, int64_t row, int64_t rows, char* tile) {
     for (int64_t g = 0; g < inputs / kGroup; ++g, tile += rows * kRowBytes, values += kGroup) {
-      const float most = largest(values), inverse = most > 0 ? 127 / most : 0;
+      const float top = most(values), inverse = top > 0 ? 127 / top : 0;
+      typedef int8_t Bytes __attribute__((vector_size(kLanes)));
       int8_t bytes[kGroup];
-      int sum = 0;
-      float nothing = 0;  // NaN where a value is not finite, which must not come out looking like a number
-      for (int k = 0; k < kGroup; ++k) {
-        const float shifted = values[k] * inverse + 0x1.8p23f;  // its low mantissa bits hold the nearest integer
-        uint32_t bits;
-        std::memcpy(&bits, &shifted, sizeof bits);
-        bytes[k] = static_cast<int8_t>(bits);
-        sum += bytes[k];
-        nothing += values[k] * 0.0f;
+      Ints sum = {};
+      Vec nothing = {};  // NaN where a value is not finite, which must not come out looking like a number
+      for (int k = 0; k < kGroup; k += kLanes) {
+        const Vec value = load(values + k);
+        // The low mantissa bits of the sum hold the nearest integer.
+        const Ints nearest = (Ints)(value * inverse + 0x1.8p23f) - (Ints)fill(0x1.8p23f);
+        const Bytes narrow = __builtin_convertvector(nearest, Bytes);
+        std::memcpy(bytes + k, &narrow, sizeof narrow);
+        sum += nearest;
+        nothing += value * 0.0f;
       }
+      int total = 0;
+      for (int i = 0; i < kLanes; ++i)
+        total += sum[i];
       float* scales = reinterpret_cast<float*>(tile);
       int32_t* zeros = reinterpret_cast<int32_t*>(scales + rows);
-      scales[row] = most / 127 + nothing;
-      zeros[row] = -kZero * sum;
-      for (int k = 0; k < kGroup / 4; ++k)
-        std::memcpy(zeros + rows * (1 + k) + row, bytes + 4 * k, 4);
+      scales[row] = top / 127 + softbatch::sum(nothing);
+      zeros[row] = -kZero * total;
+      std::memcpy(zeros + rows + row * kGroup / 4, bytes, kGroup);
     }
   }
 
@@ -170,13 +181,13 @@ struct Layout<int8_t> {
       for (int m = 0; m < M; ++m)
         acc[m][0] = acc[m][1] = Ints{} + zeros[m];
       ahead.fetch(kColumns * sizeof(float));
-      for (int k = 0; k < kGroup / 4; ++k, w += kStep, x += M) {
+      for (int k = 0; k < kGroup / 4; ++k, w += kStep) {
         const Bits w0 = Format<at::BFloat16>::lanes(w), w1 = Format<at::BFloat16>::lanes(w + kStep / 2);
         ahead.fetch(kStep);
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
-          acc[m][0] = add(acc[m][0], w0, x[m]);
-          acc[m][1] = add(acc[m][1], w1, x[m]);
+          acc[m][0] = add(acc[m][0], w0, x[m * kGroup / 4 + k]);
+          acc[m][1] = add(acc[m][1], w1, x[m * kGroup / 4 + k]);
         }
       }
       const Vec c0 = load(columns), c1 = load(columns + kLanes);

@@ -132,6 +132,21 @@ INLINE Vec sums(Vec a, Vec b, Vec c, Vec d) {
 
 INLINE float sum(Vec v) { return sums(v, v, v, v)[0]; }
 
+template <int W>
+INLINE Vec swapped(Vec v) {
+  return pick(
+      v, v, [](int i) { return i ^ W; }, std::make_integer_sequence<int, kLanes>{});
+}
+
+INLINE float largest(Vec v) {
+  if constexpr (kLanes > 8) v = max(v, swapped<8>(v));
+  if constexpr (kLanes > 4) v = max(v, swapped<4>(v));
+  v = max(v, swapped<2>(v));
+  return max(v, swapped<1>(v))[0];
+}
+
+INLINE Vec magnitude(Vec v) { return (Vec)((Bits)v & 0x7fffffffu); }
+
 // 2^x for x <= 0 to about 1 ulp; exactly 0 from -127 down, so that a masked key weighs nothing; NaN stays
 // NaN.
 INLINE Vec exp2(Vec x) {
