@@ -21,6 +21,7 @@ examples:
   softbatch score --input "…" --candidate A --candidate B --soft-prompt manual
   softbatch prompts import ./my-peft-adapter --name manual
   softbatch prompts list
+  softbatch bench --workload short --concurrency 32   put load on a running server
 """
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # torch's larger allocations, the KV cache above all, in huge pages: attention reads it from end to end.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from server.cli import compress, evaluate, prompts, score, serve
+    from server.cli import bench, compress, evaluate, prompts, score, serve
 
     parser = argparse.ArgumentParser(
         prog="softbatch",
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_parser(commands)
     score.add_parser(commands)
     prompts.add_parser(commands)
+    bench.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

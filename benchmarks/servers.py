@@ -1,0 +1,232 @@
+"""The servers of the benchmark: how each is started, suspended while others are measured, and asked for its KV use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
+
+from scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
+from server.settings import Settings
+
+START_SECONDS = 600.0
+CORES = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started. `soft_prompts`: it takes soft prompts in the place of contexts."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    soft_prompts: bool = False
+
+
+def softbatch(port: int, store: Path, quantization: str | None = None) -> Launch:
+    """With the flags a user would choose for this load. Raises Unavailable for a quantization that is not built."""
+    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--dtype", "bfloat16"]
+    command += ["--max-batch-size", "64", "--prompt-store", str(store)]
+    if quantization is not None:
+        if "quantization" not in Settings.model_fields:
+            raise Unavailable("this softbatch has no --quantization")
+        command += ["--quantization", quantization]
+    name = "softbatch" if quantization is None else f"softbatch-{quantization}"
+    return Launch(name, tuple(command), {"PYTHONPATH": str(PROJECT)}, soft_prompts=True)
+
+
+def vllm(port: int) -> Launch:
+    """vLLM on the very files that softbatch serves. Raises Unavailable."""
+    python = install_vllm()
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", resolve(EMBEDDED_ALIAS).path]
+    command += ["--served-model-name", EMBEDDED_ALIAS, "--dtype", "bfloat16", "--port", str(port)]
+    threads = "0" if CORES == 1 else f"0-{CORES - 1}"
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": threads, "VLLM_NO_USAGE_STATS": "1"}
+    return Launch("vllm", tuple(command), variables)
+
+
+def llama(port: int, kind: str) -> Launch:
+    """llama.cpp with a slot for each of 64 requests of plain or short. Raises Unavailable."""
+    programs = install_llama()
+    model = gguf(programs, _embedded_gguf(), kind)
+    command = [str(programs / "llama-server"), "--model", str(model), "--alias", EMBEDDED_ALIAS, "--port", str(port)]
+    command += ["--parallel", "64", "--ctx-size", str(64 * 384), "--threads", str(CORES)]
+    return Launch(f"llama.cpp-{kind}", tuple(command))
+
+
+class Server:
+    """A running server; its log lies under `.bench/logs`."""
+
+    def __init__(self, launch: Launch, port: int) -> None:
+        self.launch = launch
+        self.port = port
+        self.log = BENCH / "logs" / f"{launch.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.ready_seconds = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        # Not what the project is started in: a folder there may shadow a package of the peer's.
+        self._directory = tempfile.TemporaryDirectory(prefix="bench-")
+
+    @property
+    def name(self) -> str:
+        return self.launch.name
+
+    @property
+    def is_first_start(self) -> bool:
+        """Whether the next start may have to compile what later ones find in a cache; softbatch changes too often for
+        a mark to be worth much."""
+        return self.launch.soft_prompts or not self._marker.exists()
+
+    @property
+    def _marker(self) -> Path:
+        return self.log.with_suffix(".started")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Until it has answered a first request; `ready_seconds` is how long that took. Raises Unavailable."""
+        started = time.monotonic()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SOFTBATCH_", "PYTHONPATH"))}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.launch.command,
+                cwd=self._directory.name,
+                env={**kept, "HF_HUB_OFFLINE": "1", **self.launch.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() - started > START_SECONDS:
+                self.stop()
+                last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise Unavailable(f"{self.name} does not start, see {self.log.relative_to(PROJECT)}: {last}")
+            time.sleep(0.1)
+        self.ready_seconds = time.monotonic() - started
+        self._marker.touch()
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self.resume()
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+        self._process = None
+
+    def suspend(self) -> None:
+        """An idle server must not take anything from the one that is measured."""
+        for process in self._tree():
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
+
+    def resume(self) -> None:
+        for process in reversed(self._tree()):
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+    def settle(self, seconds: float = 20.0) -> None:
+        """Until it is idle again after requests were cut off."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            before = self._cpu_seconds()
+            time.sleep(0.3)
+            if self._cpu_seconds() - before < 0.03:
+                return
+
+    def kv_bytes_per_request(self, bytes_per_token: int, contexts: int) -> float | None:
+        """KV memory that the running requests hold at this moment, divided by their number; None if none runs.
+
+        Of soft prompts that lie in the cache only `contexts` count: the others serve other requests.
+        """
+        if self.launch.name == "vllm":
+            usage, running = self._metric("vllm:kv_cache_usage_perc"), self._metric("vllm:num_requests_running")
+            text = self._get("/metrics")
+            blocks, size = (int(_label(text, label)) for label in ("num_gpu_blocks", "block_size"))
+            return usage * blocks * size * bytes_per_token / running if running else None
+        if not self.launch.soft_prompts:
+            return None
+        running = self._metric("softbatch_requests_running")
+        if not running:
+            return None
+        block = Settings.model_fields["block_size"].default * bytes_per_token
+        used = self._metric("softbatch_kv_usage_ratio") * self._metric("softbatch_kv_blocks_total") * block
+        resident, held = (self._metric(f"softbatch_soft_prompts_resident{end}") for end in ("", "_bytes"))
+        unused = held * (1 - min(1.0, contexts / resident)) if resident else 0.0
+        return (used - unused) / running
+
+    def _metric(self, name: str) -> float:
+        found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self._get("/metrics"), re.M)
+        if found is None:
+            raise LookupError(f"{self.name} has no metric {name}")
+        return float(found[1])
+
+    def _get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
+            return str(reply.read().decode())
+
+    def _answers(self) -> bool:
+        body = {"model": EMBEDDED_ALIAS, "prompt": [1000, 2000, 3000], "max_tokens": 1, "temperature": 0}
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def _tree(self) -> list[psutil.Process]:
+        if self._process is None:
+            return []
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _cpu_seconds(self) -> float:
+        total = 0.0
+        for process in self._tree():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+
+def bytes_per_token() -> int:
+    """Keys and values of one token in bfloat16."""
+    config: dict[str, Any] = json.loads(Path(resolve(EMBEDDED_ALIAS).path, "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return 2 * 2 * int(config["num_hidden_layers"]) * int(config["num_key_value_heads"]) * int(head_dim)
+
+
+def _label(text: str, name: str) -> str:
+    found = re.search(rf'^vllm:cache_config_info\{{.*\b{name}="([^"]*)"', text, re.M)
+    if found is None:
+        raise LookupError(f"vLLM's metrics do not say {name}")
+    return found[1]
