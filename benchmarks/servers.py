@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,12 @@ class Server:
 
     def start(self) -> None:
         """Until it has answered a first request; `ready_seconds` is how long that took. Raises Unavailable."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                raise Unavailable(f"{self.name}: port {self.port} is taken; choose others with --port") from error
         started = time.monotonic()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SOFTBATCH_", "PYTHONPATH"))}
         with self.log.open("wb") as log:
