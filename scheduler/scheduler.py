@@ -162,14 +162,14 @@ class Scheduler:
         """The file of an `embeddings` soft prompt has been read: compute its keys and values from now on."""
         prompt = self.soft_prompts.get(sha256)
         if prompt is not None:
-            prompt.state = Residency.FILLING
+            self.soft_prompts.mark_filling(prompt)
         return prompt
 
     def soft_prompt_ready(self, sha256: str) -> None:
         """Its keys and values lie in its blocks: admit those who wait for it."""
         prompt = self.soft_prompts.get(sha256)
         if prompt is not None:
-            prompt.state = Residency.READY
+            self.soft_prompts.mark_ready(prompt)
         parked = self.waiting.unpark(sha256)
         if prompt is not None and prompt.forgotten and not parked:
             self.soft_prompts.forget(sha256)
@@ -206,6 +206,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError when an invariant is broken; for tests and idle moments."""
         prompts = self.soft_prompts.all()
+        self.soft_prompts.check_integrity()
         self.pool.check_integrity([s.block_table for s in self.running] + [p.blocks for p in prompts])
         if len(self.running) > self.config.max_batch_size:
             raise AssertionError("more sequences run than there are slots")

@@ -36,26 +36,30 @@ class SoftPromptCache:
     """Owns one reference to every block of every resident soft prompt.
 
     A soft prompt is pinned while it loads and while a running sequence uses it; all others are given up, least
-    recently used first, when blocks are needed.
+    recently used first, when blocks are needed. What every step asks for costs the same however many are resident.
     """
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._resident: OrderedDict[str, ResidentSoftPrompt] = OrderedDict()
+        self._loading: dict[str, ResidentSoftPrompt] = {}  # those that are not ready, oldest first
+        self._ready_blocks = 0
         self.hits = 0
         self.misses = 0
         self.evictions = 0
 
     def __len__(self) -> int:
-        return sum(1 for prompt in self._resident.values() if prompt.state is Residency.READY)
+        """Those that are ready."""
+        return len(self._resident) - len(self._loading)
 
     @property
     def num_blocks(self) -> int:
-        return sum(len(p.blocks) for p in self._resident.values() if p.state is Residency.READY)
+        """Of those that are ready."""
+        return self._ready_blocks
 
     @property
     def num_loading(self) -> int:
-        return sum(1 for prompt in self._resident.values() if prompt.state is not Residency.READY)
+        return len(self._loading)
 
     def get(self, sha256: str) -> ResidentSoftPrompt | None:
         return self._resident.get(sha256)
@@ -65,7 +69,17 @@ class SoftPromptCache:
 
     def filling(self) -> list[ResidentSoftPrompt]:
         """Those whose keys and values still have to be computed, oldest first."""
-        return [p for p in self._resident.values() if p.state is Residency.FILLING]
+        return [p for p in self._loading.values() if p.state is Residency.FILLING]
+
+    def mark_filling(self, prompt: ResidentSoftPrompt) -> None:
+        """Its file has been read; its keys and values are to be computed."""
+        prompt.state = Residency.FILLING
+
+    def mark_ready(self, prompt: ResidentSoftPrompt) -> None:
+        """Its keys and values lie in its blocks."""
+        if self._loading.pop(prompt.ref.sha256, None) is not None:
+            self._ready_blocks += len(prompt.blocks)
+        prompt.state = Residency.READY
 
     def reserve(self, ref: SoftPromptRef, spare: int) -> ResidentSoftPrompt | None:
         """Take blocks for a soft prompt that is to be read, evicting others; None if that many, and `spare` more for
@@ -74,7 +88,7 @@ class SoftPromptCache:
         if not self.make_room(count + spare):
             return None
         prompt = ResidentSoftPrompt(ref, self._pool.allocate(count))
-        self._resident[ref.sha256] = prompt
+        self._resident[ref.sha256] = self._loading[ref.sha256] = prompt
         return prompt
 
     def acquire(self, prompt: ResidentSoftPrompt) -> None:
@@ -127,5 +141,16 @@ class SoftPromptCache:
         """Loading failed: give its blocks back."""
         self._drop(sha256)
 
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the counts kept along the way are not those of the soft prompts."""
+        prompts = self._resident.values()
+        if list(self._loading.values()) != [p for p in prompts if p.state is not Residency.READY]:
+            raise AssertionError("the loading soft prompts are not those that are not ready")
+        if self._ready_blocks != sum(len(p.blocks) for p in prompts if p.state is Residency.READY):
+            raise AssertionError("the blocks of ready soft prompts are miscounted")
+
     def _drop(self, sha256: str) -> None:
-        self._pool.release(self._resident.pop(sha256).blocks)
+        prompt = self._resident.pop(sha256)
+        if self._loading.pop(sha256, None) is None:
+            self._ready_blocks -= len(prompt.blocks)
+        self._pool.release(prompt.blocks)
