@@ -37,8 +37,9 @@ from server.bench.workload import WORKLOADS, Requests
 SERVERS = ("softbatch", "vllm", "llama.cpp-BF16", "softbatch-int8", "llama.cpp-Q8_0")
 CONCURRENCY = {"plain": (1, 8, 32, 64), "short": (1, 8, 32, 64), "hot": (8, 32), "many": (8, 32)}
 # Seconds of a window. A peer computes 1,500 tokens for each request of *many*, so few end in a short one.
-WINDOWS = {"plain": 10.0, "short": 6.0, "hot": 10.0, "many": 12.0}
-SLOW_WINDOWS = {"many": 40.0}
+WINDOWS = {"plain": 12.0, "short": 7.0, "hot": 10.0, "many": 12.0}
+SLOW_WINDOWS = {"many": 30.0}
+MAX_RAMP = 30.0
 SETTLE_SECONDS = 1.5
 VOCAB_SIZE = 32_000
 
@@ -62,7 +63,7 @@ class Cell:
         """A guess for the time left: the ramp computes one prompt for each client."""
         work = WORKLOADS[self.workload]
         tokens = work.input_tokens + (0 if self.server.startswith("softbatch") else work.context_tokens)
-        return self.window(quick) + min(15.0, self.concurrency * tokens / 1400) + SETTLE_SECONDS
+        return self.window(quick) + min(MAX_RAMP, self.concurrency * tokens / 1400) + SETTLE_SECONDS
 
 
 def plan_of(options: argparse.Namespace, servers: Sequence[str]) -> list[Cell]:
@@ -143,7 +144,7 @@ def measure_cell(server: Server, cell: Cell, quick: bool) -> Run:
     try:
         if watch is not None:
             watch.start()
-        plan = Plan(cell.concurrency, duration=cell.window(quick))
+        plan = Plan(cell.concurrency, duration=cell.window(quick), max_ramp=MAX_RAMP)
         report = measure(server.url, requests, plan, Objective(), pid=server.pid)
         if watch is not None:
             watch.stop()
@@ -195,6 +196,8 @@ def run_all(options: argparse.Namespace, servers: dict[str, Server], save: Any) 
         rest = pace * sum(c.seconds(options.quick) for c in cells[number:])
         wrong = run.figures["failed"] + run.figures["wrong_length"]
         trouble = f", {wrong} WRONG: {run.figures['errors']}" if wrong else ""
+        if (share := run.others_share) > 0.05:
+            trouble += f", {100 * share:.0f} % of a core went elsewhere"
         say(
             f"[{number}/{len(cells)}, {rest / 60:.1f} min left] round {cell.round + 1} {cell.workload} "
             f"at {cell.concurrency}: {cell.server} {run.figures['output_tokens_per_second']:.1f} tokens/s, "

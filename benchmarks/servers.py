@@ -60,11 +60,12 @@ def vllm(port: int) -> Launch:
 
 
 def llama(port: int, kind: str) -> Launch:
-    """llama.cpp with a slot for each of 64 requests of plain or short. Raises Unavailable."""
+    """llama.cpp with a slot for each of 64 requests of plain or short, and without a store of old prompts, which here
+    never come again. Raises Unavailable."""
     programs = install_llama()
     model = gguf(programs, _embedded_gguf(), kind)
     command = [str(programs / "llama-server"), "--model", str(model), "--alias", EMBEDDED_ALIAS, "--port", str(port)]
-    command += ["--parallel", "64", "--ctx-size", str(64 * 384), "--threads", str(CORES)]
+    command += ["--parallel", "64", "--ctx-size", str(64 * 384), "--threads", str(CORES), "--cache-ram", "0"]
     return Launch(f"llama.cpp-{kind}", tuple(command))
 
 

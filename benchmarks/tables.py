@@ -24,6 +24,11 @@ class Run:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def others_share(self) -> float:
+        """Cores that were busy with neither the server nor the load generator."""
+        return float(self.figures["server"]["others_cpu_seconds"] / self.figures["loaded_seconds"])
+
 
 @dataclass(frozen=True)
 class Target:
@@ -189,6 +194,9 @@ def _client(runs: Sequence[Run]) -> Iterator[str]:
     if share:
         mean, most = 100 * statistics.mean(share), 100 * max(share)
         yield f"The load generator took {mean:.1f} % of one core, {most:.1f} % at most."
+        others = [100 * run.others_share for run in runs]
+        mean, most = statistics.mean(others), max(others)
+        yield f"Everything else on the machine took {mean:.1f} % of one core, {most:.1f} % at most."
 
 
 def _verdict(reached: bool) -> str:

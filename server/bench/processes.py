@@ -13,8 +13,18 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Cost:
+    """`others_cpu_seconds` is what this machine spent meanwhile on neither the server nor this process: where that is
+    much, the figures say little about the server."""
+
     cpu_seconds: float
     peak_rss_bytes: int
+    others_cpu_seconds: float
+
+
+def machine_cpu_seconds() -> float:
+    """Busy time of all cores, what a hypervisor took away included."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def listening_on(port: int) -> int | None:

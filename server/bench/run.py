@@ -13,7 +13,7 @@ import uvloop
 from server.bench.client import Client, Target
 from server.bench.figures import Figures, Objective, figures_of
 from server.bench.load import Load, Plan
-from server.bench.processes import Cost, ProcessTree
+from server.bench.processes import Cost, ProcessTree, machine_cpu_seconds
 from server.bench.workload import Requests
 
 PATH = "/v1/completions"
@@ -67,7 +67,7 @@ async def _measure(target: Target, requests: Requests, plan: Plan, objective: Ob
     tree = ProcessTree(pid) if pid is not None else None
     used = tree.sample() if tree else 0.0
     watcher = asyncio.create_task(tree.watch()) if tree else None
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu, machine = time.perf_counter(), time.process_time(), machine_cpu_seconds()
     try:
         window = await Load(Client(target), requests, plan).run()
     finally:
@@ -76,6 +76,9 @@ async def _measure(target: Target, requests: Requests, plan: Plan, objective: Ob
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    cost = Cost(tree.sample() - used, tree.peak_rss) if tree else None
+    cost = None
+    if tree is not None:
+        used = tree.sample() - used
+        cost = Cost(used, tree.peak_rss, max(0.0, machine_cpu_seconds() - machine - used - cpu))
     figures = figures_of(window, objective, by_events=plan.duration is not None)
     return Report(requests, plan, figures, seconds, cpu, cost)

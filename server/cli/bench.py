@@ -158,6 +158,7 @@ def print_report(report: Report) -> None:
     if report.server is not None:
         peak = report.server.peak_rss_bytes / 2**20
         lines.append(f"the server used {report.server.cpu_seconds:.2f} s and at most {peak:.0f} MiB")
+        lines.append(f"everything else on this machine used {report.server.others_cpu_seconds:.2f} s")
     lines += [f"{count} × {message[:300]}" for message, count in figures.errors.items()]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
