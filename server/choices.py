@@ -30,6 +30,15 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, 
 
     The first error of any generation ends them all.
     """
+    if len(generations) == 1:
+        # No task for each delta where there is nobody to wait for beside it.
+        try:
+            async with aclosing(aiter(generations[0])) as deltas:
+                async for only in deltas:
+                    yield 0, only
+        finally:
+            generations[0].cancel()
+        return
     iterators = [aiter(generation) for generation in generations]
     # The default of anext() stands for the end: an exception would be logged as never retrieved.
     pending = {asyncio.ensure_future(anext(it, None)): index for index, it in enumerate(iterators)}

@@ -42,15 +42,13 @@ class GenerationRequest:
     route: str = ""
 
 
-@dataclass(frozen=True)
-class TopToken:
+class TopToken(msgspec.Struct, frozen=True, gc=False):
     id: int
     text: str
     logprob: float
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(msgspec.Struct, frozen=True, gc=False):
     """One generated token; `logprob` and `top` are there when log-probabilities were asked for."""
 
     id: int
@@ -60,8 +58,7 @@ class Token:
     top: tuple[TopToken, ...] = ()
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """What is new since the last one. Only the last has a `finish_reason`; 'stop' names the stop string or token id in
     `stop_reason`."""
 

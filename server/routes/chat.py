@@ -13,6 +13,7 @@ from server.disconnect import until_disconnect
 from server.generation import Generation, GenerationRequest, Token
 from server.routes.common import (
     FINISH_REASONS,
+    ChunkTemplate,
     json_reply,
     named_soft_prompt,
     services_of,
@@ -109,22 +110,29 @@ def _reply_fields(services: Services, body: ChatCompletionRequest, generations: 
 
 async def _events(
     body: ChatCompletionRequest, generations: Sequence[Generation], reply: dict[str, Any]
-) -> AsyncGenerator[str, None]:
-    def chunk(choice: ChatChunkChoice) -> str:
-        return ChatCompletionChunk(**reply, choices=[choice]).model_dump_json()
+) -> AsyncGenerator[str | bytes, None]:
+    def chunk(choice: ChatChunkChoice) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**reply, choices=[choice])
 
+    # What all but the first and the last chunks of a choice look like, unless log-probabilities are asked for.
+    ordinary = ChatDelta(content=ChunkTemplate.TEXT)
+    templates = [ChunkTemplate(chunk(ChatChunkChoice(index=i, delta=ordinary))) for i in range(len(generations))]
     begun: set[int] = set()
     async with aclosing(merge(generations)) as deltas:
         async for index, delta in deltas:
             if index not in begun:
                 # Only now: load generators take the first chunk for the first token.
                 begun.add(index)
-                yield chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+                first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
+                yield chunk(first).model_dump_json()
             logprobs = _logprobs(delta.tokens) if body.logprobs else None
             if not delta.text and not (logprobs and logprobs.content) and delta.finish_reason is None:
                 continue
+            if logprobs is None and delta.finish_reason is None:
+                yield templates[index].fill(delta.text)
+                continue
             content = delta.text if delta.text or delta.finish_reason is None else None
-            yield chunk(
+            last = chunk(
                 ChatChunkChoice(
                     index=index,
                     delta=ChatDelta(content=content),
@@ -133,9 +141,10 @@ async def _events(
                     stop_reason=delta.stop_reason,
                 )
             )
+            yield last.model_dump_json()
     if body.stream_options is not None and body.stream_options.include_usage:
-        last = ChatCompletionChunk(**reply, choices=[], usage=usage_of(generations, body.n))
-        yield last.model_dump_json()
+        usage = ChatCompletionChunk(**reply, choices=[], usage=usage_of(generations, body.n))
+        yield usage.model_dump_json()
     yield DONE
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, cast
 
+import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
@@ -97,6 +98,22 @@ def usage_of(generations: Sequence[Generation], choices_per_prompt: int) -> Usag
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=CachedTokens(cached_tokens=virtual),
     )
+
+
+class ChunkTemplate:
+    """Chunks of a stream that differ in one text alone: `chunk` is written once, and each text put into its place.
+
+    `chunk` holds `ChunkTemplate.TEXT` where the text belongs. Its model stays the one definition of the wire's shape.
+    """
+
+    TEXT = "\0text\0"
+
+    def __init__(self, chunk: BaseModel) -> None:
+        place = msgspec.json.encode(self.TEXT)
+        self._before, self._behind = chunk.model_dump_json().encode().split(place)
+
+    def fill(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._before, msgspec.json.encode(text), self._behind)
 
 
 def json_reply(model: BaseModel, status: Literal[200, 201] = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 
 from server.choices import gather, merge
 from server.disconnect import until_disconnect
-from server.generation import Generation, GenerationRequest, Token
+from server.generation import Delta, Generation, GenerationRequest, Token
 from server.routes.common import (
     FINISH_REASONS,
+    ChunkTemplate,
     json_reply,
     named_soft_prompt,
     services_of,
@@ -101,7 +102,21 @@ def _reply_fields(services: Services, body: CompletionRequest, generations: Sequ
 
 async def _events(
     body: CompletionRequest, generations: Sequence[Generation], echoes: Sequence[str], reply: dict[str, Any]
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[str | bytes, None]:
+    def chunk(
+        index: int, text: str, delta: Delta | None = None, logprobs: CompletionLogprobs | None = None
+    ) -> Completion:
+        choice = CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=FINISH_REASONS.get(delta.finish_reason or "") if delta else None,
+            stop_reason=delta.stop_reason if delta else None,
+        )
+        return Completion(**reply, choices=[choice])
+
+    # What all but the last chunks of a choice look like, unless log-probabilities are asked for.
+    templates = [ChunkTemplate(chunk(index, ChunkTemplate.TEXT)) for index in range(len(generations))]
     pending_echo = list(echoes)
     offsets = [0] * len(generations)
     async with aclosing(merge(generations)) as deltas:
@@ -113,14 +128,10 @@ async def _events(
                 offsets[index] += sum(len(token) for token in logprobs.tokens)
             if not text and not (logprobs and logprobs.tokens) and delta.finish_reason is None:
                 continue
-            choice = CompletionChoice(
-                index=index,
-                text=text,
-                logprobs=logprobs,
-                finish_reason=FINISH_REASONS.get(delta.finish_reason or ""),
-                stop_reason=delta.stop_reason,
-            )
-            yield Completion(**reply, choices=[choice]).model_dump_json()
+            if logprobs is None and delta.finish_reason is None:
+                yield templates[index].fill(text)
+            else:
+                yield chunk(index, text, delta, logprobs).model_dump_json()
     if body.stream_options is not None and body.stream_options.include_usage:
         yield Completion(**reply, choices=[], usage=usage_of(generations, body.n)).model_dump_json()
     yield DONE

@@ -86,7 +86,7 @@ async def get_compression_events(request: Request, id: str) -> Response:
     compressions = services_of(request).compressions
     job = compressions.get(id)
 
-    async def events() -> AsyncGenerator[str, None]:
+    async def events() -> AsyncGenerator[str | bytes, None]:
         async for changed in compressions.watch(job):
             yield _object(changed).model_dump_json()
 

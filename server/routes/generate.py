@@ -114,7 +114,9 @@ def _reply(services: Services, body: GenerateRequest, choice: Choice) -> Generat
     )
 
 
-async def _events(services: Services, body: GenerateRequest, generation: Generation) -> AsyncGenerator[str, None]:
+async def _events(
+    services: Services, body: GenerateRequest, generation: Generation
+) -> AsyncGenerator[str | bytes, None]:
     pieces = [_prefix(body)]
     index = 0
     async with aclosing(merge([generation])) as deltas:
