@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -244,6 +245,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8390, help="the first of a few ports")
     parser.add_argument("--output", type=Path, default=BENCH / "results", help="folder for table, JSON and plot")
     options = parser.parse_args()
+    # Servers are in sessions of their own: whatever ends this, they must be stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.time()

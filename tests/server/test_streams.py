@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server import sse
 from server.choices import gather, merge
@@ -16,6 +18,8 @@ from server.disconnect import until_disconnect
 from server.errors import ApiError
 from server.generation import Delta
 from server.routes import ROUTERS
+from server.routes.common import ChunkTemplate
+from server.schemas.completions import Completion, CompletionChoice
 from server.sse import DONE, EventStream
 
 Step = str | Exception | asyncio.Event
@@ -217,6 +221,36 @@ def test_a_client_that_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch
         return generation
 
     assert asyncio.run(run()).cancelled
+
+
+def test_a_quiet_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.02)
+
+    async def run() -> bytes:
+        client, gate = Client(), asyncio.Event()
+
+        async def open_gate(message: dict[str, Any]) -> None:
+            if client.body.count(sse.PING) == 2:
+                gate.set()
+
+        client.on_send = open_gate
+        return await client.read(stream_of(Scripted("a", gate, "b")))
+
+    body = asyncio.run(run())
+    assert body.startswith(b'data: {"text": "a"}\n\n: ping\n\n: ping\n\n')
+    assert body.endswith(b'data: {"text": "b"}\n\ndata: [DONE]\n\n')
+    assert body.replace(b": ping\n\n", b"").count(b"\n\n") == 3
+
+
+@given(text=st.text())
+def test_a_template_writes_what_its_model_would(text: str) -> None:
+    def chunk(content: str) -> Completion:
+        choice = CompletionChoice(index=1, text=content, logprobs=None, finish_reason=None, stop_reason=None)
+        return Completion(id="cmpl-1", created=7, model='a "model"', choices=[choice])
+
+    written = ChunkTemplate(chunk(ChunkTemplate.TEXT)).fill(text)
+    assert written == chunk(text).model_dump_json().encode()
+    assert b"\n" not in written
 
 
 def request_of(client: Client) -> Request:
