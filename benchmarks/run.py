@@ -157,7 +157,7 @@ def measure_cell(server: Server, cell: Cell, quick: bool) -> Run:
 
 
 class KvWatch(threading.Thread):
-    """Reads a server's KV use once a second while it runs: a hundredth of a token's cost."""
+    """Reads a server's KV use every other second while it runs."""
 
     def __init__(self, server: Server, contexts: int) -> None:
         super().__init__(daemon=True)
@@ -167,7 +167,7 @@ class KvWatch(threading.Thread):
         self._seen: list[float] = []
 
     def run(self) -> None:
-        while not self._ended.wait(1.0):
+        while not self._ended.wait(2.0):
             held = self._server.kv_bytes_per_request(bytes_per_token(), self._contexts)
             if held:
                 self._seen.append(held)

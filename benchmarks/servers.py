@@ -171,27 +171,20 @@ class Server:
 
         Of soft prompts that lie in the cache only `contexts` count: the others serve other requests.
         """
+        if self.launch.name != "vllm" and not self.launch.soft_prompts:
+            return None
+        text = self._get("/metrics")
         if self.launch.name == "vllm":
-            usage, running = self._metric("vllm:kv_cache_usage_perc"), self._metric("vllm:num_requests_running")
-            text = self._get("/metrics")
+            running = _metric(text, "vllm:num_requests_running")
             blocks, size = (int(_label(text, label)) for label in ("num_gpu_blocks", "block_size"))
-            return usage * blocks * size * bytes_per_token / running if running else None
-        if not self.launch.soft_prompts:
-            return None
-        running = self._metric("softbatch_requests_running")
-        if not running:
-            return None
-        block = Settings.model_fields["block_size"].default * bytes_per_token
-        used = self._metric("softbatch_kv_usage_ratio") * self._metric("softbatch_kv_blocks_total") * block
-        resident, held = (self._metric(f"softbatch_soft_prompts_resident{end}") for end in ("", "_bytes"))
-        unused = held * (1 - min(1.0, contexts / resident)) if resident else 0.0
-        return (used - unused) / running
-
-    def _metric(self, name: str) -> float:
-        found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self._get("/metrics"), re.M)
-        if found is None:
-            raise LookupError(f"{self.name} has no metric {name}")
-        return float(found[1])
+            used = _metric(text, "vllm:kv_cache_usage_perc") * blocks * size * bytes_per_token
+        else:
+            running = _metric(text, "softbatch_requests_running")
+            block = Settings.model_fields["block_size"].default * bytes_per_token
+            used = _metric(text, "softbatch_kv_usage_ratio") * _metric(text, "softbatch_kv_blocks_total") * block
+            resident, held = (_metric(text, f"softbatch_soft_prompts_resident{end}") for end in ("", "_bytes"))
+            used -= held * (1 - min(1.0, contexts / resident)) if resident else 0.0
+        return used / running if running else None
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as reply:
@@ -231,6 +224,13 @@ def bytes_per_token() -> int:
     config: dict[str, Any] = json.loads(Path(resolve(EMBEDDED_ALIAS).path, "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return 2 * 2 * int(config["num_hidden_layers"]) * int(config["num_key_value_heads"]) * int(head_dim)
+
+
+def _metric(text: str, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.M)
+    if found is None:
+        raise LookupError(f"there is no metric {name}")
+    return float(found[1])
 
 
 def _label(text: str, name: str) -> str:

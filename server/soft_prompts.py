@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from prompt_store.soft_prompt import check_fits
 from prompt_store.store import PromptStore, StoredPrompt, UnknownPrompt
 from scheduler.messages import SoftPromptRef
 from server.errors import ApiError, unknown_soft_prompt
+
+# Two changes of a directory within so short a time may leave it with one and the same time.
+DIRECTORY_TIME_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class SoftPromptLeases:
         self._on_unused = on_unused
         self._users: Counter[str] = Counter()
         self._leased: dict[str, Path] = {}
-        self._names: set[str] = set()
+        self._names: dict[str, str] = {}  # as they were last used -> content hash
+        self._collected = 0
         self._forgotten: set[str] = set()
 
     async def acquire(self, name: str) -> Lease:
@@ -89,7 +94,7 @@ class SoftPromptLeases:
             raise
         except (UnknownPrompt, FileNotFoundError) as error:
             if name in self._names:
-                self._names.discard(name)
+                del self._names[name]
                 await self.collect()
             raise unknown_soft_prompt(name) from error
         except SoftPromptError as error:
@@ -106,6 +111,7 @@ class SoftPromptLeases:
 
         The store is a directory that others change too, so this runs whenever it is seen to have changed.
         """
+        self._collected = self._store.root.stat().st_mtime_ns
         leased = set(self._leased)
         registered = {stored.sha256 for stored in await asyncio.to_thread(self._store.list)}
         for sha256 in leased - registered:
@@ -121,12 +127,20 @@ class SoftPromptLeases:
             if stored.sha256 not in self._leased:
                 check_fits(stored.manifest, self._spec)
                 self._leased[stored.sha256] = await asyncio.to_thread(self._store.lease, stored, self._directory)
-                await self.collect()
-            self._names.add(name)
+                if self._may_have_changed(name):
+                    await self.collect()
+            self._names[name] = stored.sha256
         except BaseException:
             self._release(stored.sha256)
             raise
         return stored
+
+    def _may_have_changed(self, name: str) -> bool:
+        """Whether names may have come or gone since the last `collect`: it looks at every file, and a server that gets
+        to know its soft prompts one after the other should not look at all of them each time."""
+        changed = self._store.root.stat().st_mtime_ns
+        fresh = time.time_ns() - changed < DIRECTORY_TIME_NS
+        return name in self._names or changed != self._collected or fresh
 
     def _release_held(self, holding: asyncio.Future[StoredPrompt]) -> None:
         if not holding.cancelled() and holding.exception() is None:
