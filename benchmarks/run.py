@@ -38,8 +38,8 @@ from server.bench.workload import WORKLOADS, Requests
 SERVERS = ("softbatch", "vllm", "llama.cpp-BF16", "softbatch-int8", "llama.cpp-Q8_0")
 CONCURRENCY = {"plain": (1, 8, 32, 64), "short": (1, 8, 32, 64), "hot": (8, 32), "many": (8, 32)}
 # Seconds of a window. A peer computes 1,500 tokens for each request of *many*, so few end in a short one.
-WINDOWS = {"plain": 12.0, "short": 7.0, "hot": 10.0, "many": 12.0}
-SLOW_WINDOWS = {"many": 30.0}
+WINDOWS = {"plain": 10.0, "short": 6.0, "hot": 8.0, "many": 10.0}
+SLOW_WINDOWS = {"many": 25.0}
 MAX_RAMP = 30.0
 SETTLE_SECONDS = 1.5
 VOCAB_SIZE = 32_000

@@ -54,7 +54,10 @@ def scheduler_with(running: int, waiting: int, output_tokens: int) -> Scheduler:
         # Spread, so that later a few end in each step and others take their places.
         params = SamplingParams(max_tokens=lengths[index * 37 % len(lengths)], temperature=0, ignore_eos=True)
         scheduler.add(AddRequest(request_id=request.request_id, token_ids=request.token_ids, params=params))
-    while any(s.num_computed < s.num_prompt for s in scheduler.running) or len(scheduler.running) < running:
+    while len(scheduler.running) < running:
+        advance(scheduler)
+    # Until the last of them decodes too.
+    for _ in range(running * PROMPT_TOKENS // config.max_batch_tokens + 1):
         advance(scheduler)
     return scheduler
 
@@ -112,7 +115,7 @@ def main() -> int:
             curves[waiting].append(median)
             cells.append(f"{median:.3f} ({most:.3f})")
         print(f"| {running} | " + " | ".join(cells) + " |", flush=True)
-    median, most = measure(256, 10_000, options.steps, output_tokens=64)
+    median, most = measure(256, 10_000, options.steps, output_tokens=128)
     print(f"\nWith a few requests ending, and others beginning, in each step, 256 running: {median:.3f} ({most:.3f})")
     if options.output:
         _draw(curves, options.output)
