@@ -62,7 +62,9 @@ def draw(runs: Sequence[Run], target: Path) -> None:
         panel.set_ylabel("requests/s" if whole else "output tokens/s")
         panel.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=max(1, len(labels)), frameon=False)
+    figure.legend(
+        handles, labels, loc="lower center", ncols=max(1, min(len(labels), 2 * len(results.workloads))), frameon=False
+    )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(target, metadata={"Date": None})
     pyplot.close(figure)
