@@ -124,7 +124,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = "none"
     device: str = "auto"
     max_batch_size: int = 32
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 1024
     max_model_len: int | None = None
     max_queue_size: int = 256
     kv_cache_gib: float = 1.0

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")
     max_batch_tokens: int = Field(
-        512, ge=1, le=1_048_576, description="token budget of one step (prefill is cut into such chunks)"
+        1024, ge=1, le=1_048_576, description="token budget of one step (prefill is cut into such chunks)"
     )
     max_model_len: int | None = Field(
         None,

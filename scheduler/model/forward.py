@@ -15,7 +15,7 @@ from scheduler.model.kv_cache import KVCache
 class Forward(Protocol):
     """Runs the model over a step's tokens, writing their keys and values into the paged cache.
 
-    Returns the logits of `batch.logit_rows`: [R, vocab].
+    Returns the logits of `batch.logit_rows`: [R, vocab], valid until the next call.
     """
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor: ...

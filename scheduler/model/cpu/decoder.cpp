@@ -125,7 +125,7 @@ class Decoder final : public DecoderBase {
     const int64_t tokens = hidden.size(0), size = hidden.size(1), sequences = context_len.size(0);
     TORCH_CHECK(size == int64_t(norm_.size()), "hidden must be [T, hidden_size]");
     const at::Tensor inputs = hidden.contiguous();
-    const at::Tensor logits = at::empty({logit_rows.size(0), head_.outputs}, at::kFloat);
+    const at::Tensor logits = logits_for(logit_rows.size(0));
     const int64_t* wanted = logit_rows.const_data_ptr<int64_t>();
     const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
     const int64_t* position = positions.const_data_ptr<int64_t>();
@@ -252,6 +252,14 @@ class Decoder final : public DecoderBase {
     at::Tensor key_cache, value_cache;
   };
 
+  // The memory is kept for the next step, since fresh pages would have to be cleared, but not that of a rare large one.
+  at::Tensor logits_for(int64_t rows) {
+    const auto make = [&](int64_t count) { return at::empty({count, head_.outputs}, at::kFloat); };
+    if (rows > kKeptLogits) return make(rows);
+    if (!logits_.defined() || logits_.size(0) < rows) logits_ = make(rows);
+    return logits_.narrow(0, 0, rows);
+  }
+
   // Rotates one head's vector [dim] by its position, normed before where the model does so.
   INLINE void rotate(const float* from, const std::vector<float>& norm, const float* cosine, const float* sine,
                      float* to) const {
@@ -324,6 +332,8 @@ class Decoder final : public DecoderBase {
   std::vector<float> norm_;
   Packed<W> head_;
   // Working memory of a step, kept for the next.
+  static constexpr int64_t kKeptLogits = 256;
+  at::Tensor logits_;
   Buffer<float> residual_, qkv_, rotary_, partials_;
   Buffer<T> query_, attended_, gated_;
   Activations<W> hidden_in_, attended_in_, gated_in_, head_in_;
