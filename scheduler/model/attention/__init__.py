@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from scheduler.model.attention import cpu
+from scheduler.model.attention import cpu, cuda
 from scheduler.model.attention.base import AttentionBackend
 from scheduler.model.attention.reference import reference
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionBackend]:
-    """The backend for this device and cache dtype, and its name; builds the CPU kernel at the first start."""
+    """The backend for this device and cache dtype, and its name; the CPU kernel is built at the first start."""
     if device.type == "cpu" and dtype in cpu.DTYPES:
         kernel = cpu.build()
         if kernel is not None:
             return "cpu", kernel
+    if device.type == "cuda" and dtype in cuda.DTYPES:
+        triton = cuda.build(device)
+        if triton is not None:
+            return "triton", triton
     return "reference", reference

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from scheduler.model.attention.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class PagedBatch:
     context_len: torch.Tensor  # int32 [S], this step's tokens included
     block_table: torch.Tensor  # int32 [S, most blocks of any sequence], rows padded with 0
     slot_mapping: torch.Tensor  # int64 [T], block * block_size + offset where each new token's K and V go
+    plan: AttentionPlan | None = None  # what the GPU's kernels are to do, worked out once for all layers
 
 
 class AttentionBackend(Protocol):
