@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from scheduler.model.attention.base import PagedBatch
+from scheduler.model.attention.plan import AttentionPlan, Planner, padded
+from scheduler.model.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,23 @@ class RaggedBatch:
     logit_rows: torch.Tensor  # int64 [R], row by row
     embeddings: tuple[tuple[int, torch.Tensor], ...]  # (first row, [count, hidden])
     attention: PagedBatch
+    padded_from: int | None = None  # set where only so many rows are real, each of one decoding token
 
 
-def build_batch(rows: Sequence[Row], block_size: int, device: torch.device) -> RaggedBatch:
+class BatchBuilder(Protocol):
+    """Makes a step's rows one batch on the device."""
+
+    def __call__(self, rows: Sequence[Row]) -> RaggedBatch: ...
+
+
+def build_batch(
+    rows: Sequence[Row],
+    block_size: int,
+    device: torch.device,
+    planner: Planner | None = None,
+    padded_from: int | None = None,
+) -> RaggedBatch:
+    """With a planner, the batch carries the plan of the GPU's attention; for padded rows one of a fixed size."""
     counts = np.array([row.count for row in rows])
     starts = np.array([row.start for row in rows])
     query_start = np.concatenate([[0], np.cumsum(counts)])
@@ -61,19 +78,34 @@ def build_batch(rows: Sequence[Row], block_size: int, device: torch.device) -> R
     positions = np.arange(total) - query_start[owner] + starts[owner]
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     logit_rows = [start + offset for row, start in zip(rows, query_start, strict=False) for offset in row.logit_rows]
+    arrays = {
+        "token_ids": token_ids,
+        "positions": positions,
+        "logit_rows": np.array(logit_rows, dtype=np.int64),
+        "query_start": query_start.astype(np.int32),
+        "context_len": (starts + counts).astype(np.int32),
+        "slot_mapping": slots,
+        "block_table": tables,
+    }
+    has_parts = False
+    if planner is not None:
+        plan = planner.plan(counts, starts + counts)
+        narrow = plan.narrow if padded_from is None else padded(plan.narrow, planner.max_narrow_tiles(len(rows)))
+        arrays |= {"narrow": narrow, "merges": plan.merges, "wide": plan.wide}
+        has_parts = plan.has_parts or padded_from is not None
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
+    tensors = to_device(arrays, device)
     return RaggedBatch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        logit_rows=tensor(np.array(logit_rows, dtype=np.int64)),
+        token_ids=tensors["token_ids"],
+        positions=tensors["positions"],
+        logit_rows=tensors["logit_rows"],
         embeddings=tuple(embeddings),
         attention=PagedBatch(
-            query_start=tensor(query_start.astype(np.int32)),
-            context_len=tensor((starts + counts).astype(np.int32)),
-            block_table=tensor(tables),
-            slot_mapping=tensor(slots),
+            query_start=tensors["query_start"],
+            context_len=tensors["context_len"],
+            block_table=tensors["block_table"],
+            slot_mapping=tensors["slot_mapping"],
+            plan=AttentionPlan(tensors["narrow"], tensors["merges"], tensors["wide"], has_parts) if planner else None,
         ),
+        padded_from=padded_from,
     )

@@ -202,7 +202,7 @@ def test_tensors_that_do_not_fit_are_refused(kernel: TritonAttention, device: to
         replace(case, key_cache=case.key_cache[:-1]),
         replace(case, key_cache=case.key_cache.mT.contiguous().mT, value_cache=case.value_cache.mT.contiguous().mT),
     ):
-        with pytest.raises(RuntimeError, match="fit|one shape|one after another"):
+        with pytest.raises(RuntimeError, match=r"fit|one shape|one after another"):
             kernel(wrong.query, wrong.key, wrong.value, wrong.key_cache, wrong.value_cache, wrong.batch, wrong.scale)
 
 

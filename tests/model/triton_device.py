@@ -24,13 +24,14 @@ def prepare(name: str) -> torch.device:
 
 
 def _teach_bfloat16() -> None:
-    """The interpreter keeps bfloat16 as its 16 bits, and multiplies matrices of those as if they were integers."""
+    """The interpreter keeps bfloat16 as its 16 bits, multiplies matrices of those as if they were integers, and cuts
+    bits off where a GPU rounds to the nearest: both are put right."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    original = builder.create_dot
-    if getattr(original, "knows_bfloat16", False):
+    original_dot, original_cast = builder.create_dot, builder.cast_impl
+    if getattr(original_dot, "knows_bfloat16", False):
         return
 
     def widened(handle: Any) -> Any:
@@ -40,7 +41,15 @@ def _teach_bfloat16() -> None:
         return interpreter.TensorHandle(wide, tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, imprecise: Any) -> Any:
-        return original(self, widened(a), widened(b), d, input_precision, imprecise)
+        return original_dot(self, widened(a), widened(b), d, input_precision, imprecise)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) == (tl.bfloat16, tl.float32):
+            return widened(source)
+        if (source.dtype.scalar, target.scalar) == (tl.float32, tl.bfloat16):
+            bits = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+            return interpreter.TensorHandle(bits.view(np.uint16).reshape(source.data.shape), tl.bfloat16)
+        return original_cast(self, source, target)
 
     create_dot.knows_bfloat16 = True  # type: ignore[attr-defined]
-    builder.create_dot = create_dot
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl

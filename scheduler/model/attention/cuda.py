@@ -158,7 +158,7 @@ class TritonAttention:
         if plan.narrow.shape[0]:
             rows = plan.narrow.shape[0] if plan.has_parts else 0
             parts = _part_buffers(rows, kv_heads, planner.narrow.block_m, head_dim, out.device)
-            launch(plan.narrow, planner.narrow, parts, split=plan.has_parts)
+            launch(plan.narrow, planner.narrow, parts, split=True)
             if plan.has_parts:
                 self._kernels.merge[(plan.merges.shape[0], heads)](
                     out,
@@ -212,4 +212,5 @@ def _limits(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return _INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    most = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return properties.multi_processor_count, int(most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,10 +88,10 @@ class Planner:
     def _narrow_tiles(self, sequences: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The tiles, and each sequence's first tile and number of tiles."""
         step = max(LEAST_KEYS, self.narrow.block_n)
-        chunk = max(step, -(-int(keys.sum()) // self._budget))
-        parts = np.maximum(1, -(-keys // chunk))
-        size = np.maximum(step, -(-(-(-keys // parts)) // step) * step)
-        parts = -(-keys // size)
+        chunk = max(step, _ceil(int(keys.sum()), self._budget))
+        parts = np.maximum(1, _ceil(keys, chunk))
+        size = np.maximum(step, _ceil(_ceil(keys, parts), step) * step)
+        parts = _ceil(keys, size)
         first = np.cumsum(parts) - parts
         owner, index = _spread(parts)
         start = index * size[owner]
@@ -100,7 +101,7 @@ class Planner:
     def _wide_tiles(self, sequences: np.ndarray, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
         """The longest first, so that no long one is left running alone at the end."""
         rows = self.wide.block_m // self.group
-        owner, index = _spread(-(-counts[sequences] // rows))
+        owner, index = _spread(_ceil(counts[sequences], rows))
         sequence = sequences[owner]
         first_row = index * rows
         end = contexts[sequence] - counts[sequence] + np.minimum(first_row + rows, counts[sequence])
@@ -147,6 +148,11 @@ def make_planner(
 
 def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def _ceil(number: Any, divisor: Any) -> Any:
+    """number ÷ divisor, rounded up; of ints or arrays."""
+    return -(-number // divisor)
 
 
 def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,8 @@ def write_cache(
     tl.store(value_cache + target, new_value, mask=mask)
 
 
-@triton.jit
+# The width of the block table changes from step to step: a kernel made for one must serve all.
+@triton.jit(do_not_specialize=["table_stride"])
 def attend(
     query,
     out,

@@ -1,0 +1,59 @@
+"""From host arrays to device tensors in one copy, which the host does not wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 16  # bytes; kernels are compiled for pointers aligned so
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array lies within the one buffer."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays as tensors on the device. On the CPU they share the arrays' memory."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    host, places = pack(arrays, pin=device.type == "cuda")
+    return unpack(host.to(device, non_blocking=True), places)
+
+
+def small_tensor(values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A few numbers on the device. torch.tensor(…, device=…) would wait for all that the device has to do."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+def pack(arrays: Mapping[str, np.ndarray], *, pin: bool) -> tuple[torch.Tensor, dict[str, Place]]:
+    """All arrays in one buffer of bytes. Pinned memory is torch's: it is reused only after copies from it are done."""
+    places, size = {}, 0
+    for name, array in arrays.items():
+        places[name] = Place(size, array.shape, torch.from_numpy(array).dtype)
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    target = host.numpy()
+    for name, array in arrays.items():
+        start = places[name].offset
+        target[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return host, places
+
+
+def unpack(buffer: torch.Tensor, places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
+    """Views of the buffer, as the arrays were."""
+    found = {}
+    for name, place in places.items():
+        size = place.dtype.itemsize
+        for length in place.shape:
+            size *= length
+        found[name] = buffer[place.offset : place.offset + size].view(place.dtype).view(place.shape)
+    return found
