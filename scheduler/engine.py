@@ -29,7 +29,7 @@ from scheduler.messages import (
     StartupPhase,
     StepOutput,
 )
-from scheduler.scheduler import Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.scheduler import OutOfDeviceMemory, Scheduler, SchedulerConfig, Step, StepResult
 from scheduler.soft_prompts import ResidentSoftPrompt
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ HEARTBEAT_SECONDS = 1.0
 class ModelRunner(Protocol):
     """What the engine asks of the model side."""
 
-    def execute(self, step: Step) -> StepResult: ...
+    def execute(self, step: Step) -> StepResult:
+        """Raises OutOfDeviceMemory."""
+        ...
 
     def read_soft_prompt(self, ref: SoftPromptRef) -> SoftPrompt: ...
 
@@ -96,7 +98,7 @@ class Engine:
         for ref in step.reads:
             self._read(ref)
         if step:
-            outputs += self.scheduler.postprocess(step, self._runner.execute(step))
+            outputs += self.scheduler.postprocess(step, self._execute(step))
         loaded += self._collect_filled(step)
         return StepOutput(
             outputs=outputs,
@@ -109,6 +111,20 @@ class Engine:
             schedule_seconds=scheduled - scheduling,
             soft_prompt_load_seconds=loaded,
         )
+
+    def _execute(self, step: Step) -> StepResult:
+        """Run the step, made smaller as often as the device runs out of memory."""
+        while True:
+            rows, fills = step.rows, step.fills
+            try:
+                return self._runner.execute(step)
+            except OutOfDeviceMemory:
+                logger.warning("out of device memory in a step of %d tokens; running it again smaller", step.num_tokens)
+                if not self.scheduler.shrink(step):
+                    step.rows, step.fills = rows, fills
+                    message = "the device's memory is too small for this"
+                    errors = {sequence.request_id: message for sequence, _ in rows}
+                    return StepResult({}, {}, {}, errors, {prompt.ref.sha256: message for prompt, _ in fills})
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)

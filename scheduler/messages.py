@@ -105,6 +105,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting_tokens: int
     kv_blocks_used: int
     preemptions_total: int
+    out_of_memory_total: int
     prefix_cache_queries_total: int
     prefix_cache_hits_total: int
     soft_prompts_resident: int
@@ -116,7 +117,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses, `started_at` is when the
-    front end started it (monotonic seconds)."""
+    front end started it (monotonic seconds). Without `kv_cache_gib` the KV cache takes what `gpu_memory_utilization`
+    leaves it on a GPU, and 1 GiB elsewhere."""
 
     model: str
     served_model_name: str | None = None
@@ -127,7 +129,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 1024
     max_model_len: int | None = None
     max_queue_size: int = 256
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
     block_size: int = 16
     max_prompt_bytes: int = 256 << 20
     inbox: str = ""

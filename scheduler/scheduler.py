@@ -42,6 +42,10 @@ class Step:
         return bool(self.rows or self.fills)
 
 
+class OutOfDeviceMemory(Exception):
+    """The device had too little memory left for a step; nothing of the step counts, and it may be run again."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone."""
@@ -69,6 +73,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # by order: the last is the first to be preempted
         self._arrivals = 0
         self._preemptions = 0
+        self._out_of_memory = 0
+        self._most_running = config.max_batch_size  # fewer after the device ran out of memory, until somebody leaves
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -99,6 +105,28 @@ class Scheduler:
                 self._leave(sequence)
                 return True
         return False
+
+    def shrink(self, step: Step) -> bool:
+        """The device ran out of memory in this step: make it smaller; False if nothing can be taken from it.
+
+        Soft prompts that are being computed wait for a later step, then the newest sequence is preempted, and one that
+        is alone is computed in two halves. Nobody is admitted until a sequence has left.
+        """
+        self._out_of_memory += 1
+        if step.fills and len(step.fills) + len(step.rows) > 1:
+            step.fills.pop()
+            return True
+        if len(step.rows) > 1:
+            sequence = max((sequence for sequence, _ in step.rows), key=lambda s: s.order)
+            step.rows = [row for row in step.rows if row[0] is not sequence]
+            step.copies = [copy for copy in step.copies if copy[1] not in sequence.block_table]
+            step.admitted = [name for name in step.admitted if name != sequence.request_id]
+            self._preempt(sequence, step)
+            self._most_running = len(self.running)
+            return True
+        step.rows = [(sequence, count // 2) for sequence, count in step.rows if count > 1]
+        step.fills = [(prompt, count // 2) for prompt, count in step.fills if count > 1]
+        return bool(step)
 
     def schedule(self) -> Step:
         step = Step()
@@ -194,6 +222,7 @@ class Scheduler:
             waiting_tokens=self.waiting.num_tokens,
             kv_blocks_used=self.pool.num_used,
             preemptions_total=self._preemptions,
+            out_of_memory_total=self._out_of_memory,
             prefix_cache_queries_total=self._prefix_queries,
             prefix_cache_hits_total=self._prefix_hits,
             soft_prompts_resident=len(self.soft_prompts),
@@ -245,7 +274,7 @@ class Scheduler:
         return True
 
     def _admit(self, step: Step, budget: int) -> None:
-        while budget > 0 and len(self.running) < self.config.max_batch_size:
+        while budget > 0 and len(self.running) < self._most_running:
             sequence = self.waiting.peek()
             if sequence is None:
                 return
@@ -341,6 +370,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Out of the batch: blocks and the pin on the soft prompt go back."""
         self.running.remove(sequence)
+        self._most_running = self.config.max_batch_size
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         if sequence.soft_prompt is not None:

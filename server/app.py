@@ -146,6 +146,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         max_model_len=settings.max_model_len,
         max_queue_size=settings.max_queue_size,
         kv_cache_gib=settings.kv_cache_gib,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         block_size=settings.block_size,
         max_prompt_bytes=settings.max_prompt_mib << 20,
     )

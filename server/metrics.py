@@ -67,6 +67,9 @@ class Metrics:
         self.kv_usage = gauge("kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
         self.kv_blocks = gauge("kv_blocks_total", "KV blocks there are.")
         self.preemptions = counter("preemptions_total", "Sequences put back to the queue for lack of blocks.")
+        self.out_of_memory = counter(
+            "out_of_memory_total", "Times a step ran out of device memory and was run again, smaller."
+        )
         self.prefix_queries = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
 
@@ -95,6 +98,7 @@ class Metrics:
 
         self._totals = {
             "preemptions_total": self.preemptions,
+            "out_of_memory_total": self.out_of_memory,
             "prefix_cache_queries_total": self.prefix_queries,
             "prefix_cache_hits_total": self.prefix_hits,
             "soft_prompt_hits_total": self.soft_prompt_hits,

@@ -52,7 +52,15 @@ class Settings(BaseSettings):
     max_queue_size: int = Field(
         256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
     )
-    kv_cache_gib: float = Field(1.0, gt=0, le=4096, description="memory for keys and values, in GiB")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        le=4096,
+        description="memory for keys and values, in GiB; default: what --gpu-memory-utilization leaves, on a CPU 1",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of the GPU's memory to use for weights, steps and KV cache"
+    )
     block_size: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
     prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")

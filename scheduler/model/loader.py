@@ -21,6 +21,9 @@ from scheduler.model import interface
 from scheduler.model.attention import choose
 from scheduler.model.attention.base import AttentionBackend
 from scheduler.model.cpu.decoder import ARCHITECTURES, DecoderForward, runs_in_one_call
+from scheduler.model.cuda.graphs import CudaCapturer
+from scheduler.model.cuda.memory import DeviceMemory
+from scheduler.model.cuda.setup import make_forward, make_planner, measure_memory, with_graphs
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.packing import pack_linears
@@ -30,6 +33,7 @@ from scheduler.model.source import ModelError, ModelSource, resolve
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_KV_CACHE_GIB = 1.0
 Report = Callable[[str, float, str], None]
 
 
@@ -60,6 +64,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python, torch and transformers imported")
     device = _device(config.device)
+    on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, device)
     source = resolve(config.model)
     phases.done("model files", source.path)
@@ -72,21 +77,22 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     num_parameters = sum(p.numel() for p in model.parameters())
     max_model_len = _max_model_len(config, model)
     bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-    num_blocks = int(config.kv_cache_gib * 2**30) // (bytes_per_token * config.block_size)
+    cache_bytes, named, advice = _cache_bytes(
+        config, device, lambda: measure_memory(model, backend, spec, config, max_model_len)
+    )
+    num_blocks = cache_bytes // (bytes_per_token * config.block_size)
     # One block beyond the longest sequence: a soft prompt's partly filled last block lies beside its copy.
     holds = (num_blocks - 1) * config.block_size
     if holds < min(max_model_len, 2 * config.block_size if config.max_model_len is None else max_model_len):
         needed = (max_model_len + 2 * config.block_size) * bytes_per_token / 2**30
         raise ModelError(
-            f"--kv-cache-gib {config.kv_cache_gib:g} holds {max(holds, 0)} tokens, fewer than one sequence of "
-            f"{max_model_len}: give at least {needed:.2g}, or a smaller --max-model-len"
+            f"{named} holds {max(holds, 0)} tokens, fewer than one sequence of {max_model_len}: "
+            f"give at least {needed:.2g}, {advice}"
         )
     max_model_len = min(max_model_len, holds)
     free = _free_bytes(device)
     if num_blocks * config.block_size * bytes_per_token > free:
-        raise ModelError(
-            f"--kv-cache-gib {config.kv_cache_gib:g}: only {free / 2**30:.1f} GiB of memory are free after the weights"
-        )
+        raise ModelError(f"{named}: only {free / 2**30:.1f} GiB of memory are free after the weights")
     try:
         kv_cache = KVCache(
             num_layers=spec.num_layers,
@@ -96,9 +102,10 @@ def load(config: EngineConfig, report: Report) -> Loaded:
             head_dim=spec.head_dim,
             dtype=dtype,
             device=device,
+            scratch_block=on_gpu,
         )
     except RuntimeError as error:
-        raise ModelError(f"--kv-cache-gib {config.kv_cache_gib:g}: not that much memory is free") from error
+        raise ModelError(f"{named}: not that much memory is free") from error
     phases.done("KV cache", f"{num_blocks} blocks of {config.block_size} tokens")
     forward, layout = _forward(model, kv_cache, backend, config.quantization)
     phases.done("weight layout", layout)
@@ -121,6 +128,17 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     )
     runner = _checked_runner(model, forward, kv_cache, info, config)
     phases.done("self-check", "paged attention agrees with transformers' own")
+    if on_gpu:
+        graphs, build = with_graphs(
+            forward,
+            kv_cache,
+            make_planner(model, backend, spec),
+            max_batch_size=config.max_batch_size,
+            max_model_len=max_model_len,
+            capturer=CudaCapturer(),
+        )
+        runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build)
+        phases.done("CUDA graphs", graphs.capture_all())
     return Loaded(runner, kv_cache, info)
 
 
@@ -159,6 +177,8 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
+    if kv_cache.device.type == "cuda" and quantization == "none":
+        return make_forward(model, kv_cache, backend), "as loaded"
     if runs_in_one_call(model, kv_cache.dtype):
         weights = None if quantization == "none" else quantization
         try:
@@ -201,6 +221,25 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _cache_bytes(
+    config: EngineConfig, device: torch.device, measure: Callable[[], DeviceMemory]
+) -> tuple[int, str, str]:
+    """The KV cache's size, what names it in messages, and what else to do where it is too small. Raises ModelError."""
+    if config.kv_cache_gib is not None or device.type != "cuda":
+        gib = CPU_KV_CACHE_GIB if config.kv_cache_gib is None else config.kv_cache_gib
+        return int(gib * 2**30), f"--kv-cache-gib {gib:g}", "or a smaller --max-model-len"
+    try:
+        memory = measure()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"a step of --max-batch-tokens {config.max_batch_tokens} does not fit the GPU beside the weights: "
+            "lower it, or free memory"
+        ) from error
+    named = memory.describe(config.gpu_memory_utilization)
+    advice = "or a smaller --max-model-len; lower --max-batch-tokens, raise the share, or free memory"
+    return max(0, memory.left_for_cache(config.gpu_memory_utilization)), named, advice
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from prompt_store.soft_prompt import ModelSpec, SoftPrompt, check_fits, load
 from scheduler.messages import SoftPromptRef
-from scheduler.model.batch import Row, build_batch
+from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.forward import Forward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.sampler import SampleInput, sample
-from scheduler.scheduler import Step, StepResult
+from scheduler.model.staging import small_tensor
+from scheduler.scheduler import OutOfDeviceMemory, Step, StepResult
 from scheduler.sequence import Sequence
 from scheduler.soft_prompts import ResidentSoftPrompt
 
@@ -23,9 +25,17 @@ logger = logging.getLogger(__name__)
 class Runner:
     """Owns the KV cache and the way the model is run. A row that fails, fails alone: the others' results still come."""
 
-    def __init__(self, forward: Forward, kv_cache: KVCache, spec: ModelSpec, max_prompt_bytes: int) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        kv_cache: KVCache,
+        spec: ModelSpec,
+        max_prompt_bytes: int,
+        build: BatchBuilder | None = None,
+    ) -> None:
         self._forward = forward
         self._kv_cache = kv_cache
+        self._build = build or partial(build_batch, block_size=kv_cache.block_size, device=kv_cache.device)
         self._spec = spec
         self._max_prompt_bytes = max_prompt_bytes
         self._filling: dict[str, torch.Tensor] = {}
@@ -33,23 +43,38 @@ class Runner:
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
         """Compute every row of the step. If that raises, each row is run once more alone and only those that
-        raise again are reported as failed; writing the same keys and values twice changes nothing."""
+        raise again are reported as failed; writing the same keys and values twice changes nothing.
+
+        Raises OutOfDeviceMemory."""
+        try:
+            return self._execute(step)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfDeviceMemory from error
+
+    def _execute(self, step: Step) -> StepResult:
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
         result = StepResult(tokens={}, logprobs={}, scores={}, errors={}, fill_errors={})
         try:
             self._run(step.rows, step.fills, result)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
             logger.exception("a step failed; running its rows one by one")
             for row in step.rows:
                 try:
                     self._run([row], [], result)
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception:
                     logger.exception("request %s failed", row[0].request_id)
                     result.errors[row[0].request_id] = "the model failed on this request"
             for fill in step.fills:
                 try:
                     self._run([], [fill], result)
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception:
                     logger.exception("soft prompt %s failed", fill[0].ref.sha256)
                     result.fill_errors[fill[0].ref.sha256] = "the model failed on this soft prompt"
@@ -95,7 +120,7 @@ class Runner:
         if not sampling:
             return
         if len(sampled_rows) < at:
-            logits = logits[torch.tensor(sampled_rows, device=logits.device)]
+            logits = logits[small_tensor(sampled_rows, logits.device, torch.int64)]
         inputs = [SampleInput(s.params, s.tokens, s.num_prompt, s.length) for s in sampling]
         for sequence, chosen in zip(sampling, sample(logits, inputs), strict=True):
             if chosen.error is not None:
@@ -108,9 +133,10 @@ class Runner:
     def _score(self, sequence: Sequence, wanted: range, logits: torch.Tensor, result: StepResult) -> None:
         """Log-probability of the token that follows each wanted position."""
         first = sequence.num_computed - sequence.num_virtual
-        targets = torch.tensor([sequence.tokens[first + offset + 1] for offset in wanted], device=logits.device)
+        following = [sequence.tokens[first + offset + 1] for offset in wanted]
+        targets = small_tensor(following, logits.device, torch.int64)
         table = torch.log_softmax(logits.float(), dim=-1)
-        scores = table.gather(1, targets[:, None].long())[:, 0]
+        scores = table.gather(1, targets[:, None])[:, 0]
         if torch.isfinite(scores).all():
             result.scores[sequence.request_id] = scores.tolist()
         else:
@@ -118,7 +144,7 @@ class Runner:
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
-        return self._forward(build_batch(rows, self._kv_cache.block_size, self._kv_cache.device))
+        return self._forward(self._build(rows))
 
     def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
         embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]

@@ -72,6 +72,8 @@ class Workbench:
             malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if malloc_trim is not None:
                 malloc_trim(0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def prefix_of(self, prompt: SoftPrompt) -> Prefix:
         """The KV that a soft prompt puts in front of the model."""

@@ -16,6 +16,8 @@ from scheduler.model.batch import RaggedBatch
 from scheduler.model.kv_cache import KVCache
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Their frequencies are the same at every length.
+_ROTARY = ("default", "linear", "llama3", "yarn")
 _SILU_COLUMNS = 1024
 
 
@@ -43,6 +45,7 @@ def supports(model: Any) -> bool:
         config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
         and getattr(config, "partial_rotary_factor", None) in (None, 1.0)
+        and (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") in _ROTARY
         and _head_dim(config) % 2 == 0
         and all(type(part) is nn.Linear for layer in layers for part in _linears(layer))
         and type(model.lm_head) is nn.Linear

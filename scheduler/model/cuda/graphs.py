@@ -81,6 +81,14 @@ class GraphForward:
             return self._forward(batch)[: batch.padded_from]
         return captured(batch)[: batch.padded_from]
 
+    def capture_all(self) -> str:
+        """Capture every size, and say what came of it."""
+        sizes = len(self._batches.sizes)
+        for done, size in enumerate(self.capture(), start=1):
+            if done % 8 == 0:
+                logger.info("captured CUDA graphs for %d of %d batch sizes, down to %d", done, sizes, size)
+        return f"{len(self._captured)} of {sizes} batch sizes, the largest {self._batches.sizes[-1]}"
+
     @torch.inference_mode()
     def capture(self) -> Iterator[int]:
         """Capture one size after another, the largest first (the smaller reuse its memory); yields each when done.

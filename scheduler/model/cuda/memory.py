@@ -1,0 +1,44 @@
+"""How much of a GPU's memory the KV cache may take: what weights and the largest step leave of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes; `free` is what nobody holds beside the weights, `step` what the largest step takes at its peak."""
+
+    total: int
+    free: int
+    step: int
+
+    def left_for_cache(self, utilization: float) -> int:
+        """Zero or less where nothing is left. Steps are counted twice: graphs keep working memory of their own."""
+        spare = int(self.total * (1 - utilization))
+        return self.free - spare - 2 * self.step
+
+    def describe(self, utilization: float) -> str:
+        """Where the memory went, for whoever has to find more."""
+        gib = [f"{size / 2**30:.1f}" for size in (self.total, self.total - self.free, self.step)]
+        return (
+            f"--gpu-memory-utilization {utilization:g} leaves {self.left_for_cache(utilization) / 2**30:.1f} GiB for "
+            f"the KV cache (of {gib[0]} GiB, {gib[1]} are taken by weights and other processes, {gib[2]} by a step)"
+        )
+
+
+def measure(largest_step: Callable[[], None], device: torch.device) -> DeviceMemory:
+    """Run a step as large as any can become, and see what it takes. Raises torch.OutOfMemoryError."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    largest_step()
+    torch.cuda.synchronize(device)
+    step = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total, free, step)

@@ -1,0 +1,103 @@
+"""What a model gets on a GPU: fused kernels where they fit, graphs for decoding, a cache as large as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from prompt_store.manifest import ModelSpec
+from scheduler.messages import EngineConfig, SamplingParams
+from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.attention.cuda import TritonAttention
+from scheduler.model.attention.plan import Planner
+from scheduler.model.batch import BatchBuilder, Row, build_batch
+from scheduler.model.cuda import fused
+from scheduler.model.cuda.buckets import BucketedBatches, bucket_sizes
+from scheduler.model.cuda.graphs import Capturer, GraphForward
+from scheduler.model.cuda.memory import DeviceMemory, measure
+from scheduler.model.forward import Forward, TransformersForward
+from scheduler.model.kv_cache import KVCache
+from scheduler.model.sampler import SampleInput, sample
+
+
+def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend) -> Forward:
+    """The fastest way to run the model in kernels started one by one."""
+    if isinstance(backend, TritonAttention) and fused.supports(model):
+        return fused.FusedForward(model, kv_cache, backend)
+    return TransformersForward(model, kv_cache, backend)
+
+
+def with_graphs(
+    forward: Forward,
+    kv_cache: KVCache,
+    planner: Planner | None,
+    *,
+    max_batch_size: int,
+    max_model_len: int,
+    capturer: Capturer,
+) -> tuple[GraphForward, BatchBuilder]:
+    """The same forward with graphs for decoding, not captured yet, and the builder of batches that fit them."""
+    batches = BucketedBatches(
+        bucket_sizes(max_batch_size), kv_cache.num_blocks, kv_cache.block_size, kv_cache.device, planner
+    )
+    # One more than the longest sequence fills: its last token may be the first of a block.
+    max_blocks = -(-max_model_len // kv_cache.block_size) + 1
+    return GraphForward(forward, batches, max_blocks, capturer), batches
+
+
+def make_planner(model: Any, backend: AttentionBackend, spec: ModelSpec) -> Planner | None:
+    if not isinstance(backend, TritonAttention):
+        return None
+    heads: int = model.config.get_text_config().num_attention_heads
+    return backend.planner(heads=heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=model.dtype)
+
+
+def measure_memory(
+    model: Any, backend: AttentionBackend, spec: ModelSpec, config: EngineConfig, max_model_len: int
+) -> DeviceMemory:
+    """Raises torch.OutOfMemoryError."""
+    device: torch.device = model.device
+    return measure(largest_step(model, backend, spec, config, max_model_len), device)
+
+
+def largest_step(
+    model: Any, backend: AttentionBackend, spec: ModelSpec, config: EngineConfig, max_model_len: int
+) -> Callable[[], None]:
+    """A step that fills the token budget and samples for every slot, over a cache of its own, given back after.
+
+    It also compiles the kernels.
+    """
+    device: torch.device = model.device
+    length = min(max_model_len, config.max_batch_tokens)
+    blocks = list(range(-(-length // config.block_size)))
+
+    @torch.inference_mode()
+    def run() -> None:
+        kv_cache = KVCache(
+            num_layers=spec.num_layers,
+            num_blocks=len(blocks),
+            num_kv_heads=spec.num_kv_heads,
+            block_size=config.block_size,
+            head_dim=spec.head_dim,
+            dtype=model.dtype,
+            device=device,
+        )
+        for tensor in (*kv_cache.keys, *kv_cache.values):
+            tensor.zero_()
+        forward = make_forward(model, kv_cache, backend)
+        planner = make_planner(model, backend, spec)
+        rows, left = [], config.max_batch_tokens
+        while left > 0:  # all in the same blocks: what comes out does not matter
+            count = min(left, length)
+            rows.append(Row(0, [0] * count, blocks, range(count - 1, count)))
+            left -= count
+        wanted = config.max_batch_size - len(rows)
+        first = rows[0].count
+        rows[0] = Row(0, rows[0].token_ids, blocks, range(max(0, first - 1 - max(0, wanted)), first))
+        logits = forward(build_batch(rows, config.block_size, device, planner))
+        params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
+        sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))])
+
+    return run

@@ -1,0 +1,118 @@
+"""A step for which the device has no memory is run again smaller, and nobody notices but the counters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scheduler.messages import AddRequest, SamplingParams, SoftPromptRef
+from scheduler.model.batch import RaggedBatch
+from scheduler.scheduler import OutOfDeviceMemory, Step
+from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
+from tests.engine.test_exactness import build, check_empty
+from tests.scheduler.test_scheduler import FakeRunner, make_scheduler, request
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_models: dict[str, str]) -> Reference:
+    return load_reference(tiny_models["llama"])
+
+
+class SmallDevice:
+    """A forward that runs out of memory in every step of more than so many tokens, or in those named by number."""
+
+    def __init__(self, forward, most: int, failing: frozenset[int] = frozenset()) -> None:
+        self._forward = forward
+        self._most = most
+        self._failing = failing
+        self._calls = 0
+
+    def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        self._calls += 1
+        if len(batch.token_ids) > self._most or self._calls in self._failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return self._forward(batch)
+
+
+@pytest.mark.parametrize(("most", "failing"), [(1000, {4}), (1000, {1, 6, 12, 13, 20}), (9, set()), (3, set())])
+def test_every_request_still_gets_its_tokens(llama: Reference, tmp_path, most: int, failing: set[int]) -> None:
+    engine, ready = build(
+        llama.path, num_blocks=40, max_batch_size=5, max_batch_tokens=24, max_model_len=120, max_queue_size=50
+    )
+    runner = engine._runner
+    runner._forward = SmallDevice(runner._forward, most, frozenset(failing))
+    prompt = make_soft_prompt("embeddings", 19, ready.model)
+    ref = SoftPromptRef("7" * 64, str(save_prompt(prompt, tmp_path, "p")), 19)
+    prompts = [list(range(500 + i, 500 + i + length)) for i, length in enumerate((3, 14, 30, 1, 8, 21))]
+    params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+    for index, ids in enumerate(prompts):
+        soft = ref if index % 3 == 2 else None
+        engine.handle(AddRequest(request_id=str(index), token_ids=ids, params=params, soft_prompt=soft))
+    received: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    for _ in range(2000):
+        if not engine.has_work:
+            break
+        output = engine.step()
+        engine.scheduler.check_integrity()
+        assert not set(output.admitted) & set(output.preempted)
+        for sequence in output.outputs:
+            assert sequence.error is None
+            received[sequence.request_id] += sequence.token_ids
+    for index, ids in enumerate(prompts):
+        expected = llama.generate(ids, 9, prompt if index % 3 == 2 else None)
+        assert received[str(index)][: len(expected)] == expected, index
+    assert engine.stats.out_of_memory_total >= max(1, len(failing))
+    check_empty(engine)
+
+
+def test_what_never_fits_fails_alone(llama: Reference) -> None:
+    engine, _ = build(llama.path, num_blocks=40, max_batch_size=5, max_batch_tokens=24, max_model_len=120)
+    runner = engine._runner
+    runner._forward = SmallDevice(runner._forward, 0)
+    engine.handle(AddRequest(request_id="a", token_ids=[5, 6, 7], params=SamplingParams(max_tokens=3)))
+    outputs = [output for _ in range(3) if engine.has_work for output in engine.step().outputs]
+    assert [output.finish_reason for output in outputs] == ["error"]
+    assert "memory" in outputs[0].error
+    check_empty(engine)
+
+
+def test_the_newest_leaves_and_nobody_comes_until_somebody_has_left() -> None:
+    """Without a model."""
+    scheduler = make_scheduler(max_batch_size=4, max_batch_tokens=64)
+    runner = FakeRunner(scheduler)
+    for name in "abc":
+        scheduler.add(request(name, length=5, max_tokens=2 if name == "a" else 6))
+    scheduler.postprocess(first := scheduler.schedule(), runner.run(first))
+    scheduler.add(request("d", length=5))
+    step = scheduler.schedule()
+    assert [s.request_id for s, _ in step.rows] == list("abcd")
+    assert step.admitted == ["d"]
+    assert scheduler.shrink(step)
+    assert [s.request_id for s, _ in step.rows] == list("abc")
+    assert step.admitted == []
+    assert step.preempted == ["d"]
+    assert scheduler.shrink(step)
+    assert step.preempted == ["d", "c"]
+    outputs = scheduler.postprocess(step, runner.run(step))
+    assert [o.request_id for o in outputs if o.finish_reason] == ["a"]
+    scheduler.check_integrity()
+    step = scheduler.schedule()  # "a" has left, so others may come again
+    assert [s.request_id for s, _ in step.rows] == list("bcd")
+    assert scheduler.shrink(step)
+    assert [s.request_id for s, _ in scheduler.schedule().rows] == list("bc"), "one came back although nobody had left"
+    assert scheduler.stats(1).out_of_memory_total == 3
+    scheduler.check_integrity()
+
+
+def test_one_alone_is_halved_until_a_token_is_left() -> None:
+    scheduler = make_scheduler(max_batch_size=4, max_batch_tokens=64)
+    scheduler.add(request("a", length=5))
+    step: Step = scheduler.schedule()
+    counts = []
+    while scheduler.shrink(step):
+        counts += [count for _, count in step.rows]
+    assert counts == [2, 1]
+
+
+def test_the_signal_needs_no_torch() -> None:
+    assert OutOfDeviceMemory.__module__ == "scheduler.scheduler"
