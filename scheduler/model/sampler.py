@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 
 from scheduler.messages import SamplingParams, TokenLogprobs
+from scheduler.model.staging import small_tensor
 
 GREEDY_BELOW = 1e-5
 MAX_LOGPROBS = 20
@@ -39,7 +42,7 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sample]:
     """Choose one token per row of `logits` [rows, vocab].
 
     Order: penalties, temperature, top-k, top-p within what top-k left, min-p relative to the most probable token.
-    Log-probabilities are those of the model, before all of these.
+    Log-probabilities are those of the model, before all of these. All is read back from the device at once.
     """
     logits = logits.float()
     raw = logits
@@ -48,18 +51,29 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sample]:
         for index, row in enumerate(inputs):
             if _penalised(row.params):
                 _penalise(logits[index], row)
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    tokens = logits.argmax(dim=-1).tolist()
-    sampled = [i for i, row in enumerate(inputs) if finite[i] and row.params.temperature >= GREEDY_BELOW]
-    if sampled:
-        rows = [inputs[i] for i in sampled]
-        drawn = _draw(logits[torch.tensor(sampled, device=logits.device)], rows)
-        for index, token in zip(sampled, drawn, strict=True):
-            tokens[index] = token
-    logprobs = _logprobs(raw, tokens, inputs)
+    finite = torch.isfinite(logits.amax(dim=-1))
+    tokens = logits.argmax(dim=-1)
+    drawn = _Draw.of(logits, inputs)
+    if drawn is not None:
+        tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
+    table = _LogprobTable.of(raw, inputs)
+
+    def read() -> tuple[list[float], list[float], list[float], list[list[float]]]:
+        needs_whole = drawn.needs_whole if drawn is not None else finite[:0]
+        parts = [tokens, finite, needs_whole, *(table.rows(tokens) if table is not None else [])]
+        numbers = torch.cat([part.double().flatten() for part in parts]).tolist()
+        split = [numbers[end - part.numel() : end] for end, part in zip(_ends(parts), parts, strict=True)]
+        return split[0], split[1], split[2], split[3:]
+
+    chosen, is_finite, needs_whole, found = read()
+    if drawn is not None and any(needs_whole):
+        for index in [i for i, needed in enumerate(needs_whole) if needed]:
+            tokens[drawn.rows[index]] = drawn.from_whole(index)
+        chosen, is_finite, _, found = read()
+    logprobs = table.told(found) if table is not None else {}
     return [
-        Sample(tokens[i], logprobs.get(i)) if finite[i] else Sample(-1, error="the model's logits are not finite")
-        for i in range(len(inputs))
+        Sample(int(token), logprobs.get(i)) if is_finite[i] else Sample(-1, error="the model's logits are not finite")
+        for i, token in enumerate(chosen)
     ]
 
 
@@ -74,63 +88,89 @@ def _penalised(params: SamplingParams) -> bool:
 
 def _penalise(logits: torch.Tensor, row: SampleInput) -> None:
     """In place, on one row [vocab]. Repetition (CTRL, 1909.05858) looks at prompt and output, the others at output."""
-    params = row.params
+    params, device = row.params, logits.device
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        seen = small_tensor(sorted(set(row.tokens)), device, torch.int64)
         scores = logits[seen]
         factor = params.repetition_penalty
         logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
     output = row.tokens[row.num_prompt :]
     if output and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
-        ids, counts = torch.unique(torch.tensor(output, device=logits.device), return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
+        counts = Counter(output)
+        ids = small_tensor(list(counts), device, torch.int64)
+        times = small_tensor(list(counts.values()), device, logits.dtype)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SampleInput]) -> list[int]:
+@dataclass(frozen=True)
+class _Draw:
     """Inverse-CDF sampling with one uniform number per row; all filters are cuts in the sorted distribution."""
-    device = logits.device
-    temperature = torch.tensor([row.params.temperature for row in rows], device=device)
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
-    numbers = [uniform(row.params.seed, row.position) for row in rows]
-    filtered = [i for i, row in enumerate(rows) if _filters(row.params)]
-    plain = [i for i, row in enumerate(rows) if not _filters(row.params)]
-    tokens = [0] * len(rows)
-    if plain:
-        chosen = _invert(probs[plain], torch.tensor([numbers[i] for i in plain], device=device))
-        for index, token in zip(plain, chosen.tolist(), strict=True):
-            tokens[index] = token
-    if filtered:
-        head, ids = probs[filtered].topk(min(HEAD, probs.shape[-1]), dim=-1)
-        for at, index in enumerate(filtered):
-            kept = _cut(head[at], rows[index].params)
-            order = ids[at]
-            if kept == head.shape[-1] < probs.shape[-1]:
-                whole, order = probs[index].sort(descending=True)
-                kept = _cut(whole, rows[index].params)
-                values = whole[:kept]
-            else:
-                values = head[at, :kept]
-            chosen = _invert(values[None], torch.tensor([numbers[index]], device=device))
-            tokens[index] = int(order[chosen[0]])
-    return tokens
+
+    rows: list[int]  # of the batch: those that are not greedy
+    at: torch.Tensor  # the same on the device
+    params: list[SamplingParams]
+    probs: torch.Tensor  # [n, vocab]
+    numbers: torch.Tensor  # [n]
+    tokens: torch.Tensor  # int64 [n]
+    needs_whole: torch.Tensor  # bool [n]: the filters keep all of the head, and perhaps more behind it
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _Draw | None:
+        rows = [i for i, row in enumerate(inputs) if row.params.temperature >= GREEDY_BELOW]
+        if not rows:
+            return None
+        device = logits.device
+        params = [inputs[i].params for i in rows]
+        at = small_tensor(rows, device, torch.int64)
+        temperature = small_tensor([p.temperature for p in params], device, torch.float32)
+        probs = torch.softmax(logits[at] / temperature[:, None], dim=-1)
+        uniforms = [uniform(inputs[i].params.seed, inputs[i].position) for i in rows]
+        numbers = small_tensor(uniforms, device, torch.float32)
+        tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        needs_whole = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        filtered = [i for i, p in enumerate(params) if _filters(p)]
+        plain = [i for i, p in enumerate(params) if not _filters(p)]
+        if plain:
+            mine = small_tensor(plain, device, torch.int64)
+            tokens[mine] = _invert(probs[mine], numbers[mine])
+        if filtered:
+            mine = small_tensor(filtered, device, torch.int64)
+            head, ids = probs[mine].topk(min(HEAD, probs.shape[-1]), dim=-1)
+            chosen, kept = _invert_cut(head, numbers[mine], [params[i] for i in filtered])
+            tokens[mine] = ids.gather(1, chosen[:, None])[:, 0]
+            if head.shape[-1] < probs.shape[-1]:
+                needs_whole[mine] = kept == head.shape[-1]
+        return cls(rows, at, params, probs, numbers, tokens, needs_whole)
+
+    def from_whole(self, index: int) -> torch.Tensor:
+        """The token of a row for which the head was not enough."""
+        whole, order = self.probs[index].sort(descending=True)
+        chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1], [self.params[index]])
+        return order[chosen[0]]
 
 
 def _filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _cut(values: torch.Tensor, params: SamplingParams) -> int:
-    """How many of the descending probabilities [n] survive all filters; at least one."""
-    kept = values.shape[0]
-    if params.top_k > 0:
-        kept = min(kept, params.top_k)
-    if params.top_p < 1.0:
-        mass = values[:kept].double().cumsum(0)
-        total = float(mass[-1]) if params.top_k > 0 else 1.0
-        kept = min(kept, int((mass < params.top_p * total).sum()) + 1)
-    if params.min_p > 0.0:
-        kept = min(kept, int((values[:kept] >= params.min_p * values[0]).sum()))
-    return max(1, kept)
+def _invert_cut(
+    values: torch.Tensor, numbers: torch.Tensor, params: Sequence[SamplingParams]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row of descending probabilities [rows, n]: the index drawn from those that survive all filters, and how many
+    those are; at least one."""
+    device, size = values.device, values.shape[-1]
+    top_k = small_tensor([min(p.top_k, size) for p in params], device, torch.int64)[:, None]
+    top_p = small_tensor([p.top_p for p in params], device, torch.float64)[:, None]
+    min_p = small_tensor([p.min_p for p in params], device, torch.float32)[:, None]
+    rank = torch.arange(size, device=device)
+    kept = torch.where(top_k > 0, top_k, size)
+    mass = values.double().cumsum(-1)
+    total = torch.where(top_k > 0, mass.gather(1, kept - 1), 1.0)
+    within = ((rank < kept) & (mass < top_p * total)).sum(-1, keepdim=True) + 1
+    kept = torch.where(top_p < 1.0, torch.minimum(kept, within), kept)
+    likely = ((rank < kept) & (values >= min_p * values[:, :1])).sum(-1, keepdim=True)
+    kept = torch.where(min_p > 0.0, torch.minimum(kept, likely), kept).clamp(min=1)
+    return _invert(values.masked_fill(rank >= kept, 0.0), numbers), kept[:, 0]
 
 
 def _invert(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -142,17 +182,40 @@ def _invert(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return torch.minimum(index, last)
 
 
-def _logprobs(logits: torch.Tensor, tokens: Sequence[int], inputs: Sequence[SampleInput]) -> dict[int, TokenLogprobs]:
-    wanted = [i for i, row in enumerate(inputs) if row.params.logprobs is not None]
-    if not wanted:
-        return {}
-    table = torch.log_softmax(logits[torch.tensor(wanted, device=logits.device)], dim=-1)
-    chosen = table.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=logits.device))[:, 0].tolist()
-    most = min(MAX_LOGPROBS, table.shape[-1])
-    top = table.topk(most, dim=-1)
-    values, ids = top.values.tolist(), top.indices.tolist()
-    result = {}
-    for at, index in enumerate(wanted):
-        count = min(inputs[index].params.logprobs or 0, most)
-        result[index] = TokenLogprobs(chosen[at], ids[at][:count], values[at][:count])
-    return result
+@dataclass(frozen=True)
+class _LogprobTable:
+    """Log-probabilities of the rows that want some."""
+
+    at: list[int]  # their rows in the batch
+    counts: list[int]  # alternatives wanted by each
+    table: torch.Tensor  # [wanted, vocab]
+    most: int
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _LogprobTable | None:
+        at = [i for i, row in enumerate(inputs) if row.params.logprobs is not None]
+        if not at:
+            return None
+        table = torch.log_softmax(logits[small_tensor(at, logits.device, torch.int64)], dim=-1)
+        most = min(MAX_LOGPROBS, table.shape[-1])
+        counts = [min(inputs[i].params.logprobs or 0, most) for i in at]
+        return cls(at, counts, table, max(counts))
+
+    def rows(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """The chosen tokens' log-probabilities, the alternatives' ids and theirs."""
+        mine = tokens[small_tensor(self.at, tokens.device, torch.int64)]
+        top = self.table.topk(self.most, dim=-1)
+        return [self.table.gather(1, mine[:, None]), top.indices, top.values]
+
+    def told(self, found: list[list[float]]) -> dict[int, TokenLogprobs]:
+        """What `rows` gave, once read, by row of the batch."""
+        chosen, ids, values = found
+        result = {}
+        for at, (row, count) in enumerate(zip(self.at, self.counts, strict=True)):
+            mine = slice(at * self.most, at * self.most + count)
+            result[row] = TokenLogprobs(chosen[at], [int(id) for id in ids[mine]], values[mine])
+        return result
+
+
+def _ends(parts: Sequence[torch.Tensor]) -> Iterator[int]:
+    return accumulate(part.numel() for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 
 import pytest
@@ -134,3 +135,39 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     assert chosen[1].error is not None
     assert chosen[0].error is None
     assert chosen[2].error is None
+
+
+def test_the_same_rows_in_any_mixture_of_filters_give_the_same_tokens() -> None:
+    """Rows with and without filters, and one whose filter needs the whole vocabulary, are drawn side by side."""
+    kinds: list[dict[str, float]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.9, "top_p": 0.9},
+        {"temperature": 9.0, "top_p": 0.99999},
+        {"temperature": 1.0, "top_k": 2000},
+        {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.3},
+    ]
+    logits = random_logits(24, seed=2)
+    rows = [row(position=i, seed=i, logprobs=i % 4 or None, **kinds[i % 6]) for i in range(24)]
+    together = sample(logits, rows)
+    for i, one in enumerate(rows):
+        alone = sample(logits[i : i + 1], [one])[0]
+        assert alone.token_id == together[i].token_id
+        assert (alone.logprobs is None) == (together[i].logprobs is None)
+    ranks = (logits > logits.gather(1, torch.tensor([[c.token_id] for c in together]))).sum(-1)
+    assert ranks[3::6].max() > 1024, "the whole vocabulary was never needed"
+
+
+@pytest.mark.gpu
+def test_one_wait_for_the_gpu_per_step() -> None:
+    logits = random_logits(8).cuda()
+    rows = [row(position=i, temperature=i % 2, top_p=0.9, logprobs=2, repetition_penalty=1.1) for i in range(8)]
+    sample(logits, rows)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            sample(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1

@@ -1,0 +1,94 @@
+"""What only a GPU can show; everything else runs there and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+
+from scheduler.engine import build_engine
+from scheduler.messages import AddRequest, EngineConfig, SamplingParams
+from scheduler.model.source import ModelError
+from tests.conftest import Reference
+
+pytestmark = pytest.mark.gpu
+
+
+def config(path: str, **values: object) -> EngineConfig:
+    limits = {"max_batch_size": 4, "max_batch_tokens": 64, "max_model_len": 256, "dtype": "float32"}
+    return EngineConfig(model=path, device="cuda", **(limits | values))
+
+
+def add(engine, count: int, max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    for index in range(count):
+        engine.handle(AddRequest(request_id=str(index), token_ids=[7 + index] * 20, params=params))
+
+
+def test_a_decoding_step_waits_for_the_gpu_once(smollm2: Reference) -> None:
+    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2), lambda *_: None)
+    add(engine, 3, max_tokens=20)
+    for _ in range(6):
+        engine.step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                assert engine.step().batch_size == 3
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 5
+
+
+def test_the_cache_takes_what_is_left_and_graphs_are_captured(smollm2: Reference) -> None:
+    phases: dict[str, str] = {}
+    used = {}
+    for share in (0.3, 0.5):
+        engine, ready = build_engine(
+            config(smollm2.path, gpu_memory_utilization=share), lambda name, _, detail: phases.update({name: detail})
+        )
+        used[share] = ready.kv_bytes
+        engine.close()
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    assert used[0.5] - used[0.3] == pytest.approx(0.2 * total, rel=0.1)
+    assert used[0.5] < total
+    assert phases["CUDA graphs"] == "3 of 3 batch sizes, the largest 4"
+    assert phases["attention kernel"] == "triton"
+    assert free > 0
+
+
+def test_nothing_left_is_said_in_one_line(smollm2: Reference) -> None:
+    with pytest.raises(ModelError, match=r"--gpu-memory-utilization 0.001 leaves .* GiB for the KV cache") as refused:
+        build_engine(config(smollm2.path, gpu_memory_utilization=0.001), lambda *_: None)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_real_shortage_of_memory_preempts_and_goes_on(smollm2: Reference) -> None:
+    """Everything but a little is taken by somebody else while requests run."""
+    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2, max_batch_tokens=1024), lambda *_: None)
+    add(engine, 4, max_tokens=30)
+    engine.step()
+    engine.handle(
+        AddRequest(request_id="long", token_ids=[5] * 200, params=SamplingParams(max_tokens=5, temperature=0.0))
+    )
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(free - (24 << 20), dtype=torch.uint8, device="cuda")
+    received: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            assert output.error is None
+            received.setdefault(output.request_id, []).extend(output.token_ids)
+        if engine.stats.out_of_memory_total > 3 and hog is not None:
+            hog = None
+            torch.cuda.empty_cache()
+    for index in range(4):
+        expected = smollm2.generate([7 + index] * 20, 30)
+        assert received[str(index)][: len(expected)] == expected
+        assert len(received[str(index)]) == 30
