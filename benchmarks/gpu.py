@@ -1,0 +1,230 @@
+"""A GPU's figures: steps beside their floors, transformers' generate_batch, and soft prompts against whole contexts.
+
+Models of real shapes with random weights are made on the device, so that nothing has to be downloaded. Prints tables
+and writes JSON. Without a GPU, `--device cpu --tiny` runs all of it on a tiny model, to see that it works.
+
+    python benchmarks/gpu.py --output figures.json
+    python benchmarks/gpu.py --device cpu --tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_models import SHAPES, Costs, build, save
+from gpu_serving import Load, Server, hot, save_soft_prompts, throughput
+from gpu_steps import Steps, against_floor, copy_bandwidth, generate_batch, matmul_rate
+
+from prompt_store.manifest import ModelSpec
+from scheduler.model.loader import load_transformers, spec_of
+from scheduler.model.source import resolve
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, on a GPU or on a tiny model."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prefill: int
+    repeats: int
+    prompts: int  # of the comparison with generate_batch
+    prompt_tokens: int
+    answer_tokens: int
+    hot_contexts: tuple[int, ...]
+    load: Load
+    server_flags: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.prefill, *self.contexts, self.load.context_tokens) + 512
+
+
+FULL = Plan(
+    batches=(1, 16, 64, 256),
+    contexts=(128, 2048),
+    prefill=8192,
+    repeats=30,
+    prompts=64,
+    prompt_tokens=512,
+    answer_tokens=128,
+    hot_contexts=(1, 16, 128),
+    load=Load(
+        0, context_tokens=8192, virtual_tokens=64, question_tokens=32, answer_tokens=32, concurrency=256, seconds=30
+    ),
+    server_flags=("--max-batch-size", "256", "--max-batch-tokens", "8192", "--max-queue-size", "1024"),
+)
+TINY = Plan(
+    batches=(1, 3),
+    contexts=(16, 64),
+    prefill=128,
+    repeats=3,
+    prompts=4,
+    prompt_tokens=24,
+    answer_tokens=8,
+    hot_contexts=(1, 3),
+    load=Load(0, context_tokens=256, virtual_tokens=8, question_tokens=6, answer_tokens=4, concurrency=4, seconds=1),
+    server_flags=("--max-batch-size", "8", "--max-batch-tokens", "64", "--kv-cache-gib", "0.02"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and short runs")
+    parser.add_argument(
+        "--models", default="SmolLM2-135M,Llama-3.2-1B,Llama-3.1-8B", help="some of " + ", ".join(SHAPES)
+    )
+    parser.add_argument("--parts", default="steps,generate_batch,serving", help="what to measure")
+    parser.add_argument("--port", type=int, default=8398)
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --device cpu --tiny shows that the benchmark works")
+    device, plan = torch.device(options.device), TINY if options.tiny else FULL
+    dtype = torch.float32 if options.tiny else torch.bfloat16
+    parts = options.parts.split(",")
+    limits = {"copy_bytes_per_second": copy_bandwidth(device, options.tiny)}
+    limits["matmul_flops_per_second"] = matmul_rate(device, dtype, options.tiny)
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": str(dtype),
+        "limits": limits,
+        "plan": asdict(plan),
+        "models": {},
+    }
+    print(f"{results['device']}: copies {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s", end=", ")
+    print(f"multiplies {limits['matmul_flops_per_second'] / 1e12:.1f} TFLOP/s\n", flush=True)
+    for name in ["tiny"] if options.tiny else options.models.split(","):
+        results["models"][name] = measure(name, device, dtype, plan, limits, parts, options.port)
+        if options.output:
+            options.output.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+def measure(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Plan,
+    limits: dict[str, float],
+    parts: list[str],
+    port: int,
+) -> dict[str, Any]:
+    print(f"## {name}\n", flush=True)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="softbatch-gpu-") as directory:
+        path = Path(directory, name)
+        save(build(name, device, dtype, plan.longest), path)
+        model, tokenizer = load_transformers(resolve(str(path)), dtype, device)
+        spec = spec_of(name, model, tokenizer)
+        prompts = [[(i * 7919 + j * 31) % 400 + 3 for j in range(plan.prompt_tokens)] for i in range(plan.prompts)]
+        if "steps" in parts:
+            found["steps"] = measure_steps(model, spec, plan, limits)
+            free(device)
+        if "generate_batch" in parts:
+            found["generate_batch"] = generate_batch(model, prompts, plan.answer_tokens)
+            print(f"generate_batch: {found['generate_batch']['tokens_per_second']:.0f} output tokens/s", flush=True)
+        vocabulary = model.config.vocab_size
+        del model
+        free(device)
+        if "serving" in parts:
+            found["serving"] = measure_serving(path, spec, plan, prompts, vocabulary, dtype, device, port)
+            if "generate_batch" in found:
+                ratio = found["serving"]["throughput"]["tokens_per_second"]
+                ratio /= found["generate_batch"]["tokens_per_second"]
+                found["times_generate_batch"] = ratio
+                print(f"softbatch over HTTP: {ratio:.2f} times generate_batch\n", flush=True)
+    return found
+
+
+def measure_steps(model: Any, spec: ModelSpec, plan: Plan, limits: dict[str, float]) -> dict[str, Any]:
+    tokens = max(plan.prefill, max(plan.batches) * max(plan.contexts))
+    if model.device.type == "cuda":  # a tenth is left for the steps themselves
+        room = int(0.9 * torch.cuda.mem_get_info()[0]) // Costs.of(model).kv_bytes_per_token
+        tokens = min(tokens, room - 16 * max(plan.batches))
+    steps = Steps(model, spec, tokens, max(plan.batches), plan.longest)
+    print(f"{steps.forward_name}, attention {steps.backend_name}, graphs: {steps.graphs}\n")
+    print("| step | ms | least to most | floor, ms | of the limit |\n|---|---|---|---|---|")
+    found: dict[str, Any] = {"decode": []}
+    for context in plan.contexts:
+        for batch in plan.batches:
+            if batch * context > tokens:
+                print(f"| decode, batch {batch}, context {context} | does not fit | | | |")
+                continue
+            floor = steps.costs.decode_bytes(batch, context) / limits["copy_bytes_per_second"]
+            figures = against_floor(steps.decode(batch, context, plan.repeats), floor)
+            found["decode"].append({"batch": batch, "context": context, **figures})
+            print_row(f"decode, batch {batch}, context {context}", figures)
+    floor = steps.costs.prefill_flops(plan.prefill) / limits["matmul_flops_per_second"]
+    figures = against_floor(steps.prefill(plan.prefill, max(3, plan.repeats // 5)), floor)
+    figures["tokens_per_second"] = plan.prefill / figures["ms"] * 1000
+    found["prefill"] = {"tokens": plan.prefill, **figures}
+    print_row(f"prefill of {plan.prefill} ({figures['tokens_per_second']:.0f} tokens/s)", figures)
+    print(flush=True)
+    return found
+
+
+def measure_serving(
+    path: Path,
+    spec: ModelSpec,
+    plan: Plan,
+    prompts: list[list[int]],
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    port: int,
+) -> dict[str, Any]:
+    store = path.parent / "prompts"
+    save_soft_prompts(store, spec, max(plan.hot_contexts), plan.load.virtual_tokens)
+    flags = [*plan.server_flags, "--device", device.type, "--dtype", str(dtype).removeprefix("torch.")]
+    block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize * 16
+    server = Server(path, store, port, flags)
+    try:
+        found: dict[str, Any] = {"throughput": throughput(server, prompts, plan.answer_tokens), "hot": []}
+        print(f"softbatch over HTTP: {found['throughput']['tokens_per_second']:.0f} output tokens/s\n")
+        print("| contexts | whole, requests/s | soft, requests/s | times | KV per request, times less |")
+        print("|---|---|---|---|---|")
+        for contexts in plan.hot_contexts:
+            load = Load(**(asdict(plan.load) | {"contexts": contexts}))
+            whole, soft = (hot(server, load, way, vocabulary, block_bytes) for way in (False, True))
+            faster = soft["requests_per_second"] / max(1e-9, whole["requests_per_second"])
+            smaller = whole["kv_bytes_per_running_request"] / max(1e-9, soft["kv_bytes_per_running_request"])
+            found["hot"].append(
+                {"contexts": contexts, "whole": whole, "soft": soft, "times_faster": faster, "times_less_kv": smaller}
+            )
+            rates = f"{whole['requests_per_second']:.2f} | {soft['requests_per_second']:.2f}"
+            print(f"| {contexts} | {rates} | {faster:.2f} | {smaller:.2f} |", flush=True)
+        print()
+    finally:
+        server.stop()
+    return found
+
+
+def print_row(name: str, figures: dict[str, float]) -> None:
+    spread = f"{figures['least_ms']:.2f} to {figures['most_ms']:.2f}"
+    print(
+        f"| {name} | {figures['ms']:.2f} | {spread} | {figures['floor_ms']:.2f} | {figures['fraction_of_limit']:.0%} |"
+    )
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

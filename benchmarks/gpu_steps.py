@@ -1,0 +1,140 @@
+"""Steps of a model beside their floors, in this process: for `gpu.py`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu_models import Costs
+
+from prompt_store.manifest import ModelSpec
+from scheduler.messages import SamplingParams
+from scheduler.model import interface
+from scheduler.model.attention import choose
+from scheduler.model.batch import Row
+from scheduler.model.cuda.graphs import CudaCapturer
+from scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
+from scheduler.model.kv_cache import KVCache
+from scheduler.model.runner import Runner
+from scheduler.model.sampler import SampleInput, sample
+
+BLOCK_SIZE = 16
+Figures = dict[str, float]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], object], device: torch.device, repeats: int, warm_ups: int = 3) -> list[float]:
+    """Seconds of each repeat."""
+    for _ in range(warm_ups):
+        run()
+    found = []
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        run()
+        wait(device)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def copy_bandwidth(device: torch.device, tiny: bool) -> float:
+    """Bytes read and written per second by a copy within the device."""
+    source = torch.zeros((16 << 20) if tiny else (2 << 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(timed(lambda: target.copy_(source), device, 10))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, tiny: bool) -> float:
+    """Floating-point operations per second of a large square product."""
+    size = 512 if tiny else 8192
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / statistics.median(timed(lambda: left @ right, device, 10))
+
+
+class Steps:
+    """One model with a KV cache of its own, run as the engine runs it: batch built, computed, sampled, read back."""
+
+    def __init__(self, model: Any, spec: ModelSpec, tokens: int, max_batch_size: int, longest: int) -> None:
+        interface.register()
+        model.set_attn_implementation(interface.ATTENTION_NAME)
+        self.device: torch.device = model.device
+        self.costs = Costs.of(model)
+        self.backend_name, backend = choose(self.device, model.dtype)
+        self._cache = KVCache(
+            num_layers=spec.num_layers,
+            num_blocks=-(-tokens // BLOCK_SIZE) + max_batch_size,
+            num_kv_heads=spec.num_kv_heads,
+            block_size=BLOCK_SIZE,
+            head_dim=spec.head_dim,
+            dtype=model.dtype,
+            device=self.device,
+            scratch_block=True,
+        )
+        for tensor in (*self._cache.keys, *self._cache.values):
+            tensor.zero_()
+        forward = make_forward(model, self._cache, backend)
+        self.forward_name = type(forward).__name__
+        self._graphs, build = with_graphs(
+            forward,
+            self._cache,
+            make_planner(model, backend, spec),
+            max_batch_size=max_batch_size,
+            max_model_len=longest,
+            capturer=CudaCapturer() if self.device.type == "cuda" else lambda run: run,
+        )
+        self.graphs = self._graphs.capture_all()
+        self._runner = Runner(self._graphs, self._cache, spec, 1 << 20, build)
+
+    @torch.inference_mode()
+    def decode(self, batch: int, context: int, repeats: int) -> list[float]:
+        """Seconds of steps in which `batch` sequences of `context` tokens each get one more."""
+        per_sequence = -(-context // BLOCK_SIZE)
+        rows, inputs = [], []
+        for index in range(batch):
+            blocks = range(index * per_sequence, (index + 1) * per_sequence)
+            rows.append(Row(context - 1, [5 + index], blocks, range(1)))
+            inputs.append(SampleInput(SamplingParams(temperature=0.0), [5], 1, context))
+        return timed(lambda: sample(self._runner.forward(rows), inputs), self.device, repeats)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int, repeats: int) -> list[float]:
+        blocks = range(-(-tokens // BLOCK_SIZE))
+        row = Row(0, [(7 * i) % 500 + 3 for i in range(tokens)], blocks, range(tokens - 1, tokens))
+        inputs = [SampleInput(SamplingParams(temperature=0.0), [5], 1, tokens)]
+        return timed(lambda: sample(self._runner.forward([row]), inputs), self.device, repeats, warm_ups=1)
+
+
+def against_floor(seconds: list[float], floor: float) -> Figures:
+    """Medians in milliseconds, their spread, and how near they come to the floor (1: reached)."""
+    median = statistics.median(seconds)
+    return {
+        "ms": 1000 * median,
+        "least_ms": 1000 * min(seconds),
+        "most_ms": 1000 * max(seconds),
+        "floor_ms": 1000 * floor,
+        "fraction_of_limit": floor / median,
+    }
+
+
+def generate_batch(model: Any, prompts: list[list[int]], max_tokens: int) -> Figures:
+    """transformers' continuous batching with the same weights, all prompts handed over at once; then once more."""
+    from transformers import GenerationConfig
+
+    model.set_attn_implementation("sdpa")
+    config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def run() -> tuple[float, int]:
+        started = time.perf_counter()
+        results = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        return time.perf_counter() - started, sum(len(result.generated_tokens) for result in results.values())
+
+    runs = [run() for _ in range(2)]
+    seconds, tokens = min(runs)
+    return {"tokens_per_second": tokens / seconds, "seconds": seconds, "first_run_seconds": runs[0][0]}
