@@ -86,6 +86,7 @@ class Steps:
             self._cache,
             make_planner(model, backend, spec),
             max_batch_size=max_batch_size,
+            max_batch_tokens=1,  # of mixed steps none is measured
             max_model_len=longest,
             capturer=CudaCapturer() if self.device.type == "cuda" else lambda run: run,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from scheduler.model.attention.base import PagedBatch
-from scheduler.model.attention.plan import AttentionPlan, Planner, padded
+from scheduler.model.attention.plan import AttentionPlan, Planner
 from scheduler.model.staging import to_device
 
 
@@ -42,7 +42,38 @@ class RaggedBatch:
     logit_rows: torch.Tensor  # int64 [R], row by row
     embeddings: tuple[tuple[int, torch.Tensor], ...]  # (first row, [count, hidden])
     attention: PagedBatch
-    padded_from: int | None = None  # set where only so many rows are real, each of one decoding token
+    shape: BatchShape | None = None  # set where it has been filled up to this shape
+    num_logits: int = 0  # those of `logit_rows` that were asked for
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The sizes of all arrays but the block table's width, for batches that share static memory."""
+
+    tokens: int
+    logits: int
+    narrow_tiles: int
+    wide_tiles: int
+    is_decoding: bool  # one token a row
+
+    def fill_up(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays, lengthened by sequences without tokens and tiles without work. Their tokens fill the shape
+        already: there may be as many sequences, and as many rows to merge, as tokens."""
+        rules = {
+            "logit_rows": (self.logits, 0),
+            "query_start": (self.tokens + 1, self.tokens),
+            "context_len": (self.tokens, 0),
+            "block_table": (self.tokens, 0),
+            "narrow": (self.narrow_tiles, -1),
+            "merges": (self.tokens, 0),
+            "wide": (self.wide_tiles, -1),
+        }
+        filled = dict(arrays)
+        for name in rules.keys() & arrays.keys():
+            length, value = rules[name]
+            filled[name] = np.full((length, *arrays[name].shape[1:]), value, dtype=arrays[name].dtype)
+            filled[name][: len(arrays[name])] = arrays[name]
+        return filled
 
 
 class BatchBuilder(Protocol):
@@ -56,9 +87,9 @@ def build_batch(
     block_size: int,
     device: torch.device,
     planner: Planner | None = None,
-    padded_from: int | None = None,
+    shape: BatchShape | None = None,
 ) -> RaggedBatch:
-    """With a planner, the batch carries the plan of the GPU's attention; for padded rows one of a fixed size."""
+    """With a planner, the batch carries the plan of the GPU's attention. With a shape, it is filled up to that."""
     counts = np.array([row.count for row in rows])
     starts = np.array([row.start for row in rows])
     query_start = np.concatenate([[0], np.cumsum(counts)])
@@ -90,9 +121,10 @@ def build_batch(
     has_parts = False
     if planner is not None:
         plan = planner.plan(counts, starts + counts)
-        narrow = plan.narrow if padded_from is None else padded(plan.narrow, planner.max_narrow_tiles(len(rows)))
-        arrays |= {"narrow": narrow, "merges": plan.merges, "wide": plan.wide}
-        has_parts = plan.has_parts or padded_from is not None
+        arrays |= {"narrow": plan.narrow, "merges": plan.merges, "wide": plan.wide}
+        has_parts = plan.has_parts or shape is not None
+    if shape is not None:
+        arrays = shape.fill_up(arrays)
 
     tensors = to_device(arrays, device)
     return RaggedBatch(
@@ -107,5 +139,6 @@ def build_batch(
             slot_mapping=tensors["slot_mapping"],
             plan=AttentionPlan(tensors["narrow"], tensors["merges"], tensors["wide"], has_parts) if planner else None,
         ),
-        padded_from=padded_from,
+        shape=shape,
+        num_logits=len(logit_rows),
     )

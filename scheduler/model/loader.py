@@ -134,6 +134,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
             kv_cache,
             make_planner(model, backend, spec),
             max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
             max_model_len=max_model_len,
             capturer=CudaCapturer(),
         )

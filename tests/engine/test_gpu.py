@@ -58,7 +58,7 @@ def test_the_cache_takes_what_is_left_and_graphs_are_captured(smollm2: Reference
     free, total = torch.cuda.mem_get_info()
     assert used[0.5] - used[0.3] == pytest.approx(0.2 * total, rel=0.1)
     assert used[0.5] < total
-    assert phases["CUDA graphs"] == "3 of 3 batch sizes, the largest 4"
+    assert phases["CUDA graphs"] == "6 of 6 batch shapes, the largest of 64 tokens"
     assert phases["attention kernel"] == "triton"
     assert free > 0
 

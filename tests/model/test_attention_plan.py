@@ -43,6 +43,7 @@ def test_tiles_cover_what_each_row_sees_exactly_once(
         for row in range(q):
             assert (grid[row, : c - q + row + 1] == 1).all()
     assert (np.diff(plan.wide[:, 3]) <= 0).all()
+    assert len(plan.wide) <= this.max_wide_tiles(counts.sum())
     if decoding:
         assert len(plan.narrow) <= this.max_narrow_tiles(len(counts))
     starts = np.cumsum(counts) - counts

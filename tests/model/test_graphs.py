@@ -1,4 +1,4 @@
-"""Decoding through padded batches in static memory equals decoding without, and padding touches nobody's blocks."""
+"""Steps through padded batches in static memory equal steps without, and padding touches nobody's blocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from scheduler.model import interface
 from scheduler.model.attention.cuda import TritonAttention, build
+from scheduler.model.attention.plan import Planner
 from scheduler.model.attention.reference import reference
 from scheduler.model.batch import Row, build_batch
-from scheduler.model.cuda.buckets import BucketedBatches, bucket_sizes
+from scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
 from scheduler.model.cuda.graphs import Capturer, CudaCapturer, GraphForward, Replay
 from scheduler.model.forward import TransformersForward
 from scheduler.model.kv_cache import KVCache
@@ -33,6 +34,16 @@ class CallAgain:
     def __call__(self, run: Replay) -> Replay:
         self.captured += 1
         return run
+
+
+def bucketed(
+    decoding: tuple[int, ...],
+    mixed: tuple[int, ...],
+    max_logits: int,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    planner: Planner | None = None,
+) -> BucketedBatches:
+    return BucketedBatches(decoding, mixed, max_logits, BLOCKS, BLOCK_SIZE, device, planner)
 
 
 class Setup:
@@ -61,7 +72,7 @@ class Setup:
         if isinstance(attention, TritonAttention):
             planner = attention.planner(heads=8, kv_heads=2, head_dim=8, dtype=torch.float32)
         self.eager = TransformersForward(model, self.cache, attention)
-        self.batches = BucketedBatches(bucket_sizes(6), BLOCKS, BLOCK_SIZE, device, planner)
+        self.batches = bucketed(decoding_sizes(6), (8, 24), 4, device, planner)
         self.graphs = GraphForward(self.eager, self.batches, MAX_BLOCKS, capturer)
 
     def all_blocks(self) -> list[torch.Tensor]:
@@ -94,7 +105,7 @@ def make_setup(request: pytest.FixtureRequest) -> Callable[[], Setup]:
 
 def test_random_steps_through_static_buffers_equal_eager_ones(make_setup: Callable[[], Setup]) -> None:
     setup = make_setup()
-    assert list(setup.graphs.capture()) == [6, 4, 2, 1]
+    assert [shape.tokens for shape in setup.graphs.capture()] == [24, 8, 6, 4, 2, 1]
     rng = random.Random(4)
     free = list(range(BLOCKS))
     rng.shuffle(free)
@@ -102,7 +113,9 @@ def test_random_steps_through_static_buffers_equal_eager_ones(make_setup: Callab
     for _ in range(5):
         tokens = [rng.randrange(1000) for _ in range(rng.randint(1, 20))]
         sequences.append((tokens, [free.pop() for _ in range(7)]))
-    setup.check([Row(0, t, b, range(len(t) - 1, len(t))) for t, b in sequences])  # prefill: not a graph's
+    prefill = [Row(0, t, b, range(len(t) - 1, len(t))) for t, b in sequences]
+    assert setup.batches(prefill).shape is None, "larger than any graph"
+    setup.check(prefill)
     for _ in range(6):
         chosen = rng.sample(sequences, rng.randint(1, 5))
         rows = []
@@ -111,8 +124,12 @@ def test_random_steps_through_static_buffers_equal_eager_ones(make_setup: Callab
             used = -(-len(tokens) // BLOCK_SIZE)
             rows.append(Row(len(tokens) - 1, tokens[-1:], blocks[:used], range(1)))
         setup.check(rows)
-    mixed = [Row(len(t), [5], b, range(1)) for t, b in sequences[:2]]
-    setup.check([*mixed, Row(0, [1, 2, 3], [free.pop()], range(3))])
+    for length in (2, 7, 19):
+        decoding = [Row(len(t), [5], b, range(1)) for t, b in rng.sample(sequences, 2)]
+        chunk = [rng.randrange(1000) for _ in range(length)]
+        whole = Row(0, chunk, free, range(length - 1, length))
+        setup.check([*decoding, whole])
+        setup.check([Row(0, chunk[:1], free, range(0)), *decoding])
 
 
 def test_padding_rows_write_to_the_scratch_block_alone(make_setup: Callable[[], Setup]) -> None:
@@ -127,31 +144,44 @@ def test_padding_rows_write_to_the_scratch_block_alone(make_setup: Callable[[], 
     assert not setup.cache.keys[0][BLOCKS, :, 0].isnan().any(), "the scratch block was not used"
 
 
-def test_which_steps_are_padded() -> None:
-    batches = BucketedBatches(bucket_sizes(4), BLOCKS, BLOCK_SIZE, torch.device("cpu"), None)
-    decoding = Row(5, [1], [1, 2], range(1))
-    assert batches([decoding] * 3).padded_from == 3
-    assert len(batches([decoding] * 3).token_ids) == 4
-    assert batches([decoding] * 4).padded_from == 4
-    for rows in (
-        [decoding] * 5,
-        [decoding, Row(0, [1, 2], [1], range(1, 2))],
-        [decoding, Row(5, [1], [1, 2], range(0))],
-        [decoding, Row(0, (), [1], range(1), embeddings=torch.zeros(1, 64))],
-    ):
-        assert batches(rows).padded_from is None
+def test_which_steps_are_filled_up_to_which_shape() -> None:
+    batches = bucketed(decoding_sizes(4), (8, 16), 3)
+    decoding, chunk = Row(5, [1], [1, 2], range(1)), Row(0, [1, 2, 3], [1], range(2, 3))
+
+    def shape(*rows: Row) -> tuple[int, int, bool] | None:
+        batch = batches(rows)
+        assert batch.num_logits == sum(len(row.logit_rows) for row in rows)
+        if batch.shape is None:
+            return None
+        assert len(batch.token_ids) == len(batch.attention.context_len) == batch.shape.tokens
+        assert len(batch.logit_rows) == batch.shape.logits
+        return batch.shape.tokens, batch.shape.logits, batch.shape.is_decoding
+
+    assert shape(decoding) == (1, 1, True)
+    assert shape(*[decoding] * 3) == (4, 4, True)
+    assert shape(*[decoding] * 4) == (4, 4, True)
+    assert shape(decoding, chunk) == (8, 3, False)
+    assert shape(chunk, chunk, chunk) == (16, 3, False)
+    assert shape(Row(5, [1], [1, 2], range(0))) == (8, 3, False)
+    assert shape(*[decoding] * 5) is None, "more than any graph decodes"
+    assert shape(*[chunk] * 6) is None, "more tokens than any graph"
+    assert shape(Row(0, [1, 2, 3, 4], [1], range(4))) is None, "more logits"
+    assert shape(chunk, Row(0, (), [1], range(1), embeddings=torch.zeros(1, 64))) is None
 
 
-def test_bucket_sizes_end_with_the_largest_batch_and_waste_little() -> None:
-    assert bucket_sizes(1) == (1,)
-    assert bucket_sizes(6) == (1, 2, 4, 6)
-    assert bucket_sizes(4096)[-1] == 512
-    sizes = bucket_sizes(256)
+def test_shapes_end_with_the_largest_step_and_waste_little() -> None:
+    assert decoding_sizes(1) == (1,)
+    assert decoding_sizes(6) == (1, 2, 4, 6)
+    assert decoding_sizes(4096)[-1] == 512
+    sizes = decoding_sizes(256)
     assert sizes[-1] == 256
     assert len(sizes) < 30
     for batch in range(16, 257):
         size = next(size for size in sizes if size >= batch)
         assert size - batch < 0.5 * batch
+    assert mixed_sizes(11) == (11,)
+    assert mixed_sizes(64) == (16, 32, 64)
+    assert mixed_sizes(8192)[-1] == 1024
 
 
 def test_a_model_that_cannot_be_captured_runs_without(caplog: pytest.LogCaptureFixture) -> None:

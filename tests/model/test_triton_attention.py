@@ -6,6 +6,7 @@ import random
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from scheduler.model.attention import choose
 from scheduler.model.attention.base import PagedBatch
 from scheduler.model.attention.cuda import DTYPES, TritonAttention, build, plan_of
-from scheduler.model.attention.plan import AttentionPlan, padded
+from scheduler.model.attention.plan import AttentionPlan
 from scheduler.model.attention.reference import reference
 from tests.model import triton_device
 from tests.model.test_attention import NAN, RAGGED, Case, make_case
@@ -185,9 +186,11 @@ def test_a_plan_made_with_the_batch_and_padded_gives_the_same(kernel: TritonAtte
     case = make_case(lengths, heads=6, kv_heads=3, head_dim=64)
     planner = kernel.planner(heads=6, kv_heads=3, head_dim=64, dtype=torch.float32)
     arrays = planner.plan(case.batch.query_start.diff().numpy(), case.batch.context_len.numpy())
-    more = padded(arrays.narrow, planner.max_narrow_tiles(len(lengths)) + 3)
-    plan = AttentionPlan(*(torch.from_numpy(a) for a in (more, arrays.merges, arrays.wide)), has_parts=True)
-    moved = AttentionPlan(plan.narrow.to(device), plan.merges.to(device), plan.wide.to(device), has_parts=True)
+    nothing = np.full((5, 4), -1, dtype=np.int32)
+    narrow, wide = (np.concatenate([tiles, nothing]) for tiles in (arrays.narrow, arrays.wide))
+    merges = np.concatenate([arrays.merges, 0 * nothing])
+    plan = AttentionPlan(*(torch.from_numpy(a) for a in (narrow, merges, wide)), has_parts=True)
+    moved = AttentionPlan(*(t.to(device) for t in (plan.narrow, plan.merges, plan.wide)), has_parts=True)
     planned = on(case, device)
     planned = replace(planned, batch=replace(planned.batch, plan=moved))
     assert torch.equal(planned.run(kernel).cpu(), check(case, kernel, device))

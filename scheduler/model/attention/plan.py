@@ -67,6 +67,11 @@ class Planner:
         """No plan for that many sequences, all narrow, has more tiles."""
         return self._budget + sequences
 
+    def max_wide_tiles(self, tokens: int) -> int:
+        """No plan for that many query rows has more."""
+        least = self.narrow.block_m // self.group + 1
+        return tokens // (self.wide.block_m // self.group) + tokens // least
+
     def plan(self, counts: np.ndarray, contexts: np.ndarray) -> PlanArrays:
         """For sequences with `counts` new tokens (query rows) of `contexts` tokens in all."""
         counts, contexts = counts.astype(np.int64), contexts.astype(np.int64)
@@ -107,13 +112,6 @@ class Planner:
         end = contexts[sequence] - counts[sequence] + np.minimum(first_row + rows, counts[sequence])
         tiles = np.stack([sequence, first_row, np.zeros_like(end), end], axis=1)
         return tiles[np.argsort(-end, kind="stable")]
-
-
-def padded(tiles: np.ndarray, count: int) -> np.ndarray:
-    """`count` tiles, those that were missing being nothing to do."""
-    out = np.full((count, tiles.shape[1]), -1, dtype=np.int32)
-    out[: len(tiles)] = tiles
-    return out
 
 
 def make_planner(

@@ -1,4 +1,4 @@
-"""Decoding batches in a few sizes: padding rows fill them up, so that a graph captured for a size serves all below."""
+"""Batches in a few shapes: padding rows fill them up, so that a graph captured for a shape serves all below it."""
 
 from __future__ import annotations
 
@@ -8,47 +8,76 @@ from dataclasses import dataclass
 import torch
 
 from scheduler.model.attention.plan import Planner
-from scheduler.model.batch import RaggedBatch, Row, build_batch
+from scheduler.model.batch import BatchShape, RaggedBatch, Row, build_batch
 
-LARGEST = 512  # beyond, launching kernels one by one no longer shows
+LARGEST_DECODING = 512
+# Prefill chunks among decoding rows. Beyond, the GPU is busy for longer than it takes to launch its kernels one by one.
+MIXED = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 
 
-def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:
+def decoding_sizes(max_batch_size: int) -> tuple[int, ...]:
     """1, 2, 4, 8, then in steps that grow with the size, so that padding stays below a fifth of the larger batches."""
-    most = min(max_batch_size, LARGEST)
-    sizes = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, LARGEST + 1, 32)]
+    most = min(max_batch_size, LARGEST_DECODING)
+    sizes = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, LARGEST_DECODING + 1, 32)]
     return (*(size for size in sizes if size < most), most)
+
+
+def mixed_sizes(max_batch_tokens: int) -> tuple[int, ...]:
+    """Ends with the largest step there is, or the largest of the list."""
+    sizes = tuple(size for size in MIXED if size < max_batch_tokens)
+    return (*sizes, max_batch_tokens) if max_batch_tokens <= MIXED[-1] else sizes
 
 
 @dataclass(frozen=True)
 class BucketedBatches:
-    """`BatchBuilder` that pads steps in which every row decodes to the next size.
+    """`BatchBuilder` that fills steps up to the next shape: those in which every row decodes, and small mixed ones.
 
     A padding row is a sequence of one token in the scratch block, which belongs to nobody: whatever it writes there
-    is never read by anyone else.
+    is never read by anyone else. What fits no shape is built as it is.
     """
 
-    sizes: tuple[int, ...]
+    decoding: tuple[int, ...]
+    mixed: tuple[int, ...]
+    max_logits: int
     scratch_block: int
     block_size: int
     device: torch.device
     planner: Planner | None
 
-    def __call__(self, rows: Sequence[Row]) -> RaggedBatch:
-        size = next((size for size in self.sizes if size >= len(rows)), None)
-        if size is None or not all(_decodes(row) for row in rows):
-            return build_batch(rows, self.block_size, self.device, self.planner)
-        padding = [self.padding_row] * (size - len(rows))
-        return build_batch([*rows, *padding], self.block_size, self.device, self.planner, padded_from=len(rows))
+    @property
+    def shapes(self) -> list[BatchShape]:
+        """The larger first."""
+        shapes = [self._decoding_shape(size) for size in self.decoding] + [self._mixed_shape(s) for s in self.mixed]
+        return sorted(shapes, key=lambda shape: -shape.tokens)
 
-    def empty(self, size: int) -> RaggedBatch:
+    def __call__(self, rows: Sequence[Row]) -> RaggedBatch:
+        shape = self._shape_for(rows)
+        if shape is None:
+            return build_batch(rows, self.block_size, self.device, self.planner)
+        padding = [self._padding_row] * (shape.tokens - sum(row.count for row in rows))
+        return build_batch([*rows, *padding], self.block_size, self.device, self.planner, shape)
+
+    def empty(self, shape: BatchShape) -> RaggedBatch:
         """A batch of padding rows alone."""
-        return build_batch([self.padding_row] * size, self.block_size, self.device, self.planner, padded_from=0)
+        return build_batch([self._padding_row] * shape.tokens, self.block_size, self.device, self.planner, shape)
+
+    def _shape_for(self, rows: Sequence[Row]) -> BatchShape | None:
+        tokens, logits = sum(row.count for row in rows), sum(len(row.logit_rows) for row in rows)
+        decodes = tokens == logits == len(rows)
+        size = next((size for size in (self.decoding if decodes else self.mixed) if size >= tokens), None)
+        if size is None or any(row.embeddings is not None for row in rows):
+            return None
+        shape = self._decoding_shape(size) if decodes else self._mixed_shape(size)
+        return shape if logits <= shape.logits else None
+
+    def _decoding_shape(self, size: int) -> BatchShape:
+        return BatchShape(size, size, self.planner.max_narrow_tiles(size) if self.planner else 0, 0, True)
+
+    def _mixed_shape(self, size: int) -> BatchShape:
+        narrow = self.planner.max_narrow_tiles(size) if self.planner else 0
+        wide = self.planner.max_wide_tiles(size) if self.planner else 0
+        return BatchShape(size, min(size, self.max_logits), narrow, wide, False)
 
     @property
-    def padding_row(self) -> Row:
-        return Row(0, (0,), (self.scratch_block,), range(1))
-
-
-def _decodes(row: Row) -> bool:
-    return row.embeddings is None and len(row.token_ids) == 1 and len(row.logit_rows) == 1
+    def _padding_row(self) -> Row:
+        return Row(0, (0,), (self.scratch_block,), range(0))

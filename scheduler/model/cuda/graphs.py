@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a decoding step, hundreds of them, started by one call."""
+"""CUDA graphs: the kernels of a step, hundreds of them, started by one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from scheduler.model.batch import RaggedBatch
+from scheduler.model.batch import BatchShape, RaggedBatch
 from scheduler.model.cuda.buckets import BucketedBatches
 from scheduler.model.forward import Forward
 
@@ -61,9 +61,9 @@ class _Captured:
 
 
 class GraphForward:
-    """`Forward` that replays a graph where every row decodes, and calls `forward` for everything else.
+    """`Forward` that replays a graph for batches of a captured shape, and calls `forward` for everything else.
 
-    The logits of padding rows are cut off. What a graph returns is overwritten by its next replay.
+    Logits that nobody asked for are cut off. What a graph returns is overwritten by its next replay.
     """
 
     def __init__(self, forward: Forward, batches: BucketedBatches, max_blocks: int, capturer: Capturer) -> None:
@@ -71,53 +71,54 @@ class GraphForward:
         self._batches = batches
         self._max_blocks = max_blocks
         self._capturer = capturer
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[BatchShape, _Captured] = {}
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
-        if batch.padded_from is None:
-            return self._forward(batch)
-        captured = self._captured.get(len(batch.token_ids))
+        captured = self._captured.get(batch.shape) if batch.shape is not None else None
         if captured is None or batch.attention.block_table.shape[1] > self._max_blocks:
-            return self._forward(batch)[: batch.padded_from]
-        return captured(batch)[: batch.padded_from]
+            return self._forward(batch)[: batch.num_logits]
+        return captured(batch)[: batch.num_logits]
 
     def capture_all(self) -> str:
-        """Capture every size, and say what came of it."""
-        sizes = len(self._batches.sizes)
-        for done, size in enumerate(self.capture(), start=1):
+        """Capture every shape, and say what came of it."""
+        shapes = len(self._batches.shapes)
+        for done, shape in enumerate(self.capture(), start=1):
             if done % 8 == 0:
-                logger.info("captured CUDA graphs for %d of %d batch sizes, down to %d", done, sizes, size)
-        return f"{len(self._captured)} of {sizes} batch sizes, the largest {self._batches.sizes[-1]}"
+                logger.info("captured %d of %d CUDA graphs, down to %d tokens", done, shapes, shape.tokens)
+        return f"{len(self._captured)} of {shapes} batch shapes, the largest of {self._batches.shapes[0].tokens} tokens"
 
     @torch.inference_mode()
-    def capture(self) -> Iterator[int]:
-        """Capture one size after another, the largest first (the smaller reuse its memory); yields each when done.
+    def capture(self) -> Iterator[BatchShape]:
+        """Capture one shape after another, the largest first (the smaller reuse its memory); yields each when done.
 
         A model whose code cannot be captured, because it looks at the device in between, runs without graphs.
         """
-        for size in sorted(self._batches.sizes, reverse=True):
-            static = self._static(size)
+        for shape in self._batches.shapes:
+            static = self._static(shape)
             try:
                 replay = self._capturer(partial(self._forward, static))
             except RuntimeError as error:
-                logger.warning("decoding runs without CUDA graphs from here down: %s", str(error).splitlines()[0])
+                logger.warning("no CUDA graph of %d tokens and below: %s", shape.tokens, str(error).splitlines()[0])
                 return
-            self._captured[size] = _Captured(static, replay)
-            yield size
+            self._captured[shape] = _Captured(static, replay)
+            yield shape
 
-    def _static(self, size: int) -> RaggedBatch:
+    def _static(self, shape: BatchShape) -> RaggedBatch:
         """Padding rows in memory of their own, with a block table as wide as any step's."""
-        batch = self._batches.empty(size)
+        batch = self._batches.empty(shape)
         table = batch.attention.block_table
-        wide = table.new_zeros((size, self._max_blocks))
+        wide = table.new_zeros((shape.tokens, self._max_blocks))
         wide[:, : table.shape[1]] = table
         return replace(batch, attention=replace(batch.attention, block_table=wide))
 
 
 def _tensors(batch: RaggedBatch) -> list[torch.Tensor]:
-    """What differs between two decoding steps of one size."""
-    attention = batch.attention
-    tensors = [batch.token_ids, batch.positions, attention.slot_mapping, attention.context_len, attention.block_table]
-    if attention.plan is not None:
-        tensors += [attention.plan.narrow, attention.plan.merges]
+    """What differs between two steps of one shape."""
+    attention, plan = batch.attention, batch.attention.plan
+    tensors = [batch.token_ids, batch.positions, batch.logit_rows]
+    tensors += [attention.slot_mapping, attention.context_len, attention.block_table]
+    if plan is not None:
+        tensors += [plan.narrow, plan.merges]
+    if batch.shape is not None and not batch.shape.is_decoding:
+        tensors += [attention.query_start, *([plan.wide] if plan is not None else [])]
     return tensors

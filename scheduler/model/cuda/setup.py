@@ -14,7 +14,7 @@ from scheduler.model.attention.cuda import TritonAttention
 from scheduler.model.attention.plan import Planner
 from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.cuda import fused
-from scheduler.model.cuda.buckets import BucketedBatches, bucket_sizes
+from scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
 from scheduler.model.cuda.graphs import Capturer, GraphForward
 from scheduler.model.cuda.memory import DeviceMemory, measure
 from scheduler.model.forward import Forward, TransformersForward
@@ -35,12 +35,19 @@ def with_graphs(
     planner: Planner | None,
     *,
     max_batch_size: int,
+    max_batch_tokens: int,
     max_model_len: int,
     capturer: Capturer,
 ) -> tuple[GraphForward, BatchBuilder]:
-    """The same forward with graphs for decoding, not captured yet, and the builder of batches that fit them."""
+    """The same forward with graphs, not captured yet, and the builder of batches that fit them."""
     batches = BucketedBatches(
-        bucket_sizes(max_batch_size), kv_cache.num_blocks, kv_cache.block_size, kv_cache.device, planner
+        decoding=decoding_sizes(max_batch_size),
+        mixed=mixed_sizes(max_batch_tokens),
+        max_logits=max_batch_size,
+        scratch_block=kv_cache.num_blocks,
+        block_size=kv_cache.block_size,
+        device=kv_cache.device,
+        planner=planner,
     )
     # One more than the longest sequence fills: its last token may be the first of a block.
     max_blocks = -(-max_model_len // kv_cache.block_size) + 1
