@@ -65,9 +65,11 @@ class Context:
 
     def prefill_seconds(self, clock: Callable[[], float]) -> float:
         """What reading the context costs a request that does without σ, measured."""
+        self.decoder.wait()
         began = clock()
         for part in self.segments:
             self.decoder.encode(part.ids)
+        self.decoder.wait()
         return clock() - began
 
     def check_length(self, virtual_tokens: int) -> None:

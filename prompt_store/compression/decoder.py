@@ -265,6 +265,11 @@ class Decoder:
         shape = Geometry(len(traces), heads, kv_heads, size, hidden.shape[-1], expected.shape[-1])
         return shape, traces[0].scale
 
+    def wait(self) -> None:
+        """Until the device has done all it was asked to: a clock read before would not know of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of token ids."""
         embedded: Tensor = self.embedding(ids)

@@ -48,7 +48,7 @@ def moved_prefix(decoder: Decoder, prefixes: Sequence[Prefix], positions: Sequen
     chosen = [owners[position] for position in positions]
     keys = torch.stack([prefixes[part].keys[:, at] for part, at in chosen], dim=1).to(master)
     values = torch.stack([prefixes[part].values[:, at] for part, at in chosen], dim=1).to(master)
-    shift = torch.arange(len(chosen)) - torch.tensor([at for _, at in chosen])
+    shift = torch.arange(len(chosen), device=keys.device) - torch.tensor([at for _, at in chosen], device=keys.device)
     if not has_rotary(decoder):
         return Prefix(keys, values)
     return Prefix(rotated(decoder, keys.transpose(1, 2), shift).transpose(1, 2), values)
@@ -62,7 +62,7 @@ def moved(decoder: Decoder, states: Tensor, shift: int) -> Tensor:
     """Queries or keys [..., tokens, head_dim] as they would be `shift` positions further on."""
     if not has_rotary(decoder) or shift == 0:
         return states
-    return rotated(decoder, states, torch.full((states.shape[-2],), shift))
+    return rotated(decoder, states, torch.full((states.shape[-2],), shift, device=states.device))
 
 
 def rotated(decoder: Decoder, states: Tensor, shift: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def rotated(decoder: Decoder, states: Tensor, shift: Tensor) -> Tensor:
     form)."""
     rotary: Any = decoder.body.rotary_emb
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
-    cos, sin = rotary(wide, position_ids=shift.to(states.device)[None])
+    cos, sin = rotary(wide, position_ids=shift[None])
     scale = float(getattr(rotary, "attention_scaling", 1.0))
     cos, sin = cos[0] / scale, sin[0] / scale
     size = cos.shape[-1]

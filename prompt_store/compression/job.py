@@ -25,7 +25,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def save_states(states: Sequence[Tensor], path: Path) -> None:
     """Tensors [rows, hidden] of one dtype, in order, whole or not at all."""
-    sizes = torch.tensor([len(state) for state in states])
+    sizes = torch.tensor([len(state) for state in states], device="cpu")
     tensors = {"sizes": sizes, "states": torch.cat(list(states)).cpu().contiguous()}
     replace_file(path, lambda target: save_file(tensors, target))
 

@@ -211,7 +211,8 @@ def _fill_gradients(observed: Observed, student: Student) -> float:
 
 
 def _save(path: Path, step: int, spent: float, student: Student, optimiser: torch.optim.Optimizer) -> None:
-    tensors = {"step": torch.tensor(step), "spent": torch.tensor(spent, dtype=torch.float64)}
+    tensors = {"step": torch.tensor(step, device="cpu")}
+    tensors["spent"] = torch.tensor(spent, dtype=torch.float64, device="cpu")
     for name, part in student.trainable.items():
         tensors[name] = part.detach()
         tensors |= {f"{name}.{field}": torch.as_tensor(value) for field, value in optimiser.state[part].items()}

@@ -198,7 +198,7 @@ def thinned(curve: Sequence[tuple[int, float, float]], points: int = 200) -> lis
     rows = []
     for start in range(0, len(curve), size):
         part = curve[start : start + size]
-        mean = torch.tensor([row[2] for row in part], dtype=torch.float64).mean().item()
+        mean = torch.tensor([row[2] for row in part], dtype=torch.float64, device="cpu").mean().item()
         rows.append([part[-1][0], round(part[-1][1], 3), round(mean, 6)])
     return rows
 

@@ -56,7 +56,7 @@ def teach(
 
     Also the way to run any prefix over pairs: with one prefix and one group this is plain evaluation.
     """
-    states: list[Tensor] = [torch.empty(0)] * len(pairs)
+    states: list[Tensor] = [torch.empty(0, device=decoder.device)] * len(pairs)
     observed: list[Observed] = []
     order = sorted(range(len(pairs)), key=lambda index: (pairs[index].group, pairs[index].length))
     batches = _same_group(order, pairs, batch_size)

@@ -157,7 +157,10 @@ def load_transformers(source: ModelSource, dtype: torch.dtype, device: torch.dev
     _refuse_unsupported(model)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(f"--model {source.name}: its tokenizer has no fast version (tokenizer.json)")
-    model = model.to(device).eval().requires_grad_(False)
+    try:
+        model = model.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"--model {source.name}: its weights do not fit the GPU's free memory") from error
     model.set_attn_implementation(interface.ATTENTION_NAME)
     return model, tokenizer
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from pydantic import ValidationError
 
 from prompt_store.compression.decoder import Prefix
@@ -31,6 +32,7 @@ from prompt_store.compression.trainer import Progress
 from prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from prompt_store.soft_prompt import SoftPrompt, load, save
 from prompt_store.store import NameTaken, PromptStore, StoredPrompt
+from scheduler.model.source import ModelError
 from server.compression.request import CompressionRequest, InputError
 from server.compression.workbench import Workbench, count_tokens, load_tokenizer
 
@@ -50,6 +52,18 @@ class Finished:
     report: dict[str, Any]
 
 
+@contextmanager
+def _told_when_memory_is_short() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            "the GPU has too little free memory for this compression; a server leaves more beside it with a lower "
+            "--gpu-memory-utilization"
+        ) from error
+
+
+@_told_when_memory_is_short()
 def run_compression(
     request: CompressionRequest,
     directory: Path,
