@@ -50,6 +50,7 @@ class KVCache:
         positions = torch.arange(keys.shape[1], device=self.device)
         block = small_tensor(blocks, self.device, torch.int64)[positions // self.block_size]
         offset = positions % self.block_size
+        keys, values = keys.to(self.device, self.dtype), values.to(self.device, self.dtype)
         for layer, (key_cache, value_cache) in enumerate(zip(self.keys, self.values, strict=True)):
-            key_cache[block, :, offset] = keys[layer].to(key_cache)
-            value_cache[block, :, offset] = values[layer].to(value_cache)
+            key_cache[block, :, offset] = keys[layer]
+            value_cache[block, :, offset] = values[layer]

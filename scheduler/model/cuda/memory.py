@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,15 +31,20 @@ class DeviceMemory:
         )
 
 
-def measure(largest_step: Callable[[], None], device: torch.device) -> DeviceMemory:
-    """Run a step as large as any can become, and see what it takes. Raises torch.OutOfMemoryError."""
+def peak_of(step: Callable[[], None], device: torch.device) -> int:
+    """What a step takes at its peak, run twice: the first time kernels are compiled. Raises torch.OutOfMemoryError."""
+    step()
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    largest_step()
+    step()
     torch.cuda.synchronize(device)
-    step = torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def memory_of(device: torch.device, step: int) -> DeviceMemory:
+    """As it is now, with what torch keeps for later given back."""
+    gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return DeviceMemory(total, free, step)

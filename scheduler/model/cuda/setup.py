@@ -16,7 +16,7 @@ from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.cuda import fused
 from scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
 from scheduler.model.cuda.graphs import Capturer, GraphForward
-from scheduler.model.cuda.memory import DeviceMemory, measure
+from scheduler.model.cuda.memory import DeviceMemory, memory_of, peak_of
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.sampler import SampleInput, sample
@@ -66,45 +66,43 @@ def measure_memory(
 ) -> DeviceMemory:
     """Raises torch.OutOfMemoryError."""
     device: torch.device = model.device
-    return measure(largest_step(model, backend, spec, config, max_model_len), device)
+    peak = peak_of(largest_step(model, backend, spec, config, max_model_len), device)
+    return memory_of(device, peak)
 
 
 def largest_step(
     model: Any, backend: AttentionBackend, spec: ModelSpec, config: EngineConfig, max_model_len: int
 ) -> Callable[[], None]:
-    """A step that fills the token budget and samples for every slot, over a cache of its own, given back after.
-
-    It also compiles the kernels.
-    """
+    """A step that fills the token budget and samples for every slot, over a cache of its own."""
     device: torch.device = model.device
     length = min(max_model_len, config.max_batch_tokens)
     blocks = list(range(-(-length // config.block_size)))
+    kv_cache = KVCache(
+        num_layers=spec.num_layers,
+        num_blocks=len(blocks),
+        num_kv_heads=spec.num_kv_heads,
+        block_size=config.block_size,
+        head_dim=spec.head_dim,
+        dtype=model.dtype,
+        device=device,
+    )
+    for tensor in (*kv_cache.keys, *kv_cache.values):
+        tensor.zero_()
+    forward = make_forward(model, kv_cache, backend)
+    planner = make_planner(model, backend, spec)
+    rows, left = [], config.max_batch_tokens
+    while left > 0:  # all in the same blocks: what comes out does not matter
+        count = min(left, length)
+        rows.append(Row(0, [0] * count, blocks, range(count - 1, count)))
+        left -= count
+    more = max(0, config.max_batch_size - len(rows))
+    first = rows[0].count
+    rows[0] = Row(0, rows[0].token_ids, blocks, range(max(0, first - 1 - more), first))
+    params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
 
     @torch.inference_mode()
     def run() -> None:
-        kv_cache = KVCache(
-            num_layers=spec.num_layers,
-            num_blocks=len(blocks),
-            num_kv_heads=spec.num_kv_heads,
-            block_size=config.block_size,
-            head_dim=spec.head_dim,
-            dtype=model.dtype,
-            device=device,
-        )
-        for tensor in (*kv_cache.keys, *kv_cache.values):
-            tensor.zero_()
-        forward = make_forward(model, kv_cache, backend)
-        planner = make_planner(model, backend, spec)
-        rows, left = [], config.max_batch_tokens
-        while left > 0:  # all in the same blocks: what comes out does not matter
-            count = min(left, length)
-            rows.append(Row(0, [0] * count, blocks, range(count - 1, count)))
-            left -= count
-        wanted = config.max_batch_size - len(rows)
-        first = rows[0].count
-        rows[0] = Row(0, rows[0].token_ids, blocks, range(max(0, first - 1 - max(0, wanted)), first))
         logits = forward(build_batch(rows, config.block_size, device, planner))
-        params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
         sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))])
 
     return run
