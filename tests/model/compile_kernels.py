@@ -86,6 +86,9 @@ class Recorder:
             "cubin_bytes": len(kernel.asm["cubin"]),
             "shared_bytes": kernel.metadata.shared,
             "async_copies": ptx.count("cp.async.c"),
+            "copies_in_flight": max(
+                map(int, re.findall(r"async_wait [^{]*\{num = (\d+)", kernel.asm["ttgir"])), default=0
+            ),
             "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
             **_registers(ptx),
         }

@@ -69,3 +69,4 @@ def test_shapes_fit_the_shared_memory_there_is() -> None:
     )
     large = planner()
     assert small.wide.num_stages < large.wide.num_stages
+    assert small.wide.block_m < large.wide.block_m

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 LEAST_KEYS = 64  # a part with fewer is not worth its merging
+_TABLE_BYTES = 2048  # of shared memory, for what is not queries, keys or values
 MIN_DOT = 16  # the least rows, columns and depth of a matrix product in Triton
 
 
@@ -117,30 +118,36 @@ class Planner:
 def make_planner(
     *, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, multiprocessors: int, shared_memory: int
 ) -> Planner:
-    """The tile shapes that suit a model's attention and a GPU with `shared_memory` bytes for one program."""
+    """The tile shapes that suit a model's attention and a GPU with `shared_memory` bytes for one program.
+
+    Keys are loaded through the block table, so that a load waits for another load. Triton then needs five stages to let
+    a tile's loads run while the tile before is computed; with three they only take turns.
+    """
     group = heads // kv_heads
     least_m = max(MIN_DOT, next_power_of_two(group))
     block_d = max(MIN_DOT, next_power_of_two(head_dim))
     if dtype == torch.float32:  # exact products run outside the tensor cores and hold their operands in registers
-        narrow_n = wide_n = 32 if block_d <= 64 else 16
-        wide_m, warps = max(least_m, 32 if block_d <= 64 else 16), 4
+        size = 32 if block_d <= 64 else 16
+        narrow = [TileShape(least_m, size, 4, 3), TileShape(least_m, size, 4, 1)]
+        wide = [TileShape(max(least_m, size), size, 4, 3), TileShape(max(least_m, size), size, 4, 1)]
     else:
-        narrow_n = 64 if block_d <= 128 else 32
-        wide_n = 64 if block_d <= 128 else 32
-        wide_m, warps = max(least_m, 128), 4 if block_d <= 64 else 8
-    itemsize = dtype.itemsize
+        # As many bytes a tile as let four programs run on a multiprocessor, all loading.
+        size = min(64, max(MIN_DOT, 4096 // block_d))
+        narrow = [TileShape(least_m, size, 4, stages) for stages in (5, 3, 1)]
+        rows, warps = max(least_m, 128), 4 if block_d <= 64 else 8
+        keys = 64 if block_d <= 128 else 32
+        wide = [TileShape(rows, keys, warps, stages) for stages in (5, 3)]
+        wide += [TileShape(max(least_m, 64), 32, 4, stages) for stages in (3, 1)]
 
-    def shape(block_m: int, block_n: int, num_warps: int) -> TileShape:
-        free = shared_memory - block_m * block_d * itemsize
-        stages = free // (2 * block_n * block_d * itemsize)
-        return TileShape(block_m, block_n, num_warps, int(min(3, max(1, stages))))
+    def fitting(shapes: list[TileShape]) -> TileShape:
+        for shape in shapes:
+            rows = shape.block_m + (shape.num_stages + 1) * shape.block_n  # of queries, keys and values
+            if rows * block_d * dtype.itemsize + _TABLE_BYTES <= shared_memory:
+                return shape
+        return shapes[-1]
 
     return Planner(
-        group=group,
-        kv_heads=kv_heads,
-        narrow=shape(least_m, narrow_n, 4),
-        wide=shape(wide_m, wide_n, warps),
-        programs=4 * multiprocessors,
+        group=group, kv_heads=kv_heads, narrow=fitting(narrow), wide=fitting(wide), programs=4 * multiprocessors
     )
 
 
