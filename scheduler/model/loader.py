@@ -21,6 +21,7 @@ from scheduler.model import interface
 from scheduler.model.attention import choose
 from scheduler.model.attention.base import AttentionBackend
 from scheduler.model.cpu.decoder import ARCHITECTURES, DecoderForward, runs_in_one_call
+from scheduler.model.cuda.fused import FusedForward
 from scheduler.model.cuda.graphs import CudaCapturer
 from scheduler.model.cuda.memory import DeviceMemory
 from scheduler.model.cuda.setup import make_forward, make_planner, measure_memory, with_graphs
@@ -181,8 +182,6 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
-    if kv_cache.device.type == "cuda" and quantization == "none":
-        return make_forward(model, kv_cache, backend), "as loaded"
     if runs_in_one_call(model, kv_cache.dtype):
         weights = None if quantization == "none" else quantization
         try:
@@ -194,6 +193,9 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
             f"--quantization {quantization} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
             f"{', '.join(sorted(ARCHITECTURES))}; this one is {type(model).__name__}: use --quantization none"
         )
+    if kv_cache.device.type == "cuda":
+        forward = make_forward(model, kv_cache, backend)
+        return forward, "merged for fused kernels" if isinstance(forward, FusedForward) else "as transformers has it"
     return TransformersForward(model, kv_cache, backend), f"{pack_linears(model)} linear layers packed"
 
 
