@@ -29,7 +29,7 @@ from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.packing import pack_linears
 from scheduler.model.runner import Runner
-from scheduler.model.self_check import self_check
+from scheduler.model.self_check import eager_logits, self_check
 from scheduler.model.source import ModelError, ModelSource, resolve
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     except RuntimeError as error:
         raise ModelError(f"{named}: not that much memory is free") from error
     phases.done("KV cache", f"{num_blocks} blocks of {config.block_size} tokens")
+    expected = eager_logits(model)  # before the weights are laid out anew
     forward, layout = _forward(model, kv_cache, backend, config.quantization)
     phases.done("weight layout", layout)
 
@@ -127,7 +128,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
         attention=name,
         num_parameters=num_parameters,
     )
-    runner = _checked_runner(model, forward, kv_cache, info, config)
+    runner = _checked_runner(expected, forward, kv_cache, info, config)
     phases.done("self-check", "paged attention agrees with transformers' own")
     if on_gpu:
         graphs, build = with_graphs(
@@ -185,9 +186,11 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
     if runs_in_one_call(model, kv_cache.dtype):
         weights = None if quantization == "none" else quantization
         try:
-            return DecoderForward(model, kv_cache, weights), f"packed for the decoder in C++, {weights or 'plain'}"
-        except RuntimeError as error:
-            raise ModelError(f"--quantization {quantization}: {str(error).splitlines()[0]}") from error
+            decoder = DecoderForward(model, kv_cache, weights, release=True)
+            return decoder, f"packed for the decoder in C++, {weights or 'plain'}"
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error).splitlines() or ["not enough memory"])[0]
+            raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
     if quantization != "none":
         raise ModelError(
             f"--quantization {quantization} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
@@ -199,10 +202,12 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
     return TransformersForward(model, kv_cache, backend), f"{pack_linears(model)} linear layers packed"
 
 
-def _checked_runner(model: Any, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig) -> Runner:
+def _checked_runner(
+    expected: torch.Tensor, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig
+) -> Runner:
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
     try:
-        self_check(model, runner, kv_cache.block_size, quantized=config.quantization != "none")
+        self_check(expected, runner, info.vocab_size, kv_cache.block_size, quantized=config.quantization != "none")
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
     return runner

@@ -11,32 +11,43 @@ from scheduler.model.interface import ATTENTION_NAME
 from scheduler.model.runner import Runner
 
 LENGTH = 24
-CUT = 17
+CHUNKS = (17, 6, 1)  # the last is a decoding step
+
+
+def _tokens(vocab: int) -> list[int]:
+    return [(7919 * (i + 1)) % vocab for i in range(LENGTH)]
 
 
 @torch.inference_mode()
-def self_check(model: Any, runner: Runner, block_size: int, quantized: bool = False) -> None:
-    """Run one short sequence in two chunks through the paged cache and whole through eager attention.
+def eager_logits(model: Any) -> torch.Tensor:
+    """What `self_check` compares with: [vocab] after a short sequence, through transformers' own attention."""
+    embed = model.get_input_embeddings().weight
+    model.set_attn_implementation("eager")
+    try:
+        positions = torch.arange(LENGTH, device=embed.device)[None]
+        tokens = torch.tensor([_tokens(embed.shape[0])], device=embed.device)
+        logits: torch.Tensor = model(tokens, position_ids=positions, use_cache=False).logits[0, -1]
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    return logits
+
+
+@torch.inference_mode()
+def self_check(expected: torch.Tensor, runner: Runner, vocab: int, block_size: int, quantized: bool = False) -> None:
+    """Run the same sequence in chunks through the paged cache; `expected` are the `eager_logits`.
 
     Raises RuntimeError when the logits disagree beyond rounding: the architecture does something (a window, a bias, a
     score cap) that does not pass through the attention interface.
     """
-    device = model.get_input_embeddings().weight.device
-    vocab = model.get_input_embeddings().weight.shape[0]
-    tokens = [(7919 * (i + 1)) % vocab for i in range(LENGTH)]
-    blocks = list(range(-(-LENGTH // block_size)))
-    runner.forward([Row(0, tokens[:CUT], blocks, range(0))])
-    paged = runner.forward([Row(CUT, tokens[CUT:], blocks, range(LENGTH - CUT - 1, LENGTH - CUT))])[0].float()
-    model.set_attn_implementation("eager")
-    try:
-        positions = torch.arange(LENGTH, device=device)[None]
-        output = model(torch.tensor([tokens], device=device), position_ids=positions, use_cache=False)
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
-    eager = output.logits[0, -1].float()
+    tokens, blocks, start = _tokens(vocab), list(range(-(-LENGTH // block_size))), 0
+    for count in CHUNKS:
+        row = Row(start, tokens[start : start + count], blocks, range(count - 1, count))
+        paged = runner.forward([row])[0].float()
+        start += count
+    eager = expected.float()
     spread = float((eager - eager.mean()).norm())
     error = float((paged - eager).norm()) / max(spread, 1e-6)
-    allowed = 0.4 if quantized else 1e-3 if output.logits.dtype == torch.float32 else 0.3
+    allowed = 0.4 if quantized else 1e-3 if expected.dtype == torch.float32 else 0.3
     if not error <= allowed:
         raise RuntimeError(
             f"its logits through paged attention are {error:.1%} off transformers' own (at most {allowed:.1%} allowed)"

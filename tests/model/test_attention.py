@@ -349,9 +349,9 @@ def _wrong(case: Case, name: str, change: Any) -> Case:
         ("block_table", lambda t: t - 1000, "names block"),
         ("block_table", lambda t: t[:1], "one row per sequence"),
         ("block_table", lambda t: t[0], "2 dimension"),
-        ("slot_mapping", lambda t: t[1:], "one entry per token"),
-        ("slot_mapping", lambda t: t + 100_000, "names slot"),
-        ("slot_mapping", lambda t: -1 - t, "names slot"),
+        ("slot_mapping", lambda t: t[1:], "must have [0-9]+ entries"),
+        ("slot_mapping", lambda t: t + 100_000, "not from 0 to below"),
+        ("slot_mapping", lambda t: -1 - t, "not from 0 to below"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_before_anything_is_written(

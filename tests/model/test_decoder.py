@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -263,6 +267,34 @@ def test_what_runs_in_one_call() -> None:
     assert not runs_in_one_call(make_model(dynamic, torch.float32), torch.float32)
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB))
     assert not runs_in_one_call(gpt2, torch.float32)
+
+
+def test_an_adapter_is_not_left_out() -> None:
+    """peft puts modules of its own in the place of linear layers, whose `weight` is the base model's."""
+    model = make_model(CONFIGS["llama"], torch.float32)
+    get_peft_model(model, LoraConfig(target_modules=["v_proj"], r=2))
+    assert not runs_in_one_call(model, torch.float32)
+
+
+def test_bad_metadata_is_refused_before_anything_is_written() -> None:
+    model = make_model(CONFIGS["llama"], torch.float32)
+    runs_in_one_call(model, torch.float32)
+    cache = make_cache(model, torch.float32)
+    decoder = DecoderForward(model, cache)
+    for row in (Row(0, [1, 2], [BLOCKS], range(1)), Row(0, [1], [0], range(3, 4)), Row(0, [1], [-1], range(1))):
+        with pytest.raises(RuntimeError, match=r"block_table|logit_rows"), torch.inference_mode():
+            decoder(build_batch([row], 16, CPU))
+    assert all(tensor.isnan().all() for tensor in (*cache.keys, *cache.values))
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """What OpenMP grants may be less than what torch says: nobody may wait for a thread that never came."""
+    code = (
+        "from tests.model.test_decoder import CONFIGS, test_float32_equals_transformers as t; t('llama'); print('done')"
+    )
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "4"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["done"], found.stderr
 
 
 def test_int8_of_a_model_that_cannot_is_refused(tiny_models: dict[str, str]) -> None:

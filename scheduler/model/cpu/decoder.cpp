@@ -9,62 +9,19 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "attention.h"
+#include "batch.h"
 #include "matmul.h"
+#include "matrix.h"
+#include "rows.h"
 
 namespace softbatch {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-std::vector<float> floats(const at::Tensor& t) {
-  const at::Tensor f = t.to(at::kFloat).contiguous();
-  return {f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel()};
-}
-
-INLINE void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, float* to) {
-  const int64_t size = weight.size();
-  Vec squares = {};
-  float rest = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    squares += load(x + i) * load(x + i);
-  for (; i < size; ++i)
-    rest += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + epsilon);
-  for (i = 0; i + kLanes <= size; i += kLanes)
-    store(to + i, load(weight.data() + i) * (load(x + i) * scale));
-  for (; i < size; ++i)
-    to[i] = weight[i] * (x[i] * scale);
-}
-
-// gate * sigmoid(gate) * up
-INLINE Vec swiglu(Vec gate, Vec up) {
-  const Vec magnitude = gate < 0.0f ? -gate : gate;
-  const Vec e = exp2(magnitude * -kLog2e);
-  const Vec one = fill(1.0f);
-  return gate * (gate < 0.0f ? e : one) / (one + e) * up;
-}
-
-// Rows of a product, into memory of `columns` floats a row.
-struct Rows {
-  float* data;
-  int64_t columns;
-
-  template <typename F>
-  INLINE void each(int64_t row, int64_t column, const float* sums, const F& f) const {
-    float* to = data + row * columns + column;
-    if (column + kColumns <= columns) {
-      for (int half = 0; half < kColumns; half += kLanes)
-        store(to + half, f(load(to + half), load(sums + half)));
-    } else {
-      for (int64_t i = 0; i < columns - column; ++i)
-        to[i] = f(fill(to[i]), fill(sums[i]))[0];
-    }
-  }
-};
 
 }  // namespace
 
@@ -99,6 +56,19 @@ class Decoder final : public DecoderBase {
                     key_cache.is_contiguous() && key_cache.dim() == 4 && key_cache.size(1) == kv_heads_ &&
                     key_cache.size(3) == dim_,
                 "caches must be contiguous [num_blocks, kv_heads, block_size, head_dim]");
+    constexpr auto kDtype = c10::CppTypeToScalarType<T>::value;
+    TORCH_CHECK(key_cache.scalar_type() == kDtype && value_cache.scalar_type() == kDtype, "caches must be ", kDtype);
+    const int64_t size = weights[0].numel(), width = heads_ * dim_, inner = weights[6].size(0);
+    TORCH_CHECK(weights[5].numel() == size && (layers_.empty() || inner == intermediate_), "layers must be alike");
+    check_shape(weights[1], width, size);
+    check_shape(weights[2], kv_heads_ * dim_, size);
+    check_shape(weights[3], kv_heads_ * dim_, size);
+    check_shape(weights[4], size, width);
+    check_shape(weights[6], inner, size);
+    check_shape(weights[7], inner, size);
+    check_shape(weights[8], size, inner);
+    for (int norm : {4, 5})
+      TORCH_CHECK(!optional[norm] || optional[norm]->numel() == dim_, "a head's norm must have its dimensions");
     layers_.emplace_back(std::make_unique<Layer>());
     Layer& layer = *layers_.back();
     layer.input_norm = floats(weights[0]);
@@ -111,11 +81,12 @@ class Decoder final : public DecoderBase {
     if (optional[5]) layer.key_norm = floats(*optional[5]);
     layer.key_cache = key_cache;
     layer.value_cache = value_cache;
-    intermediate_ = weights[8].size(1);
+    intermediate_ = inner;
   }
 
   void set_head(const at::Tensor& norm, const at::Tensor& weight, const OptionalTensor& bias) override {
     norm_ = floats(norm);
+    check_shape(weight, weight.size(0), norm_.size());
     stack(head_, {weight}, {bias});
   }
 
@@ -123,7 +94,11 @@ class Decoder final : public DecoderBase {
                      const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping,
                      const at::Tensor& logit_rows) override {
     const int64_t tokens = hidden.size(0), size = hidden.size(1), sequences = context_len.size(0);
-    TORCH_CHECK(size == int64_t(norm_.size()), "hidden must be [T, hidden_size]");
+    TORCH_CHECK(size == int64_t(norm_.size()) && hidden.scalar_type() == c10::CppTypeToScalarType<T>::value,
+                "hidden must be [T, hidden_size], in the cache's dtype");
+    check_batch(query_start, context_len, block_table, slot_mapping, tokens, layers_.front()->key_cache);
+    check_rows(positions, tokens, std::numeric_limits<int64_t>::max(), "positions");
+    check_rows(logit_rows, logit_rows.size(0), tokens, "logit_rows");
     const at::Tensor inputs = hidden.contiguous();
     const at::Tensor logits = logits_for(logit_rows.size(0));
     const int64_t* wanted = logit_rows.const_data_ptr<int64_t>();
@@ -283,42 +258,47 @@ class Decoder final : public DecoderBase {
 
   // One product with the outputs of several, one after another.
   void stack(Packed<W>& packed, const std::vector<at::Tensor>& parts, const std::vector<OptionalTensor>& biases) {
-    std::vector<at::Tensor> rows;
+    std::vector<Matrix> matrices;
     std::vector<float> bias;
     int64_t outputs = 0;
     bool any = false;
     for (size_t i = 0; i < parts.size(); ++i) {
-      rows.push_back(parts[i].to(at::kFloat).contiguous());
+      matrices.emplace_back(parts[i]);
       outputs += parts[i].size(0);
       const std::vector<float> own = biases[i] ? floats(*biases[i]) : std::vector<float>(parts[i].size(0));
+      TORCH_CHECK(int64_t(own.size()) == parts[i].size(0), "a bias must have one number for each output");
       bias.insert(bias.end(), own.begin(), own.end());
       any |= biases[i].has_value();
     }
     check_inputs(parts.front());
-    packed.pack(arena_, outputs, parts.front().size(1), [&](int64_t row) {
+    packed.pack(arena_, outputs, parts.front().size(1), [&](int64_t row, float* buffer) {
       size_t part = 0;
-      while (row >= rows[part].size(0))
-        row -= rows[part++].size(0);
-      return rows[part].template const_data_ptr<float>() + row * rows[part].size(1);
+      while (row >= matrices[part].rows())
+        row -= matrices[part++].rows();
+      return matrices[part].row(row, buffer);
     });
     if (any) packed.bias = bias;
   }
 
   // Every panel holds kLanes outputs of the gate and the same of the other half.
   void interleave(Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
-    const at::Tensor g = gate.to(at::kFloat).contiguous(), u = up.to(at::kFloat).contiguous();
+    const Matrix g(gate), u(up);
     check_inputs(gate);
-    const int64_t outputs = round_up(gate.size(0), kLanes), inputs = gate.size(1);
-    packed.pack(arena_, 2 * outputs, inputs, [&](int64_t row) -> const float* {
+    packed.pack(arena_, 2 * round_up(gate.size(0), kLanes), gate.size(1), [&](int64_t row, float* buffer) -> const float* {
       const int64_t at = row / kColumns * kLanes + row % kLanes;
-      if (at >= g.size(0)) return nullptr;
-      return (row % kColumns < kLanes ? g : u).template const_data_ptr<float>() + at * inputs;
+      return at < g.rows() ? (row % kColumns < kLanes ? g : u).row(at, buffer) : nullptr;
     });
   }
 
   static void check_inputs(const at::Tensor& weight) {
-    TORCH_CHECK(weight.dim() == 2 && weight.size(1) % Layout<W>::kInputs == 0,
-                "weights must be [outputs, inputs], inputs a multiple of ", Layout<W>::kInputs);
+    TORCH_CHECK(weight.size(1) % Layout<W>::kInputs == 0, "weights must be [outputs, inputs], inputs a multiple of ",
+                Layout<W>::kInputs);
+  }
+
+  // What is written for a weight goes by its shape: no call may reach past a row.
+  static void check_shape(const at::Tensor& weight, int64_t outputs, int64_t inputs) {
+    TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == inputs, "a weight must be [", outputs,
+                ", ", inputs, "], not ", weight.sizes());
   }
 
   const int64_t heads_, kv_heads_, dim_;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from scheduler.model.batch import RaggedBatch
 from scheduler.model.cpu.build import build
@@ -28,15 +30,31 @@ def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
         and config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
         and rope.get("rope_type", "default") in _ROTARY
-        and config.hidden_size % 4 == config.intermediate_size % 4 == 0
+        and config.hidden_size % 2 == config.intermediate_size % 2 == 0
+        and all(_is_plain(linear, dtype) for linear in _linears(model))
         and build()
     )
 
 
-class DecoderForward:
-    """`Forward` in C++. It has its own copy of the weights in `weights` (float32, bfloat16 or int8)."""
+def _linears(model: Any) -> Iterator[Any]:
+    for layer in model.model.layers:
+        yield from (getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        yield from (getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+    yield model.lm_head
 
-    def __init__(self, model: Any, kv_cache: KVCache, weights: str | None = None) -> None:
+
+def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
+    """Not what an adapter or a quantiser has put in its place, whose weight alone says too little."""
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype == dtype
+
+
+class DecoderForward:
+    """`Forward` in C++. It has its own copy of the weights in `weights` (float32, bfloat16 or int8).
+
+    With `release` the model's own go layer by layer, so that they never lie in memory twice; it cannot run any more.
+    """
+
+    def __init__(self, model: Any, kv_cache: KVCache, weights: str | None = None, release: bool = False) -> None:
         config, rotary = model.config, model.model.rotary_emb
         first = model.model.layers[0].self_attn
         self._embed = model.get_input_embeddings()
@@ -76,6 +94,10 @@ class DecoderForward:
                 keys,
                 values,
             )
+            if release:
+                for linear in (*attention.children(), *mlp.children()):
+                    if isinstance(linear, nn.Linear):
+                        linear.register_parameter("weight", None)
         self._decoder.set_head(model.model.norm.weight, model.lm_head.weight, model.lm_head.bias)
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:

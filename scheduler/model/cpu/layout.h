@@ -103,6 +103,7 @@ struct Layout<int8_t> {
   static constexpr int64_t kInputs = 32;
   static constexpr int kGroup = 32;
   static constexpr int kZero = 128;
+  static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 127 / top stays finite
   static constexpr int64_t kStep = 4 * kColumns;                                   // four inputs of a panel
   static constexpr int64_t kGroupBytes = kGroup * kColumns + kColumns * sizeof(float);  // with its scales, first
   static constexpr int64_t kRowBytes = kGroup + 2 * sizeof(float);  // a row's share of a tile's group, the same
@@ -120,7 +121,7 @@ struct Layout<int8_t> {
 
   static void pack(const float* from, int64_t inputs, int64_t column, char* panel) {
     for (int64_t g = 0; g < inputs / kGroup; ++g, panel += kGroupBytes) {
-      const float top = from ? most(from + g * kGroup) : 0.0f, inverse = top > 0 ? 127 / top : 0;
+      const float top = from ? most(from + g * kGroup) : 0.0f, inverse = top > kLeast ? 127 / top : 0;
       reinterpret_cast<float*>(panel)[column] = top / 127;
       uint8_t* to = reinterpret_cast<uint8_t*>(panel) + kColumns * sizeof(float) + column * 4;
       for (int k = 0; k < kGroup; ++k) {
@@ -132,7 +133,7 @@ struct Layout<int8_t> {
 
   static INLINE void put(const float* values, int64_t inputs, int64_t row, int64_t rows, char* tile) {
     for (int64_t g = 0; g < inputs / kGroup; ++g, tile += rows * kRowBytes, values += kGroup) {
-      const float top = most(values), inverse = top > 0 ? 127 / top : 0;
+      const float top = most(values), inverse = top > kLeast ? 127 / top : 0;
       typedef int8_t Bytes __attribute__((vector_size(kLanes)));
       int8_t bytes[kGroup];
       Ints sum = {};
@@ -146,13 +147,13 @@ struct Layout<int8_t> {
         sum += nearest;
         nothing += value * 0.0f;
       }
-      int total = 0;
+      uint32_t total = 0;  // anything where a value is not finite
       for (int i = 0; i < kLanes; ++i)
-        total += sum[i];
+        total += static_cast<uint32_t>(sum[i]);
       float* scales = reinterpret_cast<float*>(tile);
       int32_t* zeros = reinterpret_cast<int32_t*>(scales + rows);
       scales[row] = top / 127 + softbatch::sum(nothing);
-      zeros[row] = -kZero * total;
+      zeros[row] = static_cast<int32_t>(0u - kZero * total);
       std::memcpy(zeros + rows + row * kGroup / 4, bytes, kGroup);
     }
   }

@@ -24,7 +24,7 @@ struct Packed {
   int64_t panels() const { return (outputs + kColumns - 1) / kColumns; }
   const char* panel(int64_t p) const { return data + p * Layout<W>::panel_bytes(inputs); }
 
-  // row(i): the weights of output i, float32 [inputs], or null for zeros.
+  // row(i, buffer): the weights of output i, float32 [inputs], perhaps in the buffer, or null for zeros.
   template <typename F>
   void pack(Arena& arena, int64_t new_outputs, int64_t new_inputs, const F& row) {
     outputs = new_outputs;
@@ -32,8 +32,9 @@ struct Packed {
     const int64_t bytes = Layout<W>::panel_bytes(inputs);
     data = arena.allocate<char>(panels() * bytes);
     at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(inputs);
       for (int64_t i = begin * kColumns; i < end * kColumns; ++i)
-        Layout<W>::pack(i < outputs ? row(i) : nullptr, inputs, i % kColumns, data + i / kColumns * bytes);
+        Layout<W>::pack(i < outputs ? row(i, buffer.data()) : nullptr, inputs, i % kColumns, data + i / kColumns * bytes);
     });
   }
 };

@@ -23,7 +23,9 @@ class Buffer {
       const size_t bytes = (count * sizeof(T) + align - 1) / align * align;
       void* p = std::aligned_alloc(align, bytes);
       if (p == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
       if (align == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);  // a wish: refused where there are none
+#endif
       data_.reset(static_cast<T*>(p));
       count_ = count;
     }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "batch.h"
 
 namespace softbatch {
 namespace {
@@ -47,13 +48,6 @@ void write_cache(const at::Tensor& key, const at::Tensor& value, const at::Tenso
   });
 }
 
-void check_metadata(const at::Tensor& t, at::ScalarType dtype, int64_t dim, const char* name) {
-  TORCH_CHECK(t.device().is_cpu(), name, " must be on the cpu, not on ", t.device());
-  TORCH_CHECK(t.scalar_type() == dtype, name, " must be ", dtype, ", not ", t.scalar_type());
-  TORCH_CHECK(t.dim() == dim, name, " must have ", dim, " dimension(s), not ", t.dim());
-  TORCH_CHECK(t.size(-1) <= 1 || t.stride(-1) == 1, name, " must be contiguous in its last dimension");
-}
-
 void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
            const at::Tensor& key_cache, const at::Tensor& value_cache, const at::Tensor& query_start,
            const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping) {
@@ -70,44 +64,17 @@ void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& val
   TORCH_CHECK(key_cache.sizes() == value_cache.sizes() && key_cache.strides() == value_cache.strides(),
               "key_cache and value_cache must have one shape and layout");
   const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2), kv_heads = key.size(1);
-  const int64_t blocks = key_cache.size(0), block_size = key_cache.size(2);
   TORCH_CHECK(key.size(0) == tokens && key.size(2) == dim, "key must have query's tokens and head_dim");
   TORCH_CHECK(dim > 0, "head_dim must be positive");
   TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "heads (", heads, ") must be a multiple of kv_heads (",
               kv_heads, ")");
   TORCH_CHECK(key_cache.size(1) == kv_heads && key_cache.size(3) == dim,
               "caches must have key's kv_heads and head_dim");
-  TORCH_CHECK(block_size > 0, "block_size must be positive");
+  TORCH_CHECK(key_cache.size(2) > 0, "block_size must be positive");
   TORCH_CHECK(key_cache.stride(3) == 1 && key_cache.stride(2) == dim,
               "each block of a cache must be contiguous");
 
-  check_metadata(query_start, at::kInt, 1, "query_start");
-  check_metadata(context_len, at::kInt, 1, "context_len");
-  check_metadata(block_table, at::kInt, 2, "block_table");
-  check_metadata(slot_mapping, at::kLong, 1, "slot_mapping");
-  const int64_t sequences = context_len.size(0), columns = block_table.size(1), row = block_table.stride(0);
-  TORCH_CHECK(query_start.size(0) == sequences + 1, "query_start must have one entry more than context_len");
-  TORCH_CHECK(block_table.size(0) == sequences, "block_table must have one row per sequence");
-  TORCH_CHECK(slot_mapping.size(0) == tokens, "slot_mapping must have one entry per token");
-  const int32_t* start = query_start.const_data_ptr<int32_t>();
-  const int32_t* context = context_len.const_data_ptr<int32_t>();
-  const int32_t* table = block_table.const_data_ptr<int32_t>();
-  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
-  TORCH_CHECK(start[0] == 0 && start[sequences] == tokens, "query_start must begin with 0 and end with ",
-              tokens);
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t length = int64_t(start[s + 1]) - start[s];
-    TORCH_CHECK(length >= 0, "query_start must not decrease");
-    TORCH_CHECK(context[s] >= length, "context_len of sequence ", s, " is shorter than its query");
-    TORCH_CHECK(context[s] <= columns * block_size, "context_len of sequence ", s,
-                " exceeds its block table");
-    for (int64_t b = 0; b * block_size < context[s]; ++b)
-      TORCH_CHECK(table[s * row + b] >= 0 && table[s * row + b] < blocks, "block_table of sequence ", s,
-                  " names block ", table[s * row + b], " of ", blocks);
-  }
-  for (int64_t t = 0; t < tokens; ++t)
-    TORCH_CHECK(slots[t] >= 0 && slots[t] < blocks * block_size, "slot_mapping of token ", t, " names slot ",
-                slots[t], " of ", blocks * block_size);
+  check_batch(query_start, context_len, block_table, slot_mapping, tokens, key_cache);
 }
 
 at::Tensor dense_rows(const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <omp.h>
 #include <sched.h>
 
 #include <atomic>
@@ -19,9 +20,13 @@ class Team {
   // Runs body(team) on every member; loops inside are shared by all of them.
   template <typename F>
   static void run(const F& body) {
-    Team team(at::in_parallel_region() ? 1 : at::get_num_threads());
-#pragma omp parallel num_threads(team.size_)
-    body(team);
+    Team team;
+#pragma omp parallel num_threads(at::in_parallel_region() ? 1 : at::get_num_threads())
+    {
+#pragma omp single
+      team.size_ = omp_get_num_threads();  // fewer than asked for where OMP_THREAD_LIMIT or OMP_DYNAMIC say so
+      body(team);
+    }
   }
 
   // Calls f(item, the item this member takes next or count) for every item; returns when all are done.
@@ -44,7 +49,7 @@ class Team {
   }
 
  private:
-  explicit Team(int size) : size_(size) {}
+  Team() = default;
 
   // The last to come sets the counter back and lets everybody go.
   void meet() {
@@ -65,7 +70,7 @@ class Team {
 
   static constexpr int kSpins = 2000;
 
-  const int size_;
+  int size_ = 0;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int64_t> round_{0};

@@ -1,0 +1,54 @@
+// What happens to a row between two products, in float32.
+
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "layout.h"
+
+namespace softbatch {
+
+INLINE void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, float* to) {
+  const int64_t size = weight.size();
+  Vec squares = {};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    squares += load(x + i) * load(x + i);
+  for (; i < size; ++i)
+    rest += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + epsilon);
+  for (i = 0; i + kLanes <= size; i += kLanes)
+    store(to + i, load(weight.data() + i) * (load(x + i) * scale));
+  for (; i < size; ++i)
+    to[i] = weight[i] * (x[i] * scale);
+}
+
+// gate * sigmoid(gate) * up
+INLINE Vec swiglu(Vec gate, Vec up) {
+  const Vec magnitude = gate < 0.0f ? -gate : gate;
+  const Vec e = exp2(magnitude * -kLog2e);
+  const Vec one = fill(1.0f);
+  return gate * (gate < 0.0f ? e : one) / (one + e) * up;
+}
+
+// Rows of a product, into memory of `columns` floats a row.
+struct Rows {
+  float* data;
+  int64_t columns;
+
+  template <typename F>
+  INLINE void each(int64_t row, int64_t column, const float* sums, const F& f) const {
+    float* to = data + row * columns + column;
+    if (column + kColumns <= columns) {
+      for (int half = 0; half < kColumns; half += kLanes)
+        store(to + half, f(load(to + half), load(sums + half)));
+    } else {
+      for (int64_t i = 0; i < columns - column; ++i)
+        to[i] = f(fill(to[i]), fill(sums[i]))[0];
+    }
+  }
+};
+
+}  // namespace softbatch
