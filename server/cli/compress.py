@@ -145,7 +145,7 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
     began = time.monotonic()
     try:
         shape = ModelShape.of(AutoConfig.from_pretrained(resolve(choice.model).path))
-        check_room(directory, shape, wanted, max_bytes)
+        check_room(directory, shape, wanted, questions, max_bytes)
         tokens = count_tokens(load_tokenizer(choice), context, wanted.instruction)
         check_length(tokens, wanted)
         with locked(directory):

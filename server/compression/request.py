@@ -20,6 +20,9 @@ MAX_INSTRUCTION_CHARS = 4096
 # σ in float32 lies on disk up to this often at once: the checkpoint (σ and Adam's two moments), its successor while
 # that is being written, the finished file, and the store's copy of it.
 COPIES_ON_DISK = 8
+# A user's question, with its answer: in the request, among all questions and in the training data, while that is
+# being written and once more beside the report.
+TEXTS_ON_DISK = 6
 
 
 class InputError(Exception):
@@ -155,8 +158,15 @@ def sigma_bytes(shape: ModelShape, settings: CompressionSettings) -> int:
     return 4 * per_token * settings.virtual_tokens
 
 
-def check_room(directory: Path, shape: ModelShape, settings: CompressionSettings, max_prompt_bytes: int) -> None:
-    """Raises InputError when the soft prompt would be too large for the store or for the disk under it."""
+def check_room(
+    directory: Path,
+    shape: ModelShape,
+    settings: CompressionSettings,
+    questions: Sequence[Example],
+    max_prompt_bytes: int,
+) -> None:
+    """Raises InputError when the soft prompt would be too large for the store, or it and what the run keeps for
+    resuming, the user's own `questions` included, for the disk under it."""
     size = sigma_bytes(shape, settings)
     if size + MIB > max_prompt_bytes:
         raise InputError(
@@ -166,10 +176,11 @@ def check_room(directory: Path, shape: ModelShape, settings: CompressionSettings
             code="too_large",
         )
     existing = next(path for path in (directory, *directory.parents) if path.exists())
-    answers = settings.questions + settings.held_out
+    answers = settings.questions + settings.held_out + len(questions)
     # Of the teacher, kept for resuming, and its successor while that is being written.
     states = 2 * 4 * shape.hidden_size * answers * settings.max_answer_tokens
-    needed = COPIES_ON_DISK * size + states + 16 * MIB
+    texts = TEXTS_ON_DISK * sum(len((one.input + (one.output or "")).encode()) for one in questions)
+    needed = COPIES_ON_DISK * size + states + texts + 16 * MIB
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(

@@ -138,14 +138,15 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
     max_bytes = settings.max_prompt_mib << 20
     model = engine_info(services).model
     shape = ModelShape(model.num_layers, model.num_kv_heads, model.head_dim, model.hidden_size)
-    check_room(settings.prompt_store, shape, wanted, max_bytes)
+    questions = tuple(Example(question.input, question.output) for question in body.questions)
+    check_room(settings.prompt_store, shape, wanted, questions, max_bytes)
     turn = context_turn(services.text.tokenizer, body.context, wanted.instruction)
     check_length(len(services.text.backend.encode(turn, add_special_tokens=False).ids), wanted)
     return CompressionRequest(
         name=body.name,
         context=body.context,
         settings=wanted,
-        questions=tuple(Example(question.input, question.output) for question in body.questions),
+        questions=questions,
         choice=ModelChoice(model.tokenizer_path, model.name, model.dtype, model.device),
         store=str(settings.prompt_store),
         max_prompt_bytes=max_bytes,

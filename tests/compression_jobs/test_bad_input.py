@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from prompt_store.compression.self_study import Example
 from prompt_store.compression.settings import CompressionSettings
 from prompt_store.manifest import Manifest, ModelRef
 from prompt_store.soft_prompt import SoftPrompt, save
@@ -118,15 +120,32 @@ def add_prompt(store: Path, name: str, model: str = "other") -> None:
 
 def test_a_soft_prompt_larger_than_the_store_or_the_disk(tmp_path: Path) -> None:
     small = ModelShape(num_layers=3, num_kv_heads=2, head_dim=8, hidden_size=64)
-    check_room(tmp_path / "not" / "there", small, CompressionSettings(), 256 << 20)
+    check_room(tmp_path / "not" / "there", small, CompressionSettings(), (), 256 << 20)
     with pytest.raises(InputError) as refused:
-        check_room(tmp_path, small, CompressionSettings(virtual_tokens=20_000), 8 << 20)
+        check_room(tmp_path, small, CompressionSettings(virtual_tokens=20_000), (), 8 << 20)
     assert refused.value.code == "too_large"
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     vast = ModelShape(num_layers=free // 1024, num_kv_heads=8, head_dim=64, hidden_size=64)
     with pytest.raises(InputError, match="not enough disk space") as refused:
-        check_room(tmp_path, vast, CompressionSettings(), 1 << 60)
+        check_room(tmp_path, vast, CompressionSettings(), (), 1 << 60)
     assert refused.value.code == "disk_full"
+
+
+def test_the_users_own_questions_take_room_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ModelShape(num_layers=3, num_kv_heads=2, head_dim=8, hidden_size=1 << 14)
+    settings = CompressionSettings(questions=0, held_out=4, max_answer_tokens=16)
+    own = (Example("When?", "At seven."),) * 100
+    states = 2 * 4 * shape.hidden_size * settings.max_answer_tokens * len(own)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=states))
+    check_room(tmp_path, shape, settings, (), 1 << 30)
+    with pytest.raises(InputError, match="not enough disk space"):
+        check_room(tmp_path, shape, settings, own, 1 << 30)
+    long = (Example("When?", "x" * 20_000),) * 5
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40 << 20))
+    check_room(tmp_path, shape, settings, long[:1], 1 << 30)
+    with pytest.raises(InputError, match="not enough disk space"):
+        check_room(tmp_path, shape, settings, long * 100, 1 << 30)
 
 
 def test_two_runs_of_one_name(
