@@ -1,12 +1,13 @@
 """How faithful a soft prompt is, by length, kind, objective and training time: figures, plots of docs/compression.md.
 
-    python benchmarks/compression_tradeoffs.py                    # about 40 minutes on 2 cores
+    python benchmarks/compression_tradeoffs.py                    # about an hour of one core
     python benchmarks/compression_tradeoffs.py --seconds 20 --lengths 16,64   # a quick look
     python benchmarks/compression_tradeoffs.py --plot             # draw what has been measured
 
 Questions, gold answers and the teacher's states of one example context are made once; then every setting is matched
 and trained for the same time and measured on the hand-written questions beside the context, which nothing trained on.
-What is done is kept in --out, so that a second call goes on. Plotting takes matplotlib (pip install matplotlib).
+Time is processor time of one thread, so that neither other programs nor pauses show in the figures. What is done is
+kept in --out, so that a second call goes on. Plotting takes matplotlib (pip install matplotlib).
 """
 
 from __future__ import annotations
@@ -109,14 +110,15 @@ def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds:
     """One setting; two fifths of its time go to selection and matching. Observing, the same for all, is not counted."""
     decoder, context = prepared.bench.decoder, prepared.context
     observed = prepared.observe(length)
-    began = time.monotonic()
+    clock = time.process_time
+    began = clock()
     student = Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
     if kind == "kv":
         student = Student.from_prefix(decoder, selected(decoder, context.full, observed, length))
-    fit(student, observed, MatchingSettings(seconds=max(0.01, 0.4 * seconds - (time.monotonic() - began))))
-    left = max(1.0, seconds - (time.monotonic() - began))
+    fit(student, observed, MatchingSettings(seconds=max(0.01, 0.4 * seconds - (clock() - began))), clock)
+    left = max(1.0, seconds - (clock() - began))
     settings = TrainingSettings(objective=objective, seconds=left, batch_size=BATCH)
-    result = Trainer(student, prepared.pairs, prepared.states, settings).run()
+    result = Trainer(student, prepared.pairs, prepared.states, settings, clock=clock).run()
     return {
         "kind": kind,
         "objective": objective,
@@ -136,8 +138,13 @@ def plot(rows: list[dict[str, Any]], seconds: float, length: int, out: Path) -> 
 
     looks = {("kv", "kl"): "C0-o", ("kv", "nll"): "C0--s", ("embeddings", "kl"): "C1-o", ("embeddings", "nll"): "C1--s"}
     for axis, fixed, value, label in (
-        ("virtual_tokens", "seconds", seconds, f"virtual tokens ({seconds:g} s of matching and training each)"),
-        ("seconds", "virtual_tokens", length, f"seconds of matching and training ({length} virtual tokens)"),
+        ("virtual_tokens", "seconds", seconds, f"virtual tokens ({seconds:g} s on one core each)"),
+        (
+            "seconds",
+            "virtual_tokens",
+            length,
+            f"seconds on one core ({length} virtual tokens)",
+        ),
     ):
         figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
         for (kind, objective), look in looks.items():
@@ -176,6 +183,7 @@ def main() -> None:
         points = [(int(n), arguments.seconds) for n in arguments.lengths.split(",")]
         points += [(arguments.length, float(s)) for s in arguments.times.split(",")]
         torch.manual_seed(0)
+        torch.set_num_threads(1)
         prepared = prepare(arguments.example, arguments.model, arguments.questions, out)
         for length, seconds in sorted(set(points)):
             for kind, objective in (("kv", "kl"), ("embeddings", "kl"), ("kv", "nll"), ("embeddings", "nll")):
