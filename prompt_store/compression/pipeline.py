@@ -43,6 +43,7 @@ from prompt_store.compression.self_study import (
     save_jsonl,
     split,
     spread_first,
+    surplus_recitations,
     template_questions,
     usable,
 )
@@ -57,6 +58,8 @@ GOLD_SHARE = 0.22
 TEACHER_SHARE = 0.14
 MATCHING_SHARE = 0.18
 OBSERVED_PAIRS = 160
+# Pairs that the teacher answers at once. Training takes its own, smaller number: more steps are worth more to it.
+TEACHER_BATCH = 8
 EVALUATION_STEPS = 7
 MATCHING_FILE = "matching.safetensors"
 
@@ -143,9 +146,7 @@ class Compression:
             training = spread_first(training, OBSERVED_PAIRS)
         pairs, teaching = self._teach([context.pair(example) for example in training])
         student = self._student(teaching)
-        recited = [index for index, example in enumerate(training) if example.kind == "recite"]
-        # Matching likes them all; in training their KL, many times that of an answer, would drown the rest.
-        pairs, teaching = without(pairs, teaching, [index for at, index in enumerate(recited) if at % 3])
+        pairs, teaching = without(pairs, teaching, surplus_recitations(training))
         # What is still to come is like one baseline: only that is kept back of the budget.
         reserve = 1.5 * max(measured.seconds for measured in baselines.values()) + 2.0
         result = self._train(student, pairs, teaching, reserve)
@@ -229,7 +230,7 @@ class Compression:
         if self._is_training:
             return list(pairs[: len(states)]), Teaching(states, [])
         watched = min(OBSERVED_PAIRS, len(pairs)) if settings.matching_steps else 0
-        ends = [*range(watched, len(pairs), 16 * settings.batch_size), len(pairs)]
+        ends = [*range(watched, len(pairs), 16 * TEACHER_BATCH), len(pairs)]
         observed: list[Observed] = []
         for start, end in pairwise(dict.fromkeys([0, *ends])):
             late = settings.seconds is not None and self.clock() - began > TEACHER_SHARE * settings.seconds
@@ -237,7 +238,7 @@ class Compression:
                 continue
             part = pairs[start:end]
             watch = len(part) if end <= watched else 0
-            found = teach(self.decoder, self.context.full, part, settings.batch_size, watch, settings.virtual_tokens)
+            found = teach(self.decoder, self.context.full, part, TEACHER_BATCH, watch, settings.virtual_tokens)
             observed += found.observed
             if end > len(states):
                 states += found.states

@@ -261,6 +261,13 @@ def usable(example: Example) -> bool:
     return bool(output) and output != _WORD.findall(example.input.lower())
 
 
+def surplus_recitations(examples: Sequence[Example]) -> list[int]:
+    """Two of three recitations, by index: matching likes them all; in training their KL, many times that of an answer,
+    would drown the rest."""
+    recited = [index for index, example in enumerate(examples) if example.kind == "recite"]
+    return [index for at, index in enumerate(recited) if at % 3]
+
+
 def spread_first(examples: Sequence[Example], count: int) -> list[Example]:
     """The same examples, `count` of them that are spread evenly over all come first."""
     chosen = dict.fromkeys(index * len(examples) // count for index in range(count)) if count < len(examples) else {}

@@ -31,7 +31,7 @@ class CompressionSettings:
     free_answers: int = 16
     max_answer_tokens: int = 48
     instruction: str | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float | None = None
     matching_steps: int = 250
     seed: int = 0

@@ -39,7 +39,7 @@ class TrainingSettings:
     alpha: float = 0.5
     steps: int | None = None
     seconds: float | None = None
-    batch_size: int = 8
+    batch_size: int = 4
     learning_rate: float | None = None
     warmup: float = 0.03
     final_rate: float = 0.02
