@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ from prompt_store.compression.self_study import (
     load_jsonl,
     save_jsonl,
     spread_first,
+    surplus_recitations,
     template_questions,
     usable,
 )
 from prompt_store.compression.student import Student
-from prompt_store.compression.teacher import Observed, teach
+from prompt_store.compression.teacher import Observed, Teaching, teach, without
 from prompt_store.compression.trainer import Trainer, TrainingSettings
 from server.compression.request import ModelChoice
 from server.compression.workbench import Workbench, count_tokens, load_tokenizer
@@ -60,6 +62,7 @@ class Prepared:
     asked: list[Pair]
     asked_states: list[Tensor]
     no_context_kl: float
+    watched: list[Pair]
     observed: dict[int, list[Observed]]
 
     def closed(self, prefix: Prefix | None) -> dict[str, float]:
@@ -71,8 +74,8 @@ class Prepared:
         """Kept for one length at a time: they take a gigabyte."""
         if length not in self.observed:
             self.observed.clear()
-            watched = self.pairs[:OBSERVED]
-            found = teach(self.bench.decoder, self.context.full, watched, BATCH, len(watched), length)
+            watched = len(self.watched)
+            found = teach(self.bench.decoder, self.context.full, self.watched, BATCH, watched, length)
             self.observed[length] = found.observed
         return self.observed[length]
 
@@ -102,8 +105,10 @@ def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
     pairs, asked = [context.pair(one) for one in train], [context.pair(one) for one in hand]
     states, asked_states = (teach(bench.decoder, context.full, which, BATCH).states for which in (pairs, asked))
     bare = teach(bench.decoder, [None], asked, BATCH).states
-    without = position_scores(bench.decoder, bare, asked_states, asked).kl
-    return Prepared(bench, context, pairs, states, asked, asked_states, without, {})
+    no_context = position_scores(bench.decoder, bare, asked_states, asked).kl
+    watched = pairs[:OBSERVED]
+    pairs, teaching = without(pairs, Teaching(states, []), surplus_recitations(train))
+    return Prepared(bench, context, pairs, teaching.states, asked, asked_states, no_context, watched, {})
 
 
 def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds: float) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds:
         student = Student.from_prefix(decoder, selected(decoder, context.full, observed, length))
     fit(student, observed, MatchingSettings(seconds=max(0.01, 0.4 * seconds - (clock() - began))), clock)
     left = max(1.0, seconds - (clock() - began))
-    settings = TrainingSettings(objective=objective, seconds=left, batch_size=BATCH)
+    settings = TrainingSettings(objective=objective, seconds=left)
     result = Trainer(student, prepared.pairs, prepared.states, settings, clock=clock).run()
     return {
         "kind": kind,
@@ -126,7 +131,6 @@ def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds:
         "seconds": seconds,
         "steps": result.steps,
         **prepared.closed(student.fixed_prefix()),
-        "truncated": prepared.closed(context.truncated(length))["kl_closed"],
     }
 
 
@@ -168,9 +172,10 @@ def main() -> None:
     parser.add_argument("--example", default="manual", help="a folder of examples/")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--lengths", default="8,16,32,64,128")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of matching and training, by length")
-    parser.add_argument("--times", default="20,60,180", help="seconds, at --length virtual tokens")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of matching and training, by length")
+    parser.add_argument("--times", default="15,60,180", help="seconds, at --length virtual tokens")
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--objectives", default="kl,nll")
     parser.add_argument("--questions", type=int, default=640)
     parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "compression")
     parser.add_argument("--plot", action="store_true", help="only draw what has been measured")
@@ -186,11 +191,14 @@ def main() -> None:
         torch.set_num_threads(1)
         prepared = prepare(arguments.example, arguments.model, arguments.questions, out)
         for length, seconds in sorted(set(points)):
-            for kind, objective in (("kv", "kl"), ("embeddings", "kl"), ("kv", "nll"), ("embeddings", "nll")):
+            for objective, kind in product(arguments.objectives.split(","), ("kv", "embeddings")):
                 setting = {"kind": kind, "objective": objective, "virtual_tokens": length, "seconds": seconds}
                 if any(setting.items() <= row.items() for row in rows):
                     continue
-                rows.append(measure(prepared, kind, objective, length, seconds))
+                cut = next((row["truncated"] for row in rows if row["virtual_tokens"] == length), None)
+                if cut is None:
+                    cut = prepared.closed(prepared.context.truncated(length))["kl_closed"]
+                rows.append({**measure(prepared, kind, objective, length, seconds), "truncated": cut})
                 path.write_text(json.dumps(rows, indent=1))
                 print(json.dumps(rows[-1]), flush=True)
     plot(rows, arguments.seconds, arguments.length, out)
