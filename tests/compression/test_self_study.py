@@ -22,6 +22,7 @@ from prompt_store.compression.self_study import (
     question_prompts,
     save_jsonl,
     split,
+    surplus_recitations,
     template_questions,
     usable,
 )
@@ -202,3 +203,13 @@ def test_empty_and_binary_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
         load_jsonl(path)
+
+
+def test_a_third_of_the_recitations_is_trained_on() -> None:
+    found = template_questions(CONTEXT, 400)
+    surplus = surplus_recitations(found)
+    recited = [index for index, example in enumerate(found) if example.kind == "recite"]
+    assert set(surplus) < set(recited)
+    assert len(surplus) == len(recited) * 2 // 3
+    kept = {found[index].place for index in recited if index not in surplus}
+    assert len(kept) >= 12, "those that stay are spread over the context"
