@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="without a job; beside it, as many as it lasts")
     parser.add_argument("--minutes", type=float, default=4.0, help="budget of the job")
+    parser.add_argument("--at-most", type=float, default=10.0, help="minutes of load beside the job")
     parser.add_argument("--port", type=int, default=8398)
     options = parser.parse_args()
     server = Softbatch("bfloat16", options.port)
@@ -136,7 +137,8 @@ def main() -> None:
                 keep("alone", concurrency, measure(concurrency))
         job = start_job(options.port, options.minutes)
         phase = job_phase(options.port, job)
-        while phase is not None:
+        end = time.monotonic() + 60 * options.at_most
+        while phase is not None and time.monotonic() < end:
             for concurrency in LOAD:
                 done, before = measure(concurrency), phase
                 phase = job_phase(options.port, job)
