@@ -104,7 +104,8 @@ def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
     train = spread_first(train, OBSERVED)
     pairs, asked = [context.pair(one) for one in train], [context.pair(one) for one in hand]
     states, asked_states = (teach(bench.decoder, context.full, which, BATCH).states for which in (pairs, asked))
-    bare = teach(bench.decoder, [None], asked, BATCH).states
+    nothing = context.renderer.without_context()
+    bare = teach(bench.decoder, [bench.decoder.encode(nothing) if nothing else None], asked, BATCH).states
     no_context = position_scores(bench.decoder, bare, asked_states, asked).kl
     watched = pairs[:OBSERVED]
     pairs, teaching = without(pairs, Teaching(states, []), surplus_recitations(train))
