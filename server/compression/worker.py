@@ -26,7 +26,7 @@ def main() -> int:
     # Ctrl-C and service managers signal the whole group; the server decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(NICENESS)
+    _give_way()
     output = _take_output()
     _exit_with_server()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s compression: %(message)s")
@@ -40,6 +40,14 @@ def main() -> int:
         message = _failure(error)
     _send(output, message)
     return 0
+
+
+def _give_way() -> None:
+    """Where the system has an idle class, a serving thread that wakes up takes the processor from this process at once;
+    at low priority alone it waits for the end of a time slice, in every layer of every step."""
+    os.nice(NICENESS)
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Reporter:
