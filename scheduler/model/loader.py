@@ -194,7 +194,8 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
     if quantization != "none":
         raise ModelError(
             f"--quantization {quantization} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
-            f"{', '.join(sorted(ARCHITECTURES))}; this one is {type(model).__name__}: use --quantization none"
+            f"{', '.join(sorted(ARCHITECTURES))}; this is {type(model).__name__} in {_name(kv_cache.dtype)} on "
+            f"{kv_cache.device.type}: use --quantization none"
         )
     if kv_cache.device.type == "cuda":
         forward = make_forward(model, kv_cache, backend)

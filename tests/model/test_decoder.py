@@ -298,5 +298,5 @@ def test_fewer_threads_than_asked_for() -> None:
 
 
 def test_int8_of_a_model_that_cannot_is_refused(tiny_models: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match=r"--quantization int8 takes a CPU.*GPT2LMHeadModel"):
+    with pytest.raises(ModelError, match=r"--quantization int8 takes a CPU.*GPT2LMHeadModel in float32 on cpu"):
         build_engine(EngineConfig(model=tiny_models["gpt2"], quantization="int8", dtype="float32"), lambda *_: None)
