@@ -25,7 +25,7 @@ COPY prompt_store prompt_store
 RUN .venv/bin/pip install --no-cache-dir --constraint constraints.txt .
 
 FROM ${BASE}
-# The compiler stays: the attention kernel is built for the processor it meets at the first start, and on a GPU Triton
+# The compiler stays: the CPU kernels are built for the processor they meet at the first start, and on a GPU Triton
 # builds its kernels' launchers with it.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 python3-dev g++ curl \
