@@ -20,6 +20,8 @@ MESSAGES: Any = [
     {"role": "user", "content": [{"type": "text", "text": "What is the sea?"}]},
 ]
 SOFT_PROMPT = "openai-manual"
+# Tokens that take long enough for some to arrive before the last is made, however busy the machine.
+LONG = 400
 
 
 def client_of(server: Server, **options: Any) -> OpenAI:
@@ -71,7 +73,7 @@ class TestCompletions:
         stream = client.completions.create(
             model="tiny-llama",
             prompt=PROMPT,
-            max_tokens=20,
+            max_tokens=LONG,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -79,13 +81,13 @@ class TestCompletions:
         *chunks, last = list(stream)
         ids = tiny_llama.tokenizer(PROMPT)["input_ids"]
         assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in [*chunks, last]}) == 1
-        assert "".join(chunk.choices[0].text for chunk in chunks) == greedy_text(tiny_llama, ids, 20)
-        assert len(chunks) > 5, "a stream that comes in one piece is none"
+        assert "".join(chunk.choices[0].text for chunk in chunks) == greedy_text(tiny_llama, ids, LONG)
+        assert len(chunks) > 1, "a stream that comes in one piece is none"
         assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
         assert all(chunk.usage is None for chunk in chunks)
         assert last.choices == []
         assert last.usage is not None
-        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(ids), 20)
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(ids), LONG)
 
     def test_several_choices_in_one_stream(self, client: OpenAI) -> None:
         ask: dict[str, Any] = {"model": "tiny-llama", "prompt": ["rain", "maps"], "max_tokens": 12, "n": 2, "seed": 3}
