@@ -110,7 +110,8 @@ class Decoder final : public DecoderBase {
     const Rows qkv{qkv_.resize(tokens * (width + 2 * kv_width)), width + 2 * kv_width};
     T* query = query_.resize(tokens * width);
     T* attended = attended_.resize(tokens * width);
-    T* gated = gated_.resize(tokens * intermediate_);
+    constexpr bool kTakesParts = Layout<W>::kTakesParts;
+    T* gated = kTakesParts ? nullptr : gated_.resize(std::max(tokens, logit_rows.size(0)) * intermediate_);
     float* cosines = rotary_.resize(2 * tokens * half);
     float* sines = cosines + tokens * half;
 
@@ -137,7 +138,12 @@ class Decoder final : public DecoderBase {
 
     for (auto* x : {&hidden_in_, &attended_in_, &gated_in_})
       x->resize(tokens, x == &hidden_in_ ? size : x == &attended_in_ ? width : intermediate_);
-    head_in_.resize(logit_rows.size(0), size);
+    // Behind the last layer's attention only the rows whose logits are wanted count.
+    const int64_t last_rows = logit_rows.size(0);
+    const Rows last_residual{last_residual_.resize(last_rows * size), size};
+    head_in_.resize(last_rows, size);
+    last_attended_in_.resize(last_rows, width);
+    last_gated_in_.resize(last_rows, intermediate_);
 
     Team::run([&](Team& team) {
       std::vector<float> row_buffer(std::max({size, width, intermediate_}));
@@ -149,20 +155,38 @@ class Decoder final : public DecoderBase {
             x.put(t, row, read(row));
         });
       };
-      const auto normed = [&](const std::vector<float>& weight) {
+      const auto normed = [&](const Rows& rows, const std::vector<float>& weight) {
         return [&, buffer](int64_t row) {
-          rms_norm(residual.data + row * size, weight, epsilon_, buffer);
+          rms_norm(rows.data + row * size, weight, epsilon_, buffer);
           return buffer;
         };
       };
       const auto widened = [&](const T* from, int64_t columns) {
-        return [=](int64_t row) {
-          widen_row(from + row * columns, columns, buffer);
-          return buffer;
-        };
+        widen_row(from, columns, buffer);
+        return buffer;
       };
-      const auto add_to_residual = [&](int64_t row, int64_t column, const float* sums) {
-        residual.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
+      // What follows a layer's attention, on the rows of `residual`; attended_row(row) is where their attention lies.
+      const auto behind_attention = [&](const Layer& layer, const Rows& residual, Activations<W>& attended_in,
+                                        Activations<W>& hidden_in, Activations<W>& gated_in, const auto& attended_row) {
+        const auto add_to_residual = [&](int64_t, int64_t row, int64_t column, const float* sums) {
+          residual.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
+        };
+        fill_rows(attended_in, [&](int64_t row) { return widened(attended + attended_row(row) * width, width); });
+        matmul(team, layer.out, attended_in, add_to_residual);
+        fill_rows(hidden_in, normed(residual, layer.mlp_norm));
+        matmul(team, layer.gate_up, hidden_in, [&](int64_t tile, int64_t row, int64_t column, const float* sums) {
+          const int64_t first = column / 2;
+          float part[kLanes];
+          store(part, swiglu(load(sums), load(sums + kLanes)));
+          if constexpr (kTakesParts) {
+            gated_in.put_part(tile, row, first, part);
+          } else {
+            narrow_row(part, std::min<int64_t>(kLanes, intermediate_ - first), gated + row * intermediate_ + first);
+          }
+        });
+        if constexpr (!kTakesParts)
+          fill_rows(gated_in, [&](int64_t row) { return widened(gated + row * intermediate_, intermediate_); });
+        matmul(team, layer.down, gated_in, add_to_residual);
       };
 
       team.for_each(tokens, [&](int64_t t) {
@@ -174,8 +198,8 @@ class Decoder final : public DecoderBase {
         }
       });
       for (const auto& layer : layers_) {
-        fill_rows(hidden_in_, normed(layer->input_norm));
-        matmul(team, layer->qkv, hidden_in_, [&](int64_t row, int64_t column, const float* sums) {
+        fill_rows(hidden_in_, normed(residual, layer->input_norm));
+        matmul(team, layer->qkv, hidden_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
           qkv.each(row, column, sums, [](Vec, Vec sum) { return sum; });
         });
         T* key_cache = layer->key_cache.template data_ptr<T>();
@@ -194,26 +218,23 @@ class Decoder final : public DecoderBase {
             narrow_row(from + width + kv_width + h * dim_, dim_, value_cache + slot + h * p.head_stride);
           }
         });
+        const bool is_last = layer == layers_.back();
+        if (is_last && last_rows == 0) return;
         Problem<T> mine = p;
         mine.key_cache = key_cache;
         mine.value_cache = value_cache;
         attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each(count, f); });
-        fill_rows(attended_in_, widened(attended, width));
-        matmul(team, layer->out, attended_in_, add_to_residual);
-        fill_rows(hidden_in_, normed(layer->mlp_norm));
-        matmul(team, layer->gate_up, hidden_in_, [&](int64_t row, int64_t column, const float* sums) {
-          const int64_t first = column / 2;
-          float part[kLanes];
-          store(part, swiglu(load(sums), load(sums + kLanes)));
-          narrow_row(part, std::min<int64_t>(kLanes, intermediate_ - first), gated + row * intermediate_ + first);
-        });
-        fill_rows(gated_in_, widened(gated, intermediate_));
-        matmul(team, layer->down, gated_in_, add_to_residual);
+        if (!is_last)
+          behind_attention(*layer, residual, attended_in_, hidden_in_, gated_in_, [](int64_t row) { return row; });
       }
-      if (logit_rows.size(0) == 0) return;
-      fill_rows(head_in_, [&](int64_t row) { return normed(norm_)(wanted[row]); });
+      team.for_each(last_rows, [&](int64_t row) {
+        std::memcpy(last_residual.data + row * size, residual.data + wanted[row] * size, size * sizeof(float));
+      });
+      behind_attention(*layers_.back(), last_residual, last_attended_in_, head_in_, last_gated_in_,
+                       [&](int64_t row) { return wanted[row]; });
+      fill_rows(head_in_, normed(last_residual, norm_));
       const Rows out{logits.data_ptr<float>(), head_.outputs};
-      matmul(team, head_, head_in_, [&](int64_t row, int64_t column, const float* sums) {
+      matmul(team, head_, head_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
         out.each(row, column, sums, [](Vec, Vec sum) { return sum; });
       });
     });
@@ -314,9 +335,9 @@ class Decoder final : public DecoderBase {
   // Working memory of a step, kept for the next.
   static constexpr int64_t kKeptLogits = 256;
   at::Tensor logits_;
-  Buffer<float> residual_, qkv_, rotary_, partials_;
+  Buffer<float> residual_, last_residual_, qkv_, rotary_, partials_;
   Buffer<T> query_, attended_, gated_;
-  Activations<W> hidden_in_, attended_in_, gated_in_, head_in_;
+  Activations<W> hidden_in_, attended_in_, gated_in_, head_in_, last_attended_in_, last_gated_in_;
 };
 
 c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const std::string& cache, int64_t heads,

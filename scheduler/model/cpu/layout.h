@@ -72,6 +72,18 @@ struct Layout {
     F::elements(rest, kValues, to);
   }
 
+  // Writes kLanes values of a row, from input `first` on, a multiple of kLanes; after the last of them zeros.
+  static constexpr bool kTakesParts = true;
+  static INLINE void put_part(const float* values, int64_t inputs, int64_t first, int64_t row, int64_t rows, char* tile) {
+    const int64_t end = first + kLanes < inputs ? first + kLanes : groups(inputs) * kGroup * F::kDepth;
+    const float zeros[kLanes] = {};
+    for (int64_t k = first; k < end; k += kLanes) {
+      const int64_t at = k / F::kDepth;
+      Element* to = reinterpret_cast<Element*>(tile) + (at / kGroup * rows + row) * kGroup + at % kGroup;
+      F::elements(k == first ? values : zeros, kLanes, to);
+    }
+  }
+
   // sums[m][0 ... kColumns - 1] for the M rows of a tile.
   template <int M>
   static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {
@@ -101,6 +113,7 @@ struct Layout {
 template <>
 struct Layout<int8_t> {
   static constexpr int64_t kInputs = 32;
+  static constexpr bool kTakesParts = false;  // a scale is for more than the lanes of a vector
   static constexpr int kGroup = 32;
   static constexpr int kZero = 128;
   static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 127 / top stays finite

@@ -56,6 +56,9 @@ struct Activations {
   INLINE void put(int64_t t, int64_t row, const float* values) {
     Layout<W>::put(values, inputs, row - first(t), first(t + 1) - first(t), tile(t));
   }
+  INLINE void put_part(int64_t t, int64_t row, int64_t column, const float* values) {
+    Layout<W>::put_part(values, inputs, column, row - first(t), first(t + 1) - first(t), tile(t));
+  }
 };
 
 using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
@@ -65,7 +68,7 @@ constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequenc
   return {Layout<W>::template multiply<M + 1>...};
 }
 
-// Calls done(row, first column, sums [kColumns]) for every row and panel, on any member of the team.
+// Calls done(tile, row, first column, sums [kColumns]) for every row and panel, on any member of the team.
 template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
@@ -83,7 +86,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
         if (!weights.bias.empty())
           for (int64_t i = 0; i < std::min<int64_t>(kColumns, weights.outputs - panel * kColumns); ++i)
             s[i] += weights.bias[panel * kColumns + i];
-        done(first + row, panel * kColumns, s);
+        done(t, first + row, panel * kColumns, s);
       }
     }
   });
