@@ -49,16 +49,21 @@ struct Plan {
   }
 };
 
-// each(count, f) calls f(i) for every i below count, on any thread, and returns when all are done.
+// each(count, f) calls f(i, after) for every i below count, on any thread, and returns when all are done; `after` is what
+// that thread takes next, or count.
 template <typename T, typename F>
 void attend(const Plan& plan, const Problem<T>& p, const F& each) {
-  each(plan.items.size(), [&](int64_t i) {
+  const auto has_dots = [&](const Item& item) { return p.query_length(plan.groups[item.group].sequence) == 1; };
+  const int64_t count = plan.items.size();
+  each(count, [&](int64_t i, int64_t after) {
     const Item& item = plan.items[i];
     const Group& g = plan.groups[item.group];
-    p.query_length(g.sequence) == 1 ? dot_item(p, g, item.split) : tile_item(p, g, item.split);
+    if (!has_dots(item)) return tile_item(p, g, item.split);
+    const Item* next = after < count && has_dots(plan.items[after]) ? &plan.items[after] : nullptr;
+    dot_item(p, g, item.split, next ? &plan.groups[next->group] : nullptr, next ? next->split : 0);
   });
   if (plan.partials > 0)
-    each(plan.groups.size(), [&](int64_t i) {
+    each(plan.groups.size(), [&](int64_t i, int64_t) {
       if (plan.groups[i].splits > 1) p.merge(plan.groups[i]);
     });
 }

@@ -131,7 +131,7 @@ class Decoder final : public DecoderBase {
     p.heads = heads_;
     p.group = heads_ / kv_heads_;
     p.dim = dim_;
-    p.padded_dim = round_up(dim_, std::max(kLanes, kTileRows));
+    p.padded_dim = round_up(dim_, kPanel);
     p.scale = static_cast<float>(scale_) * kLog2e;
     const Plan plan(p, sequences, kv_heads_);
     p.partials = partials_.resize(plan.partials * (p.padded_dim + 2));
@@ -223,7 +223,7 @@ class Decoder final : public DecoderBase {
         Problem<T> mine = p;
         mine.key_cache = key_cache;
         mine.value_cache = value_cache;
-        attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each(count, f); });
+        attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each_ahead(count, f); });
         if (!is_last)
           behind_attention(*layer, residual, attended_in_, hidden_in_, gated_in_, [](int64_t row) { return row; });
       }

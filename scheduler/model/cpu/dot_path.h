@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "format.h"
 #include "work.h"
 
 namespace softbatch {
@@ -14,66 +15,93 @@ INLINE void prefetch(const T* row, int64_t dim) {
     __builtin_prefetch(row + d);
 }
 
-// Memory is the limit: while keys are dotted, their values and the keys of the next tile are fetched.
+// Memory is the limit: while a tile's keys are dotted those of the next are fetched, while its values are weighed the
+// values, so that it never rests.
 template <typename T>
 struct NextTile {
-  const T* values;
   const T* keys;
-  const int64_t* key_offsets;
+  const T* values;
+  const int64_t* offsets;
 };
 
-// scores[h][i] = query[h] . keys[offsets[i]] for H heads; count is a multiple of 4.
-template <int H, typename T>
-INLINE void dot_keys(const float* query, int64_t stride, const T* keys, const int64_t* offsets, int64_t count,
-                     int64_t dim, const NextTile<T>* ahead, float* scores) {
+// A vector of a cache's numbers as the products take it; the second of `count` of them, the rest zero.
+template <typename F, typename T>
+INLINE auto take(const T* p) {
+  if constexpr (F::kDepth == 2) {
+    return F::lanes(p);
+  } else {
+    return load(p);
+  }
+}
+
+template <typename F, typename T>
+INLINE auto take_first(const T* p, int64_t count) {
+  T padded[kLanes * F::kDepth] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return take<F>(padded);
+}
+
+// scores[h][i] = scale * (query[h] . keys[offsets[i]]) for H heads; count is a multiple of 4.
+template <int H, typename F, typename T>
+INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* keys, const int64_t* offsets,
+                     int64_t count, int64_t dim, float scale, const NextTile<T>* ahead, float* scores) {
+  constexpr int64_t kWidth = kLanes * F::kDepth;
   for (int64_t i = 0; i < count; i += 4) {
     Vec acc[H][4] = {};
-    const auto step = [&](int64_t d, auto load_key) ALWAYS_INLINE {
-      Vec key[4];
+    const auto step = [&](int64_t d, auto take_key) ALWAYS_INLINE {
+      decltype(take<F>(keys)) key[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j)
-        key[j] = load_key(keys + offsets[i + j] + d);
+        key[j] = take_key(keys + offsets[i + j] + d);
 #pragma GCC unroll 4
       for (int h = 0; h < H; ++h) {
-        const Vec q = load(query + h * stride + d);
+        const auto q = F::lanes(query + (h * stride + d) / F::kDepth);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-          acc[h][j] += key[j] * q;
+          acc[h][j] = F::dot(acc[h][j], key[j], q);
       }
     };
-    for (int64_t j = i; ahead && j < i + 4; ++j) {
-      prefetch(ahead->values + offsets[j], dim);
-      prefetch(ahead->keys + ahead->key_offsets[j], dim);
-    }
+    for (int64_t j = i; ahead && j < i + 4; ++j)
+      prefetch(ahead->keys + ahead->offsets[j], dim);
     int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes)
-      step(d, [](const T* p) { return load(p); });
-    if (d < dim) step(d, [&](const T* p) { return load_first(p, dim - d); });
+    for (; d + kWidth <= dim; d += kWidth)
+      step(d, [](const T* p) { return take<F>(p); });
+    if (d < dim) step(d, [&](const T* p) { return take_first<F>(p, dim - d); });
 #pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
-      const Vec four = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+      const Vec four = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]) * scale;
       std::memcpy(scores + h * kKeyTile + i, &four, 4 * sizeof(float));
     }
   }
 }
 
-// N vectors of acc[h] = acc[h] * decay[h] + sum over i of weights[h][i] * values[offsets[i]], for H heads.
-template <int H, int N, typename T, typename F>
-INLINE void weigh_part(const float* weights, const float* decay, const T* values, const int64_t* offsets,
-                       int64_t count, float* acc, int64_t stride, const F& load_value) {
+// N vectors of acc[h] = acc[h] * decay[h] + sum over i of weights[h][i] * values[offsets[i]], for H heads; count is a
+// multiple of kDepth. take_value(p) gives the vector of a value's numbers from p on.
+template <int H, int N, typename F, typename T, typename G>
+INLINE void weigh_part(const typename F::Element* weights, const float* decay, const T* values, const int64_t* offsets,
+                       int64_t count, const NextTile<T>* ahead, int64_t dim, float* acc, int64_t stride,
+                       const G& take_value) {
+  constexpr int kDepth = F::kDepth;
   Vec a[H][N];
 #pragma GCC unroll 4
   for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
       a[h][n] = load(acc + h * stride + n * kLanes) * decay[h];
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; i += kDepth) {
+    for (int64_t j = i; ahead && j < i + kDepth; ++j)
+      prefetch(ahead->values + ahead->offsets[j], dim);
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const Vec v = load_value(values + offsets[i] + n * kLanes);
+    for (int n = 0; n < N; n += kDepth) {
+      decltype(take<F>(values)) rows[kDepth];
+      for (int j = 0; j < kDepth; ++j)
+        rows[j] = take_value(values + offsets[i + j] + n * kLanes);
+      F::zip(rows);
+#pragma GCC unroll 2
+      for (int j = 0; j < kDepth; ++j)
 #pragma GCC unroll 4
-      for (int h = 0; h < H; ++h)
-        a[h][n] += v * weights[h * kKeyTile + i];
+        for (int h = 0; h < H; ++h)
+          a[h][n + j] = F::add(a[h][n + j], rows[j], weights[(h * kKeyTile + i) / kDepth]);
     }
   }
 #pragma GCC unroll 4
@@ -83,18 +111,23 @@ INLINE void weigh_part(const float* weights, const float* decay, const T* values
       store(acc + h * stride + n * kLanes, a[h][n]);
 }
 
-template <int H, typename T>
-INLINE void weigh_values(const float* weights, const float* decay, const T* values, const int64_t* offsets,
-                         int64_t count, int64_t dim, float* acc, int64_t stride) {
-  const auto whole = [](const T* p) { return load(p); };
+template <int H, typename F, typename T>
+INLINE void weigh_values(const typename F::Element* weights, const float* decay, const T* values,
+                         const int64_t* offsets, int64_t count, int64_t dim, const NextTile<T>* ahead, float* acc,
+                         int64_t stride) {
+  constexpr int64_t kWidth = kLanes * F::kDepth;
+  const auto whole = [](const T* p) { return take<F>(p); };
+  const auto part = [&](auto N, int64_t d, const auto& take_value) ALWAYS_INLINE {
+    weigh_part<H, N.value, F>(weights, decay, values + d, offsets, count, d == 0 ? ahead : nullptr, dim, acc + d, stride,
+                              take_value);
+  };
   int64_t d = 0;
   for (; d + 4 * kLanes <= dim; d += 4 * kLanes)
-    weigh_part<H, 4>(weights, decay, values + d, offsets, count, acc + d, stride, whole);
-  for (; d + kLanes <= dim; d += kLanes)
-    weigh_part<H, 1>(weights, decay, values + d, offsets, count, acc + d, stride, whole);
+    part(std::integral_constant<int, 4>{}, d, whole);
+  for (; d + kWidth <= dim; d += kWidth)
+    part(std::integral_constant<int, F::kDepth>{}, d, whole);
   if (d < dim)
-    weigh_part<H, 1>(weights, decay, values + d, offsets, count, acc + d, stride,
-                     [&](const T* p) { return load_first(p, dim - d); });
+    part(std::integral_constant<int, F::kDepth>{}, d, [&](const T* p) { return take_first<F>(p, dim - d); });
 }
 
 // Turns kKeyTile scores into weights and rescales the running sums; returns the decay of what came before.
@@ -132,50 +165,72 @@ INLINE void by_heads(int64_t heads, const F& f) {
   }
 }
 
+// `next`, if there is one, is what this thread does next: its first keys and values are fetched at the end.
 template <typename T>
-void dot_item(const Problem<T>& p, const Group& g, int64_t split) {
-  const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group;
-  float* query = scratch(g.rows * (2 * stride + 3) + p.group * kKeyTile);
-  float* acc = query + g.rows * stride;
+void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* next, int64_t next_split) {
+  using F = FormatOf<T>;
+  using Element = typename F::Element;
+  const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group, tile = p.group * kKeyTile;
+  float* acc = scratch(g.rows * (2 * stride + 3) + 2 * tile + stride);
   float* scores = acc + g.rows * stride;
-  float* top = scores + p.group * kKeyTile;
+  float* top = scores + tile;
   float* total = top + g.rows;
   float* decay = total + g.rows;
-  std::fill(query, scores, 0.0f);
+  float* row_buffer = decay + g.rows;
+  Element* weights = reinterpret_cast<Element*>(row_buffer + stride);
+  Element* query = weights + tile;
+  std::fill(acc, scores, 0.0f);
   std::fill(top, total, kLowest);
   std::fill(total, decay, 0.0f);
-  for (int64_t row = 0; row < g.rows; ++row)
-    p.read_query(g, row, p.scale, query + row * stride);
+  std::fill(row_buffer, row_buffer + stride, 0.0f);
+  for (int64_t row = 0; row < g.rows; ++row) {
+    p.read_query(g, row, 1.0f, row_buffer);
+    F::elements(row_buffer, stride, query + row * stride / F::kDepth);
+  }
 
   const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kDotSplit);
-  const auto length = [&](int64_t begin) { return std::clamp<int64_t>(end - begin, 0, kKeyTile); };
+  // The offsets of a tile; those that fill it up are its first once more.
+  const auto locate = [&](const Group& group, int64_t begin, int64_t limit, int64_t* offsets) {
+    const int64_t count = std::min<int64_t>(kKeyTile, limit - begin);
+    p.locate(group.sequence, begin, count, offsets);
+    std::fill(offsets + count, offsets + kKeyTile, offsets[0]);
+    return count;
+  };
   int64_t buffers[2][kKeyTile];
   int64_t *offsets = buffers[0], *next_offsets = buffers[1];
-  p.locate(g.sequence, split * kDotSplit, length(split * kDotSplit), offsets);
-  for (int64_t begin = split * kDotSplit; begin < end; begin += kKeyTile) {
-    const int64_t count = length(begin), fours = round_up(count, 4), next_count = length(begin + kKeyTile);
-    std::fill(offsets + count, offsets + fours, offsets[0]);
-    p.locate(g.sequence, begin + kKeyTile, next_count, next_offsets);
-    std::fill(next_offsets + next_count, next_offsets + kKeyTile, offsets[0]);
+  int64_t count = locate(g, split * kDotSplit, end, offsets), next_count = 0;
+  for (int64_t begin = split * kDotSplit; begin < end; begin += kKeyTile, count = next_count) {
+    const int64_t fours = round_up(count, 4);
+    int64_t next_kv_head = g.kv_head;
+    if (begin + kKeyTile < end) {
+      next_count = locate(g, begin + kKeyTile, end, next_offsets);
+    } else if (next) {
+      locate(*next, next_split * kDotSplit, next->key_end, next_offsets);
+      next_kv_head = next->kv_head;
+    } else {
+      std::copy(offsets, offsets + kKeyTile, next_offsets);
+    }
     for (int64_t n = 0; n < kv_heads; ++n) {
       const int64_t h0 = n * p.group;
       const T* keys = p.key_cache + (g.kv_head + n) * p.head_stride;
       const T* values = p.value_cache + (g.kv_head + n) * p.head_stride;
       const bool last = n + 1 == kv_heads;
-      const NextTile<T> ahead{values, last ? p.key_cache + g.kv_head * p.head_stride : keys + p.head_stride,
-                           last ? next_offsets : offsets};
+      const int64_t next_head = (last ? next_kv_head : g.kv_head + n + 1) * p.head_stride;
+      const NextTile<T> ahead{p.key_cache + next_head, p.value_cache + next_head, last ? next_offsets : offsets};
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        dot_keys<H.value>(query + (h0 + h) * stride, stride, keys, offsets, fours, p.dim,
-                          h == 0 ? &ahead : nullptr, scores + h * kKeyTile);
+        dot_keys<H.value, F>(query + (h0 + h) * stride / F::kDepth, stride, keys, offsets, fours, p.dim, p.scale,
+                             h == 0 ? &ahead : nullptr, scores + h * kKeyTile);
       });
       for (int64_t h = 0; h < p.group; ++h) {
         float* s = scores + h * kKeyTile;
         std::fill(s + count, s + kKeyTile, -kInfinity);
         decay[h0 + h] = soften(s, top[h0 + h], total[h0 + h]);
+        F::elements(s, kKeyTile, weights + h * kKeyTile / F::kDepth);
       }
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        weigh_values<H.value>(scores + h * kKeyTile, decay + h0 + h, values, offsets, count, p.dim,
-                              acc + (h0 + h) * stride, stride);
+        weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, offsets,
+                                 round_up(count, F::kDepth), p.dim,
+                                 h == 0 ? &ahead : nullptr, acc + (h0 + h) * stride, stride);
       });
     }
     std::swap(offsets, next_offsets);

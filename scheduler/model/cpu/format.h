@@ -2,9 +2,7 @@
 
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include <type_traits>
 
 #include "vector.h"
 
@@ -22,7 +20,9 @@ struct Format<float> {
   static INLINE void elements(const float* x, int64_t count, Element* to) { std::memcpy(to, x, count * sizeof *to); }
   static INLINE Vec lanes(const void* p) { return load(static_cast<const float*>(p)); }
   static INLINE Vec interleave(const Vec* rows) { return rows[0]; }
+  static INLINE void zip(Vec*) {}
   static INLINE Vec add(Vec sum, Vec lanes, Element x) { return sum + lanes * x; }
+  static INLINE Vec dot(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 
 template <>
@@ -40,10 +40,32 @@ struct Format<at::BFloat16> {
   }
   // Two rows of float32 as one of pairs.
   static INLINE Vec interleave(const Vec* rows) {
-    return (Vec)(rounded(rows[0]) >> 16 | (rounded(rows[1]) & 0xffff0000u));
+    const Bits low = __builtin_convertvector(narrow(rows[0]), Bits), high = __builtin_convertvector(narrow(rows[1]), Bits);
+    return (Vec)(low | high << 16);
+  }
+  // Two rows of bfloat16 numbers as pairs of one of each: those of the first half of the columns, then the others.
+  static INLINE void zip(Bits* rows) {
+    const Bits a = rows[0], b = rows[1];
+    rows[0] = zipped<0>(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
+    rows[1] = zipped<kLanes>(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
+  }
+  static INLINE Vec dot(Vec sum, Bits a, Bits b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
   static INLINE Vec add(Vec sum, Bits lanes, Element x) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)));
+  }
+
+ private:
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+
+  template <int First, int... I>
+  static INLINE Bits zipped(Bits a, Bits b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return (Bits)__builtin_shufflevector((Halves)a, (Halves)b, (First + I / 2 + I % 2 * 2 * kLanes)...);
+#else
+    return (Bits)__builtin_shuffle((Halves)a, (Halves)b, Halves{uint16_t(First + I / 2 + I % 2 * 2 * kLanes)...});
+#endif
   }
 #else
   struct Element {
@@ -58,5 +80,14 @@ struct Format<at::BFloat16> {
   }
 #endif
 };
+
+// How attention multiplies numbers of a cache: bfloat16 as it is where the processor can, everything else as float32.
+#if defined(__AVX512BF16__)
+template <typename T>
+using FormatOf = Format<std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, float>>;
+#else
+template <typename T>
+using FormatOf = Format<float>;
+#endif
 
 }  // namespace softbatch

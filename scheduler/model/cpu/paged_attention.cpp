@@ -9,24 +9,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "attention.h"
 #include "batch.h"
+#include "team.h"
 
 namespace softbatch {
 namespace {
-
-// Items are handed out one by one, since their costs differ and other work may hold up a core.
-template <typename F>
-void for_each_item(int64_t count, const F& f) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      f(i);
-  });
-}
 
 template <typename T>
 void write_cache(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
@@ -106,12 +96,14 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     p.heads = q.size(1);
     p.group = q.size(1) / k.size(1);
     p.dim = q.size(2);
-    p.padded_dim = round_up(p.dim, std::max(kLanes, kTileRows));
+    p.padded_dim = round_up(p.dim, kPanel);
     p.scale = static_cast<float>(scale) * kLog2e;
     const Plan plan(p, context_len.size(0), k.size(1));
     const at::Tensor partials = at::empty({plan.partials, p.padded_dim + 2}, at::kFloat);
     p.partials = partials.data_ptr<float>();
-    attend(plan, p, [](int64_t count, const auto& f) { for_each_item(count, f); });
+    Team::run([&](Team& team) {
+      attend(plan, p, [&](int64_t count, const auto& f) { team.for_each_ahead(count, f); });
+    });
   };
   AT_DISPATCH_SWITCH(query.scalar_type(), "paged_attention",
                      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t{}); })

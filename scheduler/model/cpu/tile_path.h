@@ -5,21 +5,10 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "format.h"
 #include "work.h"
 
 namespace softbatch {
-
-// bfloat16 is multiplied as it is where the processor can; everything else as float32.
-#if defined(__AVX512BF16__)
-template <typename T>
-using TileFormat = Format<std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, float>>;
-#else
-template <typename T>
-using TileFormat = Format<float>;
-#endif
 
 // out[r][column] = decay[column] * out[r][column] + sum over k of a[r * row_step + k * depth_step] * b[k][column]
 // for kTileRows rows r and one panel of columns; without decay, out starts from zero.
@@ -127,35 +116,44 @@ INLINE void panel_step(const Panel& panel, const typename F::Element* keys, cons
 
 template <typename T>
 void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
-  using F = TileFormat<T>;
+  using F = FormatOf<T>;
   using Element = typename F::Element;
   static_assert(sizeof(Element) == sizeof(float));
   const int64_t stride = p.padded_dim, square = stride * kPanel, panel_size = 2 * square + 3 * kPanel;
   const int64_t padded_rows = round_up(g.rows, kPanel);
-  float* memory = scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size + 2 * stride);
+  float* memory = scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size +
+                          (1 + kLanes) * stride);
   Element* keys = reinterpret_cast<Element*>(memory);
   Element* values = keys + kKeyTile * stride;
   float* scores = memory + 2 * kKeyTile * stride;
   float* panels = scores + kKeyTile * kPanel;
   float* row_buffer = panels + padded_rows / kPanel * panel_size;
-  Element* elements = reinterpret_cast<Element*>(row_buffer + stride);
+  float* rows = row_buffer + stride;  // as many as a vector has lanes: queries as elements first, results last
+  Element* elements = reinterpret_cast<Element*>(rows);
   const auto panel = [&](int64_t row) {
     float* base = panels + row / kPanel * panel_size;
     float* tail = base + 2 * square;
     return Panel{base, base + square, tail, tail + kPanel, tail + 2 * kPanel};
   };
-  std::fill(panels, row_buffer + stride, 0.0f);
+  std::fill(panels, rows + kLanes * stride, 0.0f);
   const int64_t first_position = p.context_len[g.sequence] - p.query_length(g.sequence);
-  for (int64_t row = 0; row < padded_rows; ++row) {
-    const Panel to = panel(row);
-    const int64_t lane = row % kPanel;
-    to.top[lane] = kLowest;
-    if (row >= g.rows) continue;
-    to.last_key[lane] = static_cast<float>(first_position + (g.first + row) / g.heads);
-    p.read_query(g, row, 1.0f, row_buffer);
-    F::elements(row_buffer, stride, elements);
-    for (int64_t k = 0; k < stride / F::kDepth; ++k)
-      std::memcpy(to.query + k * kPanel + lane, elements + k, sizeof *elements);
+  for (int64_t first = 0; first < padded_rows; first += kLanes) {
+    const Panel to = panel(first);
+    const int64_t lane = first % kPanel;
+    store(to.top + lane, fill(kLowest));
+    for (int64_t row = first; row < std::min(first + kLanes, g.rows); ++row) {
+      to.last_key[row % kPanel] = static_cast<float>(first_position + (g.first + row) / g.heads);
+      p.read_query(g, row, 1.0f, row_buffer);
+      F::elements(row_buffer, stride, elements + (row - first) * stride / F::kDepth);
+    }
+    for (int64_t k = 0; k < stride / F::kDepth; k += kLanes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        std::memcpy(&square[i], elements + i * stride / F::kDepth + k, sizeof(Vec));
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i)
+        store(to.query + (k + i) * kPanel + lane, square[i]);
+    }
   }
 
   const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kTileSplit);
@@ -168,12 +166,19 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     for (int64_t row = 0; row < padded_rows; row += kPanel)
       panel_step<F>(panel(row), keys, values, stride, begin, count, p.dim, p.scale, scores);
   }
-  for (int64_t row = 0; row < g.rows; ++row) {
-    const Panel from = panel(row);
-    const int64_t lane = row % kPanel;
-    for (int64_t d = 0; d < p.dim; ++d)
-      row_buffer[d] = from.acc[d * kPanel + lane];
-    p.finish(g, split, row, from.top[lane], from.total[lane], row_buffer);
+  for (int64_t first = 0; first < g.rows; first += kLanes) {
+    const Panel from = panel(first);
+    const int64_t lane = first % kPanel;
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      Vec square[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = load(from.acc + (d + i) * kPanel + lane);
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i)
+        store(rows + i * stride + d, square[i]);
+    }
+    for (int64_t row = first; row < std::min(first + kLanes, g.rows); ++row)
+      p.finish(g, split, row, from.top[row % kPanel], from.total[row % kPanel], rows + (row - first) * stride);
   }
 }
 

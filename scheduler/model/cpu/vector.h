@@ -4,6 +4,10 @@
 
 #pragma once
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -63,14 +67,19 @@ INLINE Vec load_first(const T* p, int64_t count) {
 
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// float32 whose upper halves are the nearest bfloat16 numbers, ties to even.
-INLINE Bits rounded(Vec v) {
+// The nearest bfloat16 numbers, ties to even.
+INLINE Short narrow(Vec v) {
+#if defined(__AVX512BF16__)
+  return (Short)_mm512_cvtneps_pbh((__m512)v);
+#else
   const Bits bits = (Bits)v;
-  return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
+  const Bits rounded = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
+  return __builtin_convertvector(rounded >> 16, Short);
+#endif
 }
 
 INLINE void store(at::BFloat16* p, Vec v) {
-  const Short s = __builtin_convertvector(rounded(v) >> 16, Short);
+  const Short s = narrow(v);
   std::memcpy(p, &s, sizeof s);
 }
 
@@ -128,6 +137,24 @@ INLINE Vec sums(Vec a, Vec b, Vec c, Vec d) {
   Vec v = fold<2>(fold<1>(a, b), fold<1>(c, d));
   v = fold<4>(v, v);
   return fold<8>(v, v);
+}
+
+// Exchanges rows and columns of a square, by ever larger blocks.
+template <int W = 1>
+INLINE void transpose(Vec* rows) {
+  if constexpr (W < kLanes) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & W) continue;
+      const Vec a = rows[i], b = rows[i | W];
+      rows[i] = pick(
+          a, b, [](int i) { return i & W ? (i ^ W) + kLanes : i; }, lanes);
+      rows[i | W] = pick(
+          a, b, [](int i) { return i & W ? i + kLanes : i ^ W; }, lanes);
+    }
+    transpose<2 * W>(rows);
+  }
 }
 
 INLINE float sum(Vec v) { return sums(v, v, v, v)[0]; }

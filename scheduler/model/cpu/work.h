@@ -17,6 +17,7 @@ constexpr int kHeads = 2;  // 16 registers
 #endif
 constexpr int kTileRows = 2 * kHeads;  // rows of a register-blocked matrix product,
 constexpr int kPanel = 2 * kLanes;     // and its columns: query rows side by side
+static_assert(kPanel % kTileRows == 0);
 constexpr int kMaxRows = 128;  // query rows of one tile item, so that its working set fits the L2 cache
 constexpr int kKeyTile = 64;   // keys between two updates of the running maximum
 constexpr int kDotSplit = 8 * kKeyTile;    // keys of one item, dot path
@@ -65,7 +66,7 @@ struct Problem {
   T* out;
   float* partials;  // of each row: running maximum, sum of weights, weighted values
   int64_t heads, group, dim;
-  int64_t padded_dim;  // to whole vectors and whole kTileRows
+  int64_t padded_dim;  // to whole panels, and so to whole vectors of any format
   float scale;         // times log2(e): scores are exponents of 2
 
   int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
