@@ -49,8 +49,8 @@ struct Plan {
   }
 };
 
-// each(count, f) calls f(i, after) for every i below count, on any thread, and returns when all are done; `after` is what
-// that thread takes next, or count.
+// each(count, f) calls f(i, after) for every i below count, on any thread, and returns when all are done; `after` is
+// what that thread takes next, or count.
 template <typename T, typename F>
 void attend(const Plan& plan, const Problem<T>& p, const F& each) {
   const auto has_dots = [&](const Item& item) { return p.query_length(plan.groups[item.group].sequence) == 1; };

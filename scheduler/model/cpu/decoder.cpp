@@ -10,20 +10,14 @@
 
 #include <cmath>
 #include <limits>
-#include <optional>
 
 #include "attention.h"
 #include "batch.h"
 #include "matmul.h"
-#include "matrix.h"
+#include "packing.h"
 #include "rows.h"
 
 namespace softbatch {
-namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-}  // namespace
 
 // What Python holds; Decoder below has the types.
 class DecoderBase : public torch::CustomClassHolder {
@@ -72,11 +66,11 @@ class Decoder final : public DecoderBase {
     layers_.emplace_back(std::make_unique<Layer>());
     Layer& layer = *layers_.back();
     layer.input_norm = floats(weights[0]);
-    stack(layer.qkv, {weights[1], weights[2], weights[3]}, {optional[0], optional[1], optional[2]});
-    stack(layer.out, {weights[4]}, {optional[3]});
+    stack(arena_, layer.qkv, {weights[1], weights[2], weights[3]}, {optional[0], optional[1], optional[2]});
+    stack(arena_, layer.out, {weights[4]}, {optional[3]});
     layer.mlp_norm = floats(weights[5]);
-    interleave(layer.gate_up, weights[6], weights[7]);
-    stack(layer.down, {weights[8]}, {std::nullopt});
+    interleave(arena_, layer.gate_up, weights[6], weights[7]);
+    stack(arena_, layer.down, {weights[8]}, {std::nullopt});
     if (optional[4]) layer.query_norm = floats(*optional[4]);
     if (optional[5]) layer.key_norm = floats(*optional[5]);
     layer.key_cache = key_cache;
@@ -87,7 +81,7 @@ class Decoder final : public DecoderBase {
   void set_head(const at::Tensor& norm, const at::Tensor& weight, const OptionalTensor& bias) override {
     norm_ = floats(norm);
     check_shape(weight, weight.size(0), norm_.size());
-    stack(head_, {weight}, {bias});
+    stack(arena_, head_, {weight}, {bias});
   }
 
   at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
@@ -209,11 +203,11 @@ class Decoder final : public DecoderBase {
           float* from = qkv.data + t * qkv.columns;
           const int64_t slot = slots[t] / p.block_size * p.block_stride + slots[t] % p.block_size * dim_;
           for (int64_t h = 0; h < heads_; ++h) {
-            rotate(from + h * dim_, layer->query_norm, cosine, sine, buffer);
+            rotate(from + h * dim_, layer->query_norm, epsilon_, cosine, sine, dim_, buffer);
             narrow_row(buffer, dim_, query + t * width + h * dim_);
           }
           for (int64_t h = 0; h < kv_heads_; ++h) {
-            rotate(from + width + h * dim_, layer->key_norm, cosine, sine, buffer);
+            rotate(from + width + h * dim_, layer->key_norm, epsilon_, cosine, sine, dim_, buffer);
             narrow_row(buffer, dim_, key_cache + slot + h * p.head_stride);
             narrow_row(from + width + kv_width + h * dim_, dim_, value_cache + slot + h * p.head_stride);
           }
@@ -254,72 +248,6 @@ class Decoder final : public DecoderBase {
     if (rows > kKeptLogits) return make(rows);
     if (!logits_.defined() || logits_.size(0) < rows) logits_ = make(rows);
     return logits_.narrow(0, 0, rows);
-  }
-
-  // Rotates one head's vector [dim] by its position, normed before where the model does so.
-  INLINE void rotate(const float* from, const std::vector<float>& norm, const float* cosine, const float* sine,
-                     float* to) const {
-    if (!norm.empty()) {
-      rms_norm(from, norm, epsilon_, to);
-      from = to;
-    }
-    const int64_t half = dim_ / 2;
-    int64_t i = 0;
-    for (; i + kLanes <= half; i += kLanes) {
-      const Vec low = load(from + i), high = load(from + half + i), c = load(cosine + i), s = load(sine + i);
-      store(to + i, low * c - high * s);
-      store(to + half + i, high * c + low * s);
-    }
-    for (; i < half; ++i) {
-      const float low = from[i], high = from[half + i];
-      to[i] = low * cosine[i] - high * sine[i];
-      to[half + i] = high * cosine[i] + low * sine[i];
-    }
-  }
-
-  // One product with the outputs of several, one after another.
-  void stack(Packed<W>& packed, const std::vector<at::Tensor>& parts, const std::vector<OptionalTensor>& biases) {
-    std::vector<Matrix> matrices;
-    std::vector<float> bias;
-    int64_t outputs = 0;
-    bool any = false;
-    for (size_t i = 0; i < parts.size(); ++i) {
-      matrices.emplace_back(parts[i]);
-      outputs += parts[i].size(0);
-      const std::vector<float> own = biases[i] ? floats(*biases[i]) : std::vector<float>(parts[i].size(0));
-      TORCH_CHECK(int64_t(own.size()) == parts[i].size(0), "a bias must have one number for each output");
-      bias.insert(bias.end(), own.begin(), own.end());
-      any |= biases[i].has_value();
-    }
-    check_inputs(parts.front());
-    packed.pack(arena_, outputs, parts.front().size(1), [&](int64_t row, float* buffer) {
-      size_t part = 0;
-      while (row >= matrices[part].rows())
-        row -= matrices[part++].rows();
-      return matrices[part].row(row, buffer);
-    });
-    if (any) packed.bias = bias;
-  }
-
-  // Every panel holds kLanes outputs of the gate and the same of the other half.
-  void interleave(Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
-    const Matrix g(gate), u(up);
-    check_inputs(gate);
-    packed.pack(arena_, 2 * round_up(gate.size(0), kLanes), gate.size(1), [&](int64_t row, float* buffer) -> const float* {
-      const int64_t at = row / kColumns * kLanes + row % kLanes;
-      return at < g.rows() ? (row % kColumns < kLanes ? g : u).row(at, buffer) : nullptr;
-    });
-  }
-
-  static void check_inputs(const at::Tensor& weight) {
-    TORCH_CHECK(weight.size(1) % Layout<W>::kInputs == 0, "weights must be [outputs, inputs], inputs a multiple of ",
-                Layout<W>::kInputs);
-  }
-
-  // What is written for a weight goes by its shape: no call may reach past a row.
-  static void check_shape(const at::Tensor& weight, int64_t outputs, int64_t inputs) {
-    TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == inputs, "a weight must be [", outputs,
-                ", ", inputs, "], not ", weight.sizes());
   }
 
   const int64_t heads_, kv_heads_, dim_;

@@ -118,8 +118,8 @@ INLINE void weigh_values(const typename F::Element* weights, const float* decay,
   constexpr int64_t kWidth = kLanes * F::kDepth;
   const auto whole = [](const T* p) { return take<F>(p); };
   const auto part = [&](auto N, int64_t d, const auto& take_value) ALWAYS_INLINE {
-    weigh_part<H, N.value, F>(weights, decay, values + d, offsets, count, d == 0 ? ahead : nullptr, dim, acc + d, stride,
-                              take_value);
+    weigh_part<H, N.value, F>(weights, decay, values + d, offsets, count, d == 0 ? ahead : nullptr, dim, acc + d,
+                              stride, take_value);
   };
   int64_t d = 0;
   for (; d + 4 * kLanes <= dim; d += 4 * kLanes)

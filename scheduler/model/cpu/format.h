@@ -40,7 +40,8 @@ struct Format<at::BFloat16> {
   }
   // Two rows of float32 as one of pairs.
   static INLINE Vec interleave(const Vec* rows) {
-    const Bits low = __builtin_convertvector(narrow(rows[0]), Bits), high = __builtin_convertvector(narrow(rows[1]), Bits);
+    const Bits low = __builtin_convertvector(narrow(rows[0]), Bits);
+    const Bits high = __builtin_convertvector(narrow(rows[1]), Bits);
     return (Vec)(low | high << 16);
   }
   // Two rows of bfloat16 numbers as pairs of one of each: those of the first half of the columns, then the others.

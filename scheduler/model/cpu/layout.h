@@ -74,7 +74,8 @@ struct Layout {
 
   // Writes kLanes values of a row, from input `first` on, a multiple of kLanes; after the last of them zeros.
   static constexpr bool kTakesParts = true;
-  static INLINE void put_part(const float* values, int64_t inputs, int64_t first, int64_t row, int64_t rows, char* tile) {
+  static INLINE void put_part(const float* values, int64_t inputs, int64_t first, int64_t row, int64_t rows,
+                              char* tile) {
     const int64_t end = first + kLanes < inputs ? first + kLanes : groups(inputs) * kGroup * F::kDepth;
     const float zeros[kLanes] = {};
     for (int64_t k = first; k < end; k += kLanes) {

@@ -25,6 +25,27 @@ INLINE void rms_norm(const float* x, const std::vector<float>& weight, float eps
     to[i] = weight[i] * (x[i] * scale);
 }
 
+// One head's vector [dim], turned by its position, and normed before where the model does so.
+INLINE void rotate(const float* from, const std::vector<float>& norm, float epsilon, const float* cosine,
+                   const float* sine, int64_t dim, float* to) {
+  if (!norm.empty()) {
+    rms_norm(from, norm, epsilon, to);
+    from = to;
+  }
+  const int64_t half = dim / 2;
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec low = load(from + i), high = load(from + half + i), c = load(cosine + i), s = load(sine + i);
+    store(to + i, low * c - high * s);
+    store(to + half + i, high * c + low * s);
+  }
+  for (; i < half; ++i) {
+    const float low = from[i], high = from[half + i];
+    to[i] = low * cosine[i] - high * sine[i];
+    to[half + i] = high * cosine[i] + low * sine[i];
+  }
+}
+
 // gate * sigmoid(gate) * up
 INLINE Vec swiglu(Vec gate, Vec up) {
   const Vec magnitude = gate < 0.0f ? -gate : gate;
