@@ -13,6 +13,7 @@ import http.client
 import json
 import statistics
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from against_transformers import OUTPUT_TOKENS, Softbatch, prompt_ids
+from servers import Server, softbatch
+from step_worker import prompts
 
 CONTEXT = Path(__file__).resolve().parent.parent / "examples" / "manual" / "context.md"
+INPUT_TOKENS, OUTPUT_TOKENS = 128, 32
 # Requests of a round, by concurrency.
 LOAD = {1: 6, 8: 24}
 JSON = {"Content-Type": "application/json"}
@@ -41,7 +44,7 @@ class Round:
 def streamed(port: int, index: int) -> tuple[float, float]:
     """Seconds from sending one request to its first token and to its end."""
     body = {
-        "prompt": prompt_ids(index),
+        "prompt": prompts(index, 1, INPUT_TOKENS)[0],
         "max_tokens": OUTPUT_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
@@ -119,7 +122,8 @@ def main() -> None:
     parser.add_argument("--at-most", type=float, default=10.0, help="minutes of load beside the job")
     parser.add_argument("--port", type=int, default=8398)
     options = parser.parse_args()
-    server = Softbatch("bfloat16", options.port)
+    store = tempfile.TemporaryDirectory()
+    server = Server(softbatch(options.port, Path(store.name)), options.port)
     rounds: dict[tuple[str, int], list[Round]] = {}
     offsets = count(0, 100)
 
@@ -131,7 +135,8 @@ def main() -> None:
         print(f"{label}, concurrency {concurrency}: {done.rate:.1f} tokens/s", file=sys.stderr, flush=True)
 
     try:
-        server.run(8, 16, 900_000)
+        server.start()
+        run_round(options.port, 8, 16, 900_000)
         for _ in range(options.rounds):
             for concurrency in LOAD:
                 keep("alone", concurrency, measure(concurrency))
@@ -149,6 +154,7 @@ def main() -> None:
                     keep(f"— at {phase}", concurrency, done)
     finally:
         server.stop()
+        store.cleanup()
     print_table(dict(sorted(rounds.items(), key=lambda item: (item[0][0] != "alone", item[0][0] != "beside a job"))))
 
 

