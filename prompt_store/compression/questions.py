@@ -19,30 +19,39 @@ _PHRASE: dict[str, tuple[str, ...]] = {
         "What are the rules for {p}?",
         "How many or how much: {p}?",
         "Which limits apply to {p}?",
+        "When does {p} apply, and when does it not?",
+        "I have heard about {p}. What is it for, and who uses it?",
+        "What happens with {p} once there is {o}?",
     ),
     "explain": (
         "Explain {p}.",
         "Explain {p} in simple words.",
         "Why is {p} needed?",
         "What is the purpose of {p}?",
+        "Why does {p} matter for {o}?",
     ),
     "how_to": (
         "How does {p} work?",
         "How do I use {p}?",
         "What must I do about {p}?",
         "How can I change {p}?",
+        "What are the steps for {p}, and what comes after them?",
+        "I want to do something with {p} and {o}. How should I go about it?",
     ),
     "list": ("List everything about {p}.", "Name three things about {p}.", "Which kinds of {p} are there?"),
     "compare": (
         "What is the difference between {p} and {o}?",
         "Compare {p} and {o}.",
         "How are {p} and {o} related?",
+        "How does {p} differ from {o}, and which one do I need?",
     ),
     "use_case": (
         "Give an example of when {p} matters.",
         "When would somebody need {p}?",
         "I have a problem with {p}. What can I do?",
         "Who is affected by {p}?",
+        "A colleague has a question about {p}. What would you tell them?",
+        "Somebody is unsure about {p} because of {o}. What should they do?",
     ),
 }
 # About the document as a whole; not of it, so that σ stays a conversation partner.
@@ -220,7 +229,7 @@ def _about_phrases(text: str, rng: random.Random) -> Iterator[tuple[str, str, fl
     phrases = key_phrases(text)
     kinds = [kind for kind in _PHRASE for _ in range(4 if kind == "fact" else 1)]
     for index, (phrase, position) in enumerate(phrases):
-        for repeat in range(2):
+        for repeat in range(5):
             kind = kinds[(index + repeat * 3) % len(kinds)]
             other = phrases[max(0, min(len(phrases) - 1, index + rng.choice((-3, -2, 2, 3))))][0]
             if other == phrase:
