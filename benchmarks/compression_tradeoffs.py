@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--times", default="15,60,180", help="seconds, at --length virtual tokens")
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--objectives", default="kl,nll")
-    parser.add_argument("--questions", type=int, default=640)
+    parser.add_argument("--questions", type=int, default=640, help="fewer than compress asks: runs are short")
     parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "compression")
     parser.add_argument("--plot", action="store_true", help="only draw what has been measured")
     arguments = parser.parse_args()

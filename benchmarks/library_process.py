@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -92,7 +93,8 @@ class Library:
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         question = {"first": first, "count": count, "length": length, "outputs": outputs}
-        print(json.dumps(question), file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says so
+            print(json.dumps(question), file=self._process.stdin, flush=True)
         answer = self._answer()
         self._process.send_signal(signal.SIGSTOP)
         return answer

@@ -97,7 +97,7 @@ def openvino_model(python: Path, source: Path, kind: str) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_suffix(".part")
+    aside = target.with_name(f"{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     command = [python.parent / "optimum-cli", "export", "openvino", "--model", source]
     command += ["--task", "text-generation-with-past", "--weight-format", kind, aside]

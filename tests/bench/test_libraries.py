@@ -17,7 +17,7 @@ def test_softbatch_and_transformers_choose_the_same_tokens(tiny_models: dict[str
     command += ["--libraries", "softbatch,transformers generate", "--rounds", "2", "--batches", "1,3", "--threads", "1"]
     command += ["--context", "20", "--steps", "5", "--prefill", "50", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     runs = json.loads(output.read_text())["runs"]
     shapes = [(1, 50, 1)] * 3 + [(1, 20, 6), (3, 20, 6)]

@@ -176,9 +176,10 @@ def test_ragged_batches(
     )
 
 
-@pytest.mark.parametrize("head_dim", [1, 5, 8, 24, 40, 72])
-def test_head_sizes_that_fill_no_vector(kernel: AttentionBackend, head_dim: int) -> None:
-    make_case(RAGGED[:6], heads=5, kv_heads=5, head_dim=head_dim).check(kernel, reference)
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 5, 8, 24, 40, 72, 80])
+def test_head_sizes_that_fill_no_vector(kernel: AttentionBackend, head_dim: int, dtype: torch.dtype) -> None:
+    make_case(RAGGED[:6], heads=5, kv_heads=5, head_dim=head_dim, dtype=dtype).check(kernel, reference)
 
 
 def test_a_block_size_that_is_no_power_of_two(kernel: AttentionBackend) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,22 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> No
             torch.set_num_threads(threads)
         for index in (0, 1, 2, 21):
             assert torch.equal(decoder(build_batch([rows[index]], 16, CPU))[0], together[index])
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_logits_of_a_position_are_the_same_whoever_else_wants_any(weights: str) -> None:
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    model = make_model(CONFIGS["qwen3"], dtype)
+    runs_in_one_call(model, dtype)
+    decoder = DecoderForward(model, make_cache(model, dtype), weights)
+    rows = make_rows([(0, 20), (0, 3), (0, 1), (0, 9)], logits=False)
+    with torch.inference_mode():
+        everywhere = decoder(build_batch(rows, 16, CPU)).clone()
+        some = [range(20), range(0), range(1), range(4, 9)]
+        asked = [replace(row, logit_rows=wanted) for row, wanted in zip(rows, some, strict=True)]
+        assert torch.equal(decoder(build_batch(asked, 16, CPU)), everywhere[[*range(20), 23, *range(28, 33)]])
+        none = [replace(row, logit_rows=range(0)) for row in rows]
+        assert decoder(build_batch(none, 16, CPU)).shape == (0, VOCAB)
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])

@@ -217,7 +217,7 @@ class Decoder final : public DecoderBase {
         Problem<T> mine = p;
         mine.key_cache = key_cache;
         mine.value_cache = value_cache;
-        attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each_ahead(count, f); });
+        attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each_ahead(count, true, f); });
         if (!is_last)
           behind_attention(*layer, residual, attended_in_, hidden_in_, gated_in_, [](int64_t row) { return row; });
       }

@@ -24,7 +24,7 @@ struct NextTile {
   const int64_t* offsets;
 };
 
-// A vector of a cache's numbers as the products take it; the second of `count` of them, the rest zero.
+// A vector of a cache's numbers as the products take it.
 template <typename F, typename T>
 INLINE auto take(const T* p) {
   if constexpr (F::kDepth == 2) {
@@ -34,6 +34,7 @@ INLINE auto take(const T* p) {
   }
 }
 
+// The same of the first `count` numbers, the rest zero.
 template <typename F, typename T>
 INLINE auto take_first(const T* p, int64_t count) {
   T padded[kLanes * F::kDepth] = {};
@@ -184,7 +185,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   std::fill(total, decay, 0.0f);
   std::fill(row_buffer, row_buffer + stride, 0.0f);
   for (int64_t row = 0; row < g.rows; ++row) {
-    p.read_query(g, row, 1.0f, row_buffer);
+    p.read_query(g, row, row_buffer);
     F::elements(row_buffer, stride, query + row * stride / F::kDepth);
   }
 
@@ -207,8 +208,6 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
     } else if (next) {
       locate(*next, next_split * kDotSplit, next->key_end, next_offsets);
       next_kv_head = next->kv_head;
-    } else {
-      std::copy(offsets, offsets + kKeyTile, next_offsets);
     }
     for (int64_t n = 0; n < kv_heads; ++n) {
       const int64_t h0 = n * p.group;
@@ -216,10 +215,11 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
       const T* values = p.value_cache + (g.kv_head + n) * p.head_stride;
       const bool last = n + 1 == kv_heads;
       const int64_t next_head = (last ? next_kv_head : g.kv_head + n + 1) * p.head_stride;
-      const NextTile<T> ahead{p.key_cache + next_head, p.value_cache + next_head, last ? next_offsets : offsets};
+      const NextTile<T> tile{p.key_cache + next_head, p.value_cache + next_head, last ? next_offsets : offsets};
+      const NextTile<T>* ahead = last && begin + kKeyTile >= end && !next ? nullptr : &tile;
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
         dot_keys<H.value, F>(query + (h0 + h) * stride / F::kDepth, stride, keys, offsets, fours, p.dim, p.scale,
-                             h == 0 ? &ahead : nullptr, scores + h * kKeyTile);
+                             h == 0 ? ahead : nullptr, scores + h * kKeyTile);
       });
       for (int64_t h = 0; h < p.group; ++h) {
         float* s = scores + h * kKeyTile;
@@ -230,7 +230,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
         weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, offsets,
                                  round_up(count, F::kDepth), p.dim,
-                                 h == 0 ? &ahead : nullptr, acc + (h0 + h) * stride, stride);
+                                 h == 0 ? ahead : nullptr, acc + (h0 + h) * stride, stride);
       });
     }
     std::swap(offsets, next_offsets);

@@ -74,7 +74,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
   const int64_t parts = (x.tiles + kTilesTogether - 1) / kTilesTogether;
   alignas(64) float sums[kTile * kColumns];
-  team.for_each_ahead(weights.panels() * parts, [&](int64_t item, int64_t after) {
+  team.for_each_ahead(weights.panels() * parts, false, [&](int64_t item, int64_t after) {
     const int64_t panel = item / parts, first_tile = item % parts * kTilesTogether;
     const int64_t panel_after = std::min(after / parts, weights.panels() - 1);
     for (int64_t t = first_tile; t < std::min(x.tiles, first_tile + kTilesTogether); ++t) {

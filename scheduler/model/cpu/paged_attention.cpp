@@ -102,7 +102,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     const at::Tensor partials = at::empty({plan.partials, p.padded_dim + 2}, at::kFloat);
     p.partials = partials.data_ptr<float>();
     Team::run([&](Team& team) {
-      attend(plan, p, [&](int64_t count, const auto& f) { team.for_each_ahead(count, f); });
+      attend(plan, p, [&](int64_t count, const auto& f) { team.for_each_ahead(count, true, f); });
     });
   };
   AT_DISPATCH_SWITCH(query.scalar_type(), "paged_attention",

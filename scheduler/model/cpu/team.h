@@ -10,6 +10,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -29,14 +30,17 @@ class Team {
     }
   }
 
-  // Calls f(item, the item this member takes next or count) for every item; returns when all are done.
+  // Calls f(item, the item this member takes next or count) for every item; returns when all are done. With `uneven`
+  // costs the last items are taken only when they begin, so that none waits for its turn behind a long one.
   template <typename F>
-  void for_each_ahead(int64_t count, const F& f) {
-    int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
+  void for_each_ahead(int64_t count, bool uneven, const F& f) {
+    const auto take = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
+    const int64_t early = uneven ? count - 2 * size_ : count;
+    int64_t item = take();
     while (item < count) {
-      const int64_t after = next_.fetch_add(1, std::memory_order_relaxed);
-      f(item, after < count ? after : count);
-      item = after;
+      const int64_t after = item < early ? take() : count;
+      f(item, std::min(after, count));
+      item = item < early ? after : take();
     }
     meet();
   }

@@ -143,16 +143,16 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     store(to.top + lane, fill(kLowest));
     for (int64_t row = first; row < std::min(first + kLanes, g.rows); ++row) {
       to.last_key[row % kPanel] = static_cast<float>(first_position + (g.first + row) / g.heads);
-      p.read_query(g, row, 1.0f, row_buffer);
+      p.read_query(g, row, row_buffer);
       F::elements(row_buffer, stride, elements + (row - first) * stride / F::kDepth);
     }
     for (int64_t k = 0; k < stride / F::kDepth; k += kLanes) {
-      Vec square[kLanes];
+      Vec lanes[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        std::memcpy(&square[i], elements + i * stride / F::kDepth + k, sizeof(Vec));
-      transpose(square);
+        std::memcpy(&lanes[i], elements + i * stride / F::kDepth + k, sizeof(Vec));
+      transpose(lanes);
       for (int i = 0; i < kLanes; ++i)
-        store(to.query + (k + i) * kPanel + lane, square[i]);
+        store(to.query + (k + i) * kPanel + lane, lanes[i]);
     }
   }
 
@@ -170,12 +170,12 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     const Panel from = panel(first);
     const int64_t lane = first % kPanel;
     for (int64_t d = 0; d < stride; d += kLanes) {
-      Vec square[kLanes];
+      Vec lanes[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        square[i] = load(from.acc + (d + i) * kPanel + lane);
-      transpose(square);
+        lanes[i] = load(from.acc + (d + i) * kPanel + lane);
+      transpose(lanes);
       for (int i = 0; i < kLanes; ++i)
-        store(rows + i * stride + d, square[i]);
+        store(rows + i * stride + d, lanes[i]);
     }
     for (int64_t row = first; row < std::min(first + kLanes, g.rows); ++row)
       p.finish(g, split, row, from.top[row % kPanel], from.total[row % kPanel], rows + (row - first) * stride);

@@ -57,14 +57,6 @@ INLINE Vec load(const at::Half* p) {
   return (Vec)((magnitude >= 0x0f800000 ? special : (Bits)finite) | sign);
 }
 
-// The first `count` lanes from memory, the rest zero.
-template <typename T>
-INLINE Vec load_first(const T* p, int64_t count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, p, count * sizeof(T));
-  return load(padded);
-}
-
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // The nearest bfloat16 numbers, ties to even.

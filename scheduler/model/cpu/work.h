@@ -75,11 +75,10 @@ struct Problem {
   }
   int64_t head(const Group& g, int64_t row) const { return g.kv_head * group + (g.first + row) % g.heads; }
 
-  // A row's query as float32, times `factor`.
-  void read_query(const Group& g, int64_t row, float factor, float* to) const {
+  // A row's query as float32.
+  void read_query(const Group& g, int64_t row, float* to) const {
     const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;
-    for (int64_t d = 0; d < dim; ++d)
-      to[d] = static_cast<float>(from[d]) * factor;
+    widen_row(from, dim, to);
   }
 
   // Offsets in a cache of keys begin ... begin + count - 1 of a sequence, at kv head 0.
