@@ -76,8 +76,9 @@ INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* 
   }
 }
 
-// N vectors of acc[h] = acc[h] * decay[h] + sum over i of weights[h][i] * values[offsets[i]], for H heads; count is a
-// multiple of kDepth. take_value(p) gives the vector of a value's numbers from p on.
+// N vectors of acc[h] = acc[h] * decay[h] + sum over i of weights[h][i] * values[offsets[i]], for H heads. What the
+// last value may lack to a pair is zeros: another's, even weighed with zero, could be infinite, and the sum NaN.
+// take_value(p) gives the vector of a value's numbers from p on.
 template <int H, int N, typename F, typename T, typename G>
 INLINE void weigh_part(const typename F::Element* weights, const float* decay, const T* values, const int64_t* offsets,
                        int64_t count, const NextTile<T>* ahead, int64_t dim, float* acc, int64_t stride,
@@ -96,7 +97,7 @@ INLINE void weigh_part(const typename F::Element* weights, const float* decay, c
     for (int n = 0; n < N; n += kDepth) {
       decltype(take<F>(values)) rows[kDepth];
       for (int j = 0; j < kDepth; ++j)
-        rows[j] = take_value(values + offsets[i + j] + n * kLanes);
+        rows[j] = i + j < count ? take_value(values + offsets[i + j] + n * kLanes) : decltype(take<F>(values)){};
       F::zip(rows);
 #pragma GCC unroll 2
       for (int j = 0; j < kDepth; ++j)
@@ -228,8 +229,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
         F::elements(s, kKeyTile, weights + h * kKeyTile / F::kDepth);
       }
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, offsets,
-                                 round_up(count, F::kDepth), p.dim,
+        weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, offsets, count, p.dim,
                                  h == 0 ? ahead : nullptr, acc + (h0 + h) * stride, stride);
       });
     }
