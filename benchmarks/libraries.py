@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flags import names_of
 from library_process import GENERATE_BATCH, LIBRARIES, Library
 from machine import machine
 from peers import Unavailable
@@ -140,21 +141,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in LIBRARIES:
-            raise argparse.ArgumentTypeError(f"{name!r}: there are {', '.join(LIBRARIES)}")
-    return names
-
-
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--libraries", type=_names, default=list(LIBRARIES), help=", ".join(LIBRARIES))
+    parser.add_argument("--libraries", type=names_of(LIBRARIES), default=list(LIBRARIES), help=", ".join(LIBRARIES))
     parser.add_argument("--skip-generate-batch", action="store_true", help=f"leave out {GENERATE_BATCH}, which is slow")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=_numbers, default=[1, 4, 16, 32])

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flags import names_of
 from machine import machine
 from peers import BENCH, Unavailable
 from plot import draw
@@ -211,23 +212,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _names(allowed: Sequence[str]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in allowed:
-                raise argparse.ArgumentTypeError(f"{name!r}: there are {', '.join(allowed)}")
-        return names
-
-    return parse
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round with windows half as long")
     parser.add_argument("--rounds", type=int, help="default: 3")
-    parser.add_argument("--servers", type=_names(SERVERS), default=list(SERVERS))
-    parser.add_argument("--workloads", type=_names(tuple(CONCURRENCY)), default=list(CONCURRENCY))
+    parser.add_argument("--servers", type=names_of(SERVERS), default=list(SERVERS))
+    parser.add_argument("--workloads", type=names_of(CONCURRENCY), default=list(CONCURRENCY))
     parser.add_argument("--concurrency", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--port", type=int, default=8390, help="the first of a few ports")
     parser.add_argument("--output", type=Path, default=BENCH / "results", help="folder for table, JSON and plot")

@@ -82,7 +82,7 @@ class TestCompletions:
         ids = tiny_llama.tokenizer(PROMPT)["input_ids"]
         assert len({(chunk.id, chunk.created, chunk.model, chunk.object) for chunk in [*chunks, last]}) == 1
         assert "".join(chunk.choices[0].text for chunk in chunks) == greedy_text(tiny_llama, ids, LONG)
-        assert len(chunks) > 1, "a stream that comes in one piece is none"
+        assert len(chunks) > 5, "a stream that comes in one piece is none"
         assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
         assert all(chunk.usage is None for chunk in chunks)
         assert last.choices == []

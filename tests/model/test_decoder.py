@@ -106,6 +106,13 @@ def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS) -> KVCa
     return cache
 
 
+def make_decoder(name: str, weights: str) -> DecoderForward:
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    model = make_model(CONFIGS[name], dtype)
+    assert runs_in_one_call(model, dtype)
+    return DecoderForward(model, make_cache(model, dtype), weights)
+
+
 def make_rows(steps: Sequence[tuple[int, int]], seed: int = 0, logits: bool = True) -> list[Row]:
     """Sequences in scattered blocks: the row of sequence s computes `count` tokens from `start` on."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,10 +190,7 @@ def test_any_batch_in_float32(steps: list[tuple[int, int]], seed: int) -> None:
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> None:
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    model = make_model(CONFIGS["llama"], dtype)
-    runs_in_one_call(model, dtype)
-    decoder = DecoderForward(model, make_cache(model, dtype), weights)
+    decoder = make_decoder("llama", weights)
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
     with torch.inference_mode():
         together = decoder(build_batch(rows, 16, CPU)).clone()
@@ -203,10 +207,7 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> No
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_logits_of_a_position_are_the_same_whoever_else_wants_any(weights: str) -> None:
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    model = make_model(CONFIGS["qwen3"], dtype)
-    runs_in_one_call(model, dtype)
-    decoder = DecoderForward(model, make_cache(model, dtype), weights)
+    decoder = make_decoder("qwen3", weights)
     rows = make_rows([(0, 20), (0, 3), (0, 1), (0, 9)], logits=False)
     with torch.inference_mode():
         everywhere = decoder(build_batch(rows, 16, CPU)).clone()
