@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,3 +321,33 @@ def test_fewer_threads_than_asked_for() -> None:
 def test_int8_of_a_model_that_cannot_is_refused(tiny_models: dict[str, str]) -> None:
     with pytest.raises(ModelError, match=r"--quantization int8 takes a CPU.*GPT2LMHeadModel in float32 on cpu"):
         build_engine(EngineConfig(model=tiny_models["gpt2"], quantization="int8", dtype="float32"), lambda *_: None)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such thing on this system")
+def test_threads_stay_on_processors_of_their_own_during_a_step_and_not_longer() -> None:
+    two = set(sorted(os.sched_getaffinity(0))[:2])
+    if len(two) < 2:
+        pytest.skip("takes two processors")
+    decoder, steps = make_decoder("qwen2", "bfloat16"), [(0, 500)] * 4
+    seen: set[frozenset[int]] = set()
+    running = threading.Event()
+
+    def step() -> set[int]:
+        os.sched_setaffinity(threading.get_native_id(), two)
+        running.set()
+        for _ in range(10):
+            run(decoder, steps)
+        return os.sched_getaffinity(threading.get_native_id())
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(threading.get_native_id).result()
+        pool.submit(torch.set_num_threads, 2).result()
+        found = pool.submit(step)
+        running.wait()
+        while not found.done():
+            seen.add(frozenset(os.sched_getaffinity(worker)))
+            time.sleep(1e-4)
+        pool.submit(torch.set_num_threads, threads).result()
+    assert frozenset({min(two)}) in seen
+    assert found.result() == two

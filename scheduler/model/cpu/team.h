@@ -14,6 +14,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "pinned.h"
+
 namespace softbatch {
 
 class Team {
@@ -26,6 +28,7 @@ class Team {
     {
 #pragma omp single
       team.size_ = omp_get_num_threads();  // fewer than asked for where OMP_THREAD_LIMIT or OMP_DYNAMIC say so
+      const Pinned pinned(omp_get_thread_num(), team.size_);
       body(team);
     }
   }
