@@ -33,7 +33,7 @@ from scheduler.scheduler import OutOfDeviceMemory, Scheduler, SchedulerConfig, S
 from scheduler.soft_prompts import ResidentSoftPrompt
 
 if TYPE_CHECKING:
-    from prompt_store.soft_prompt import SoftPrompt
+    from scheduler.model.runner import StagedSoftPrompt
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
@@ -46,9 +46,9 @@ class ModelRunner(Protocol):
         """Raises OutOfDeviceMemory."""
         ...
 
-    def read_soft_prompt(self, ref: SoftPromptRef) -> SoftPrompt: ...
+    def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt: ...
 
-    def place_soft_prompt(self, resident: ResidentSoftPrompt, prompt: SoftPrompt) -> bool: ...
+    def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool: ...
 
 
 class Engine:
@@ -63,7 +63,7 @@ class Engine:
         self._runner = runner
         self._bytes_per_block = bytes_per_block
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader")
-        self._reads: dict[str, Future[SoftPrompt]] = {}
+        self._reads: dict[str, Future[StagedSoftPrompt]] = {}
         self._requested: dict[str, float] = {}
         self._refused: list[SequenceOutput] = []
         self.wake: Callable[[], None] = _nothing

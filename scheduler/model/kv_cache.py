@@ -10,8 +10,9 @@ from scheduler.model.staging import small_tensor
 class KVCache:
     """Owns the memory; which block belongs to whom is the scheduler's knowledge.
 
-    It starts uninitialised, so that pages nobody has written cost neither time nor memory; nothing reads a slot before
-    it was written. With `scratch_block`, one more lies behind the last: rows that only fill up a batch write there.
+    It is zeroed, so that its pages are there before the first request: on a virtual machine, asking for two more
+    megabytes amid a step can hold that up for four milliseconds. With `scratch_block`, one more lies behind the last:
+    rows that only fill up a batch write there.
     """
 
     def __init__(
@@ -26,13 +27,14 @@ class KVCache:
         device: torch.device,
         scratch_block: bool = False,
     ) -> None:
-        shape = (num_blocks + scratch_block, num_kv_heads, block_size, head_dim)
+        shape = (2, num_layers, num_blocks + scratch_block, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._memory = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys: list[torch.Tensor] = list(self._memory[0])
+        self.values: list[torch.Tensor] = list(self._memory[1])
 
     @property
     def bytes_per_block(self) -> int:
@@ -42,15 +44,22 @@ class KVCache:
         """Copy whole blocks, source to target, in every layer."""
         sources = small_tensor([source for source, _ in copies], self.device, torch.int64)
         targets = small_tensor([target for _, target in copies], self.device, torch.int64)
-        for cache in (*self.keys, *self.values):
-            cache[targets] = cache[sources]
+        self._memory[:, :, targets] = self._memory[:, :, sources]
 
-    def write(self, blocks: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write `keys` and `values` [layers, n, kv_heads, head_dim] to positions 0 … n−1 of `blocks`."""
-        positions = torch.arange(keys.shape[1], device=self.device)
-        block = small_tensor(blocks, self.device, torch.int64)[positions // self.block_size]
-        offset = positions % self.block_size
-        keys, values = keys.to(self.device, self.dtype), values.to(self.device, self.dtype)
-        for layer, (key_cache, value_cache) in enumerate(zip(self.keys, self.values, strict=True)):
-            key_cache[block, :, offset] = keys[layer]
-            value_cache[block, :, offset] = values[layer]
+    def stage(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last filled up with zeros:
+        [2, layers, blocks, kv_heads, block_size, head_dim]. Touches no block of the cache: any thread may call it."""
+        layers, length, kv_heads, head_dim = keys.shape
+        blocks = -(-length // self.block_size)
+        padded = (2, layers, blocks * self.block_size, kv_heads, head_dim)
+        staged: torch.Tensor = torch.zeros(padded, dtype=self.dtype)
+        for layer in range(layers):
+            # One by one they are so small that torch stays in this thread: beside a running step a second team of
+            # threads waits long for its turn.
+            staged[0, layer, :length], staged[1, layer, :length] = keys[layer], values[layer]
+        return staged.view(2, layers, blocks, self.block_size, kv_heads, head_dim).transpose(3, 4)
+
+    def write(self, blocks: list[int], staged: torch.Tensor) -> None:
+        """Write what `stage` made to `blocks`."""
+        targets = small_tensor(blocks, self.device, torch.int64)
+        self._memory[:, :, targets] = staged.to(self.device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from prompt_store.soft_prompt import ModelSpec, SoftPrompt, check_fits, load
+from prompt_store.soft_prompt import ModelSpec, check_fits, load
 from scheduler.messages import SoftPromptRef
 from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.forward import Forward
@@ -21,6 +22,14 @@ from scheduler.sequence import Sequence
 from scheduler.soft_prompts import ResidentSoftPrompt
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class StagedSoftPrompt:
+    """A soft prompt that has been read and fits the model: as KV blocks, or as embeddings [n, hidden] to compute."""
+
+    blocks: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
 
 
 class Runner:
@@ -85,22 +94,25 @@ class Runner:
                 self._filling.pop(prompt.ref.sha256, None)
         return result
 
-    def read_soft_prompt(self, ref: SoftPromptRef) -> SoftPrompt:
-        """Read and check a soft prompt's file; safe to call from another thread. Raises SoftPromptError."""
+    @torch.inference_mode()
+    def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt:
+        """Read a soft prompt's file, check it and lay it out; safe to call from another thread.
+
+        Raises SoftPromptError."""
         prompt = load(Path(ref.path), self._max_prompt_bytes)
         check_fits(prompt, self._spec)
-        return prompt
+        if prompt.manifest.kind == "kv":
+            return StagedSoftPrompt(blocks=self._kv_cache.stage(prompt.tensors["keys"], prompt.tensors["values"]))
+        return StagedSoftPrompt(embeddings=prompt.tensors["embeddings"].to(self._kv_cache.dtype))
 
     @torch.inference_mode()
-    def place_soft_prompt(self, resident: ResidentSoftPrompt, prompt: SoftPrompt) -> bool:
+    def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
         """Bring a soft prompt into its blocks; True if it lies there now, False if steps have to compute it."""
-        if prompt.manifest.kind == "kv":
-            self._kv_cache.write(resident.blocks, prompt.tensors["keys"], prompt.tensors["values"])
-            return True
-        self._filling[resident.ref.sha256] = prompt.tensors["embeddings"].to(
-            self._kv_cache.device, self._kv_cache.dtype
-        )
-        return False
+        if staged.blocks is not None:
+            self._kv_cache.write(resident.blocks, staged.blocks)
+        if staged.embeddings is not None:
+            self._filling[resident.ref.sha256] = staged.embeddings.to(self._kv_cache.device)
+        return staged.embeddings is None
 
     def _run(
         self,
