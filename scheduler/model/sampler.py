@@ -51,8 +51,8 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sample]:
         for index, row in enumerate(inputs):
             if _penalised(row.params):
                 _penalise(logits[index], row)
-    finite = torch.isfinite(logits.amax(dim=-1))
     tokens = _most_probable(logits)
+    finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
     drawn = _Draw.of(logits, inputs)
     if drawn is not None:
         tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
