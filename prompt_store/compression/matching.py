@@ -48,7 +48,7 @@ class MatchingSettings:
     seconds: float | None = None
     key_rate: float = 0.1
     value_rate: float = 0.02
-    embedding_rate: float = 0.01
+    embedding_rate: float = 0.03
 
 
 @dataclass(frozen=True)
