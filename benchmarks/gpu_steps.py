@@ -77,8 +77,6 @@ class Steps:
             device=self.device,
             scratch_block=True,
         )
-        for tensor in (*self._cache.keys, *self._cache.values):
-            tensor.zero_()
         forward = make_forward(model, self._cache, backend)
         self.forward_name = type(forward).__name__
         self._graphs, build = with_graphs(

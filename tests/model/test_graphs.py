@@ -132,6 +132,17 @@ def test_random_steps_through_static_buffers_equal_eager_ones(make_setup: Callab
         setup.check([Row(0, chunk[:1], free, range(0)), *decoding])
 
 
+def test_all_graphs_leave_their_logits_in_one_place(make_setup: Callable[[], Setup]) -> None:
+    setup = make_setup()
+    list(setup.graphs.capture())
+    with torch.inference_mode():
+        first, second, third = (
+            setup.graphs(setup.batches([Row(0, [7, 8][:tokens], [3], range(1))] * rows))
+            for tokens, rows in ((1, 1), (1, 5), (2, 2))
+        )
+    assert first.data_ptr() == second.data_ptr() == third.data_ptr()
+
+
 def test_padding_rows_write_to_the_scratch_block_alone(make_setup: Callable[[], Setup]) -> None:
     setup = make_setup()
     list(setup.graphs.capture())

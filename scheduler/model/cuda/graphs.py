@@ -30,17 +30,19 @@ class CudaCapturer:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One stream for all: cuBLAS keeps tens of megabytes of working memory for every stream that it has met.
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Replay) -> Replay:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before anything is recorded
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # kernels are compiled and libraries set up before anything is recorded
             for _ in range(_WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = run()
+        graph.replay()  # what its first launch needs is taken now, not amid requests
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -63,7 +65,7 @@ class _Captured:
 class GraphForward:
     """`Forward` that replays a graph for batches of a captured shape, and calls `forward` for everything else.
 
-    Logits that nobody asked for are cut off. What a graph returns is overwritten by its next replay.
+    Logits that nobody asked for are cut off. What a graph returns is overwritten by the next replay of any.
     """
 
     def __init__(self, forward: Forward, batches: BucketedBatches, max_blocks: int, capturer: Capturer) -> None:
@@ -93,15 +95,22 @@ class GraphForward:
 
         A model whose code cannot be captured, because it looks at the device in between, runs without graphs.
         """
-        for shape in self._batches.shapes:
+        shapes = self._batches.shapes
+        # Logits go to one buffer: returned by the graphs themselves, they would be memory that no two graphs share.
+        few = self._forward(self._static(shapes[-1]))
+        logits = few.new_empty((max(shape.logits for shape in shapes), few.shape[1]))
+        for shape in shapes:
             static = self._static(shape)
             try:
-                replay = self._capturer(partial(self._forward, static))
+                replay = self._capturer(partial(self._run, static, logits[: shape.logits]))
             except RuntimeError as error:
                 logger.warning("no CUDA graph of %d tokens and below: %s", shape.tokens, str(error).splitlines()[0])
                 return
             self._captured[shape] = _Captured(static, replay)
             yield shape
+
+    def _run(self, static: RaggedBatch, logits: torch.Tensor) -> torch.Tensor:
+        return logits.copy_(self._forward(static))
 
     def _static(self, shape: BatchShape) -> RaggedBatch:
         """Padding rows in memory of their own, with a block table as wide as any step's."""

@@ -86,8 +86,6 @@ def largest_step(
         dtype=model.dtype,
         device=device,
     )
-    for tensor in (*kv_cache.keys, *kv_cache.values):
-        tensor.zero_()
     forward = make_forward(model, kv_cache, backend)
     planner = make_planner(model, backend, spec)
     rows, left = [], config.max_batch_tokens
