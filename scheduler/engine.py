@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
+_TOO_SMALL = "the device's memory is too small for this"
 
 
 class ModelRunner(Protocol):
@@ -48,7 +49,9 @@ class ModelRunner(Protocol):
 
     def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt: ...
 
-    def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool: ...
+    def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
+        """Raises OutOfDeviceMemory."""
+        ...
 
 
 class Engine:
@@ -122,9 +125,8 @@ class Engine:
                 logger.warning("out of device memory in a step of %d tokens; running it again smaller", step.num_tokens)
                 if not self.scheduler.shrink(step):
                     step.rows, step.fills = rows, fills
-                    message = "the device's memory is too small for this"
-                    errors = {sequence.request_id: message for sequence, _ in rows}
-                    return StepResult({}, {}, {}, errors, {prompt.ref.sha256: message for prompt, _ in fills})
+                    errors = {sequence.request_id: _TOO_SMALL for sequence, _ in rows}
+                    return StepResult({}, {}, {}, errors, {prompt.ref.sha256: _TOO_SMALL for prompt, _ in fills})
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
@@ -149,6 +151,12 @@ class Engine:
                     ready.append(time.monotonic() - self._requested.pop(sha256))
                 else:
                     self.scheduler.soft_prompt_read(sha256)
+            except OutOfDeviceMemory:
+                if self.scheduler.running:  # once somebody has left there may be room
+                    self._reads[sha256] = future
+                    continue
+                self._requested.pop(sha256, None)
+                outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {_TOO_SMALL}")
             except Exception as error:
                 logger.exception("soft prompt %s cannot be loaded", sha256)
                 self._requested.pop(sha256, None)

@@ -48,11 +48,12 @@ class KVCache:
 
     def stage(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last filled up with zeros:
-        [2, layers, blocks, kv_heads, block_size, head_dim]. Touches no block of the cache: any thread may call it."""
+        [2, layers, blocks, kv_heads, block_size, head_dim]. Touches no block of the cache: any thread may call it.
+        For a GPU they lie in pinned memory, so that `write` waits for nothing."""
         layers, length, kv_heads, head_dim = keys.shape
         blocks = -(-length // self.block_size)
         padded = (2, layers, blocks * self.block_size, kv_heads, head_dim)
-        staged: torch.Tensor = torch.zeros(padded, dtype=self.dtype)
+        staged: torch.Tensor = torch.zeros(padded, dtype=self.dtype, pin_memory=self.device.type == "cuda")
         for layer in range(layers):
             # One by one they are so small that torch stays in this thread: beside a running step a second team of
             # threads waits long for its turn.
@@ -62,4 +63,4 @@ class KVCache:
     def write(self, blocks: list[int], staged: torch.Tensor) -> None:
         """Write what `stage` made to `blocks`."""
         targets = small_tensor(blocks, self.device, torch.int64)
-        self._memory[:, :, targets] = staged.to(self.device)
+        self._memory[:, :, targets] = staged.to(self.device, non_blocking=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,7 @@ class Runner:
         self._build = build or partial(build_batch, block_size=kv_cache.block_size, device=kv_cache.device)
         self._spec = spec
         self._max_prompt_bytes = max_prompt_bytes
+        self._on_gpu = kv_cache.device.type == "cuda"
         self._filling: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
@@ -56,11 +59,8 @@ class Runner:
         raise again are reported as failed; writing the same keys and values twice changes nothing.
 
         Raises OutOfDeviceMemory."""
-        try:
+        with _shortage_told():
             return self._execute(step)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfDeviceMemory from error
 
     def _execute(self, step: Step) -> StepResult:
         if step.copies:
@@ -68,24 +68,24 @@ class Runner:
         result = StepResult(tokens={}, logprobs={}, scores={}, errors={}, fill_errors={})
         try:
             self._run(step.rows, step.fills, result)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if _is_shortage(error):
+                raise
             logger.exception("a step failed; running its rows one by one")
             for row in step.rows:
                 try:
                     self._run([row], [], result)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:
+                except Exception as error:
+                    if _is_shortage(error):
+                        raise
                     logger.exception("request %s failed", row[0].request_id)
                     result.errors[row[0].request_id] = "the model failed on this request"
             for fill in step.fills:
                 try:
                     self._run([], [fill], result)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:
+                except Exception as error:
+                    if _is_shortage(error):
+                        raise
                     logger.exception("soft prompt %s failed", fill[0].ref.sha256)
                     result.fill_errors[fill[0].ref.sha256] = "the model failed on this soft prompt"
         for prompt, count in step.fills:
@@ -103,15 +103,20 @@ class Runner:
         check_fits(prompt, self._spec)
         if prompt.manifest.kind == "kv":
             return StagedSoftPrompt(blocks=self._kv_cache.stage(prompt.tensors["keys"], prompt.tensors["values"]))
-        return StagedSoftPrompt(embeddings=prompt.tensors["embeddings"].to(self._kv_cache.dtype))
+        embeddings = prompt.tensors["embeddings"].to(self._kv_cache.dtype)
+        return StagedSoftPrompt(embeddings=embeddings.pin_memory() if self._on_gpu else embeddings)
 
     @torch.inference_mode()
     def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
-        """Bring a soft prompt into its blocks; True if it lies there now, False if steps have to compute it."""
-        if staged.blocks is not None:
-            self._kv_cache.write(resident.blocks, staged.blocks)
-        if staged.embeddings is not None:
-            self._filling[resident.ref.sha256] = staged.embeddings.to(self._kv_cache.device)
+        """Bring a soft prompt into its blocks; True if it lies there now, False if steps have to compute it.
+
+        Raises OutOfDeviceMemory."""
+        with _shortage_told():
+            if staged.blocks is not None:
+                self._kv_cache.write(resident.blocks, staged.blocks)
+            if staged.embeddings is not None:
+                device = self._kv_cache.device
+                self._filling[resident.ref.sha256] = staged.embeddings.to(device, non_blocking=True)
         return staged.embeddings is None
 
     def _run(
@@ -162,6 +167,27 @@ class Runner:
     def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
         embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]
         return Row(prompt.num_computed, (), prompt.blocks, range(0), embeddings=embeddings)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether the device has no memory left: torch's allocator has a class for it, the driver (a graph, a Triton
+    kernel) and cuBLAS only say so."""
+    told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
+@contextmanager
+def _shortage_told() -> Iterator[None]:
+    """Turns what a full device raises into OutOfDeviceMemory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_shortage(error):
+            raise
+        torch.cuda.empty_cache()
+        raise OutOfDeviceMemory from error
 
 
 def _sequence_row(sequence: Sequence, count: int) -> Row:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import pytest
 import torch
 
@@ -63,6 +66,71 @@ def test_every_request_still_gets_its_tokens(llama: Reference, tmp_path, most: i
         assert received[str(index)][: len(expected)] == expected, index
     assert engine.stats.out_of_memory_total >= max(1, len(failing))
     check_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("told", "is_shortage"),
+    [
+        ("CUDA error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_shortage_that_torchs_allocator_does_not_tell(llama: Reference, told: str, is_shortage: bool) -> None:
+    """The driver and cuBLAS raise a plain RuntimeError."""
+    engine, _ = build(llama.path, num_blocks=40, max_batch_size=5, max_batch_tokens=24, max_model_len=120)
+    runner = engine._runner
+    forward, calls = runner._forward, itertools.count()
+
+    def failing_once(batch: RaggedBatch) -> torch.Tensor:
+        if next(calls) == 0:
+            raise RuntimeError(told)
+        return forward(batch)
+
+    runner._forward = failing_once
+    for name in "ab":
+        engine.handle(AddRequest(request_id=name, token_ids=[5, 6], params=SamplingParams(max_tokens=1)))
+    output = engine.step()
+    assert engine.stats.out_of_memory_total == int(is_shortage)
+    assert output.preempted == (["b"] if is_shortage else [])
+    assert [sequence.error for sequence in output.outputs] == [None] * (1 if is_shortage else 2)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_soft_prompt_that_finds_no_room_waits_for_those_who_run(llama: Reference, tmp_path, others: int) -> None:
+    engine, ready = build(llama.path, num_blocks=40, max_batch_size=5, max_batch_tokens=24, max_model_len=120)
+    prompt = make_soft_prompt("kv", 19, ready.model)
+    ref = SoftPromptRef("7" * 64, str(save_prompt(prompt, tmp_path, "p")), 19)
+    write, running = engine._runner._kv_cache.write, engine.scheduler.running
+
+    def full(blocks: list[int], staged: torch.Tensor) -> None:
+        if running or not others:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        write(blocks, staged)
+
+    engine._runner._kv_cache.write = full
+    params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+    for index in range(others):
+        engine.handle(AddRequest(request_id=str(index), token_ids=[5, 6, 7], params=params))
+        engine.step()
+    engine.handle(AddRequest(request_id="soft", token_ids=[5, 6, 7], params=params, soft_prompt=ref))
+    received: list[int] = []
+    errors: list[str | None] = []
+    for _ in range(2000):
+        if not engine.has_work:
+            break
+        for output in engine.step().outputs:
+            if output.request_id == "soft":
+                received += output.token_ids
+                errors.append(output.error)
+        time.sleep(0.001)
+    if others:
+        assert received == llama.generate([5, 6, 7], 9, prompt)
+        assert not any(errors)
+    else:
+        assert errors == ["soft prompt: the device's memory is too small for this"]
+        check_empty(engine)
 
 
 def test_what_never_fits_fails_alone(llama: Reference) -> None:
