@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from scheduler.engine import build_engine
-from scheduler.messages import AddRequest, EngineConfig, SamplingParams
+from scheduler.messages import AddRequest, EngineConfig, SamplingParams, SoftPromptRef
 from scheduler.model.source import ModelError
-from tests.conftest import Reference
+from tests.conftest import Reference, make_soft_prompt, save_prompt
 
 pytestmark = pytest.mark.gpu
+GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 
 
 def config(path: str, **values: object) -> EngineConfig:
@@ -27,20 +31,50 @@ def add(engine, count: int, max_tokens: int) -> None:
         engine.handle(AddRequest(request_id=str(index), token_ids=[7 + index] * 20, params=params))
 
 
+@contextmanager
+def waits_counted() -> Iterator[list[str]]:
+    """Fills with what torch says of every call that made the host wait for the GPU."""
+    told: list[str] = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield told
+        told += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_decoding_step_waits_for_the_gpu_once(smollm2: Reference) -> None:
     engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2), lambda *_: None)
     add(engine, 3, max_tokens=20)
     for _ in range(6):
         engine.step()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(5):
-                assert engine.step().batch_size == 3
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 5
+    with waits_counted() as waits:
+        for _ in range(5):
+            assert engine.step().batch_size == 3
+    assert len(waits) == 5, waits
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+def test_bringing_a_soft_prompt_in_waits_for_nothing(smollm2: Reference, tmp_path: Path, kind: str) -> None:
+    engine, ready = build_engine(config(smollm2.path, kv_cache_gib=0.2), lambda *_: None)
+    prompt = make_soft_prompt(kind, 33, ready.model)
+    ref = SoftPromptRef("7" * 64, str(save_prompt(prompt, tmp_path, kind)), 33)
+    add(engine, 2, max_tokens=100)
+    for _ in range(6):
+        engine.step()
+    engine.handle(AddRequest(request_id="soft", token_ids=[7] * 5, params=GREEDY, soft_prompt=ref))
+    sampled, received = 0, []
+    with waits_counted() as waits:
+        while engine.has_work:
+            outputs = engine.step().outputs
+            sampled += any(output.token_ids for output in outputs)
+            received += [token for output in outputs if output.request_id == "soft" for token in output.token_ids]
+    assert len(waits) == sampled, waits
+    expected = smollm2.generate([7] * 5, 5, prompt)
+    assert received[: len(expected)] == expected
+    assert len(received) == 5
 
 
 def test_the_cache_takes_what_is_left_and_graphs_are_captured(smollm2: Reference) -> None:
@@ -70,25 +104,33 @@ def test_nothing_left_is_said_in_one_line(smollm2: Reference) -> None:
 
 
 def test_a_real_shortage_of_memory_preempts_and_goes_on(smollm2: Reference) -> None:
-    """Everything but a little is taken by somebody else while requests run."""
-    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2, max_batch_tokens=1024), lambda *_: None)
-    add(engine, 4, max_tokens=30)
-    engine.step()
-    engine.handle(
-        AddRequest(request_id="long", token_ids=[5] * 200, params=SamplingParams(max_tokens=5, temperature=0.0))
-    )
+    """Everything but a little is taken by somebody else while requests run. A prompt that is too long for a graph then
+    finds no memory for its step, until it is alone and is computed in parts."""
+    limits = {"max_batch_tokens": 4096, "max_model_len": 4096}
+    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.5, **limits), lambda *_: None)
+    received: dict[str, list[int]] = {}
+    preempted: list[str] = []
+
+    def step() -> None:
+        done = engine.step()
+        preempted.extend(done.preempted)
+        for output in done.outputs:
+            assert output.error is None
+            received.setdefault(output.request_id, []).extend(output.token_ids)
+
+    add(engine, 3, max_tokens=30)
+    step()
+    engine.handle(AddRequest(request_id="long", token_ids=[5] * 3000, params=GREEDY))
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     hog = torch.empty(free - (24 << 20), dtype=torch.uint8, device="cuda")
-    received: dict[str, list[int]] = {}
     while engine.has_work:
-        for output in engine.step().outputs:
-            assert output.error is None
-            received.setdefault(output.request_id, []).extend(output.token_ids)
-        if engine.stats.out_of_memory_total > 3 and hog is not None:
-            hog = None
-            torch.cuda.empty_cache()
-    for index in range(4):
+        step()
+    del hog
+    assert engine.stats.out_of_memory_total > 1, "there was memory enough: this has shown nothing"
+    assert preempted == ["long"]
+    assert len(received["long"]) == GREEDY.max_tokens
+    for index in range(3):
         expected = smollm2.generate([7 + index] * 20, 30)
         assert received[str(index)][: len(expected)] == expected
         assert len(received[str(index)]) == 30
