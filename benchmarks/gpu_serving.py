@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_steps import changed
 
 from prompt_store.manifest import Manifest, ModelRef, ModelSpec
 from prompt_store.soft_prompt import SoftPrompt, save
@@ -166,10 +167,9 @@ def throughput(server: Server, prompts: list[list[int]], max_tokens: int) -> dic
     runs = []
     with ThreadPoolExecutor(len(prompts)) as pool:
         for turn in range(2):
-            # Prompts that no cache knows yet.
-            changed = [[*prompt[1:], 3 + turn] for prompt in prompts] if turn else prompts
+            asked = changed(prompts, turn)
             started = time.perf_counter()
-            tokens = sum(pool.map(one, changed))
+            tokens = sum(pool.map(one, asked))
             runs.append((time.perf_counter() - started, tokens))
     seconds, tokens = min(runs)
     return {"tokens_per_second": tokens / seconds, "seconds": seconds, "first_run_seconds": runs[0][0]}
