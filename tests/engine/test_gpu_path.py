@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -114,6 +116,20 @@ def test_greedy_output_equals_transformers(
     assert chunks > 0
     assert min(counting.steps[kind] for kind in ("decoding", "mixed", "eager")) > 0, counting.steps
     check_empty(engine)
+
+
+def test_an_engine_that_is_dropped_holds_no_memory(tiny_models: dict[str, str], device: torch.device) -> None:
+    """A compression gives its engine up and trains in what that frees: nothing may wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine, _, counting = build(tiny_models["llama"], device)
+        held = [weakref.ref(tensor) for tensor in (engine._runner._kv_cache._memory, counting._graphs._forward._norm)]
+        engine.close()
+        del engine, counting
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_which_models_are_fused(tiny_models: dict[str, str]) -> None:

@@ -102,15 +102,12 @@ class GraphForward:
         for shape in shapes:
             static = self._static(shape)
             try:
-                replay = self._capturer(partial(self._run, static, logits[: shape.logits]))
+                replay = self._capturer(partial(_run, self._forward, static, logits[: shape.logits]))
             except RuntimeError as error:
                 logger.warning("no CUDA graph of %d tokens and below: %s", shape.tokens, str(error).splitlines()[0])
                 return
             self._captured[shape] = _Captured(static, replay)
             yield shape
-
-    def _run(self, static: RaggedBatch, logits: torch.Tensor) -> torch.Tensor:
-        return logits.copy_(self._forward(static))
 
     def _static(self, shape: BatchShape) -> RaggedBatch:
         """Padding rows in memory of their own, with a block table as wide as any step's."""
@@ -119,6 +116,10 @@ class GraphForward:
         wide = table.new_zeros((shape.tokens, self._max_blocks))
         wide[:, : table.shape[1]] = table
         return replace(batch, attention=replace(batch.attention, block_table=wide))
+
+
+def _run(forward: Forward, static: RaggedBatch, logits: torch.Tensor) -> torch.Tensor:
+    return logits.copy_(forward(static))
 
 
 def _tensors(batch: RaggedBatch) -> list[torch.Tensor]:
