@@ -73,11 +73,11 @@ def untouched_engine(tiny_server: Server) -> Iterator[None]:
     tiny_server.wait_empty()
 
 
-@pytest.fixture(scope="session")
-def smollm2_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def smollm2_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The embedded model with so little room (13 blocks of 16 tokens) that prefills are cut and sequences preempted."""
     flags = ("--dtype", "float32", "--kv-cache-gib", f"{13.5 * BLOCK_BYTES / 2**30:.6f}", "--max-batch-size", "12")
-    limits = ("--max-batch-tokens", "24", "--max-model-len", "160")
+    limits = ("--max-batch-tokens", "24", "--max-model-len", "160", "--device", request.param)
     with running_server(tmp_path_factory.mktemp("smollm2-server"), *flags, *limits) as server:
         yield server
 
