@@ -58,7 +58,7 @@ class Runner:
         """Compute every row of the step. If that raises, each row is run once more alone and only those that
         raise again are reported as failed; writing the same keys and values twice changes nothing.
 
-        Raises OutOfDeviceMemory."""
+        Raises OutOfDeviceMemory, and RuntimeError where a GPU refuses all further work: only a new process helps."""
         with _shortage_told():
             return self._execute(step)
 
@@ -72,6 +72,7 @@ class Runner:
             if _is_shortage(error):
                 raise
             logger.exception("a step failed; running its rows one by one")
+            self._check_device()
             for row in step.rows:
                 try:
                     self._run([row], [], result)
@@ -163,6 +164,13 @@ class Runner:
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
         return self._forward(self._build(rows))
+
+    def _check_device(self) -> None:
+        """Some errors (an illegal address, a failed assertion in a kernel) leave a process's GPU unusable for good.
+
+        Raises RuntimeError."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self._kv_cache.device)
 
     def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
         embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]

@@ -53,6 +53,22 @@ def test_a_poison_request_fails_alone_and_the_others_lose_no_token(llama: str) -
     check_empty(engine)
 
 
+def test_a_gpu_that_refuses_all_further_work_ends_the_engine(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is then started anew: if only the rows failed, every later one would too."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine, _ = build(llama, num_blocks=64, max_batch_size=8, max_batch_tokens=64, max_model_len=128)
+    monkeypatch.setattr(engine._runner, "_on_gpu", True)
+    monkeypatch.setattr(engine._runner, "_forward", refused)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    assert [o.finish_reason for o in drain(engine, [make_request("row", [5])])["row"]] == ["error"]
+    monkeypatch.setattr(torch.cuda, "synchronize", refused)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        drain(engine, [make_request("again", [5])])
+
+
 def test_a_soft_prompt_that_cannot_be_read_fails_those_who_need_it_only(llama: str, tmp_path: Path) -> None:
     engine, ready = build(llama, num_blocks=64, max_batch_size=8, max_batch_tokens=64, max_model_len=128)
     broken = tmp_path / "broken.safetensors"
