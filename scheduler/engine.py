@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -30,6 +30,7 @@ from scheduler.messages import (
     StepOutput,
 )
 from scheduler.scheduler import OutOfDeviceMemory, Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.soft_prompt_reader import SoftPromptReader
 from scheduler.soft_prompts import ResidentSoftPrompt
 
 if TYPE_CHECKING:
@@ -55,21 +56,18 @@ class ModelRunner(Protocol):
 
 
 class Engine:
-    """Owns the scheduler and the runner; one `step()` is one iteration. Not thread-safe, except `wake`.
+    """Owns the scheduler, the runner and the reader of soft prompts; one `step()` is one iteration.
 
-    Soft prompt files are read in a thread of their own, so that loading one stalls nobody; `wake` is called when
-    one has been read.
+    Not thread-safe, except `expect`.
     """
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._bytes_per_block = bytes_per_block
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader")
-        self._reads: dict[str, Future[StagedSoftPrompt]] = {}
+        self.reader: SoftPromptReader[StagedSoftPrompt] = SoftPromptReader(runner.read_soft_prompt)
         self._requested: dict[str, float] = {}
         self._refused: list[SequenceOutput] = []
-        self.wake: Callable[[], None] = _nothing
 
     @property
     def has_work(self) -> bool:
@@ -78,6 +76,13 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         return self.scheduler.stats(self._bytes_per_block)
+
+    def expect(self, message: EngineInput) -> None:
+        """Begin to read the soft prompt of a request that is about to be handled, where nothing keeps it from being
+        admitted at the next step: it need not wait for one more. Any thread may call this."""
+        ref = message.soft_prompt if isinstance(message, AddRequest) else None
+        if ref is not None and self.scheduler.would_load(ref, len(self.reader)):
+            self.reader.start(ref)
 
     def handle(self, message: EngineInput) -> None:
         if isinstance(message, AddRequest):
@@ -99,7 +104,7 @@ class Engine:
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
         for ref in step.reads:
-            self._read(ref)
+            self.reader.start(ref)
         if step:
             outputs += self.scheduler.postprocess(step, self._execute(step))
         loaded += self._collect_filled(step)
@@ -129,37 +134,32 @@ class Engine:
                     return StepResult({}, {}, {}, errors, {prompt.ref.sha256: _TOO_SMALL for prompt, _ in fills})
 
     def close(self) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, ref: SoftPromptRef) -> None:
-        self._requested[ref.sha256] = time.monotonic()
-        future = self._reader.submit(self._runner.read_soft_prompt, ref)
-        self._reads[ref.sha256] = future
-        future.add_done_callback(lambda _: self.wake())
+        self.reader.close()
 
     def _collect_reads(self, outputs: list[SequenceOutput]) -> list[float]:
         """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now."""
         ready = []
-        for sha256 in [sha256 for sha256, future in self._reads.items() if future.done()]:
-            future = self._reads.pop(sha256)
+        for reading in self.reader.collect():
+            sha256 = reading.ref.sha256
             resident = self.scheduler.soft_prompts.get(sha256)
-            if resident is None:
+            if resident is None and reading.result.exception() is None:
+                resident = self.scheduler.soft_prompt_expected(reading.ref)
+            if resident is None:  # read ahead, and there is no room, or its request is to find out that it is broken
                 continue
             try:
-                if self._runner.place_soft_prompt(resident, future.result()):
+                if self._runner.place_soft_prompt(resident, reading.result.result()):
                     self.scheduler.soft_prompt_ready(sha256)
-                    ready.append(time.monotonic() - self._requested.pop(sha256))
+                    ready.append(time.monotonic() - reading.since)
                 else:
                     self.scheduler.soft_prompt_read(sha256)
+                    self._requested[sha256] = reading.since
             except OutOfDeviceMemory:
                 if self.scheduler.running:  # once somebody has left there may be room
-                    self._reads[sha256] = future
+                    self.reader.put_back(reading)
                     continue
-                self._requested.pop(sha256, None)
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {_TOO_SMALL}")
             except Exception as error:
                 logger.exception("soft prompt %s cannot be loaded", sha256)
-                self._requested.pop(sha256, None)
                 reason = str(error) if isinstance(error, ValueError) else "it cannot be read"
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {reason}")
         return ready
@@ -167,10 +167,6 @@ class Engine:
     def _collect_filled(self, step: Step) -> list[float]:
         filled = [p.ref.sha256 for p, _ in step.fills if p.num_computed == p.ref.num_virtual_tokens]
         return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
-
-
-def _nothing() -> None:
-    pass
 
 
 def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
@@ -217,12 +213,7 @@ class EngineProcess:
         self._outbox.setsockopt(zmq.LINGER, 1000)
         self._outbox.connect(config.outbox)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(EngineInput)
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._inbox, zmq.POLLIN)
-        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._messages: SimpleQueue[EngineInput | None] = SimpleQueue()  # None: a soft prompt has been read
 
     def run(self) -> int:
         """Serve until the front end goes away. Returns the exit status."""
@@ -234,7 +225,8 @@ class EngineProcess:
             self._send(StartupFailed(str(error)))
             self._outbox.close()
             return 1
-        engine.wake = self._wake
+        engine.reader.on_read = lambda: self._messages.put(None)
+        threading.Thread(target=self._receive, args=(engine,), daemon=True, name="inbox").start()
         self._send(ready)
         while True:
             self._step(engine)
@@ -245,33 +237,42 @@ class EngineProcess:
             output = engine.step()
             if output.batch_size or output.num_tokens or output.outputs or output.admitted or output.preempted:
                 self._send(output)
-                self._receive(engine, timeout=0)
+                self._handle(engine, timeout=0)
                 return
         # Nothing to compute: sleep until a request comes or a soft prompt has been read, and show a sign of life.
-        self._receive(engine, timeout=HEARTBEAT_SECONDS)
+        self._handle(engine, timeout=HEARTBEAT_SECONDS)
         self._send(StepOutput(outputs=[], stats=engine.stats))
 
-    def _receive(self, engine: Engine, timeout: float) -> None:
-        """Take all messages that are there, waiting up to `timeout` seconds for the first."""
-        events = dict(self._poller.poll(int(timeout * 1000)))
-        if self._wake_read in events:
-            os.read(self._wake_read, 4096)
-        while self._inbox in events:
-            try:
-                engine.handle(self._decoder.decode(self._inbox.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                break
-            except msgspec.MsgspecError:
-                logger.exception("a message from the front end could not be read")
+    def _handle(self, engine: Engine, timeout: float) -> None:
+        """Handle all messages that are there, waiting up to `timeout` seconds for the first."""
+        with suppress(Empty):
+            message = self._messages.get(timeout=timeout) if timeout else self._messages.get_nowait()
+            while True:
+                if message is not None:
+                    engine.handle(message)
+                message = self._messages.get_nowait()
+
+    def _receive(self, engine: Engine) -> None:
+        """Takes messages in as they come, in a thread of its own: a step need not end before files are read."""
+        decoder = msgspec.msgpack.Decoder(EngineInput)
+        try:
+            while True:
+                try:
+                    message = decoder.decode(self._inbox.recv())
+                except msgspec.MsgspecError:
+                    logger.exception("a message from the front end could not be read")
+                    continue
+                engine.expect(message)
+                self._messages.put(message)
+        except BaseException:
+            logger.exception("the engine receives no more messages")
+            os._exit(1)  # the front end starts another
 
     def _send(self, message: EngineOutput) -> None:
         self._outbox.send(self._encoder.encode(message))
 
     def _report(self, name: str, seconds: float, detail: str) -> None:
         self._send(StartupPhase(name, seconds, detail))
-
-    def _wake(self) -> None:
-        os.write(self._wake_write, b"\0")
 
 
 def _exit_with_front_end() -> None:

@@ -186,6 +186,19 @@ class Scheduler:
             outputs.append(output)
         return outputs
 
+    def would_load(self, ref: SoftPromptRef, reading: int) -> bool:
+        """Whether a soft prompt will be read as soon as a request for it is here, beside `reading` others. From another
+        thread than the engine's this is a guess."""
+        slots = self.config.max_batch_size - len(self.running)
+        return reading < slots and not len(self.waiting) and self.soft_prompts.get(ref.sha256) is None
+
+    def soft_prompt_expected(self, ref: SoftPromptRef) -> ResidentSoftPrompt | None:
+        """Blocks for a soft prompt that has been read ahead of its request; None if they cannot be had now."""
+        prompt = self._load(ref)
+        if prompt is not None:
+            prompt.read_ahead = True
+        return prompt
+
     def soft_prompt_read(self, sha256: str) -> ResidentSoftPrompt | None:
         """The file of an `embeddings` soft prompt has been read: compute its keys and values from now on."""
         prompt = self.soft_prompts.get(sha256)
@@ -286,7 +299,8 @@ class Scheduler:
                 if prompt.state is not Residency.READY:
                     if sequence.missed_soft_prompt:
                         return  # it was evicted again before this one's turn: from now on nobody overtakes
-                    self.soft_prompts.misses += 1
+                    self.soft_prompts.misses += not sequence.was_admitted
+                    prompt.read_ahead = False
                     sequence.missed_soft_prompt = True
                     self.waiting.park(sequence.soft_prompt.sha256)
                     continue
@@ -296,23 +310,26 @@ class Scheduler:
             if prompt is not None and sequence.num_virtual % self.config.block_size:
                 self._copy_last_block(sequence, prompt, step)
             if not sequence.was_admitted:
-                self._count_admission(sequence)
+                self._count_admission(sequence, prompt)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             step.admitted.append(sequence.request_id)
             budget -= self._add_row(step, sequence, budget)
 
     def _resident(self, ref: SoftPromptRef, step: Step) -> ResidentSoftPrompt | None:
-        """The soft prompt in its blocks, or on its way there; None if it cannot be brought there now.
-
-        No more are loaded at once than there are free slots, so that none is loaded long before its turn."""
+        """The soft prompt in its blocks, or on its way there; None if it cannot be brought there now."""
         prompt = self.soft_prompts.get(ref.sha256)
         if prompt is None:
-            if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
-                return None
-            prompt = self.soft_prompts.reserve(ref, spare=len(self.running))
+            prompt = self._load(ref)
             if prompt is not None:
                 step.reads.append(ref)
         return prompt
+
+    def _load(self, ref: SoftPromptRef) -> ResidentSoftPrompt | None:
+        """Blocks for a soft prompt that is not resident, or None. No more are loaded at once than there are free
+        slots, so that none is loaded long before its turn."""
+        if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
+            return None
+        return self.soft_prompts.reserve(ref, spare=len(self.running))
 
     def _take_blocks(self, sequence: Sequence, prompt: ResidentSoftPrompt | None) -> bool:
         """Blocks for all tokens known so far: shared with the soft prompt, reused by content, or new.
@@ -346,13 +363,13 @@ class Scheduler:
                 (prompt.blocks[-1], sequence.block_table[sequence.num_virtual // self.config.block_size])
             )
 
-    def _count_admission(self, sequence: Sequence) -> None:
+    def _count_admission(self, sequence: Sequence, prompt: ResidentSoftPrompt | None) -> None:
         """Hits and misses count a request once, not again after a preemption."""
         sequence.was_admitted = True
         self._prefix_queries += sequence.num_prompt
         self._prefix_hits += sequence.num_computed - sequence.num_virtual
-        if sequence.soft_prompt is not None and not sequence.missed_soft_prompt:
-            self.soft_prompts.hits += 1
+        if prompt is not None and not sequence.missed_soft_prompt:
+            self.soft_prompts.count_use(prompt)
 
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         count = min(sequence.length - sequence.num_computed, budget)

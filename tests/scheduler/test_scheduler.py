@@ -166,6 +166,11 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
                 cancelled.add(name)
         if rng.random() < 0.05:
             scheduler.soft_prompts.forget(rng.choice(prompts).sha256)
+        if rng.random() < 0.1:
+            ahead = rng.choice(prompts)
+            if scheduler.soft_prompts.get(ahead.sha256) is None and scheduler.soft_prompt_expected(ahead) is not None:
+                runner.kinds[ahead.sha256] = rng.choice(["kv", "embeddings"])
+                runner.finish_read(ahead.sha256)
         step = scheduler.schedule()
         assert step.num_tokens <= scheduler.config.max_batch_tokens
         runner.read(step, rng.choice(["kv", "embeddings"]))
@@ -182,6 +187,9 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
     for name, req in added.items():
         if name not in cancelled and name not in refused:
             assert received[name] == expected_output(req), name
+    uses = [name for name, req in added.items() if req.soft_prompt is not None and name not in refused]
+    counted = scheduler.soft_prompts.hits + scheduler.soft_prompts.misses
+    assert len(set(uses) - cancelled) <= counted <= len(uses)
     assert len(scheduler.waiting) == 0
     assert scheduler.waiting.num_tokens == 0
     assert scheduler.pool.num_used == sum(len(p.blocks) for p in scheduler.soft_prompts.all())
