@@ -31,7 +31,7 @@ from scheduler.messages import (
 )
 from scheduler.scheduler import OutOfDeviceMemory, Scheduler, SchedulerConfig, Step, StepResult
 from scheduler.soft_prompt_reader import SoftPromptReader
-from scheduler.soft_prompts import ResidentSoftPrompt
+from scheduler.soft_prompts import Residency, ResidentSoftPrompt
 
 if TYPE_CHECKING:
     from scheduler.model.runner import StagedSoftPrompt
@@ -71,7 +71,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._refused)
+        return self.scheduler.has_work or bool(self._refused) or len(self.reader) > 0
 
     @property
     def stats(self) -> EngineStats:
@@ -99,12 +99,13 @@ class Engine:
         """One iteration. Without anything to compute its output says what changed otherwise, if anything did."""
         started = time.perf_counter()
         outputs, self._refused = self._refused, []
-        loaded = self._collect_reads(outputs)
-        scheduling = time.perf_counter()
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        for ref in step.reads:
-            self.reader.start(ref)
+        self._start_reading(step)
+        loaded = self._collect_reads(outputs)
+        if loaded:
+            self.scheduler.admit(step)
+            self._start_reading(step)
         if step:
             outputs += self.scheduler.postprocess(step, self._execute(step))
         loaded += self._collect_filled(step)
@@ -116,7 +117,7 @@ class Engine:
             batch_size=len(step.rows),
             num_tokens=step.num_tokens,
             step_seconds=time.perf_counter() - started if step else 0.0,
-            schedule_seconds=scheduled - scheduling,
+            schedule_seconds=scheduled - started,
             soft_prompt_load_seconds=loaded,
         )
 
@@ -136,15 +137,19 @@ class Engine:
     def close(self) -> None:
         self.reader.close()
 
+    def _start_reading(self, step: Step) -> None:
+        while step.reads:
+            self.reader.start(step.reads.pop(0))
+
     def _collect_reads(self, outputs: list[SequenceOutput]) -> list[float]:
-        """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now."""
+        """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now.
+
+        What was read ahead of a request that did not come, or could not be scheduled, is dropped."""
         ready = []
         for reading in self.reader.collect():
             sha256 = reading.ref.sha256
             resident = self.scheduler.soft_prompts.get(sha256)
-            if resident is None and reading.result.exception() is None:
-                resident = self.scheduler.soft_prompt_expected(reading.ref)
-            if resident is None:  # read ahead, and there is no room, or its request is to find out that it is broken
+            if resident is None or resident.state is not Residency.READING:
                 continue
             try:
                 if self._runner.place_soft_prompt(resident, reading.result.result()):
@@ -155,6 +160,7 @@ class Engine:
                     self._requested[sha256] = reading.since
             except OutOfDeviceMemory:
                 if self.scheduler.running:  # once somebody has left there may be room
+                    self.scheduler.hold_back()
                     self.reader.put_back(reading)
                     continue
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {_TOO_SMALL}")
@@ -235,7 +241,7 @@ class EngineProcess:
         output = None
         if engine.has_work:
             output = engine.step()
-            if output.batch_size or output.num_tokens or output.outputs or output.admitted or output.preempted:
+            if output.has_news:
                 self._send(output)
                 self._handle(engine, timeout=0)
                 return

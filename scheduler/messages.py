@@ -152,6 +152,12 @@ class StepOutput(msgspec.Struct, tag="step", kw_only=True):
     schedule_seconds: float = 0.0
     soft_prompt_load_seconds: list[float] = []
 
+    @property
+    def has_news(self) -> bool:
+        """Whether anything but the statistics can differ from before."""
+        changes = self.outputs or self.admitted or self.preempted or self.soft_prompt_load_seconds
+        return bool(self.batch_size or self.num_tokens or changes)
+
 
 class StartupPhase(msgspec.Struct, frozen=True, tag="phase"):
     """Progress of the start: `seconds` is how long the named phase took."""

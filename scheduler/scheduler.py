@@ -128,6 +128,11 @@ class Scheduler:
         step.fills = [(prompt, count // 2) for prompt, count in step.fills if count > 1]
         return bool(step)
 
+    def hold_back(self) -> None:
+        """The device had no memory for something beside a step: nobody is admitted until a sequence has left."""
+        self._out_of_memory += 1
+        self._most_running = len(self.running)
+
     def schedule(self) -> Step:
         step = Step()
         budget = self._continue_decodes(step)
@@ -143,9 +148,12 @@ class Scheduler:
         for sequence in prefilling:
             if budget > 0:
                 budget -= self._add_row(step, sequence, budget)
-        if not step.preempted:  # whoever had to leave just now would only come back to leave again
-            self._admit(step, budget)
+        self._admit(step, budget)
         return step
+
+    def admit(self, step: Step) -> None:
+        """Let those join the step, where it has room, whose soft prompts have become ready since it was scheduled."""
+        self._admit(step, self.config.max_batch_tokens - step.num_tokens)
 
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
         """Advance every row of the step; finished and failed sequences leave the batch and free their slots."""
@@ -187,17 +195,12 @@ class Scheduler:
         return outputs
 
     def would_load(self, ref: SoftPromptRef, reading: int) -> bool:
-        """Whether a soft prompt will be read as soon as a request for it is here, beside `reading` others. From another
-        thread than the engine's this is a guess."""
+        """Whether a soft prompt will be read as soon as a request for it is here, beside `reading` others that may take
+        a quarter of the cache's size in memory. From another thread than the engine's this is a guess."""
         slots = self.config.max_batch_size - len(self.running)
-        return reading < slots and not len(self.waiting) and self.soft_prompts.get(ref.sha256) is None
-
-    def soft_prompt_expected(self, ref: SoftPromptRef) -> ResidentSoftPrompt | None:
-        """Blocks for a soft prompt that has been read ahead of its request; None if they cannot be had now."""
-        prompt = self._load(ref)
-        if prompt is not None:
-            prompt.read_ahead = True
-        return prompt
+        blocks = (reading + 1) * -(-ref.num_virtual_tokens // self.config.block_size)
+        fits = reading < slots and blocks <= self.config.num_blocks // 4
+        return fits and not len(self.waiting) and self.soft_prompts.get(ref.sha256) is None
 
     def soft_prompt_read(self, sha256: str) -> ResidentSoftPrompt | None:
         """The file of an `embeddings` soft prompt has been read: compute its keys and values from now on."""
@@ -287,6 +290,8 @@ class Scheduler:
         return True
 
     def _admit(self, step: Step, budget: int) -> None:
+        if step.preempted:  # whoever had to leave just now would only come back to leave again
+            return
         while budget > 0 and len(self.running) < self._most_running:
             sequence = self.waiting.peek()
             if sequence is None:
@@ -300,7 +305,6 @@ class Scheduler:
                     if sequence.missed_soft_prompt:
                         return  # it was evicted again before this one's turn: from now on nobody overtakes
                     self.soft_prompts.misses += not sequence.was_admitted
-                    prompt.read_ahead = False
                     sequence.missed_soft_prompt = True
                     self.waiting.park(sequence.soft_prompt.sha256)
                     continue
@@ -310,26 +314,23 @@ class Scheduler:
             if prompt is not None and sequence.num_virtual % self.config.block_size:
                 self._copy_last_block(sequence, prompt, step)
             if not sequence.was_admitted:
-                self._count_admission(sequence, prompt)
+                self._count_admission(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             step.admitted.append(sequence.request_id)
             budget -= self._add_row(step, sequence, budget)
 
     def _resident(self, ref: SoftPromptRef, step: Step) -> ResidentSoftPrompt | None:
-        """The soft prompt in its blocks, or on its way there; None if it cannot be brought there now."""
+        """The soft prompt in its blocks, or on its way there; None if it cannot be brought there now.
+
+        No more are loaded at once than there are free slots, so that none is loaded long before its turn."""
         prompt = self.soft_prompts.get(ref.sha256)
         if prompt is None:
-            prompt = self._load(ref)
+            if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
+                return None
+            prompt = self.soft_prompts.reserve(ref, spare=len(self.running))
             if prompt is not None:
                 step.reads.append(ref)
         return prompt
-
-    def _load(self, ref: SoftPromptRef) -> ResidentSoftPrompt | None:
-        """Blocks for a soft prompt that is not resident, or None. No more are loaded at once than there are free
-        slots, so that none is loaded long before its turn."""
-        if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
-            return None
-        return self.soft_prompts.reserve(ref, spare=len(self.running))
 
     def _take_blocks(self, sequence: Sequence, prompt: ResidentSoftPrompt | None) -> bool:
         """Blocks for all tokens known so far: shared with the soft prompt, reused by content, or new.
@@ -363,13 +364,13 @@ class Scheduler:
                 (prompt.blocks[-1], sequence.block_table[sequence.num_virtual // self.config.block_size])
             )
 
-    def _count_admission(self, sequence: Sequence, prompt: ResidentSoftPrompt | None) -> None:
+    def _count_admission(self, sequence: Sequence) -> None:
         """Hits and misses count a request once, not again after a preemption."""
         sequence.was_admitted = True
         self._prefix_queries += sequence.num_prompt
         self._prefix_hits += sequence.num_computed - sequence.num_virtual
-        if prompt is not None and not sequence.missed_soft_prompt:
-            self.soft_prompts.count_use(prompt)
+        if sequence.soft_prompt is not None and not sequence.missed_soft_prompt:
+            self.soft_prompts.hits += 1
 
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         count = min(sequence.length - sequence.num_computed, budget)

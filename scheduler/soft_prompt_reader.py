@@ -26,7 +26,7 @@ class Reading(Generic[T]):
 class SoftPromptReader(Generic[T]):
     """Owns the thread, and what it has read until that is collected. Any thread may call it.
 
-    `on_read` is called, in the reading thread, whenever there is something to collect.
+    `on_read` is called, in whatever thread, whenever there is something to collect.
     """
 
     def __init__(self, read: Callable[[SoftPromptRef], T]) -> None:

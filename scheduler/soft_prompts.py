@@ -26,7 +26,6 @@ class ResidentSoftPrompt:
     users: int = 0
     num_computed: int = 0
     forgotten: bool = False
-    read_ahead: bool = False  # of its first request, which counts as a miss although it finds the soft prompt ready
 
     @property
     def evictable(self) -> bool:
@@ -97,12 +96,6 @@ class SoftPromptCache:
         prompt.users += 1
         self._resident.move_to_end(prompt.ref.sha256)
         self._pool.share(self.shared_blocks(prompt))
-
-    def count_use(self, prompt: ResidentSoftPrompt) -> None:
-        """For the first time a request that did not have to wait has been admitted."""
-        self.misses += prompt.read_ahead
-        self.hits += not prompt.read_ahead
-        prompt.read_ahead = False
 
     def release(self, sha256: str) -> None:
         """Unpin; the sequence gives its block references back itself."""

@@ -44,7 +44,8 @@ class KVCache:
         """Copy whole blocks, source to target, in every layer."""
         sources = small_tensor([source for source, _ in copies], self.device, torch.int64)
         targets = small_tensor([target for _, target in copies], self.device, torch.int64)
-        self._memory[:, :, targets] = self._memory[:, :, sources]
+        for cache in (*self.keys, *self.values):  # not all at once: what is copied lies in memory a second time
+            cache[targets] = cache[sources]
 
     def stage(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last filled up with zeros:

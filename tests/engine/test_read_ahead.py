@@ -119,5 +119,23 @@ def test_a_broken_file_fails_its_request_and_a_request_that_never_comes_leaves_n
     engine.expect(asking("never", SoftPromptRef("c" * 64, str(path), 5)))
     await_read(engine)
     engine.step()
-    assert engine.scheduler.soft_prompts.get("c" * 64).evictable
+    assert engine.scheduler.soft_prompts.get("c" * 64) is None
+    assert not engine.has_work
     check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+def test_reading_once_more_what_is_there_changes_nothing(
+    served: tuple[Engine, ModelInfo], reference: Reference, kind: str, tmp_path: Path
+) -> None:
+    """The thread that expects a request may be late: its soft prompt has been read and placed meanwhile."""
+    engine, info = served
+    prompt = make_soft_prompt(kind, 21, info)
+    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, tmp_path, "a")), 21)
+    expected = reference.generate(PROMPT_TOKENS, 6, prompt)
+    for name in ("first", "second"):
+        assert tokens_of(drain(engine, [asking(name, ref)])[name]) == expected
+        engine.reader.start(ref)
+        await_read(engine)
+        engine.step()
+        engine.scheduler.check_integrity()

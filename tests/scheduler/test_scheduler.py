@@ -166,14 +166,16 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
                 cancelled.add(name)
         if rng.random() < 0.05:
             scheduler.soft_prompts.forget(rng.choice(prompts).sha256)
-        if rng.random() < 0.1:
-            ahead = rng.choice(prompts)
-            if scheduler.soft_prompts.get(ahead.sha256) is None and scheduler.soft_prompt_expected(ahead) is not None:
-                runner.kinds[ahead.sha256] = rng.choice(["kv", "embeddings"])
-                runner.finish_read(ahead.sha256)
         step = scheduler.schedule()
         assert step.num_tokens <= scheduler.config.max_batch_tokens
         runner.read(step, rng.choice(["kv", "embeddings"]))
+        if rng.random() < 0.3:
+            for sha256 in list(runner.kinds):  # read ahead: those who wait for it may still join the step
+                runner.finish_read(sha256)
+            step.reads.clear()
+            scheduler.admit(step)
+            assert step.num_tokens <= scheduler.config.max_batch_tokens
+            runner.read(step, rng.choice(["kv", "embeddings"]))
         scheduler.check_integrity()
         for output in scheduler.postprocess(step, runner.run(step)):
             received.setdefault(output.request_id, []).extend(output.token_ids)
