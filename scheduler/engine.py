@@ -48,6 +48,10 @@ class ModelRunner(Protocol):
         """Raises OutOfDeviceMemory."""
         ...
 
+    def prepare_to_read(self) -> None:
+        """Called in the thread that reads soft prompts."""
+        ...
+
     def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt: ...
 
     def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
@@ -65,7 +69,9 @@ class Engine:
         self.scheduler = scheduler
         self._runner = runner
         self._bytes_per_block = bytes_per_block
-        self.reader: SoftPromptReader[StagedSoftPrompt] = SoftPromptReader(runner.read_soft_prompt)
+        self.reader: SoftPromptReader[StagedSoftPrompt] = SoftPromptReader(
+            runner.read_soft_prompt, runner.prepare_to_read
+        )
         self._requested: dict[str, float] = {}
         self._refused: list[SequenceOutput] = []
 

@@ -29,9 +29,10 @@ class SoftPromptReader(Generic[T]):
     `on_read` is called, in whatever thread, whenever there is something to collect.
     """
 
-    def __init__(self, read: Callable[[SoftPromptRef], T]) -> None:
+    def __init__(self, read: Callable[[SoftPromptRef], T], prepare: Callable[[], None]) -> None:
+        """`prepare` is called once in that thread, before anything is read."""
         self._read = read
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader", initializer=prepare)
         self._readings: dict[str, Reading[T]] = {}
         self._lock = threading.Lock()
         self.on_read: Callable[[], None] = _nothing

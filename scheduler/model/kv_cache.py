@@ -55,10 +55,7 @@ class KVCache:
         blocks = -(-length // self.block_size)
         padded = (2, layers, blocks * self.block_size, kv_heads, head_dim)
         staged: torch.Tensor = torch.zeros(padded, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        for layer in range(layers):
-            # One by one they are so small that torch stays in this thread: beside a running step a second team of
-            # threads waits long for its turn.
-            staged[0, layer, :length], staged[1, layer, :length] = keys[layer], values[layer]
+        staged[0, :, :length], staged[1, :, :length] = keys, values
         return staged.view(2, layers, blocks, self.block_size, kv_heads, head_dim).transpose(3, 4)
 
     def write(self, blocks: list[int], staged: torch.Tensor) -> None:

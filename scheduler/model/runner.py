@@ -95,6 +95,11 @@ class Runner:
                 self._filling.pop(prompt.ref.sha256, None)
         return result
 
+    def prepare_to_read(self) -> None:
+        """Keep torch in the calling thread: beside a running step a second team of threads would wait long for its
+        turn, and hold up the step."""
+        torch.set_num_threads(1)
+
     @torch.inference_mode()
     def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt:
         """Read a soft prompt's file, check it and lay it out; safe to call from another thread.

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from scheduler.engine import Engine
 from scheduler.messages import AddRequest, CancelRequest, EngineStats, ModelInfo, SamplingParams, SoftPromptRef
@@ -139,3 +140,9 @@ def test_reading_once_more_what_is_there_changes_nothing(
         await_read(engine)
         engine.step()
         engine.scheduler.check_integrity()
+
+
+def test_reading_opens_no_team_of_threads(served: tuple[Engine, ModelInfo]) -> None:
+    before = torch.get_num_threads()
+    assert served[0].reader._thread.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == before
