@@ -30,7 +30,7 @@ from scheduler.messages import (
     StepOutput,
 )
 from scheduler.scheduler import OutOfDeviceMemory, Scheduler, SchedulerConfig, Step, StepResult
-from scheduler.soft_prompt_reader import SoftPromptReader
+from scheduler.soft_prompt_reader import Reading, SoftPromptReader
 from scheduler.soft_prompts import Residency, ResidentSoftPrompt
 
 if TYPE_CHECKING:
@@ -108,9 +108,10 @@ class Engine:
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
         self._start_reading(step)
-        loaded = self._collect_reads(outputs)
-        if loaded:
-            self.scheduler.admit(step)
+        loaded = []
+        if readings := self.reader.collect():
+            loaded = self._place(readings, outputs)
+            self.scheduler.join(step)
             self._start_reading(step)
         if step:
             outputs += self.scheduler.postprocess(step, self._execute(step))
@@ -147,12 +148,12 @@ class Engine:
         while step.reads:
             self.reader.start(step.reads.pop(0))
 
-    def _collect_reads(self, outputs: list[SequenceOutput]) -> list[float]:
+    def _place(self, readings: list[Reading[StagedSoftPrompt]], outputs: list[SequenceOutput]) -> list[float]:
         """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now.
 
         What was read ahead of a request that did not come, or could not be scheduled, is dropped."""
         ready = []
-        for reading in self.reader.collect():
+        for reading in readings:
             sha256 = reading.ref.sha256
             resident = self.scheduler.soft_prompts.get(sha256)
             if resident is None or resident.state is not Residency.READING:

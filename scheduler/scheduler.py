@@ -137,23 +137,18 @@ class Scheduler:
         step = Step()
         budget = self._continue_decodes(step)
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
-        # Computing a soft prompt takes at most half of what is left while others have a use for it.
-        share = -(-budget // 2) if prefilling or self.waiting.peek() else budget
-        for prompt in self.soft_prompts.filling():
-            count = min(prompt.ref.num_virtual_tokens - prompt.num_computed, share)
-            if count > 0:
-                step.fills.append((prompt, count))
-                share -= count
-                budget -= count
+        budget -= self._fill(step, budget, others=bool(prefilling))
         for sequence in prefilling:
             if budget > 0:
                 budget -= self._add_row(step, sequence, budget)
         self._admit(step, budget)
         return step
 
-    def admit(self, step: Step) -> None:
-        """Let those join the step, where it has room, whose soft prompts have become ready since it was scheduled."""
-        self._admit(step, self.config.max_batch_tokens - step.num_tokens)
+    def join(self, step: Step) -> None:
+        """Take into the step, where it has room, the soft prompts that have been read since it was scheduled, and
+        those who waited for them."""
+        budget = self.config.max_batch_tokens - step.num_tokens
+        self._admit(step, budget - self._fill(step, budget, others=False))
 
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
         """Advance every row of the step; finished and failed sequences leave the batch and free their slots."""
@@ -288,6 +283,18 @@ class Scheduler:
             return False
         sequence.block_table += self.pool.allocate(1)
         return True
+
+    def _fill(self, step: Step, budget: int, *, others: bool) -> int:
+        """Compute soft prompts that are not in the step yet; returns the tokens taken: at most half of the budget while
+        `others`, or those who wait, have a use for it."""
+        share = left = -(-budget // 2) if others or self.waiting.peek() else budget
+        known = {prompt.ref.sha256 for prompt, _ in step.fills}
+        for prompt in self.soft_prompts.filling():
+            count = min(prompt.ref.num_virtual_tokens - prompt.num_computed, left)
+            if count > 0 and prompt.ref.sha256 not in known:
+                step.fills.append((prompt, count))
+                left -= count
+        return share - left
 
     def _admit(self, step: Step, budget: int) -> None:
         if step.preempted:  # whoever had to leave just now would only come back to leave again

@@ -84,7 +84,7 @@ class Metrics:
         self.soft_prompts_resident = gauge("soft_prompts_resident", "Soft prompts in KV blocks.")
         self.soft_prompts_resident_bytes = gauge("soft_prompts_resident_bytes", "Bytes of their KV blocks.")
         self.soft_prompt_hits = counter("soft_prompt_cache_hits_total", "Requests whose soft prompt was resident.")
-        self.soft_prompt_misses = counter("soft_prompt_cache_misses_total", "Requests that had to wait for one.")
+        self.soft_prompt_misses = counter("soft_prompt_cache_misses_total", "Requests for which one had to be read.")
         self.soft_prompt_evictions = counter("soft_prompt_cache_evictions_total", "Soft prompts evicted.")
         self.soft_prompt_load = histogram("soft_prompt_load_seconds", "From need to resident.", _STEP)
         self.virtual_tokens = counter("virtual_tokens_total", "Virtual tokens of admitted requests.")

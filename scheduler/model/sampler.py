@@ -73,7 +73,7 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sample]:
             tokens[drawn.rows[index]] = drawn.from_whole(index)
         chosen, is_finite, _, found = read()
     logprobs = table.told(found) if table is not None else {}
-    return [_told(int(token), bool(is_finite[i]), logprobs.get(i)) for i, token in enumerate(chosen)]
+    return [_sample_or_error(int(token), bool(is_finite[i]), logprobs.get(i)) for i, token in enumerate(chosen)]
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -84,10 +84,10 @@ def _greedy(logits: np.ndarray) -> list[Sample]:
     """Nothing but arg-max: numpy's few calls cost a third of torch's many, which a step has driven from the caches."""
     tokens = logits.argmax(axis=-1)
     finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
-    return [_told(*row) for row in zip(tokens.tolist(), finite.tolist(), strict=True)]
+    return [_sample_or_error(*row) for row in zip(tokens.tolist(), finite.tolist(), strict=True)]
 
 
-def _told(token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None) -> Sample:
+def _sample_or_error(token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None) -> Sample:
     return Sample(token_id, logprobs) if is_finite else Sample(-1, error="the model's logits are not finite")
 
 

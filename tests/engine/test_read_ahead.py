@@ -33,6 +33,13 @@ def asking(name: str, ref: SoftPromptRef) -> AddRequest:
     return AddRequest(request_id=name, token_ids=PROMPT_TOKENS, params=params, soft_prompt=ref)
 
 
+def told_by(reference: Reference, kind: str, info: ModelInfo, where: Path) -> tuple[SoftPromptRef, list[int]]:
+    """A soft prompt, and what transformers answers with it."""
+    prompt = make_soft_prompt(kind, 21, info)
+    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, where, "a")), 21)
+    return ref, reference.generate(PROMPT_TOKENS, 6, prompt)
+
+
 def await_read(engine: Engine) -> None:
     for _ in range(2000):
         if all(reading.result.done() for reading in engine.reader._readings.values()):
@@ -46,9 +53,7 @@ def test_its_request_is_answered_as_always(
     served: tuple[Engine, ModelInfo], reference: Reference, kind: str, tmp_path: Path
 ) -> None:
     engine, info = served
-    prompt = make_soft_prompt(kind, 21, info)
-    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, tmp_path, "a")), 21)
-    expected = reference.generate(PROMPT_TOKENS, 6, prompt)
+    ref, expected = told_by(reference, kind, info, tmp_path)
     first, second = asking("first", ref), asking("second", ref)
 
     engine.expect(first)
@@ -56,6 +61,7 @@ def test_its_request_is_answered_as_always(
     await_read(engine)
     engine.handle(first)
     output = engine.step()
+    assert output.num_tokens == (len(PROMPT_TOKENS) if kind == "kv" else 21), "the step goes to work at once"
     if kind == "kv":  # those of the other kind have to be computed first
         assert output.admitted == ["first"], "it did not have to wait"
         assert len(output.soft_prompt_load_seconds) == 1
@@ -131,9 +137,7 @@ def test_reading_once_more_what_is_there_changes_nothing(
 ) -> None:
     """The thread that expects a request may be late: its soft prompt has been read and placed meanwhile."""
     engine, info = served
-    prompt = make_soft_prompt(kind, 21, info)
-    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, tmp_path, "a")), 21)
-    expected = reference.generate(PROMPT_TOKENS, 6, prompt)
+    ref, expected = told_by(reference, kind, info, tmp_path)
     for name in ("first", "second"):
         assert tokens_of(drain(engine, [asking(name, ref)])[name]) == expected
         engine.reader.start(ref)

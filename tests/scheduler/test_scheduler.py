@@ -173,7 +173,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
             for sha256 in list(runner.kinds):  # read ahead: those who wait for it may still join the step
                 runner.finish_read(sha256)
             step.reads.clear()
-            scheduler.admit(step)
+            scheduler.join(step)
             assert step.num_tokens <= scheduler.config.max_batch_tokens
             runner.read(step, rng.choice(["kv", "embeddings"]))
         scheduler.check_integrity()
