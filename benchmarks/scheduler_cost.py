@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scheduler.messages import AddRequest, SamplingParams, SoftPromptRef
-from scheduler.scheduler import Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.step import Step, StepResult
 
 RUNNING = (1, 4, 16, 64, 128, 256)
 WAITING = (0, 100, 1_000, 10_000)

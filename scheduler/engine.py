@@ -29,9 +29,10 @@ from scheduler.messages import (
     StartupPhase,
     StepOutput,
 )
-from scheduler.scheduler import OutOfDeviceMemory, Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.soft_prompt_reader import Reading, SoftPromptReader
 from scheduler.soft_prompts import Residency, ResidentSoftPrompt
+from scheduler.step import OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:
     from scheduler.model.runner import StagedSoftPrompt

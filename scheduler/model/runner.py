@@ -19,9 +19,9 @@ from scheduler.model.forward import Forward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.sampler import SampleInput, sample
 from scheduler.model.staging import small_tensor
-from scheduler.scheduler import OutOfDeviceMemory, Step, StepResult
 from scheduler.sequence import Sequence
 from scheduler.soft_prompts import ResidentSoftPrompt
+from scheduler.step import OutOfDeviceMemory, Step, StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 
 from scheduler.messages import AddRequest, SamplingParams, SoftPromptRef
 from scheduler.model.batch import RaggedBatch
-from scheduler.scheduler import OutOfDeviceMemory, Step
+from scheduler.step import OutOfDeviceMemory, Step
 from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
 from tests.engine.test_exactness import build, check_empty
 from tests.scheduler.test_scheduler import FakeRunner, make_scheduler, request
@@ -183,4 +183,4 @@ def test_one_alone_is_halved_until_a_token_is_left() -> None:
 
 
 def test_the_signal_needs_no_torch() -> None:
-    assert OutOfDeviceMemory.__module__ == "scheduler.scheduler"
+    assert OutOfDeviceMemory.__module__ == "scheduler.step"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from scheduler.blocks import BlockPool, OutOfBlocks
 from scheduler.messages import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
-from scheduler.scheduler import Scheduler, SchedulerConfig, Step, StepResult
+from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.soft_prompts import Residency
+from scheduler.step import Step, StepResult
 
 EOS = 0
 
