@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prompt_store.compression.gradients import Gradient, GradientQueue, depth_for
 from prompt_store.compression.job import replace_file
-from prompt_store.compression.objectives import objective_from_hidden, weight_of_nll
-from prompt_store.compression.pairs import Pair, answer_states, batches_from, collate
+from prompt_store.compression.objectives import weight_of_nll
+from prompt_store.compression.pairs import Pair, batches_from
 from prompt_store.compression.schedule import learning_rate_factor
 from prompt_store.compression.student import Student
 
@@ -89,8 +90,10 @@ class TrainingResult:
 
 
 class Trainer:
-    """Trains one student on (pairs, teacher states). Owns the optimiser state and the checkpoint
-    directory."""
+    """Trains one student on (pairs, teacher states). Owns the optimiser state and the checkpoint directory.
+
+    With `depth` batches under way at once, a step's gradient is that of σ as it was depth − 1 steps before.
+    """
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class Trainer:
         settings: TrainingSettings,
         checkpoint: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        depth: int | None = None,
     ) -> None:
         if not pairs:
             raise ValueError("there are no training pairs")
@@ -114,6 +118,8 @@ class Trainer:
             for name, part in student.trainable.items()
         ]
         self.optimiser = torch.optim.Adam(groups, lr=self.rate, betas=(0.9, 0.95))
+        self.depth = depth or depth_for(student.decoder.device, torch.get_num_threads())
+        self.behind: list[Student] = []
         self.state = TrainingState()
         self.budget = settings.seconds
 
@@ -127,28 +133,44 @@ class Trainer:
         should_stop: Callable[[], bool] | None = None,
     ) -> TrainingResult:
         """Train to the end of the budget, from the checkpoint where there is one that fits these settings."""
+        queue = GradientQueue(self.pairs, self.teacher, self.alpha, self.depth)
+        try:
+            stopped = self._run(queue, on_progress or (lambda _: None), should_stop or (lambda: False))
+        finally:
+            queue.close()
+        if self.checkpoint is not None:
+            self.save()
+        return TrainingResult(self.state.step, self.state.elapsed, list(self.state.curve), stopped)
+
+    def _run(
+        self, queue: GradientQueue, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]
+    ) -> bool:
+        """Returns whether it was asked to stop."""
         settings, state = self.settings, self.state
         started = self.clock() - state.elapsed
         saved = self.clock()
-        stopped = False
-        for indices in batches_from(self.pairs, settings.batch_size, settings.seed, state.step):
+        batches = batches_from(self.pairs, settings.batch_size, settings.seed, state.step)
+        while True:
             state.elapsed = self.clock() - started
-            if self._is_over() or (stopped := should_stop is not None and should_stop()):
-                break
-            loss = self._step(indices)
+            if self._is_over():
+                return False
+            if should_stop():
+                return True
+            while len(queue) < self.depth and (settings.steps is None or state.step + len(queue) < settings.steps):
+                under_way = len(queue)
+                is_behind = under_way < len(self.behind)
+                queue.add(self.behind[under_way] if is_behind else self.student.copy(), next(batches))
+            loss = self._step(queue.take())
+            self.behind = queue.students
             state.step += 1
             state.elapsed = self.clock() - started
             state.curve.append((state.step, round(state.elapsed, 3), loss))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is not finite at step {state.step}; lower the learning rate")
-            if on_progress is not None:
-                on_progress(self._progress(loss))
+            on_progress(self._progress(loss))
             if self.checkpoint is not None and self.clock() - saved >= settings.checkpoint_seconds:
                 self.save()
                 saved = self.clock()
-        if self.checkpoint is not None:
-            self.save()
-        return TrainingResult(state.step, state.elapsed, list(state.curve), stopped)
 
     def _fraction(self) -> float:
         if self.settings.steps is not None:
@@ -163,19 +185,14 @@ class Trainer:
         per_step = self.state.elapsed / self.state.step if self.state.step else 0.0
         return self.state.elapsed + per_step > self.budget
 
-    def _step(self, indices: list[int]) -> float:
+    def _step(self, gradient: Gradient) -> float:
         factor = learning_rate_factor(self._fraction(), self.settings.warmup, self.settings.final_rate)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * group["factor"] * factor
-        decoder = self.student.decoder
-        batch = collate(self.pairs, indices, decoder.device)
-        targets = torch.cat([self.teacher[index] for index in indices]) if self.teacher is not None else None
-        states = answer_states(decoder, self.student.prefix(), batch)
-        loss = objective_from_hidden(states, targets, batch.gold, decoder.head, self.alpha)
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        for name, part in self.student.trainable.items():
+            part.grad = gradient.parts[name]
         self.optimiser.step()
-        return float(loss.detach())
+        return gradient.loss
 
     def _progress(self, loss: float) -> Progress:
         state, settings = self.state, self.settings
@@ -204,6 +221,8 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = torch.as_tensor(value).contiguous()
         for name, part in self.student.sink.items():
             tensors[f"sink.{name}"] = part.contiguous()
+        for age, student in enumerate(self.behind):
+            tensors |= {f"behind.{age}.{name}": part.contiguous() for name, part in student.tensors().items()}
         target = f"sigma-{self.state.step}.safetensors"
         replace_file(self.checkpoint / target, lambda path: save_file(tensors, path))
         record = {"tensors": target, **self.identity(), **asdict(self.state)}
@@ -234,6 +253,11 @@ class Trainer:
                     self.optimiser.state[part] = {**found, "step": found["step"].cpu()}
             for name, part in self.student.sink.items():
                 part.copy_(tensors[f"sink.{name}"])
+        self.behind = []
+        while (prefix := f"behind.{len(self.behind)}.") and any(key.startswith(prefix) for key in tensors):
+            found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            self.behind.append(Student(self.student.decoder, self.student.kind, found))
+        del self.behind[: max(0, len(self.behind) - self.depth + 1)]
         curve = [(int(step), float(seconds), float(loss)) for step, seconds, loss in record["curve"]]
         self.state = TrainingState(int(record["step"]), float(record["elapsed"]), curve)
         return True

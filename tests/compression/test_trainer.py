@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from prompt_store.compression.decoder import Decoder
+from prompt_store.compression.gradients import Gradient, GradientQueue
 from prompt_store.compression.pairs import Pair, batches_from, collate, epoch_batches
 from prompt_store.compression.schedule import learning_rate_factor
 from prompt_store.compression.student import Student
@@ -44,7 +45,7 @@ def teacher(decoder: Decoder) -> list[torch.Tensor]:
 
 def trainer_for(decoder: Decoder, teacher: Any, directory: Path | None = None, **options: Any) -> Trainer:
     kind = options.pop("kind", "kv")
-    clock = options.pop("clock", Clock(0.01))
+    clock, depth = options.pop("clock", Clock(0.01)), options.pop("depth", None)
     prefix = random_prefix(decoder, 5)
     sigma = (
         {"keys": prefix.keys, "values": prefix.values}
@@ -52,7 +53,7 @@ def trainer_for(decoder: Decoder, teacher: Any, directory: Path | None = None, *
         else {"embeddings": torch.ones(5, decoder.geometry.hidden)}
     )
     settings = TrainingSettings(**({"steps": 12, "batch_size": 4} | options))
-    return Trainer(Student(decoder, kind, sigma), PAIRS, teacher, settings, directory, clock)
+    return Trainer(Student(decoder, kind, sigma), PAIRS, teacher, settings, directory, clock, depth)
 
 
 def rates_of(trainer: Trainer) -> list[float]:
@@ -60,8 +61,8 @@ def rates_of(trainer: Trainer) -> list[float]:
     rates: list[float] = []
     step = trainer._step
 
-    def watched(indices: list[int]) -> float:
-        loss = step(indices)
+    def watched(gradient: Gradient) -> float:
+        loss = step(gradient)
         rates.append(trainer.optimiser.param_groups[0]["lr"])
         return loss
 
@@ -90,20 +91,83 @@ def test_training_lowers_the_loss_and_is_deterministic(
 
 
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
-def test_resume_equals_uninterrupted(decoder: Decoder, teacher: Any, tmp_path: Path, kind: str, stop_at: int) -> None:
-    whole = trainer_for(decoder, teacher, kind=kind)
+def test_resume_equals_uninterrupted(
+    decoder: Decoder, teacher: Any, tmp_path: Path, kind: str, stop_at: int, depth: int
+) -> None:
+    whole = trainer_for(decoder, teacher, kind=kind, depth=depth)
     whole.run()
-    first = trainer_for(decoder, teacher, tmp_path, kind=kind)
+    first = trainer_for(decoder, teacher, tmp_path, kind=kind, depth=depth)
     result = first.run(should_stop=lambda: first.state.step >= stop_at)
     assert result.stopped
     assert result.steps == stop_at
-    second = trainer_for(decoder, teacher, tmp_path, kind=kind)
+    second = trainer_for(decoder, teacher, tmp_path, kind=kind, depth=depth)
     assert second.resume()
     assert second.state.step == stop_at
     assert second.run().steps == 12
     assert same(second.student, whole.student)
     assert [row[2] for row in second.state.curve] == [row[2] for row in whole.state.curve]
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+def test_with_two_batches_under_way_a_gradient_is_one_step_old(decoder: Decoder, teacher: Any, kind: str) -> None:
+    """By hand: batch j at σ after j − 1 steps, applied in order."""
+    trainer = trainer_for(decoder, teacher, kind=kind, steps=6, depth=2)
+    by_hand = trainer_for(decoder, teacher, kind=kind, steps=6, depth=1)
+    trainer.run()
+    batches, old = batches_from(PAIRS, 4, by_hand.settings.seed, 0), by_hand.student.copy()
+    losses = []
+    for step in range(6):
+        before, queue = by_hand.student.copy(), GradientQueue(PAIRS, teacher, 0.0, 1)
+        queue.add(old, next(batches))
+        losses.append(by_hand._step(queue.take()))
+        queue.close()
+        by_hand.state.step, old = step + 1, before
+    assert [loss for _, _, loss in trainer.state.curve] == pytest.approx(losses, rel=1e-5)
+    for name, part in trainer.student.tensors().items():
+        torch.testing.assert_close(part, by_hand.student.tensors()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_come_in_the_order_of_their_batches(decoder: Decoder, teacher: Any) -> None:
+    """A long batch and then short ones: whoever is done first waits. An error reaches the one who takes."""
+    student = trainer_for(decoder, teacher).student
+    asked = [list(range(len(PAIRS))), [0], [1], [2]]
+    alone = []
+    for indices in asked:
+        queue = GradientQueue(PAIRS, teacher, 0.0, 1)
+        queue.add(student, indices)
+        alone.append(queue.take())
+        queue.close()
+    queue = GradientQueue(PAIRS, teacher, 0.0, 4)
+    for indices in asked:
+        queue.add(student, indices)
+    assert len(queue.students) == len(queue) == 4
+    for one in alone:
+        together = queue.take()
+        assert together.loss == pytest.approx(one.loss, rel=1e-5)
+        for name, part in together.parts.items():
+            torch.testing.assert_close(part, one.parts[name], rtol=1e-4, atol=1e-6)
+    queue.add(student, [len(PAIRS)])
+    with pytest.raises(IndexError):
+        queue.take()
+    queue.close()
+
+
+def test_threads_of_gradients_leave_the_callers_alone(decoder: Decoder, teacher: Any) -> None:
+    before = torch.get_num_threads()
+    trainer_for(decoder, teacher, steps=2, depth=2).run()
+    assert torch.get_num_threads() == before
+
+
+def test_a_run_goes_on_where_fewer_batches_fit_at_once(decoder: Decoder, teacher: Any, tmp_path: Path) -> None:
+    first = trainer_for(decoder, teacher, tmp_path, depth=3)
+    first.run(should_stop=lambda: first.state.step >= 5)
+    for depth in (2, 1, 3):
+        second = trainer_for(decoder, teacher, tmp_path, depth=depth)
+        assert second.resume()
+        assert len(second.behind) == min(depth, first.depth) - 1
+    assert second.run().steps == 12
 
 
 def test_a_budget_is_kept_and_the_schedule_fills_it(decoder: Decoder, teacher: Any) -> None:
@@ -154,7 +218,7 @@ def test_a_crash_between_the_two_files_leaves_the_old_checkpoint(
     trainer = trainer_for(decoder, teacher, tmp_path)
     trainer.run(should_stop=lambda: trainer.state.step >= 3)
     kept = trainer.student.tensors()
-    trainer._step([0, 1])
+    trainer._step(Gradient(0.0, {name: torch.ones_like(part) for name, part in trainer.student.trainable.items()}))
     trainer.state.step += 1
     import prompt_store.compression.trainer as module
 
