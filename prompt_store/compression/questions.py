@@ -111,6 +111,8 @@ _NOT_A_SUBJECT_WORDS = """
 if when unless once after before while because what how why and or but there
 """
 _NOT_A_SUBJECT = frozenset(_NOT_A_SUBJECT_WORDS.split())
+# Questions for each key phrase: a text with few sentences and sections has little else to ask about.
+REPEATS = 12
 _ASK = ("", "How", "Why", "When", "In what case")
 
 
@@ -217,19 +219,21 @@ def _compound(asked: Sequence[tuple[str, str, float]]) -> Iterator[tuple[str, st
 
 
 def _quoted(found: Sequence[Sentence], rng: random.Random) -> Iterator[tuple[str, str, float]]:
+    """One fragment of a sentence, or of every sixteen words of a long one."""
     for index, sentence in enumerate(found):
         words = sentence.text.split()
-        length = min(len(words), rng.randint(5, 10))
-        start = rng.randint(0, len(words) - length)
-        fragment = " ".join(words[start : start + length]).strip(" |.,;:\"'")
-        yield _QUOTE[index % len(_QUOTE)].format(q=fragment), "quote", sentence.position
+        for part in range(max(1, len(words) // 16)):
+            length = min(len(words), rng.randint(5, 10))
+            start = rng.randint(0, len(words) - length)
+            fragment = " ".join(words[start : start + length]).strip(" |.,;:\"'")
+            yield _QUOTE[(index + part) % len(_QUOTE)].format(q=fragment), "quote", sentence.position
 
 
 def _about_phrases(text: str, rng: random.Random) -> Iterator[tuple[str, str, float]]:
     phrases = key_phrases(text)
     kinds = [kind for kind in _PHRASE for _ in range(4 if kind == "fact" else 1)]
     for index, (phrase, position) in enumerate(phrases):
-        for repeat in range(5):
+        for repeat in range(REPEATS):
             kind = kinds[(index + repeat * 3) % len(kinds)]
             other = phrases[max(0, min(len(phrases) - 1, index + rng.choice((-3, -2, 2, 3))))][0]
             if other == phrase:

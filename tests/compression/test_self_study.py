@@ -67,6 +67,19 @@ def test_plain_text_without_headings_works() -> None:
     assert all(example.input.strip() and "{" not in example.input for example in found)
 
 
+def test_a_text_of_a_few_long_sentences_has_many_questions_too() -> None:
+    """No headings, tables or short sentences: what is asked comes from key phrases and fragments."""
+    text = " ".join(
+        f"Whoever uses the licensed program number {n} in a court of the state, whether as an owner or on behalf of "
+        f"another person, shall keep this notice in copy {n + 3}, together with the list of changes, the names of "
+        f"their authors and the date on which each part was delivered to the registrar of town {n * 7}."
+        for n in range(25)
+    )
+    found = template_questions(text, 3000)
+    assert len(found) > 600
+    assert sum(example.kind == "quote" for example in found) > 40, "more than one fragment of a long sentence"
+
+
 @pytest.mark.parametrize(
     "text", ["x", "?!", "日本語のテキスト。" * 30, "| a | b |\n|---|---|\n", "# Only a title\n", "`" * 9]
 )
