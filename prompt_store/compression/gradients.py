@@ -1,18 +1,22 @@
-"""The gradients of training batches, several of them under way at once."""
+"""The gradients of training batches, two of them under way at once where that is faster."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.objectives import objective_from_hidden
 from prompt_store.compression.pairs import Pair, answer_states, collate
 from prompt_store.compression.student import Student
+
+# Rotary embeddings of these types change a buffer in the forward pass, which two threads cannot share.
+_CHANGING_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -23,45 +27,56 @@ class Gradient:
     parts: dict[str, Tensor]
 
 
-def depth_for(device: torch.device, threads: int) -> int:
-    """How many batches are best under way at once.
+def workers_for(decoder: Decoder, threads: int) -> int:
+    """How many batches are computed at once.
 
     Much of a step on a CPU is no matrix product and runs on one thread: on two cores two batches, a thread each, make
-    1.6 (`kv`) to 1.8 (`embeddings`) times as many steps as one after the other. More have not been tried.
+    1.6 (`kv`) to 1.8 (`embeddings`) times as many steps as one after the other. Not measured on more cores.
     """
-    return 2 if device.type == "cpu" and threads > 1 else 1
+    rope = getattr(getattr(decoder.body, "rotary_emb", None), "rope_type", "default")
+    return 2 if decoder.device.type == "cpu" and threads > 1 and rope not in _CHANGING_ROPE else 1
 
 
 class GradientQueue:
-    """Gives gradients back in the order in which batches were added, whichever thread is done first. Each is taken at
-    the σ that it was added with, so that what comes out depends on that order alone. Owns its threads."""
+    """Gives gradients back in the order in which batches were added, whichever is done first. Each is taken at the σ
+    that it was added with, so that what comes out depends on that order alone.
 
-    def __init__(self, pairs: Sequence[Pair], teacher: Sequence[Tensor] | None, alpha: float, depth: int) -> None:
+    Owns its threads, which share those of torch. One worker has none: it computes what is taken when it is taken.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], teacher: Sequence[Tensor] | None, alpha: float, workers: int) -> None:
         self._pairs, self._teacher, self._alpha = pairs, teacher, alpha
-        self._pending: deque[tuple[Student, Future[Gradient]]] = deque()
-        threads = max(1, torch.get_num_threads() // depth)
-        self._pool = ThreadPoolExecutor(depth, "gradient", torch.set_num_threads, (threads,))
+        self._pending: deque[tuple[Student, Callable[[], Gradient]]] = deque()
+        self._threads = torch.get_num_threads()
+        each = max(1, self._threads // workers)
+        self._pool = ThreadPoolExecutor(workers, "gradient", torch.set_num_threads, (each,)) if workers > 1 else None
 
     def __len__(self) -> int:
         return len(self._pending)
 
     @property
     def students(self) -> list[Student]:
-        """The σ of every batch under way, oldest first."""
+        """The σ of every batch that is added but not taken, oldest first."""
         return [student for student, _ in self._pending]
 
     def add(self, student: Student, indices: Sequence[int]) -> None:
         """`student` must not change any more."""
-        self._pending.append((student, self._pool.submit(self._gradient, student, indices)))
+        if self._pool is None:
+            self._pending.append((student, lambda: self._gradient(student, indices)))
+        else:
+            self._pending.append((student, self._pool.submit(self._gradient, student, indices).result))
 
     def take(self) -> Gradient:
-        """Wait for the oldest one; raises what computing it raised."""
-        return self._pending.popleft()[1].result()
+        """The oldest one's, once it is there; raises what computing it raised."""
+        return self._pending.popleft()[1]()
 
     def close(self) -> None:
-        """Drop what nobody took; waits for the batches under way."""
-        self._pool.shutdown(cancel_futures=True)
+        """Drop what nobody took; waits for the batches that are being computed."""
         self._pending.clear()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # What a worker sets is also what threads get that use torch for the first time later on.
+            torch.set_num_threads(self._threads)
 
     def _gradient(self, student: Student, indices: Sequence[int]) -> Gradient:
         decoder = student.decoder

@@ -111,7 +111,7 @@ _NOT_A_SUBJECT_WORDS = """
 if when unless once after before while because what how why and or but there
 """
 _NOT_A_SUBJECT = frozenset(_NOT_A_SUBJECT_WORDS.split())
-# Questions for each key phrase: a text with few sentences and sections has little else to ask about.
+# At most so many questions for each key phrase: a text with few sentences and sections has little else to ask about.
 REPEATS = 12
 _ASK = ("", "How", "Why", "When", "In what case")
 
@@ -219,7 +219,7 @@ def _compound(asked: Sequence[tuple[str, str, float]]) -> Iterator[tuple[str, st
 
 
 def _quoted(found: Sequence[Sentence], rng: random.Random) -> Iterator[tuple[str, str, float]]:
-    """One fragment of a sentence, or of every sixteen words of a long one."""
+    """A fragment of each sentence, several of a long one."""
     for index, sentence in enumerate(found):
         words = sentence.text.split()
         for part in range(max(1, len(words) // 16)):

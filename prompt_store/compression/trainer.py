@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prompt_store.compression.gradients import Gradient, GradientQueue, depth_for
+from prompt_store.compression.gradients import Gradient, GradientQueue, workers_for
 from prompt_store.compression.job import replace_file
 from prompt_store.compression.objectives import weight_of_nll
 from prompt_store.compression.pairs import Pair, batches_from
@@ -25,6 +25,8 @@ from prompt_store.compression.student import Student
 # Adam's step for values and embeddings, measured on the default model. Keys are larger numbers: they move faster.
 DEFAULT_LEARNING_RATE = {"kv": 4e-3, "embeddings": 1e-2}
 KEY_FACTOR = 4.0
+# Batches whose gradients are under way at once, on every machine: σ is to depend on the seed, not on the processors.
+IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class TrainingResult:
 class Trainer:
     """Trains one student on (pairs, teacher states). Owns the optimiser state and the checkpoint directory.
 
-    With `depth` batches under way at once, a step's gradient is that of σ as it was depth − 1 steps before.
+    Batch j's gradient is taken at σ as it was after j − 1 steps, because batch j − 1 is still under way then. `behind`
+    is the σ of the batches that were under way after the last step.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Trainer:
         settings: TrainingSettings,
         checkpoint: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
-        depth: int | None = None,
+        workers: int | None = None,
     ) -> None:
         if not pairs:
             raise ValueError("there are no training pairs")
@@ -118,7 +121,7 @@ class Trainer:
             for name, part in student.trainable.items()
         ]
         self.optimiser = torch.optim.Adam(groups, lr=self.rate, betas=(0.9, 0.95))
-        self.depth = depth or depth_for(student.decoder.device, torch.get_num_threads())
+        self.workers = workers or workers_for(student.decoder, torch.get_num_threads())
         self.behind: list[Student] = []
         self.state = TrainingState()
         self.budget = settings.seconds
@@ -133,33 +136,32 @@ class Trainer:
         should_stop: Callable[[], bool] | None = None,
     ) -> TrainingResult:
         """Train to the end of the budget, from the checkpoint where there is one that fits these settings."""
-        queue = GradientQueue(self.pairs, self.teacher, self.alpha, self.depth)
+        queue = GradientQueue(self.pairs, self.teacher, self.alpha, self.workers)
         try:
             stopped = self._run(queue, on_progress or (lambda _: None), should_stop or (lambda: False))
+            if self.checkpoint is not None:
+                self.save()
         finally:
             queue.close()
-        if self.checkpoint is not None:
-            self.save()
         return TrainingResult(self.state.step, self.state.elapsed, list(self.state.curve), stopped)
 
     def _run(
         self, queue: GradientQueue, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]
     ) -> bool:
         """Returns whether it was asked to stop."""
-        settings, state = self.settings, self.state
+        state = self.state
         started = self.clock() - state.elapsed
         saved = self.clock()
-        batches = batches_from(self.pairs, settings.batch_size, settings.seed, state.step)
+        batches = batches_from(self.pairs, self.settings.batch_size, self.settings.seed, state.step)
         while True:
             state.elapsed = self.clock() - started
-            if self._is_over():
+            while len(queue) < IN_FLIGHT and self._may_take(len(queue) + 1):
+                is_behind = len(queue) < len(self.behind)
+                queue.add(self.behind[len(queue)] if is_behind else self.student.copy(), next(batches))
+            if not len(queue):
                 return False
             if should_stop():
                 return True
-            while len(queue) < self.depth and (settings.steps is None or state.step + len(queue) < settings.steps):
-                under_way = len(queue)
-                is_behind = under_way < len(self.behind)
-                queue.add(self.behind[under_way] if is_behind else self.student.copy(), next(batches))
             loss = self._step(queue.take())
             self.behind = queue.students
             state.step += 1
@@ -168,7 +170,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is not finite at step {state.step}; lower the learning rate")
             on_progress(self._progress(loss))
-            if self.checkpoint is not None and self.clock() - saved >= settings.checkpoint_seconds:
+            if self.checkpoint is not None and self.clock() - saved >= self.settings.checkpoint_seconds:
                 self.save()
                 saved = self.clock()
 
@@ -178,12 +180,14 @@ class Trainer:
         assert self.budget is not None
         return self.state.elapsed / self.budget
 
-    def _is_over(self) -> bool:
+    def _may_take(self, steps: int) -> bool:
+        """Whether so many more steps are within the budget."""
+        state = self.state
         if self.settings.steps is not None:
-            return self.state.step >= self.settings.steps
+            return state.step + steps <= self.settings.steps
         assert self.budget is not None
-        per_step = self.state.elapsed / self.state.step if self.state.step else 0.0
-        return self.state.elapsed + per_step > self.budget
+        per_step = state.elapsed / state.step if state.step else 0.0
+        return state.elapsed + steps * per_step <= self.budget
 
     def _step(self, gradient: Gradient) -> float:
         factor = learning_rate_factor(self._fraction(), self.settings.warmup, self.settings.final_rate)
@@ -253,11 +257,14 @@ class Trainer:
                     self.optimiser.state[part] = {**found, "step": found["step"].cpu()}
             for name, part in self.student.sink.items():
                 part.copy_(tensors[f"sink.{name}"])
-        self.behind = []
-        while (prefix := f"behind.{len(self.behind)}.") and any(key.startswith(prefix) for key in tensors):
-            found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            self.behind.append(Student(self.student.decoder, self.student.kind, found))
-        del self.behind[: max(0, len(self.behind) - self.depth + 1)]
+        under_way = {key: tensor for key, tensor in tensors.items() if key.startswith("behind.")}
+        names = {key.split(".", 2)[2] for key in under_way}
+        self.behind = [
+            Student(
+                self.student.decoder, self.student.kind, {name: under_way[f"behind.{age}.{name}"] for name in names}
+            )
+            for age in range(len(under_way) // max(1, len(names)))
+        ]
         curve = [(int(step), float(seconds), float(loss)) for step, seconds, loss in record["curve"]]
         self.state = TrainingState(int(record["step"]), float(record["elapsed"]), curve)
         return True
