@@ -55,9 +55,9 @@ class GradientQueue:
         return len(self._pending)
 
     @property
-    def students(self) -> list[Student]:
-        """The σ of every batch that is added but not taken, oldest first."""
-        return [student for student, _ in self._pending]
+    def oldest(self) -> Student | None:
+        """The σ of the batch that is taken next; None when there is none."""
+        return self._pending[0][0] if self._pending else None
 
     def add(self, student: Student, indices: Sequence[int]) -> None:
         """`student` must not change any more."""

@@ -95,7 +95,7 @@ class Trainer:
     """Trains one student on (pairs, teacher states). Owns the optimiser state and the checkpoint directory.
 
     Batch j's gradient is taken at σ as it was after j − 1 steps, because batch j − 1 is still under way then. `behind`
-    is the σ of the batches that were under way after the last step.
+    is the σ of the batch that was under way after the last step.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Trainer:
         ]
         self.optimiser = torch.optim.Adam(groups, lr=self.rate, betas=(0.9, 0.95))
         self.workers = workers or workers_for(student.decoder, torch.get_num_threads())
-        self.behind: list[Student] = []
+        self.behind: Student | None = None
         self.state = TrainingState()
         self.budget = settings.seconds
 
@@ -156,14 +156,14 @@ class Trainer:
         while True:
             state.elapsed = self.clock() - started
             while len(queue) < IN_FLIGHT and self._may_take(len(queue) + 1):
-                is_behind = len(queue) < len(self.behind)
-                queue.add(self.behind[len(queue)] if is_behind else self.student.copy(), next(batches))
+                resumed = self.behind if not len(queue) else None
+                queue.add(resumed or self.student.copy(), next(batches))
             if not len(queue):
                 return False
             if should_stop():
                 return True
             loss = self._step(queue.take())
-            self.behind = queue.students
+            self.behind = queue.oldest
             state.step += 1
             state.elapsed = self.clock() - started
             state.curve.append((state.step, round(state.elapsed, 3), loss))
@@ -225,8 +225,8 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = torch.as_tensor(value).contiguous()
         for name, part in self.student.sink.items():
             tensors[f"sink.{name}"] = part.contiguous()
-        for age, student in enumerate(self.behind):
-            tensors |= {f"behind.{age}.{name}": part.contiguous() for name, part in student.tensors().items()}
+        if self.behind is not None:
+            tensors |= {f"behind.{name}": part.contiguous() for name, part in self.behind.tensors().items()}
         target = f"sigma-{self.state.step}.safetensors"
         replace_file(self.checkpoint / target, lambda path: save_file(tensors, path))
         record = {"tensors": target, **self.identity(), **asdict(self.state)}
@@ -257,14 +257,8 @@ class Trainer:
                     self.optimiser.state[part] = {**found, "step": found["step"].cpu()}
             for name, part in self.student.sink.items():
                 part.copy_(tensors[f"sink.{name}"])
-        under_way = {key: tensor for key, tensor in tensors.items() if key.startswith("behind.")}
-        names = {key.split(".", 2)[2] for key in under_way}
-        self.behind = [
-            Student(
-                self.student.decoder, self.student.kind, {name: under_way[f"behind.{age}.{name}"] for name in names}
-            )
-            for age in range(len(under_way) // max(1, len(names)))
-        ]
+        behind = {key.removeprefix("behind."): t for key, t in tensors.items() if key.startswith("behind.")}
+        self.behind = Student(self.student.decoder, self.student.kind, behind) if behind else None
         curve = [(int(step), float(seconds), float(loss)) for step, seconds, loss in record["curve"]]
         self.state = TrainingState(int(record["step"]), float(record["elapsed"]), curve)
         return True
