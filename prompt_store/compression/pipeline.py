@@ -55,7 +55,7 @@ from prompt_store.compression.trainer import Progress, Trainer, TrainingResult, 
 # Shares of a time budget after which a phase takes what it has and goes on.
 HELD_OUT_SHARE = 0.05
 GOLD_SHARE = 0.28
-TEACHER_SHARE = 0.17
+TEACHER_SHARE = 0.14
 MATCHING_SHARE = 0.18
 OBSERVED_PAIRS = 160
 # Pairs that the teacher answers at once. Training takes its own, smaller number: more steps are worth more to it.

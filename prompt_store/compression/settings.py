@@ -25,7 +25,7 @@ class CompressionSettings:
     alpha: float = 0.5
     minutes: float | None = 10.0
     steps: int | None = None
-    questions: int = 1800
+    questions: int = 1400
     model_questions: int = 0
     held_out: int = 32
     free_answers: int = 16

@@ -39,10 +39,6 @@ class Student:
     def from_prefix(cls, decoder: Decoder, prefix: Prefix) -> Student:
         return cls(decoder, "kv", {"keys": prefix.keys, "values": prefix.values})
 
-    def copy(self) -> Student:
-        """The same σ in tensors of its own."""
-        return Student(self.decoder, self.kind, self.tensors())
-
     def prefix(self) -> Prefix:
         """The KV that σ stands for; differentiable in `trainable`."""
         if self.kind == "embeddings":

@@ -15,18 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prompt_store.compression.gradients import Gradient, GradientQueue, workers_for
 from prompt_store.compression.job import replace_file
-from prompt_store.compression.objectives import weight_of_nll
-from prompt_store.compression.pairs import Pair, batches_from
+from prompt_store.compression.objectives import objective_from_hidden, weight_of_nll
+from prompt_store.compression.pairs import Pair, answer_states, batches_from, collate
 from prompt_store.compression.schedule import learning_rate_factor
 from prompt_store.compression.student import Student
 
 # Adam's step for values and embeddings, measured on the default model. Keys are larger numbers: they move faster.
 DEFAULT_LEARNING_RATE = {"kv": 4e-3, "embeddings": 1e-2}
 KEY_FACTOR = 4.0
-# Batches whose gradients are under way at once, on every machine: σ is to depend on the seed, not on the processors.
-IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -92,11 +89,8 @@ class TrainingResult:
 
 
 class Trainer:
-    """Trains one student on (pairs, teacher states). Owns the optimiser state and the checkpoint directory.
-
-    Batch j's gradient is taken at σ as it was after j − 1 steps, because batch j − 1 is still under way then. `behind`
-    is the σ of the batch that was under way after the last step.
-    """
+    """Trains one student on (pairs, teacher states). Owns the optimiser state and the checkpoint
+    directory."""
 
     def __init__(
         self,
@@ -106,7 +100,6 @@ class Trainer:
         settings: TrainingSettings,
         checkpoint: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
-        workers: int | None = None,
     ) -> None:
         if not pairs:
             raise ValueError("there are no training pairs")
@@ -121,8 +114,6 @@ class Trainer:
             for name, part in student.trainable.items()
         ]
         self.optimiser = torch.optim.Adam(groups, lr=self.rate, betas=(0.9, 0.95))
-        self.workers = workers or workers_for(student.decoder, torch.get_num_threads())
-        self.behind: Student | None = None
         self.state = TrainingState()
         self.budget = settings.seconds
 
@@ -136,43 +127,28 @@ class Trainer:
         should_stop: Callable[[], bool] | None = None,
     ) -> TrainingResult:
         """Train to the end of the budget, from the checkpoint where there is one that fits these settings."""
-        queue = GradientQueue(self.pairs, self.teacher, self.alpha, self.workers)
-        try:
-            stopped = self._run(queue, on_progress or (lambda _: None), should_stop or (lambda: False))
-            if self.checkpoint is not None:
-                self.save()
-        finally:
-            queue.close()
-        return TrainingResult(self.state.step, self.state.elapsed, list(self.state.curve), stopped)
-
-    def _run(
-        self, queue: GradientQueue, on_progress: Callable[[Progress], None], should_stop: Callable[[], bool]
-    ) -> bool:
-        """Returns whether it was asked to stop."""
-        state = self.state
+        settings, state = self.settings, self.state
         started = self.clock() - state.elapsed
         saved = self.clock()
-        batches = batches_from(self.pairs, self.settings.batch_size, self.settings.seed, state.step)
-        while True:
+        stopped = False
+        for indices in batches_from(self.pairs, settings.batch_size, settings.seed, state.step):
             state.elapsed = self.clock() - started
-            while len(queue) < IN_FLIGHT and self._may_take(len(queue) + 1):
-                resumed = self.behind if not len(queue) else None
-                queue.add(resumed or self.student.copy(), next(batches))
-            if not len(queue):
-                return False
-            if should_stop():
-                return True
-            loss = self._step(queue.take())
-            self.behind = queue.oldest
+            if self._is_over() or (stopped := should_stop is not None and should_stop()):
+                break
+            loss = self._step(indices)
             state.step += 1
             state.elapsed = self.clock() - started
             state.curve.append((state.step, round(state.elapsed, 3), loss))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is not finite at step {state.step}; lower the learning rate")
-            on_progress(self._progress(loss))
-            if self.checkpoint is not None and self.clock() - saved >= self.settings.checkpoint_seconds:
+            if on_progress is not None:
+                on_progress(self._progress(loss))
+            if self.checkpoint is not None and self.clock() - saved >= settings.checkpoint_seconds:
                 self.save()
                 saved = self.clock()
+        if self.checkpoint is not None:
+            self.save()
+        return TrainingResult(state.step, state.elapsed, list(state.curve), stopped)
 
     def _fraction(self) -> float:
         if self.settings.steps is not None:
@@ -180,23 +156,26 @@ class Trainer:
         assert self.budget is not None
         return self.state.elapsed / self.budget
 
-    def _may_take(self, steps: int) -> bool:
-        """Whether so many more steps are within the budget."""
-        state = self.state
+    def _is_over(self) -> bool:
         if self.settings.steps is not None:
-            return state.step + steps <= self.settings.steps
+            return self.state.step >= self.settings.steps
         assert self.budget is not None
-        per_step = state.elapsed / state.step if state.step else 0.0
-        return state.elapsed + steps * per_step <= self.budget
+        per_step = self.state.elapsed / self.state.step if self.state.step else 0.0
+        return self.state.elapsed + per_step > self.budget
 
-    def _step(self, gradient: Gradient) -> float:
+    def _step(self, indices: list[int]) -> float:
         factor = learning_rate_factor(self._fraction(), self.settings.warmup, self.settings.final_rate)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * group["factor"] * factor
-        for name, part in self.student.trainable.items():
-            part.grad = gradient.parts[name]
+        decoder = self.student.decoder
+        batch = collate(self.pairs, indices, decoder.device)
+        targets = torch.cat([self.teacher[index] for index in indices]) if self.teacher is not None else None
+        states = answer_states(decoder, self.student.prefix(), batch)
+        loss = objective_from_hidden(states, targets, batch.gold, decoder.head, self.alpha)
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
         self.optimiser.step()
-        return gradient.loss
+        return float(loss.detach())
 
     def _progress(self, loss: float) -> Progress:
         state, settings = self.state, self.settings
@@ -225,8 +204,6 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = torch.as_tensor(value).contiguous()
         for name, part in self.student.sink.items():
             tensors[f"sink.{name}"] = part.contiguous()
-        if self.behind is not None:
-            tensors |= {f"behind.{name}": part.contiguous() for name, part in self.behind.tensors().items()}
         target = f"sigma-{self.state.step}.safetensors"
         replace_file(self.checkpoint / target, lambda path: save_file(tensors, path))
         record = {"tensors": target, **self.identity(), **asdict(self.state)}
@@ -257,8 +234,6 @@ class Trainer:
                     self.optimiser.state[part] = {**found, "step": found["step"].cpu()}
             for name, part in self.student.sink.items():
                 part.copy_(tensors[f"sink.{name}"])
-        behind = {key.removeprefix("behind."): t for key, t in tensors.items() if key.startswith("behind.")}
-        self.behind = Student(self.student.decoder, self.student.kind, behind) if behind else None
         curve = [(int(step), float(seconds), float(loss)) for step, seconds, loss in record["curve"]]
         self.state = TrainingState(int(record["step"]), float(record["elapsed"]), curve)
         return True

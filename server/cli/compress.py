@@ -188,7 +188,7 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
 
 
 class _StopOnSignal:
-    """The first Ctrl-C (or SIGTERM) asks the run to save and stop, the second ends it without saving."""
+    """The first Ctrl-C (or SIGTERM) asks the run to save and stop, the second ends it on the spot."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -209,7 +209,7 @@ class _StopOnSignal:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nstopping at the next safe point; once more ends it without saving", file=sys.stderr)
+        print("\nstopping at the next safe point; once more ends it at once", file=sys.stderr)
 
 
 def _print_summary(

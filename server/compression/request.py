@@ -17,9 +17,9 @@ MIB = 1 << 20
 MAX_CONTEXT_BYTES = 8 * MIB
 # The manifest of a soft prompt keeps the instruction; longer texts do not fit there.
 MAX_INSTRUCTION_CHARS = 4096
-# σ in float32 lies on disk up to this often at once: the checkpoint (σ, σ one step before, Adam's two moments), its
-# successor while that is being written, the finished file, and the store's copy of it.
-COPIES_ON_DISK = 10
+# σ in float32 lies on disk up to this often at once: the checkpoint (σ and Adam's two moments), its successor while
+# that is being written, the finished file, and the store's copy of it.
+COPIES_ON_DISK = 8
 # A user's question, with its answer: in the request, among all questions and in the training data, while that is
 # being written and once more beside the report.
 TEXTS_ON_DISK = 6

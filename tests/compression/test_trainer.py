@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from prompt_store.compression.decoder import Decoder
-from prompt_store.compression.gradients import Gradient, GradientQueue, workers_for
 from prompt_store.compression.pairs import Pair, batches_from, collate, epoch_batches
 from prompt_store.compression.schedule import learning_rate_factor
 from prompt_store.compression.student import Student
@@ -46,7 +44,7 @@ def teacher(decoder: Decoder) -> list[torch.Tensor]:
 
 def trainer_for(decoder: Decoder, teacher: Any, directory: Path | None = None, **options: Any) -> Trainer:
     kind = options.pop("kind", "kv")
-    clock, workers = options.pop("clock", Clock(0.01)), options.pop("workers", None)
+    clock = options.pop("clock", Clock(0.01))
     prefix = random_prefix(decoder, 5)
     sigma = (
         {"keys": prefix.keys, "values": prefix.values}
@@ -54,7 +52,7 @@ def trainer_for(decoder: Decoder, teacher: Any, directory: Path | None = None, *
         else {"embeddings": torch.ones(5, decoder.geometry.hidden)}
     )
     settings = TrainingSettings(**({"steps": 12, "batch_size": 4} | options))
-    return Trainer(Student(decoder, kind, sigma), PAIRS, teacher, settings, directory, clock, workers)
+    return Trainer(Student(decoder, kind, sigma), PAIRS, teacher, settings, directory, clock)
 
 
 def rates_of(trainer: Trainer) -> list[float]:
@@ -62,8 +60,8 @@ def rates_of(trainer: Trainer) -> list[float]:
     rates: list[float] = []
     step = trainer._step
 
-    def watched(gradient: Gradient) -> float:
-        loss = step(gradient)
+    def watched(indices: list[int]) -> float:
+        loss = step(indices)
         rates.append(trainer.optimiser.param_groups[0]["lr"])
         return loss
 
@@ -92,130 +90,20 @@ def test_training_lowers_the_loss_and_is_deterministic(
 
 
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
-def test_resume_equals_uninterrupted(
-    decoder: Decoder, teacher: Any, tmp_path: Path, kind: str, stop_at: int, workers: int
-) -> None:
-    """Also where it goes on with another number of workers."""
+def test_resume_equals_uninterrupted(decoder: Decoder, teacher: Any, tmp_path: Path, kind: str, stop_at: int) -> None:
     whole = trainer_for(decoder, teacher, kind=kind)
     whole.run()
-    first = trainer_for(decoder, teacher, tmp_path, kind=kind, workers=workers)
+    first = trainer_for(decoder, teacher, tmp_path, kind=kind)
     result = first.run(should_stop=lambda: first.state.step >= stop_at)
     assert result.stopped
     assert result.steps == stop_at
-    second = trainer_for(decoder, teacher, tmp_path, kind=kind, workers=3 - workers)
+    second = trainer_for(decoder, teacher, tmp_path, kind=kind)
     assert second.resume()
     assert second.state.step == stop_at
     assert second.run().steps == 12
     assert same(second.student, whole.student)
     assert [row[2] for row in second.state.curve] == [row[2] for row in whole.state.curve]
-
-
-def test_a_checkpoint_without_the_earlier_sigma_goes_on(decoder: Decoder, teacher: Any, tmp_path: Path) -> None:
-    """As those were that came before it was kept."""
-    first = trainer_for(decoder, teacher, tmp_path)
-    first.run(should_stop=lambda: first.state.step >= 5)
-    assert first.behind is not None
-    first.behind = None
-    first.save()
-    second = trainer_for(decoder, teacher, tmp_path)
-    assert second.resume()
-    assert second.run().steps == 12
-
-
-@pytest.mark.parametrize("kind", ["kv", "embeddings"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_gradient_is_one_step_old(decoder: Decoder, teacher: Any, kind: str, workers: int) -> None:
-    """By hand: batch j at σ after j − 1 steps, applied in order."""
-    trainer = trainer_for(decoder, teacher, kind=kind, steps=6, workers=workers)
-    by_hand = trainer_for(decoder, teacher, kind=kind, steps=6)
-    trainer.run()
-    batches, old = batches_from(PAIRS, 4, by_hand.settings.seed, 0), by_hand.student.copy()
-    losses = []
-    for step in range(6):
-        before, queue = by_hand.student.copy(), GradientQueue(PAIRS, teacher, 0.0, 1)
-        queue.add(old, next(batches))
-        losses.append(by_hand._step(queue.take()))
-        by_hand.state.step, old = step + 1, before
-    assert [loss for _, _, loss in trainer.state.curve] == pytest.approx(losses, rel=1e-6)
-    for name, part in trainer.student.tensors().items():
-        torch.testing.assert_close(part, by_hand.student.tensors()[name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_gradients_come_in_the_order_of_their_batches(decoder: Decoder, teacher: Any, workers: int) -> None:
-    """A long batch and then short ones: whoever is done first waits. An error reaches the one who takes."""
-    student = trainer_for(decoder, teacher).student
-    asked = [list(range(len(PAIRS))), [0], [1], [2]]
-    alone = []
-    for indices in asked:
-        queue = GradientQueue(PAIRS, teacher, 0.0, 1)
-        queue.add(student, indices)
-        alone.append(queue.take())
-    queue = GradientQueue(PAIRS, teacher, 0.0, workers)
-    for indices in asked:
-        queue.add(student, indices)
-    assert len(queue) == 4
-    for one in alone:
-        together = queue.take()
-        assert together.loss == pytest.approx(one.loss, rel=1e-6)
-        for name, part in together.parts.items():
-            torch.testing.assert_close(part, one.parts[name], rtol=1e-5, atol=1e-7)
-    queue.add(student, [len(PAIRS)])
-    with pytest.raises(IndexError):
-        queue.take()
-    queue.close()
-
-
-def test_workers_share_the_threads_and_give_them_back(decoder: Decoder, teacher: Any) -> None:
-    before, seen = torch.get_num_threads(), []
-    torch.set_num_threads(4)
-    try:
-        student = trainer_for(decoder, teacher).student
-        queue = GradientQueue(PAIRS, teacher, 0.0, 2)
-        plain, queue._gradient = queue._gradient, lambda *asked: seen.append(torch.get_num_threads()) or plain(*asked)  # type: ignore
-        queue.add(student, [0])
-        queue.take()
-        assert seen == [2]
-        assert torch.get_num_threads() == 4
-        queue.close()
-        with ThreadPoolExecutor(1) as fresh:
-            assert fresh.submit(torch.get_num_threads).result() == 4
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_one_worker_where_two_bring_nothing_or_cannot_share(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert workers_for(decoder, 1) == 1
-    assert workers_for(decoder, 2) == workers_for(decoder, 8) == 2
-    monkeypatch.setattr(decoder.body.rotary_emb, "rope_type", "longrope")
-    assert workers_for(decoder, 2) == 1
-    monkeypatch.undo()
-    monkeypatch.setattr(decoder, "device", torch.device("cuda"))
-    assert workers_for(decoder, 2) == 1
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_after_an_error_training_can_go_on(decoder: Decoder, teacher: Any, tmp_path: Path, workers: int) -> None:
-    """The checkpoint is that before the error; nothing of the failed run stays behind."""
-    trainer = trainer_for(decoder, teacher, tmp_path, workers=workers)
-    trainer.run(should_stop=lambda: trainer.state.step >= 4)
-
-    def fail(progress: Progress) -> None:
-        raise RuntimeError("the terminal is gone")
-
-    again = trainer_for(decoder, teacher, tmp_path, workers=workers)
-    assert again.resume()
-    with pytest.raises(RuntimeError, match="terminal"):
-        again.run(fail)
-    last = trainer_for(decoder, teacher, tmp_path, workers=workers)
-    assert last.resume()
-    assert last.state.step == 4
-    last.run()
-    whole = trainer_for(decoder, teacher)
-    whole.run()
-    assert same(last.student, whole.student)
 
 
 def test_a_budget_is_kept_and_the_schedule_fills_it(decoder: Decoder, teacher: Any) -> None:
@@ -266,7 +154,7 @@ def test_a_crash_between_the_two_files_leaves_the_old_checkpoint(
     trainer = trainer_for(decoder, teacher, tmp_path)
     trainer.run(should_stop=lambda: trainer.state.step >= 3)
     kept = trainer.student.tensors()
-    trainer._step(Gradient(0.0, {name: torch.ones_like(part) for name, part in trainer.student.trainable.items()}))
+    trainer._step([0, 1])
     trainer.state.step += 1
     import prompt_store.compression.trainer as module
 
