@@ -124,6 +124,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str | None = None
     dtype: str = "auto"
     quantization: str = "none"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     max_batch_size: int = 32
     max_batch_tokens: int = 1024

@@ -140,6 +140,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         served_model_name=settings.served_model_name,
         dtype=settings.dtype,
         quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,

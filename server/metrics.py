@@ -66,6 +66,7 @@ class Metrics:
 
         self.kv_usage = gauge("kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
         self.kv_blocks = gauge("kv_blocks_total", "KV blocks there are.")
+        self.kv_bytes = gauge("kv_cache_bytes", "Memory of all KV blocks.")
         self.preemptions = counter("preemptions_total", "Sequences put back to the queue for lack of blocks.")
         self.out_of_memory = counter(
             "out_of_memory_total", "Times a step ran out of device memory and was run again, smaller."
@@ -119,6 +120,7 @@ class Metrics:
         self._num_blocks = ready.num_blocks
         self._seen = dict.fromkeys(self._totals, 0)
         self.kv_blocks.set(ready.num_blocks)
+        self.kv_bytes.set(ready.kv_bytes)
         self.slots.set(slots)
 
     def observe_step(self, output: StepOutput) -> None:

@@ -1,10 +1,60 @@
-"""The paged KV cache: per layer, keys and values as [num_blocks, kv_heads, block_size, head_dim]."""
+"""The paged KV cache: per layer, keys and values as [num_blocks, kv_heads, block_size, head_dim or bytes]."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from scheduler.model.staging import small_tensor
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How one head's key or value of one token lies in the cache: as `dtype`, or packed by the CPU kernels.
+
+    `packing` is none, int8 (8 bits a number, keys and values) or k6v4 (6 bits for keys, 4 for values); see
+    cpu/kv_packing.h. Packed keys are rotated: only kernels that rotate queries alike can read them.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    packing: str = "none"
+
+    GROUP: ClassVar[int] = 32  # numbers that share a scale where they are packed
+
+    @property
+    def stored_as(self) -> torch.dtype:
+        return self.dtype if self.packing == "none" else torch.uint8
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Entries of `stored_as` of a key and of a value. Raises RuntimeError for heads that cannot be packed."""
+        if self.packing == "none":
+            return self.head_dim, self.head_dim
+        key, value = torch.ops.softbatch.packed_row_bytes(self.packing, self.head_dim)
+        return key, value
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one head's key and value."""
+        return sum(self.sizes) * self.stored_as.itemsize
+
+    def rows(self, numbers: torch.Tensor, *, are_keys: bool) -> torch.Tensor:
+        """[…, head_dim] as they are stored."""
+        if self.packing == "none":
+            return numbers.to(self.dtype)
+        packed: torch.Tensor = torch.ops.softbatch.pack_rows(numbers.float(), self.packing, are_keys)
+        return packed
+
+
+@dataclass(frozen=True, eq=False)
+class StagedBlocks:
+    """A soft prompt's keys and values as they are stored: [layers, blocks, kv_heads, block_size, entries]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class KVCache:
@@ -26,19 +76,27 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         scratch_block: bool = False,
+        packing: str = "none",
     ) -> None:
-        shape = (2, num_layers, num_blocks + scratch_block, num_kv_heads, block_size, head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        self._memory = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys: list[torch.Tensor] = list(self._memory[0])
-        self.values: list[torch.Tensor] = list(self._memory[1])
+        self.format = RowFormat(dtype, head_dim, packing)
+        shape = (num_layers, num_blocks + scratch_block, num_kv_heads, block_size)
+        self._keys, self._values = (
+            torch.zeros((*shape, size), dtype=self.format.stored_as, device=device) for size in self.format.sizes
+        )
+        self.keys: list[torch.Tensor] = list(self._keys)
+        self.values: list[torch.Tensor] = list(self._values)
+
+    def describe(self) -> str:
+        packed = "" if self.format.packing == "none" else f", packed as {self.format.packing}"
+        return f"{self.num_blocks} blocks of {self.block_size} tokens{packed}"
 
     @property
     def bytes_per_block(self) -> int:
-        return 2 * len(self.keys) * self.keys[0][0].numel() * self.keys[0].element_size()
+        return len(self.keys) * (self.keys[0][0].nbytes + self.values[0][0].nbytes)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks, source to target, in every layer."""
@@ -47,21 +105,28 @@ class KVCache:
         for cache in (*self.keys, *self.values):  # not all at once: what is copied lies in memory a second time
             cache[targets] = cache[sources]
 
-    def stage(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last filled up with zeros:
-        [2, layers, blocks, kv_heads, block_size, head_dim]. Touches no block of the cache: any thread may call it.
-        For a GPU they lie in pinned memory, so that `write` waits for nothing."""
-        layers, length, kv_heads, head_dim = keys.shape
-        blocks = -(-length // self.block_size)
-        padded = (2, layers, blocks * self.block_size, kv_heads, head_dim)
-        staged: torch.Tensor = torch.zeros(padded, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        staged[0, :, :length], staged[1, :, :length] = keys, values
-        return staged.view(2, layers, blocks, self.block_size, kv_heads, head_dim).transpose(3, 4)
+    def stage(self, keys: torch.Tensor, values: torch.Tensor) -> StagedBlocks:
+        """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last filled up with zeros.
+        Touches no block of the cache: any thread may call it. For a GPU they lie in pinned memory, so that `write`
+        waits for nothing."""
+        return StagedBlocks(
+            self._in_blocks(self.format.rows(keys, are_keys=True)),
+            self._in_blocks(self.format.rows(values, are_keys=False)),
+        )
 
-    def write(self, blocks: list[int], staged: torch.Tensor) -> None:
+    def write(self, blocks: list[int], staged: StagedBlocks) -> None:
         """Write what `stage` made to `blocks`."""
-        if self.device.type == "cpu":  # by numpy, which stays in this thread
-            self._memory.view(torch.uint8).numpy()[:, :, blocks] = staged.view(torch.uint8).numpy()
-            return
-        targets = small_tensor(blocks, self.device, torch.int64)
-        self._memory[:, :, targets] = staged.to(self.device, non_blocking=True)
+        for memory, rows in ((self._keys, staged.keys), (self._values, staged.values)):
+            if self.device.type == "cpu":  # by numpy, which stays in this thread
+                memory.view(torch.uint8).numpy()[:, blocks] = rows.view(torch.uint8).numpy()
+            else:
+                targets = small_tensor(blocks, self.device, torch.int64)
+                memory[:, targets] = rows.to(self.device, non_blocking=True)
+
+    def _in_blocks(self, rows: torch.Tensor) -> torch.Tensor:
+        layers, length, kv_heads, size = rows.shape
+        blocks = -(-length // self.block_size)
+        padded = (layers, blocks * self.block_size, kv_heads, size)
+        staged: torch.Tensor = torch.zeros(padded, dtype=rows.dtype, pin_memory=self.device.type == "cuda")
+        staged[:, :length] = rows
+        return staged.view(layers, blocks, self.block_size, kv_heads, size).transpose(2, 3)

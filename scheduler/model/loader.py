@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,11 +19,11 @@ from scheduler.messages import EngineConfig, ModelInfo
 from scheduler.model import interface
 from scheduler.model.attention import choose
 from scheduler.model.attention.base import AttentionBackend
-from scheduler.model.cpu.decoder import ARCHITECTURES, DecoderForward, runs_in_one_call
+from scheduler.model.cache_size import make_cache
+from scheduler.model.cpu.decoder import DecoderForward, only_in_one_call, runs_in_one_call
 from scheduler.model.cuda.fused import FusedForward
 from scheduler.model.cuda.graphs import CudaCapturer
-from scheduler.model.cuda.memory import DeviceMemory
-from scheduler.model.cuda.setup import make_forward, make_planner, measure_memory, with_graphs
+from scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.packing import pack_linears
@@ -34,7 +33,6 @@ from scheduler.model.source import ModelError, ModelSource, resolve
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_KV_CACHE_GIB = 1.0
 Report = Callable[[str, float, str], None]
 
 
@@ -76,38 +74,8 @@ def load(config: EngineConfig, report: Report) -> Loaded:
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
-    max_model_len = _max_model_len(config, model)
-    bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
-    cache_bytes, named, advice = _cache_bytes(
-        config, device, lambda: measure_memory(model, backend, spec, config, max_model_len)
-    )
-    num_blocks = cache_bytes // (bytes_per_token * config.block_size)
-    # One block beyond the longest sequence: a soft prompt's partly filled last block lies beside its copy.
-    holds = (num_blocks - 1) * config.block_size
-    if holds < min(max_model_len, 2 * config.block_size if config.max_model_len is None else max_model_len):
-        needed = (max_model_len + 2 * config.block_size) * bytes_per_token / 2**30
-        raise ModelError(
-            f"{named} holds {max(holds, 0)} tokens, fewer than one sequence of {max_model_len}: "
-            f"give at least {needed:.2g}, {advice}"
-        )
-    max_model_len = min(max_model_len, holds)
-    free = _free_bytes(device)
-    if num_blocks * config.block_size * bytes_per_token > free:
-        raise ModelError(f"{named}: only {free / 2**30:.1f} GiB of memory are free after the weights")
-    try:
-        kv_cache = KVCache(
-            num_layers=spec.num_layers,
-            num_blocks=num_blocks,
-            num_kv_heads=spec.num_kv_heads,
-            block_size=config.block_size,
-            head_dim=spec.head_dim,
-            dtype=dtype,
-            device=device,
-            scratch_block=on_gpu,
-        )
-    except RuntimeError as error:
-        raise ModelError(f"{named}: not that much memory is free") from error
-    phases.done("KV cache", f"{num_blocks} blocks of {config.block_size} tokens")
+    kv_cache, max_model_len = make_cache(config, model, backend, spec, _max_model_len(config, model))
+    phases.done("KV cache", kv_cache.describe())
     expected = eager_logits(model)  # before the weights are laid out anew
     forward, layout = _forward(model, kv_cache, backend, config.quantization)
     phases.done("weight layout", layout)
@@ -192,11 +160,7 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
             reason = (str(error).splitlines() or ["not enough memory"])[0]
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
     if quantization != "none":
-        raise ModelError(
-            f"--quantization {quantization} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
-            f"{', '.join(sorted(ARCHITECTURES))}; this is {type(model).__name__} in {_name(kv_cache.dtype)} on "
-            f"{kv_cache.device.type}: use --quantization none"
-        )
+        raise only_in_one_call(f"--quantization {quantization}", model, "--quantization none")
     if kv_cache.device.type == "cuda":
         forward = make_forward(model, kv_cache, backend)
         return forward, "merged for fused kernels" if isinstance(forward, FusedForward) else "as transformers has it"
@@ -207,8 +171,9 @@ def _checked_runner(
     expected: torch.Tensor, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig
 ) -> Runner:
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
+    quantized = config.quantization != "none" or config.kv_cache_dtype != "auto"
     try:
-        self_check(expected, runner, info.vocab_size, kv_cache.block_size, quantized=config.quantization != "none")
+        self_check(expected, runner, info.vocab_size, kv_cache.block_size, quantized=quantized)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
     return runner
@@ -233,31 +198,6 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _cache_bytes(
-    config: EngineConfig, device: torch.device, measure: Callable[[], DeviceMemory]
-) -> tuple[int, str, str]:
-    """The KV cache's size, what names it in messages, and what else to do where it is too small. Raises ModelError."""
-    if config.kv_cache_gib is not None or device.type != "cuda":
-        gib = CPU_KV_CACHE_GIB if config.kv_cache_gib is None else config.kv_cache_gib
-        return int(gib * 2**30), f"--kv-cache-gib {gib:g}", "or a smaller --max-model-len"
-    try:
-        memory = measure()
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"a step of --max-batch-tokens {config.max_batch_tokens} does not fit the GPU beside the weights: "
-            "lower it, or free memory"
-        ) from error
-    named = memory.describe(config.gpu_memory_utilization)
-    advice = "or a smaller --max-model-len; lower --max-batch-tokens, raise the share, or free memory"
-    return max(0, memory.left_for_cache(config.gpu_memory_utilization)), named, advice
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -16,7 +16,7 @@ from prompt_store.soft_prompt import ModelSpec, check_fits, load
 from scheduler.messages import SoftPromptRef
 from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.forward import Forward
-from scheduler.model.kv_cache import KVCache
+from scheduler.model.kv_cache import KVCache, StagedBlocks
 from scheduler.model.sampler import SampleInput, sample
 from scheduler.model.staging import small_tensor
 from scheduler.sequence import Sequence
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class StagedSoftPrompt:
     """A soft prompt that has been read and fits the model: as KV blocks, or as embeddings [n, hidden] to compute."""
 
-    blocks: torch.Tensor | None = None
+    blocks: StagedBlocks | None = None
     embeddings: torch.Tensor | None = None
 
 

@@ -28,6 +28,7 @@ async def get_info(request: Request) -> Response:
             model_id=services.model_name,
             model_dtype=model.dtype,
             quantization=settings.quantization,
+            kv_cache_dtype=settings.kv_cache_dtype,
             model_device_type=model.device,
             max_concurrent_requests=settings.max_batch_size + settings.max_queue_size,
             max_input_tokens=model.max_model_len - 1,

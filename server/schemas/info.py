@@ -17,6 +17,7 @@ class Info(BaseModel):
     model_id: str
     model_dtype: str
     quantization: str
+    kv_cache_dtype: str
     model_device_type: str
     max_concurrent_requests: int = Field(description="running and waiting together")
     max_input_tokens: int

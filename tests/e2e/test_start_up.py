@@ -31,6 +31,7 @@ WRONG_FLAGS = [
     (("--kv-cache-gib", "nan"), ("--kv-cache-gib", "finite")),
     (("--kv-cache-gib", "0"), ("--kv-cache-gib", "greater than 0")),
     (("--dtype", "float8"), ("--dtype", "'float32'", "'float8'")),
+    (("--kv-cache-dtype", "fp8"), ("--kv-cache-dtype", "'int8'", "'k6v4'", "'fp8'")),
     (("--device", "tpu"), ("--device", "'cpu'")),
     (("--host", "0.0.0.0"), ("--host 0.0.0.0", "--api-key")),
     (("--api-key", ""), ("--api-key",)),

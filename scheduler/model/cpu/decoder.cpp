@@ -1,7 +1,7 @@
 // A whole decoder of the Llama family in one call: RMSNorm, rotary positions, attention over the paged cache, SwiGLU.
 //
 // The residual stream, norms, softmax and all sums are float32; what enters a product is rounded to the weights' dtype.
-// W is the weights' dtype, T that of the KV cache and of what attention reads and writes.
+// W is the weights' dtype, T what attention reads and writes, and what the KV cache holds unless it is packed.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "batch.h"
+#include "kv_packing.h"
 #include "matmul.h"
 #include "packing.h"
 #include "rows.h"
@@ -36,8 +37,8 @@ template <typename W, typename T>
 class Decoder final : public DecoderBase {
  public:
   Decoder(int64_t heads, int64_t kv_heads, int64_t dim, double epsilon, double scale, const at::Tensor& frequencies,
-          double rotary_scale)
-      : heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
+          double rotary_scale, const std::string& packing)
+      : packing_(packing, dim), heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
         frequencies_(floats(frequencies)), rotary_scale_(rotary_scale) {
     TORCH_CHECK(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
     TORCH_CHECK(2 * int64_t(frequencies_.size()) == dim, "one frequency for every two dimensions of a head");
@@ -46,12 +47,17 @@ class Decoder final : public DecoderBase {
   void add_layer(const std::vector<at::Tensor>& weights, const std::vector<OptionalTensor>& optional,
                  const at::Tensor& key_cache, const at::Tensor& value_cache) override {
     TORCH_CHECK(weights.size() == 9 && optional.size() == 6, "a layer has nine tensors, and six optional ones");
-    TORCH_CHECK(key_cache.sizes() == value_cache.sizes() && key_cache.strides() == value_cache.strides() &&
-                    key_cache.is_contiguous() && key_cache.dim() == 4 && key_cache.size(1) == kv_heads_ &&
-                    key_cache.size(3) == dim_,
-                "caches must be contiguous [num_blocks, kv_heads, block_size, head_dim]");
-    constexpr auto kDtype = c10::CppTypeToScalarType<T>::value;
-    TORCH_CHECK(key_cache.scalar_type() == kDtype && value_cache.scalar_type() == kDtype, "caches must be ", kDtype);
+    const auto dtype = packing_ ? at::kByte : c10::CppTypeToScalarType<T>::value;
+    const auto check_cache = [&](const at::Tensor& cache, int64_t packed_bytes) {
+      TORCH_CHECK(cache.is_contiguous() && cache.dim() == 4 && cache.size(1) == kv_heads_ &&
+                      cache.size(3) == (packing_ ? packed_bytes : dim_),
+                  "caches must be contiguous [num_blocks, kv_heads, block_size, head_dim or bytes of a packed row]");
+      TORCH_CHECK(cache.scalar_type() == dtype, "caches must be ", dtype);
+    };
+    check_cache(key_cache, packing_.keys.bytes);
+    check_cache(value_cache, packing_.values.bytes);
+    TORCH_CHECK(key_cache.size(0) == value_cache.size(0) && key_cache.size(2) == value_cache.size(2),
+                "caches must have the same blocks");
     const int64_t size = weights[0].numel(), width = heads_ * dim_, inner = weights[6].size(0);
     TORCH_CHECK(weights[5].numel() == size && (layers_.empty() || inner == intermediate_), "layers must be alike");
     check_shape(weights[1], width, size);
@@ -114,9 +120,10 @@ class Decoder final : public DecoderBase {
     p.query = query;
     p.query_stride = width;
     p.query_head_stride = dim_;
-    p.block_stride = any_cache.stride(0);
-    p.head_stride = any_cache.stride(1);
+    p.slot_stride = packing_ ? 1 : dim_;
     p.block_size = any_cache.size(2);
+    p.head_stride = p.block_size * p.slot_stride;
+    p.block_stride = kv_heads_ * p.head_stride;
     p.query_start = query_start.const_data_ptr<int32_t>();
     p.context_len = context_len.const_data_ptr<int32_t>();
     p.block_table = block_table.const_data_ptr<int32_t>();
@@ -196,27 +203,27 @@ class Decoder final : public DecoderBase {
         matmul(team, layer->qkv, hidden_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
           qkv.each(row, column, sums, [](Vec, Vec sum) { return sum; });
         });
-        T* key_cache = layer->key_cache.template data_ptr<T>();
-        T* value_cache = layer->value_cache.template data_ptr<T>();
+        Problem<T> mine = p;
+        mine.keys = rows_of(layer->key_cache, packing_.keys);
+        mine.values = rows_of(layer->value_cache, packing_.values);
         team.for_each(tokens, [&](int64_t t) {
           const float *cosine = cosines + t * half, *sine = sines + t * half;
           float* from = qkv.data + t * qkv.columns;
-          const int64_t slot = slots[t] / p.block_size * p.block_stride + slots[t] % p.block_size * dim_;
+          const int64_t slot = slots[t] / p.block_size * p.block_stride + slots[t] % p.block_size * p.slot_stride;
           for (int64_t h = 0; h < heads_; ++h) {
             rotate(from + h * dim_, layer->query_norm, epsilon_, cosine, sine, dim_, buffer);
+            if (packing_) turn_groups(buffer, dim_);
             narrow_row(buffer, dim_, query + t * width + h * dim_);
           }
           for (int64_t h = 0; h < kv_heads_; ++h) {
             rotate(from + width + h * dim_, layer->key_norm, epsilon_, cosine, sine, dim_, buffer);
-            narrow_row(buffer, dim_, key_cache + slot + h * p.head_stride);
-            narrow_row(from + width + kv_width + h * dim_, dim_, value_cache + slot + h * p.head_stride);
+            if (packing_) turn_groups(buffer, dim_);
+            mine.keys.put(buffer, dim_, slot + h * p.head_stride);
+            mine.values.put(from + width + kv_width + h * dim_, dim_, slot + h * p.head_stride);
           }
         });
         const bool is_last = layer == layers_.back();
         if (is_last && last_rows == 0) return;
-        Problem<T> mine = p;
-        mine.key_cache = key_cache;
-        mine.value_cache = value_cache;
         attend(plan, mine, [&](int64_t count, const auto& f) { team.for_each_ahead(count, true, f); });
         if (!is_last)
           behind_attention(*layer, residual, attended_in_, hidden_in_, gated_in_, [](int64_t row) { return row; });
@@ -242,6 +249,11 @@ class Decoder final : public DecoderBase {
     at::Tensor key_cache, value_cache;
   };
 
+  static KvRows<T> rows_of(const at::Tensor& cache, const RowCodec<T>& codec) {
+    if (codec.bytes > 0) return {nullptr, cache.data_ptr<uint8_t>(), codec};
+    return {cache.data_ptr<T>(), nullptr, codec};
+  }
+
   // The memory is kept for the next step, since fresh pages would have to be cleared, but not that of a rare large one.
   at::Tensor logits_for(int64_t rows) {
     const auto make = [&](int64_t count) { return at::empty({count, head_.outputs}, at::kFloat); };
@@ -250,6 +262,7 @@ class Decoder final : public DecoderBase {
     return logits_.narrow(0, 0, rows);
   }
 
+  const KvPacking<T> packing_;
   const int64_t heads_, kv_heads_, dim_;
   const float epsilon_;
   const double scale_;
@@ -270,10 +283,11 @@ class Decoder final : public DecoderBase {
 
 c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const std::string& cache, int64_t heads,
                                              int64_t kv_heads, int64_t dim, double epsilon, double scale,
-                                             const at::Tensor& frequencies, double rotary_scale) {
+                                             const at::Tensor& frequencies, double rotary_scale,
+                                             const std::string& packing) {
   const auto make = [&](auto w, auto t) -> c10::intrusive_ptr<DecoderBase> {
     return c10::make_intrusive<Decoder<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon, scale, frequencies,
-                                                                  rotary_scale);
+                                                                  rotary_scale, packing);
   };
   if (weights == "float32") return make(float{}, float{});
   if (weights == "bfloat16") return make(at::BFloat16{}, at::BFloat16{});

@@ -11,6 +11,7 @@ from torch import nn
 from scheduler.model.batch import RaggedBatch
 from scheduler.model.cpu.build import build
 from scheduler.model.kv_cache import KVCache
+from scheduler.model.source import ModelError
 
 # Their layers are RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; biases and norms of heads may be there.
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
@@ -33,6 +34,16 @@ def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
         and config.hidden_size % 2 == config.intermediate_size % 2 == 0
         and all(_is_plain(linear, dtype) for linear in _linears(model))
         and build()
+    )
+
+
+def only_in_one_call(named: str, model: Any, instead: str) -> ModelError:
+    """What to say where an option takes `DecoderForward` and the model does not run so."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return ModelError(
+        f"{named} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
+        f"{', '.join(sorted(ARCHITECTURES))}; this is {type(model).__name__} in {dtype} "
+        f"on {model.device.type}: use {instead}"
     )
 
 
@@ -68,6 +79,7 @@ class DecoderForward:
             first.scaling,
             rotary.inv_freq,
             rotary.attention_scaling,
+            kv_cache.format.packing,
         )
         for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
             attention, mlp = layer.self_attn, layer.mlp

@@ -173,7 +173,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   using F = FormatOf<T>;
   using Element = typename F::Element;
   const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group, tile = p.group * kKeyTile;
-  float* acc = scratch(g.rows * (2 * stride + 3) + 2 * tile + stride);
+  float* acc = scratch(g.rows * (2 * stride + 3) + 2 * tile + stride + (p.keys.packed() ? 2 * kKeyTile * stride : 0));
   float* scores = acc + g.rows * stride;
   float* top = scores + tile;
   float* total = top + g.rows;
@@ -181,6 +181,8 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   float* row_buffer = decay + g.rows;
   Element* weights = reinterpret_cast<Element*>(row_buffer + stride);
   Element* query = weights + tile;
+  T* unpacked_keys = reinterpret_cast<T*>(query + g.rows * stride);
+  T* unpacked_values = unpacked_keys + kKeyTile * stride;
   std::fill(acc, scores, 0.0f);
   std::fill(top, total, kLowest);
   std::fill(total, decay, 0.0f);
@@ -198,7 +200,9 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
     std::fill(offsets + count, offsets + kKeyTile, offsets[0]);
     return count;
   };
-  int64_t buffers[2][kKeyTile];
+  int64_t buffers[2][kKeyTile], in_order[kKeyTile];
+  for (int64_t i = 0; i < kKeyTile; ++i)
+    in_order[i] = i * stride;
   int64_t *offsets = buffers[0], *next_offsets = buffers[1];
   int64_t count = locate(g, split * kDotSplit, end, offsets), next_count = 0;
   for (int64_t begin = split * kDotSplit; begin < end; begin += kKeyTile, count = next_count) {
@@ -212,14 +216,25 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
     }
     for (int64_t n = 0; n < kv_heads; ++n) {
       const int64_t h0 = n * p.group;
-      const T* keys = p.key_cache + (g.kv_head + n) * p.head_stride;
-      const T* values = p.value_cache + (g.kv_head + n) * p.head_stride;
+      const int64_t head = (g.kv_head + n) * p.head_stride;
       const bool last = n + 1 == kv_heads;
       const int64_t next_head = (last ? next_kv_head : g.kv_head + n + 1) * p.head_stride;
-      const NextTile<T> tile{p.key_cache + next_head, p.value_cache + next_head, last ? next_offsets : offsets};
-      const NextTile<T>* ahead = last && begin + kKeyTile >= end && !next ? nullptr : &tile;
+      const int64_t* ahead_offsets = last ? begin + kKeyTile < end || next ? next_offsets : nullptr : offsets;
+      const T *keys = unpacked_keys, *values = unpacked_values;
+      const int64_t* places = in_order;
+      NextTile<T> tile{};
+      if (p.keys.packed()) {
+        p.keys.unpack(head, offsets, fours, p.dim, stride, unpacked_keys, next_head, ahead_offsets);
+        p.values.unpack(head, offsets, count, p.dim, stride, unpacked_values, next_head, ahead_offsets);
+      } else {
+        keys = p.keys.numbers + head;
+        values = p.values.numbers + head;
+        places = offsets;
+        tile = {p.keys.numbers + next_head, p.values.numbers + next_head, ahead_offsets};
+      }
+      const NextTile<T>* ahead = tile.offsets ? &tile : nullptr;
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        dot_keys<H.value, F>(query + (h0 + h) * stride / F::kDepth, stride, keys, offsets, fours, p.dim, p.scale,
+        dot_keys<H.value, F>(query + (h0 + h) * stride / F::kDepth, stride, keys, places, fours, p.dim, p.scale,
                              h == 0 ? ahead : nullptr, scores + h * kKeyTile);
       });
       for (int64_t h = 0; h < p.group; ++h) {
@@ -229,7 +244,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
         F::elements(s, kKeyTile, weights + h * kKeyTile / F::kDepth);
       }
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, offsets, count, p.dim,
+        weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, places, count, p.dim,
                                  h == 0 ? ahead : nullptr, acc + (h0 + h) * stride, stride);
       });
     }

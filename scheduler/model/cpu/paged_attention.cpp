@@ -83,10 +83,11 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     p.query = q.const_data_ptr<T>();
     p.query_stride = q.stride(0);
     p.query_head_stride = q.stride(1);
-    p.key_cache = key_cache.const_data_ptr<T>();
-    p.value_cache = value_cache.const_data_ptr<T>();
+    p.keys.numbers = key_cache.data_ptr<T>();
+    p.values.numbers = value_cache.data_ptr<T>();
     p.block_stride = key_cache.stride(0);
     p.head_stride = key_cache.stride(1);
+    p.slot_stride = query.size(2);
     p.block_size = key_cache.size(2);
     p.query_start = query_start.const_data_ptr<int32_t>();
     p.context_len = context_len.const_data_ptr<int32_t>();

@@ -122,7 +122,7 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   const int64_t stride = p.padded_dim, square = stride * kPanel, panel_size = 2 * square + 3 * kPanel;
   const int64_t padded_rows = round_up(g.rows, kPanel);
   float* memory = scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size +
-                          (1 + kLanes) * stride);
+                          (1 + kLanes + (p.keys.packed() ? kKeyTile : 0)) * stride);
   Element* keys = reinterpret_cast<Element*>(memory);
   Element* values = keys + kKeyTile * stride;
   float* scores = memory + 2 * kKeyTile * stride;
@@ -130,6 +130,7 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   float* row_buffer = panels + padded_rows / kPanel * panel_size;
   float* rows = row_buffer + stride;  // as many as a vector has lanes: queries as elements first, results last
   Element* elements = reinterpret_cast<Element*>(rows);
+  T* unpacked = reinterpret_cast<T*>(rows + kLanes * stride);
   const auto panel = [&](int64_t row) {
     float* base = panels + row / kPanel * panel_size;
     float* tail = base + 2 * square;
@@ -157,12 +158,22 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   }
 
   const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kTileSplit);
-  int64_t offsets[kKeyTile];
+  int64_t offsets[kKeyTile], in_order[kKeyTile];
+  for (int64_t i = 0; i < kKeyTile; ++i)
+    in_order[i] = i * stride;
   for (int64_t begin = split * kTileSplit; begin < end; begin += kKeyTile) {
     const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
     p.locate(g.sequence, begin, count, offsets);
-    take_keys<F>(p.key_cache + g.kv_head * p.head_stride, offsets, count, p.dim, stride, keys);
-    take_values<F>(p.value_cache + g.kv_head * p.head_stride, offsets, count, p.dim, stride, values);
+    const int64_t head = g.kv_head * p.head_stride;
+    if (p.keys.packed()) {
+      p.keys.unpack(head, offsets, count, p.dim, stride, unpacked);
+      take_keys<F>(unpacked, in_order, count, p.dim, stride, keys);
+      p.values.unpack(head, offsets, count, p.dim, stride, unpacked);
+      take_values<F>(unpacked, in_order, count, p.dim, stride, values);
+    } else {
+      take_keys<F>(p.keys.numbers + head, offsets, count, p.dim, stride, keys);
+      take_values<F>(p.values.numbers + head, offsets, count, p.dim, stride, values);
+    }
     for (int64_t row = 0; row < padded_rows; row += kPanel)
       panel_step<F>(panel(row), keys, values, stride, begin, count, p.dim, p.scale, scores);
   }

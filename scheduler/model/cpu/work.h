@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "vector.h"
+#include "kv_packing.h"
 
 namespace softbatch {
 
@@ -56,9 +56,8 @@ template <typename T>
 struct Problem {
   const T* query;
   int64_t query_stride, query_head_stride;
-  const T* key_cache;
-  const T* value_cache;
-  int64_t block_stride, head_stride, block_size;
+  KvRows<T> keys, values;
+  int64_t block_stride, head_stride, slot_stride, block_size;  // of a packed cache in rows
   const int32_t* query_start;
   const int32_t* context_len;
   const int32_t* block_table;
@@ -81,14 +80,14 @@ struct Problem {
     widen_row(from, dim, to);
   }
 
-  // Offsets in a cache of keys begin ... begin + count - 1 of a sequence, at kv head 0.
+  // Offsets in the caches of keys begin ... begin + count - 1 of a sequence, at kv head 0.
   void locate(int64_t sequence, int64_t begin, int64_t count, int64_t* offsets) const {
     const int32_t* table = block_table + sequence * table_stride;
     int64_t block = begin / block_size, slot = begin % block_size;
     for (int64_t i = 0; i < count; ++block, slot = 0) {
       const int64_t base = table[block] * block_stride;
       for (; slot < block_size && i < count; ++slot, ++i)
-        offsets[i] = base + slot * dim;
+        offsets[i] = base + slot * slot_stride;
     }
   }
 
