@@ -14,6 +14,8 @@ COLOURS = {
     "vllm": "#c2541b",
     "llama.cpp-BF16": "#4d7f36",
     "softbatch-int8": "#6aa7dc",
+    "softbatch-kv-int8": "#7a5fb0",
+    "softbatch-kv-k6v4": "#b59ad6",
     "llama.cpp-Q8_0": "#9cc48a",
 }
 

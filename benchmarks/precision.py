@@ -1,14 +1,21 @@
-"""How far each weight format is from the float32 model: KL per token of two example texts, and top-1 agreement.
+"""How far each format of weights and KV cache is from the float32 model: KL per token and top-1 agreement, on two
+example texts, and on the float32 model's answers to the example questions behind the shipped soft prompt.
 
 python benchmarks/precision.py
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from prompt_store.compression.rendering import Renderer
+from prompt_store.soft_prompt import load
 from scheduler.model.batch import Row, build_batch
 from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
 from scheduler.model.kv_cache import KVCache
@@ -16,51 +23,106 @@ from scheduler.model.loader import load_transformers
 from scheduler.model.source import EMBEDDED_ALIAS, resolve
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TOKENS, CHUNK, BLOCK = 1024, 256, 16
+TOKENS, CHUNK, BLOCK, ANSWER = 1024, 256, 16, 32
 CPU = torch.device("cpu")
 
 
-def log_probs(dtype: torch.dtype, weights: str | None) -> torch.Tensor:
-    """[TOKENS, vocab], through the decoder in C++, or through transformers where `weights` is None."""
-    model, tokenizer = load_transformers(resolve(EMBEDDED_ALIAS), dtype, CPU)
-    text = "".join((EXAMPLES / name / "context.md").read_text() for name in ("manual", "policy"))
-    tokens = tokenizer(text)["input_ids"][:TOKENS]
-    if weights is None:
-        model.set_attn_implementation("eager")
-        return model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
-    if not runs_in_one_call(model, dtype):
-        raise SystemExit("the kernels cannot be built here; see the warning above")
-    attention = model.model.layers[0].self_attn
-    kv_cache = KVCache(
-        num_layers=model.config.num_hidden_layers,
-        num_blocks=TOKENS // BLOCK,
-        num_kv_heads=model.config.num_key_value_heads,
-        block_size=BLOCK,
-        head_dim=attention.head_dim,
-        dtype=dtype,
-        device=CPU,
-    )
-    decoder, blocks, found = DecoderForward(model, kv_cache, weights), list(range(TOKENS // BLOCK)), []
-    for start in range(0, TOKENS, CHUNK):
-        row = Row(start, tokens[start : start + CHUNK], blocks, range(CHUNK))
-        found.append(decoder(build_batch([row], BLOCK, CPU)).clone())
-    return torch.cat(found).log_softmax(-1)
+@dataclass(frozen=True)
+class Asked:
+    """A question's tokens and the answer's."""
+
+    question: list[int]
+    answer: list[int]
+
+
+class Decoder:
+    """The decoder in C++ over a cache of its own, with the shipped soft prompt in the cache's first blocks."""
+
+    def __init__(self, dtype: torch.dtype, weights: str, packing: str = "none") -> None:
+        model, self.tokenizer = load_transformers(resolve(EMBEDDED_ALIAS), dtype, CPU)
+        if not runs_in_one_call(model, dtype):
+            raise SystemExit("the kernels cannot be built here; see the warning above")
+        prompt = load(EXAMPLES / "manual" / "manual.safetensors", 1 << 30)
+        self.virtual = prompt.manifest.num_virtual_tokens
+        self._prompt_blocks = list(range(-(-self.virtual // BLOCK)))
+        self._free = list(range(len(self._prompt_blocks), len(self._prompt_blocks) + TOKENS // BLOCK))
+        cache = KVCache(
+            num_layers=model.config.num_hidden_layers,
+            num_blocks=self._free[-1] + 1,
+            num_kv_heads=model.config.num_key_value_heads,
+            block_size=BLOCK,
+            head_dim=model.model.layers[0].self_attn.head_dim,
+            dtype=dtype,
+            device=CPU,
+            packing=packing,
+        )
+        cache.write(self._prompt_blocks, cache.stage(prompt.tensors["keys"], prompt.tensors["values"]))
+        self._forward = DecoderForward(model, cache, weights)
+
+    def text(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities at every token: [TOKENS, vocab]."""
+        starts = range(0, TOKENS, CHUNK)
+        return torch.cat([self._run(Row(s, tokens[s : s + CHUNK], self._free, range(CHUNK))) for s in starts])
+
+    def asked(self, question: list[int]) -> Asked:
+        """Greedily answered."""
+        answer: list[int] = []
+        start, tokens = self.virtual, question
+        while len(answer) < ANSWER and (not answer or answer[-1] != self.tokenizer.eos_token_id):
+            answer.append(int(self._run(self._behind(start, tokens, range(len(tokens) - 1, len(tokens)))).argmax()))
+            start, tokens = start + len(tokens), answer[-1:]
+        return Asked(question, answer)
+
+    def answers(self, asked: Sequence[Asked]) -> torch.Tensor:
+        """Log-probabilities at every token of the answers: [answers' tokens, vocab]."""
+        found = []
+        for one in asked:
+            tokens = [*one.question, *one.answer[:-1]]
+            found.append(self._run(self._behind(self.virtual, tokens, range(len(one.question) - 1, len(tokens)))))
+        return torch.cat(found)
+
+    def _behind(self, start: int, tokens: list[int], wanted: range) -> Row:
+        return Row(start, tokens, [*self._prompt_blocks, *self._free], wanted)
+
+    def _run(self, row: Row) -> torch.Tensor:
+        return self._forward(build_batch([row], BLOCK, CPU)).log_softmax(-1)
+
+
+def through_transformers(dtype: torch.dtype, tokens: Sequence[int]) -> torch.Tensor:
+    model: Any = load_transformers(resolve(EMBEDDED_ALIAS), dtype, CPU)[0]
+    model.set_attn_implementation("eager")
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def compared(exact: torch.Tensor, own: torch.Tensor) -> str:
+    kl = (exact.exp() * (exact - own)).sum(-1)
+    agreed = (own.argmax(-1) == exact.argmax(-1)).float().mean()
+    return f"{kl.mean():.5f} | {kl.quantile(0.95):.5f} | {agreed:.4f}"
 
 
 @torch.inference_mode()
 def main() -> None:
-    exact = log_probs(torch.float32, None)
-    print("| | KL to float32, mean | 95th percentile | top-1 agreement |\n|---|---|---|---|")
-    for name, dtype, weights in (
-        ("decoder, float32", torch.float32, "float32"),
-        ("transformers, bfloat16", torch.bfloat16, None),
-        ("decoder, bfloat16", torch.bfloat16, "bfloat16"),
-        ("decoder, int8", torch.bfloat16, "int8"),
+    exact = Decoder(torch.float32, "float32")
+    whole = "".join((EXAMPLES / name / "context.md").read_text() for name in ("manual", "policy"))
+    tokens = exact.tokenizer(whole)["input_ids"][:TOKENS]
+    renderer = Renderer(exact.tokenizer)
+    lines = (EXAMPLES / "manual" / "questions.jsonl").read_text().splitlines()
+    asked = [exact.asked(renderer.question(json.loads(line)["input"])) for line in lines]
+    text, answers = through_transformers(torch.float32, tokens), exact.answers(asked)
+    print("| | texts: KL, mean | 95th percentile | top-1 | behind a soft prompt: KL, mean | 95th percentile | top-1 |")
+    print("|---|---|---|---|---|---|---|")
+    theirs = compared(text, through_transformers(torch.bfloat16, tokens))
+    print(f"| transformers, bfloat16 | {theirs} | | | |", flush=True)
+    for name, dtype, weights, packing in (
+        ("float32", torch.float32, "float32", "none"),
+        ("bfloat16", torch.bfloat16, "bfloat16", "none"),
+        ("bfloat16, KV cache int8", torch.bfloat16, "bfloat16", "int8"),
+        ("bfloat16, KV cache k6v4", torch.bfloat16, "bfloat16", "k6v4"),
+        ("int8", torch.bfloat16, "int8", "none"),
+        ("int8, KV cache int8", torch.bfloat16, "int8", "int8"),
     ):
-        own = log_probs(dtype, weights)
-        kl = (exact.exp() * (exact - own)).sum(-1)
-        agreed = (own.argmax(-1) == exact.argmax(-1)).float().mean()
-        print(f"| {name} | {kl.mean():.5f} | {kl.quantile(0.95):.5f} | {agreed:.4f} |", flush=True)
+        own = Decoder(dtype, weights, packing)
+        print(f"| {name} | {compared(text, own.text(tokens))} | {compared(answers, own.answers(asked))} |", flush=True)
 
 
 if __name__ == "__main__":

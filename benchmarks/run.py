@@ -25,7 +25,7 @@ from flags import names_of
 from machine import machine
 from peers import BENCH, Unavailable
 from plot import draw
-from servers import Launch, Server, bytes_per_token, llama, softbatch, vllm
+from servers import Launch, Server, llama, softbatch, vllm
 from soft_prompts import register
 from tables import Run, describe
 
@@ -35,7 +35,15 @@ from server.bench.load import Plan
 from server.bench.run import measure
 from server.bench.workload import WORKLOADS, Requests
 
-SERVERS = ("softbatch", "vllm", "llama.cpp-BF16", "softbatch-int8", "llama.cpp-Q8_0")
+SERVERS = (
+    "softbatch",
+    "vllm",
+    "llama.cpp-BF16",
+    "softbatch-int8",
+    "llama.cpp-Q8_0",
+    "softbatch-kv-int8",
+    "softbatch-kv-k6v4",
+)
 CONCURRENCY = {"plain": (1, 8, 32, 64), "short": (1, 8, 32, 64), "hot": (8, 32), "many": (8, 32)}
 # Seconds of a window. A peer computes 1,500 tokens for each request of *many*, so few end in a short one.
 WINDOWS = {"plain": 10.0, "short": 6.0, "hot": 8.0, "many": 10.0}
@@ -81,7 +89,10 @@ def plan_of(options: argparse.Namespace, servers: Sequence[str]) -> list[Cell]:
 
 
 def _is_asked(workload: str, server: str) -> bool:
-    """Contexts are for softbatch and vLLM: they are about KV memory and prefix caching, not about number formats."""
+    """Contexts are for softbatch and vLLM: they are about KV memory and prefix caching, not about the weights' format.
+    A packed KV cache is for *hot*, where its memory is watched."""
+    if server.startswith("softbatch-kv"):
+        return workload == "hot"
     return workload in ("plain", "short") or server in ("softbatch", "vllm")
 
 
@@ -93,6 +104,8 @@ def launches(options: argparse.Namespace) -> Iterator[tuple[str, Launch | Unavai
         "llama.cpp-BF16": lambda port: llama(port, "BF16"),
         "softbatch-int8": lambda port: softbatch(port, store, "int8"),
         "llama.cpp-Q8_0": lambda port: llama(port, "Q8_0"),
+        "softbatch-kv-int8": lambda port: softbatch(port, store, kv_cache_dtype="int8"),
+        "softbatch-kv-k6v4": lambda port: softbatch(port, store, kv_cache_dtype="k6v4"),
     }
     for number, name in enumerate(options.servers):
         try:
@@ -168,7 +181,7 @@ class KvWatch(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(2.0):
-            held = self._server.kv_bytes_per_request(bytes_per_token(), self._contexts)
+            held = self._server.kv_bytes_per_request(self._contexts)
             if held:
                 self._seen.append(held)
 

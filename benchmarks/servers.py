@@ -21,7 +21,6 @@ import psutil
 from peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
 
 from scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
-from server.settings import Settings
 
 START_SECONDS = 600.0
 CORES = os.cpu_count() or 1
@@ -37,16 +36,13 @@ class Launch:
     soft_prompts: bool = False
 
 
-def softbatch(port: int, store: Path, quantization: str | None = None) -> Launch:
-    """With the flags a user would choose for this load. Raises Unavailable for a quantization that is not built."""
+def softbatch(port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto") -> Launch:
+    """With the flags a user would choose for this load."""
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--dtype", "bfloat16"]
     command += ["--max-batch-size", "64", "--prompt-store", str(store)]
-    if quantization is not None:
-        if "quantization" not in Settings.model_fields:
-            raise Unavailable("this softbatch has no --quantization")
-        command += ["--quantization", quantization]
-    name = "softbatch" if quantization is None else f"softbatch-{quantization}"
-    return Launch(name, tuple(command), {"PYTHONPATH": str(PROJECT)}, soft_prompts=True)
+    command += ["--quantization", quantization, "--kv-cache-dtype", kv_cache_dtype]
+    formats = [quantization] * (quantization != "none") + [f"kv-{kv_cache_dtype}"] * (kv_cache_dtype != "auto")
+    return Launch("-".join(["softbatch", *formats]), tuple(command), {"PYTHONPATH": str(PROJECT)}, soft_prompts=True)
 
 
 def vllm(port: int) -> Launch:
@@ -166,7 +162,7 @@ class Server:
             if self._cpu_seconds() - before < 0.03:
                 return
 
-    def kv_bytes_per_request(self, bytes_per_token: int, contexts: int) -> float | None:
+    def kv_bytes_per_request(self, contexts: int) -> float | None:
         """KV memory that the running requests hold at this moment, divided by their number; None if none runs.
 
         Of soft prompts that lie in the cache only `contexts` count: the others serve other requests.
@@ -177,11 +173,10 @@ class Server:
         if self.launch.name == "vllm":
             running = _metric(text, "vllm:num_requests_running")
             blocks, size = (int(_label(text, label)) for label in ("num_gpu_blocks", "block_size"))
-            used = _metric(text, "vllm:kv_cache_usage_perc") * blocks * size * bytes_per_token
+            used = _metric(text, "vllm:kv_cache_usage_perc") * blocks * size * _bytes_per_token()
         else:
             running = _metric(text, "softbatch_requests_running")
-            block = Settings.model_fields["block_size"].default * bytes_per_token
-            used = _metric(text, "softbatch_kv_usage_ratio") * _metric(text, "softbatch_kv_blocks_total") * block
+            used = _metric(text, "softbatch_kv_usage_ratio") * _metric(text, "softbatch_kv_cache_bytes")
             resident, held = (_metric(text, f"softbatch_soft_prompts_resident{end}") for end in ("", "_bytes"))
             used -= held * (1 - min(1.0, contexts / resident)) if resident else 0.0
         return used / running if running else None
@@ -219,7 +214,7 @@ class Server:
         return total
 
 
-def bytes_per_token() -> int:
+def _bytes_per_token() -> int:
     """Keys and values of one token in bfloat16."""
     config: dict[str, Any] = json.loads(Path(resolve(EMBEDDED_ALIAS).path, "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -174,10 +174,12 @@ def _first_token(results: Results) -> Iterator[str]:
 
 def _kv(results: Results) -> Iterator[str]:
     for concurrency in results.concurrencies("hot"):
-        ratio = results.ratio("vllm", "softbatch", "hot", concurrency, kv_mib)
-        if ratio is not None:
-            verdict = _verdict(ratio >= KV_RATIO)
-            yield f"KV memory per running hot request at {concurrency}: 1/{ratio:.1f} of vLLM's ({verdict})."
+        for ours in (name for name in results.servers if name.startswith("softbatch")):
+            ratio = results.ratio("vllm", ours, "hot", concurrency, kv_mib)
+            if ratio is not None:
+                verdict = _verdict(ratio >= KV_RATIO)
+                cell = f"hot request at {concurrency}, {ours}"
+                yield f"KV memory per running {cell}: 1/{ratio:.1f} of vLLM's ({verdict})."
 
 
 def _ready(seconds: Mapping[str, float]) -> Iterator[str]:
