@@ -32,7 +32,7 @@ from scheduler.messages import (
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.soft_prompt_reader import Reading, SoftPromptReader
 from scheduler.soft_prompts import Residency, ResidentSoftPrompt
-from scheduler.step import OutOfDeviceMemory, Step, StepResult
+from scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:
     from scheduler.model.runner import StagedSoftPrompt
@@ -172,6 +172,8 @@ class Engine:
                     self.reader.put_back(reading)
                     continue
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {_TOO_SMALL}")
+            except DeviceLost:
+                raise
             except Exception as error:
                 logger.exception("soft prompt %s cannot be loaded", sha256)
                 reason = str(error) if isinstance(error, ValueError) else "it cannot be read"

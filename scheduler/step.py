@@ -32,6 +32,10 @@ class OutOfDeviceMemory(Exception):
     """The device had too little memory left for a step; nothing of the step counts, and it may be run again."""
 
 
+class DeviceLost(RuntimeError):
+    """The device refuses all further work of this process; only a new one helps."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone."""

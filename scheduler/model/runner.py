@@ -21,7 +21,7 @@ from scheduler.model.sampler import SampleInput, sample
 from scheduler.model.staging import small_tensor
 from scheduler.sequence import Sequence
 from scheduler.soft_prompts import ResidentSoftPrompt
-from scheduler.step import OutOfDeviceMemory, Step, StepResult
+from scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Runner:
         """Compute every row of the step. If that raises, each row is run once more alone and only those that
         raise again are reported as failed; writing the same keys and values twice changes nothing.
 
-        Raises OutOfDeviceMemory, and RuntimeError where a GPU refuses all further work: only a new process helps."""
+        Raises OutOfDeviceMemory and DeviceLost."""
         with _shortage_told():
             return self._execute(step)
 
@@ -116,13 +116,18 @@ class Runner:
     def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
         """Bring a soft prompt into its blocks; True if it lies there now, False if steps have to compute it.
 
-        Raises OutOfDeviceMemory."""
+        Raises OutOfDeviceMemory and DeviceLost."""
         with _shortage_told():
-            if staged.blocks is not None:
-                self._kv_cache.write(resident.blocks, staged.blocks)
-            if staged.embeddings is not None:
-                device = self._kv_cache.device
-                self._filling[resident.ref.sha256] = staged.embeddings.to(device, non_blocking=True)
+            try:
+                if staged.blocks is not None:
+                    self._kv_cache.write(resident.blocks, staged.blocks)
+                if staged.embeddings is not None:
+                    device = self._kv_cache.device
+                    self._filling[resident.ref.sha256] = staged.embeddings.to(device, non_blocking=True)
+            except Exception as error:
+                if not _is_shortage(error):
+                    self._check_device()
+                raise
         return staged.embeddings is None
 
     def _run(
@@ -173,9 +178,12 @@ class Runner:
     def _check_device(self) -> None:
         """Some errors (an illegal address, a failed assertion in a kernel) leave a process's GPU unusable for good.
 
-        Raises RuntimeError."""
+        Raises DeviceLost."""
         if self._on_gpu:
-            torch.cuda.synchronize(self._kv_cache.device)
+            try:
+                torch.cuda.synchronize(self._kv_cache.device)
+            except RuntimeError as error:
+                raise DeviceLost(str(error)) from error
 
     def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
         embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]

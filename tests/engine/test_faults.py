@@ -11,7 +11,8 @@ import torch
 from prompt_store.soft_prompt import save
 from scheduler.engine import Engine
 from scheduler.messages import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
-from tests.conftest import load_reference, make_soft_prompt
+from scheduler.step import DeviceLost
+from tests.conftest import load_reference, make_soft_prompt, save_prompt
 from tests.engine.test_exactness import build, check_empty
 
 
@@ -69,8 +70,32 @@ def test_a_gpu_that_refuses_all_further_work_ends_the_engine(llama: str, monkeyp
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     assert [o.finish_reason for o in drain(engine, [make_request("row", [5])])["row"]] == ["error"]
     monkeypatch.setattr(torch.cuda, "synchronize", refused)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(DeviceLost, match="illegal memory access"):
         drain(engine, [make_request("again", [5])])
+
+
+def test_a_gpu_that_fails_while_a_soft_prompt_is_placed_is_not_told_as_an_unreadable_file(
+    llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Work on a GPU fails later than it is asked for: the first to notice may be the next soft prompt."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine, ready = build(llama, num_blocks=64, max_batch_size=8, max_batch_tokens=64, max_model_len=128)
+    path = save_prompt(make_soft_prompt("kv", 5, ready.model), tmp_path, "fine")
+    monkeypatch.setattr(engine._runner, "_on_gpu", True)
+    monkeypatch.setattr(engine._runner._kv_cache, "write", refused)
+
+    def behind(name: str) -> AddRequest:
+        ref = SoftPromptRef(name.ljust(64, "0"), str(path), 5)
+        return AddRequest(request_id=name, token_ids=[5], params=SamplingParams(max_tokens=3), soft_prompt=ref)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    assert [o.finish_reason for o in drain(engine, [behind("a")])["a"]] == ["error"]
+    monkeypatch.setattr(torch.cuda, "synchronize", refused)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        drain(engine, [behind("b")])
 
 
 def test_a_soft_prompt_that_cannot_be_read_fails_those_who_need_it_only(llama: str, tmp_path: Path) -> None:
