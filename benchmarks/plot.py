@@ -63,10 +63,9 @@ def draw(runs: Sequence[Run], target: Path) -> None:
         panel.set_xlabel("concurrency")
         panel.set_ylabel("requests/s" if whole else "output tokens/s")
         panel.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="lower center", ncols=max(1, min(len(labels), 2 * len(results.workloads))), frameon=False
-    )
+    entries = {label: line for panel in axes[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    columns = max(1, min(len(entries), 2 * len(results.workloads)))
+    figure.legend(entries.values(), entries.keys(), loc="lower center", ncols=columns, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(target, metadata={"Date": None})
     pyplot.close(figure)

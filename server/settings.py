@@ -40,8 +40,8 @@ class Settings(BaseSettings):
     )
     kv_cache_dtype: Literal["auto", "int8", "k6v4"] = Field(
         "auto",
-        description="of the KV cache; auto: as --dtype; int8: half the memory a token, nearly as exact; "
-        "k6v4: a third, keys in 6 bits and values in 4 (both take a CPU)",
+        description="of the KV cache; auto: as --dtype; int8: 9 bits a number, nearly as exact; k6v4: 6 bits, about as "
+        "exact as int8 weights; both for Llama-like models on CPUs",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")

@@ -21,11 +21,16 @@ CPU_KV_CACHE_GIB = 1.0
 
 
 def make_cache(
-    config: EngineConfig, model: Any, backend: AttentionBackend, spec: ModelSpec, max_model_len: int
+    config: EngineConfig,
+    model: Any,
+    dtype: torch.dtype,
+    backend: AttentionBackend,
+    spec: ModelSpec,
+    max_model_len: int,
 ) -> tuple[KVCache, int]:
     """The cache, and the longest sequence: `max_model_len`, or what the cache holds. Raises ModelError."""
     device: torch.device = model.device
-    rows = _row_format(config, model, spec)
+    rows = _row_format(config, model, dtype, spec.head_dim)
     bytes_per_token = spec.num_layers * spec.num_kv_heads * rows.bytes_per_token
     cache_bytes, named, advice = _cache_bytes(
         config, device, lambda: measure_memory(model, backend, spec, config, max_model_len)
@@ -59,19 +64,19 @@ def make_cache(
     return kv_cache, min(max_model_len, holds)
 
 
-def _row_format(config: EngineConfig, model: Any, spec: ModelSpec) -> RowFormat:
+def _row_format(config: EngineConfig, model: Any, dtype: torch.dtype, head_dim: int) -> RowFormat:
     """Raises ModelError where only a plain cache can be read."""
     if config.kv_cache_dtype == "auto":
-        return RowFormat(model.dtype, spec.head_dim)
+        return RowFormat(dtype, head_dim)
     named, instead = f"--kv-cache-dtype {config.kv_cache_dtype}", "--kv-cache-dtype auto"
-    if not runs_in_one_call(model, model.dtype):
+    if not runs_in_one_call(model, dtype):
         raise only_in_one_call(named, model, instead)
-    if spec.head_dim % RowFormat.GROUP:
-        raise ModelError(
-            f"{named} takes heads of a multiple of {RowFormat.GROUP} numbers; this model's have {spec.head_dim}: "
-            f"use {instead}"
-        )
-    return RowFormat(model.dtype, spec.head_dim, config.kv_cache_dtype)
+    rows = RowFormat(dtype, head_dim, config.kv_cache_dtype)
+    try:
+        _ = rows.sizes
+    except RuntimeError as error:
+        raise ModelError(f"{named}: {str(error).splitlines()[0]}; use {instead}") from error
+    return rows
 
 
 def _cache_bytes(

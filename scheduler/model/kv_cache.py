@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -21,8 +20,6 @@ class RowFormat:
     dtype: torch.dtype
     head_dim: int
     packing: str = "none"
-
-    GROUP: ClassVar[int] = 32  # numbers that share a scale where they are packed
 
     @property
     def stored_as(self) -> torch.dtype:
@@ -42,9 +39,9 @@ class RowFormat:
         return sum(self.sizes) * self.stored_as.itemsize
 
     def rows(self, numbers: torch.Tensor, *, are_keys: bool) -> torch.Tensor:
-        """[…, head_dim] as they are stored."""
+        """[…, head_dim] as they are stored, though not yet rounded to `dtype` where they are not packed."""
         if self.packing == "none":
-            return numbers.to(self.dtype)
+            return numbers
         packed: torch.Tensor = torch.ops.softbatch.pack_rows(numbers.float(), self.packing, are_keys)
         return packed
 
@@ -116,17 +113,19 @@ class KVCache:
 
     def write(self, blocks: list[int], staged: StagedBlocks) -> None:
         """Write what `stage` made to `blocks`."""
-        for memory, rows in ((self._keys, staged.keys), (self._values, staged.values)):
-            if self.device.type == "cpu":  # by numpy, which stays in this thread
+        both = ((self._keys, staged.keys), (self._values, staged.values))
+        if self.device.type == "cpu":  # by numpy, which stays in this thread
+            for memory, rows in both:
                 memory.view(torch.uint8).numpy()[:, blocks] = rows.view(torch.uint8).numpy()
-            else:
-                targets = small_tensor(blocks, self.device, torch.int64)
-                memory[:, targets] = rows.to(self.device, non_blocking=True)
+            return
+        targets = small_tensor(blocks, self.device, torch.int64)
+        for memory, rows in both:
+            memory[:, targets] = rows.to(self.device, non_blocking=True)
 
     def _in_blocks(self, rows: torch.Tensor) -> torch.Tensor:
         layers, length, kv_heads, size = rows.shape
         blocks = -(-length // self.block_size)
         padded = (layers, blocks * self.block_size, kv_heads, size)
-        staged: torch.Tensor = torch.zeros(padded, dtype=rows.dtype, pin_memory=self.device.type == "cuda")
+        staged = torch.zeros(padded, dtype=self.format.stored_as, pin_memory=self.device.type == "cuda")
         staged[:, :length] = rows
         return staged.view(layers, blocks, self.block_size, kv_heads, size).transpose(2, 3)

@@ -63,6 +63,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python, torch and transformers imported")
     device = _device(config.device)
+    _refuse_rounding_on_gpu(config, device)
     on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, device)
     source = resolve(config.model)
@@ -74,7 +75,7 @@ def load(config: EngineConfig, report: Report) -> Loaded:
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
-    kv_cache, max_model_len = make_cache(config, model, backend, spec, _max_model_len(config, model))
+    kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, _max_model_len(config, model))
     phases.done("KV cache", kv_cache.describe())
     expected = eager_logits(model)  # before the weights are laid out anew
     forward, layout = _forward(model, kv_cache, backend, config.quantization)
@@ -171,9 +172,9 @@ def _checked_runner(
     expected: torch.Tensor, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig
 ) -> Runner:
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
-    quantized = config.quantization != "none" or config.kv_cache_dtype != "auto"
+    rounded_by = [option for option, _ in _rounding(config)]
     try:
-        self_check(expected, runner, info.vocab_size, kv_cache.block_size, quantized=quantized)
+        self_check(expected, runner, info.vocab_size, kv_cache.block_size, rounded_by)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
     return runner
@@ -190,6 +191,24 @@ def _refuse_unsupported(model: Any) -> None:
         raise ModelError(f"{kind} uses attention that is not full ({', '.join(sorted(layers))}): not supported yet")
     if getattr(config, "attn_logit_softcapping", None):
         raise ModelError(f"{kind} caps attention scores (attn_logit_softcapping): not supported yet")
+
+
+def _rounding(config: EngineConfig) -> list[tuple[str, str]]:
+    """Options that round more than the dtype does: as they were given, and as they would not."""
+    found = []
+    for name, value, plain in (
+        ("--quantization", config.quantization, "none"),
+        ("--kv-cache-dtype", config.kv_cache_dtype, "auto"),
+    ):
+        if value != plain:
+            found.append((f"{name} {value}", f"{name} {plain}"))
+    return found
+
+
+def _refuse_rounding_on_gpu(config: EngineConfig, device: torch.device) -> None:
+    """Before gigabytes of weights are loaded. Raises ModelError."""
+    for option, plain in _rounding(config) if device.type != "cpu" else ():
+        raise ModelError(f"{option} takes a CPU: use --device cpu, or {plain}")
 
 
 def _device(name: str) -> torch.device:

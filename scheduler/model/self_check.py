@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ def eager_logits(model: Any) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def self_check(expected: torch.Tensor, runner: Runner, vocab: int, block_size: int, quantized: bool = False) -> None:
-    """Run the same sequence in chunks through the paged cache; `expected` are the `eager_logits`.
+def self_check(
+    expected: torch.Tensor, runner: Runner, vocab: int, block_size: int, rounded_by: Sequence[str] = ()
+) -> None:
+    """Run the same sequence in chunks through the paged cache; `expected` are the `eager_logits`, `rounded_by` the
+    options that round more than the model's dtype.
 
     Raises RuntimeError when the logits disagree beyond rounding: the architecture does something (a window, a bias, a
     score cap) that does not pass through the attention interface.
@@ -47,8 +51,10 @@ def self_check(expected: torch.Tensor, runner: Runner, vocab: int, block_size: i
     eager = expected.float()
     spread = float((eager - eager.mean()).norm())
     error = float((paged - eager).norm()) / max(spread, 1e-6)
-    allowed = 0.4 if quantized else 1e-3 if expected.dtype == torch.float32 else 0.3
+    allowed = 0.4 if rounded_by else 1e-3 if expected.dtype == torch.float32 else 0.3
     if not error <= allowed:
+        advice = f"; try without {' '.join(rounded_by)}" if rounded_by else ""
         raise RuntimeError(
-            f"its logits through paged attention are {error:.1%} off transformers' own (at most {allowed:.1%} allowed)"
+            f"its logits through paged attention are {error:.1%} off transformers' own (at most {allowed:.1%} "
+            f"allowed){advice}"
         )

@@ -124,10 +124,11 @@ def test_an_engine_that_is_dropped_holds_no_memory(tiny_models: dict[str, str], 
     gc.disable()
     try:
         engine, _, counting = build(tiny_models["llama"], device)
-        held = [weakref.ref(tensor) for tensor in (engine._runner._kv_cache._memory, counting._graphs._forward._norm)]
+        cache = engine._runner._kv_cache
+        held = [weakref.ref(tensor) for tensor in (cache._keys, cache._values, counting._graphs._forward._norm)]
         engine.close()
-        del engine, counting
-        assert [reference() for reference in held] == [None, None]
+        del engine, counting, cache
+        assert [reference() for reference in held] == [None, None, None]
     finally:
         gc.enable()
 

@@ -10,6 +10,7 @@ import torch
 
 from scheduler.messages import AddRequest, SamplingParams, SoftPromptRef
 from scheduler.model.batch import RaggedBatch
+from scheduler.model.kv_cache import StagedBlocks
 from scheduler.step import OutOfDeviceMemory, Step
 from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
 from tests.engine.test_exactness import build, check_empty
@@ -104,7 +105,7 @@ def test_a_soft_prompt_that_finds_no_room_waits_for_those_who_run(llama: Referen
     ref = SoftPromptRef("7" * 64, str(save_prompt(prompt, tmp_path, "p")), 19)
     write, running = engine._runner._kv_cache.write, engine.scheduler.running
 
-    def full(blocks: list[int], staged: torch.Tensor) -> None:
+    def full(blocks: list[int], staged: StagedBlocks) -> None:
         if running or not others:
             raise torch.OutOfMemoryError("CUDA out of memory")
         write(blocks, staged)

@@ -422,7 +422,8 @@ if name == "cpu":
         test_decoder.test_near_transformers_in_every_format(weights)
     from tests.model import test_kv_packing
     for packing in test_kv_packing.PACKINGS:
-        test_kv_packing.test_the_decoder_attends_over_the_packed_rows(packing, "qwen3", "float32")
+        for weights in ("float32", "bfloat16"):
+            test_kv_packing.test_the_decoder_attends_over_the_packed_rows(packing, "qwen3", weights)
         test_kv_packing.test_what_is_not_finite_does_not_come_out_as_a_number(packing, float("inf"))
     test_kv_packing.test_no_number_is_further_off_than_its_step_allows()
     print("checked")

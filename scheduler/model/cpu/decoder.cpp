@@ -38,7 +38,7 @@ class Decoder final : public DecoderBase {
  public:
   Decoder(int64_t heads, int64_t kv_heads, int64_t dim, double epsilon, double scale, const at::Tensor& frequencies,
           double rotary_scale, const std::string& packing)
-      : packing_(packing, dim), heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
+      : kv_packing_(packing, dim), heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
         frequencies_(floats(frequencies)), rotary_scale_(rotary_scale) {
     TORCH_CHECK(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
     TORCH_CHECK(2 * int64_t(frequencies_.size()) == dim, "one frequency for every two dimensions of a head");
@@ -47,15 +47,15 @@ class Decoder final : public DecoderBase {
   void add_layer(const std::vector<at::Tensor>& weights, const std::vector<OptionalTensor>& optional,
                  const at::Tensor& key_cache, const at::Tensor& value_cache) override {
     TORCH_CHECK(weights.size() == 9 && optional.size() == 6, "a layer has nine tensors, and six optional ones");
-    const auto dtype = packing_ ? at::kByte : c10::CppTypeToScalarType<T>::value;
+    const auto dtype = kv_packing_ ? at::kByte : c10::CppTypeToScalarType<T>::value;
     const auto check_cache = [&](const at::Tensor& cache, int64_t packed_bytes) {
       TORCH_CHECK(cache.is_contiguous() && cache.dim() == 4 && cache.size(1) == kv_heads_ &&
-                      cache.size(3) == (packing_ ? packed_bytes : dim_),
+                      cache.size(3) == (kv_packing_ ? packed_bytes : dim_),
                   "caches must be contiguous [num_blocks, kv_heads, block_size, head_dim or bytes of a packed row]");
       TORCH_CHECK(cache.scalar_type() == dtype, "caches must be ", dtype);
     };
-    check_cache(key_cache, packing_.keys.bytes);
-    check_cache(value_cache, packing_.values.bytes);
+    check_cache(key_cache, kv_packing_.keys.bytes);
+    check_cache(value_cache, kv_packing_.values.bytes);
     TORCH_CHECK(key_cache.size(0) == value_cache.size(0) && key_cache.size(2) == value_cache.size(2),
                 "caches must have the same blocks");
     const int64_t size = weights[0].numel(), width = heads_ * dim_, inner = weights[6].size(0);
@@ -120,7 +120,7 @@ class Decoder final : public DecoderBase {
     p.query = query;
     p.query_stride = width;
     p.query_head_stride = dim_;
-    p.slot_stride = packing_ ? 1 : dim_;
+    p.slot_stride = kv_packing_ ? 1 : dim_;
     p.block_size = any_cache.size(2);
     p.head_stride = p.block_size * p.slot_stride;
     p.block_stride = kv_heads_ * p.head_stride;
@@ -204,20 +204,20 @@ class Decoder final : public DecoderBase {
           qkv.each(row, column, sums, [](Vec, Vec sum) { return sum; });
         });
         Problem<T> mine = p;
-        mine.keys = rows_of(layer->key_cache, packing_.keys);
-        mine.values = rows_of(layer->value_cache, packing_.values);
+        mine.keys = KvRows<T>(layer->key_cache.data_ptr(), kv_packing_.keys);
+        mine.values = KvRows<T>(layer->value_cache.data_ptr(), kv_packing_.values);
         team.for_each(tokens, [&](int64_t t) {
           const float *cosine = cosines + t * half, *sine = sines + t * half;
           float* from = qkv.data + t * qkv.columns;
           const int64_t slot = slots[t] / p.block_size * p.block_stride + slots[t] % p.block_size * p.slot_stride;
           for (int64_t h = 0; h < heads_; ++h) {
             rotate(from + h * dim_, layer->query_norm, epsilon_, cosine, sine, dim_, buffer);
-            if (packing_) turn_groups(buffer, dim_);
+            if (kv_packing_) turn_groups(buffer, dim_);
             narrow_row(buffer, dim_, query + t * width + h * dim_);
           }
           for (int64_t h = 0; h < kv_heads_; ++h) {
             rotate(from + width + h * dim_, layer->key_norm, epsilon_, cosine, sine, dim_, buffer);
-            if (packing_) turn_groups(buffer, dim_);
+            if (kv_packing_) turn_groups(buffer, dim_);
             mine.keys.put(buffer, dim_, slot + h * p.head_stride);
             mine.values.put(from + width + kv_width + h * dim_, dim_, slot + h * p.head_stride);
           }
@@ -249,11 +249,6 @@ class Decoder final : public DecoderBase {
     at::Tensor key_cache, value_cache;
   };
 
-  static KvRows<T> rows_of(const at::Tensor& cache, const RowCodec<T>& codec) {
-    if (codec.bytes > 0) return {nullptr, cache.data_ptr<uint8_t>(), codec};
-    return {cache.data_ptr<T>(), nullptr, codec};
-  }
-
   // The memory is kept for the next step, since fresh pages would have to be cleared, but not that of a rare large one.
   at::Tensor logits_for(int64_t rows) {
     const auto make = [&](int64_t count) { return at::empty({count, head_.outputs}, at::kFloat); };
@@ -262,7 +257,7 @@ class Decoder final : public DecoderBase {
     return logits_.narrow(0, 0, rows);
   }
 
-  const KvPacking<T> packing_;
+  const KvPacking<T> kv_packing_;
   const int64_t heads_, kv_heads_, dim_;
   const float epsilon_;
   const double scale_;

@@ -173,7 +173,11 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   using F = FormatOf<T>;
   using Element = typename F::Element;
   const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group, tile = p.group * kKeyTile;
-  float* acc = scratch(g.rows * (2 * stride + 3) + 2 * tile + stride + (p.keys.packed() ? 2 * kKeyTile * stride : 0));
+  const int64_t unpacked = p.keys.packed() ? kKeyTile * stride : 0;
+  float* memory = scratch(2 * unpacked + g.rows * (2 * stride + 3) + 2 * tile + stride);
+  T* unpacked_keys = reinterpret_cast<T*>(memory);  // first, where lines of the cache begin
+  T* unpacked_values = reinterpret_cast<T*>(memory + unpacked);
+  float* acc = memory + 2 * unpacked;
   float* scores = acc + g.rows * stride;
   float* top = scores + tile;
   float* total = top + g.rows;
@@ -181,8 +185,6 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   float* row_buffer = decay + g.rows;
   Element* weights = reinterpret_cast<Element*>(row_buffer + stride);
   Element* query = weights + tile;
-  T* unpacked_keys = reinterpret_cast<T*>(query + g.rows * stride);
-  T* unpacked_values = unpacked_keys + kKeyTile * stride;
   std::fill(acc, scores, 0.0f);
   std::fill(top, total, kLowest);
   std::fill(total, decay, 0.0f);
@@ -219,7 +221,8 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
       const int64_t head = (g.kv_head + n) * p.head_stride;
       const bool last = n + 1 == kv_heads;
       const int64_t next_head = (last ? next_kv_head : g.kv_head + n + 1) * p.head_stride;
-      const int64_t* ahead_offsets = last ? begin + kKeyTile < end || next ? next_offsets : nullptr : offsets;
+      const bool more = begin + kKeyTile < end || next;
+      const int64_t* ahead_offsets = !last ? offsets : more ? next_offsets : nullptr;
       const T *keys = unpacked_keys, *values = unpacked_values;
       const int64_t* places = in_order;
       NextTile<T> tile{};

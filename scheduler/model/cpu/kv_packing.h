@@ -19,13 +19,11 @@ namespace softbatch {
 
 constexpr int kKvGroup = 32;
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-
 INLINE Bits load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)  // GCC takes a conversion to numbers four times as wide apart
   return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Bytes v;
+  uint8_t v __attribute__((vector_size(kLanes)));
   std::memcpy(&v, p, sizeof v);
   return __builtin_convertvector(__builtin_convertvector(v, Short), Bits);
 #endif
@@ -91,14 +89,15 @@ struct PackedRow {
       encode_group(row + g, to);
   }
 
-  // The rows at `offsets`, `apart` numbers from one to the next. As many of `ahead`, if it is there, are fetched.
+  // The rows at `offsets`, `apart` numbers from one to the next. As many of another tile are fetched, unless it is null.
   template <typename T>
   static void decode(const uint8_t* rows, const int64_t* offsets, int64_t count, int64_t dim, int64_t apart, T* to,
                      const uint8_t* ahead, const int64_t* ahead_offsets) {
     const int64_t size = bytes(dim);
     for (int64_t i = 0; i < count; ++i, to += apart) {
       const uint8_t* from = rows + offsets[i] * size;
-      if (ahead) __builtin_prefetch(ahead + ahead_offsets[i] * size);
+      for (int64_t b = 0; ahead && b < size; b += 64)
+        __builtin_prefetch(ahead + ahead_offsets[i] * size + b);
       for (int64_t g = 0; g < dim; g += kKvGroup, from += kGroupBytes)
         decode_group(from, to + g);
     }
@@ -187,7 +186,6 @@ template <typename T>
 struct KvPacking {
   RowCodec<T> keys, values;
 
-  KvPacking() = default;
   // `name`: "none", "int8" (8 bits each) or "k6v4" (6 for keys, 4 for values).
   KvPacking(const std::string& name, int64_t dim) {
     if (name == "none") return;
@@ -207,7 +205,17 @@ struct KvRows {
   uint8_t* bytes = nullptr;  // offsets count rows
   RowCodec<T> codec;
 
-  bool packed() const { return bytes != nullptr; }
+  bool packed() const { return codec.bytes > 0; }
+
+  KvRows() = default;
+  // A packed cache has a codec.
+  KvRows(void* cache, const RowCodec<T>& codec) : codec(codec) {
+    if (codec.bytes > 0) {
+      bytes = static_cast<uint8_t*>(cache);
+    } else {
+      numbers = static_cast<T*>(cache);
+    }
+  }
 
   INLINE void put(const float* row, int64_t dim, int64_t offset) const {
     if (packed()) return codec.encode(row, dim, bytes + offset * codec.bytes);
