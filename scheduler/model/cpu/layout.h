@@ -27,15 +27,23 @@ constexpr int kTile = 12;
 constexpr int kTile = 6;  // 16 registers
 #endif
 
-// While one panel is multiplied, the next is fetched into the cache: a small batch is bound by memory.
+// While one panel is multiplied, the next is fetched into the cache, every tile of rows a share of it: all at once would
+// take longer to come than one tile's products take, and memory would rest during the others'.
 struct Ahead {
-  const char* next;
-  int64_t step;  // 0: nothing to fetch
+  static constexpr int64_t kStep = 4 * kColumns;
 
-  INLINE void fetch(int64_t bytes) {
-    for (int64_t line = 0; line < bytes; line += 64)
+  const char* next;
+  int64_t step;  // bytes of the next panel for kStep of this; 0: nothing to fetch
+
+  static Ahead none(const char* any) { return {any, 0}; }
+  static Ahead share(const char* panel, int64_t bytes, int64_t share, int64_t shares) {
+    return {panel + bytes * share / shares, (kStep + shares - 1) / shares};
+  }
+
+  INLINE void fetch() {
+    for (int64_t line = 0; line < kStep; line += 64)
       __builtin_prefetch(next + line, 0, 2);
-    next += step ? bytes : 0;
+    next += step;
   }
 };
 
@@ -47,6 +55,7 @@ struct Layout {
   // Elements of a row that lie together in a tile; the rest of the last group is zeros, in the weights too.
   static constexpr int64_t kGroup = 16;
   static constexpr int64_t kStep = kColumns * F::kDepth * sizeof(W);  // a panel's share of an element
+  static_assert(kStep == Ahead::kStep);
 
   static int64_t groups(int64_t inputs) { return (inputs / F::kDepth + kGroup - 1) / kGroup; }
   static int64_t panel_bytes(int64_t inputs) { return groups(inputs) * kGroup * kStep; }
@@ -93,7 +102,7 @@ struct Layout {
     for (int64_t g = 0; g < groups(inputs); ++g, x += (M - 1) * kGroup)
       for (int k = 0; k < kGroup; ++k, panel += kStep, ++x) {
         const auto w0 = F::lanes(panel), w1 = F::lanes(panel + kStep / 2);
-        ahead.fetch(kStep);
+        ahead.fetch();
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
           acc[m][0] = F::add(acc[m][0], w0, x[m * kGroup]);
@@ -119,6 +128,7 @@ struct Layout<int8_t> {
   static constexpr int kZero = 128;
   static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 127 / top stays finite
   static constexpr int64_t kStep = 4 * kColumns;                                   // four inputs of a panel
+  static_assert(kStep == Ahead::kStep && kColumns * sizeof(float) == Ahead::kStep);
   static constexpr int64_t kGroupBytes = kGroup * kColumns + kColumns * sizeof(float);  // with its scales, first
   static constexpr int64_t kRowBytes = kGroup + 2 * sizeof(float);  // a row's share of a tile's group, the same
   typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
@@ -195,10 +205,10 @@ struct Layout<int8_t> {
 #pragma GCC unroll 14
       for (int m = 0; m < M; ++m)
         acc[m][0] = acc[m][1] = Ints{} + zeros[m];
-      ahead.fetch(kColumns * sizeof(float));
+      ahead.fetch();
       for (int k = 0; k < kGroup / 4; ++k, w += kStep) {
         const Bits w0 = Format<at::BFloat16>::lanes(w), w1 = Format<at::BFloat16>::lanes(w + kStep / 2);
-        ahead.fetch(kStep);
+        ahead.fetch();
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
           acc[m][0] = add(acc[m][0], w0, x[m * kGroup / 4 + k]);

@@ -73,12 +73,15 @@ template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
   const int64_t parts = (x.tiles + kTilesTogether - 1) / kTilesTogether;
+  const int64_t bytes = Layout<W>::panel_bytes(weights.inputs);
   alignas(64) float sums[kTile * kColumns];
   team.for_each_ahead(weights.panels() * parts, false, [&](int64_t item, int64_t after) {
     const int64_t panel = item / parts, first_tile = item % parts * kTilesTogether;
     const int64_t panel_after = std::min(after / parts, weights.panels() - 1);
-    for (int64_t t = first_tile; t < std::min(x.tiles, first_tile + kTilesTogether); ++t) {
-      const Ahead ahead{weights.panel(panel_after), t == first_tile && panel_after != panel};
+    const int64_t tiles = std::min<int64_t>(x.tiles - first_tile, kTilesTogether);
+    const char* next = weights.panel(panel_after);
+    for (int64_t t = first_tile; t < first_tile + tiles; ++t) {
+      const Ahead ahead = panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, t - first_tile, tiles);
       const int64_t first = x.first(t), rows = x.first(t + 1) - first;
       kernels[rows - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead, sums);
       for (int64_t row = 0; row < rows; ++row) {
