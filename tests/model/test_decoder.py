@@ -93,7 +93,8 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS) -> KVCache:
+def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS, packing: str = "none") -> KVCache:
+    """Whoever reads what was not written reads NaN: bytes of 255 are one too, as the scale of a packed row."""
     config, attention = model.config, model.model.layers[0].self_attn
     cache = KVCache(
         num_layers=config.num_hidden_layers,
@@ -103,9 +104,10 @@ def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS) -> KVCa
         head_dim=attention.head_dim,
         dtype=dtype,
         device=CPU,
+        packing=packing,
     )
     for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan"))  # whoever reads what was not written shows
+        tensor.fill_(float("nan") if packing == "none" else 255)
     return cache
 
 

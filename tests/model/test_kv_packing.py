@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from prompt_store.soft_prompt import SoftPrompt
 from scheduler.engine import build_engine
 from scheduler.messages import EngineConfig, SoftPromptRef
-from scheduler.model import interface
+from scheduler.model import interface, loader
 from scheduler.model.attention.base import AttentionBackend, PagedBatch
 from scheduler.model.attention.reference import reference
 from scheduler.model.batch import Row, build_batch
@@ -102,24 +102,7 @@ def through(packing: str) -> AttentionBackend:
 
 
 def make_cache(model: Any, dtype: torch.dtype, packing: str) -> KVCache:
-    """Whoever reads what was not written reads NaN: bytes of 255 are one, as a scale."""
-    plain = decoders.make_cache(model, dtype)
-    if packing == "none":
-        return plain
-    layers, (blocks, kv_heads, block_size, head_dim) = len(plain.keys), plain.keys[0].shape
-    cache = KVCache(
-        num_layers=layers,
-        num_blocks=blocks,
-        num_kv_heads=kv_heads,
-        block_size=block_size,
-        head_dim=head_dim,
-        dtype=dtype,
-        device=CPU,
-        packing=packing,
-    )
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(255)
-    return cache
+    return decoders.make_cache(model, dtype, packing=packing)
 
 
 def wide_model(dtype: torch.dtype = torch.float32, name: str = "llama", heads: int = 8) -> Any:
@@ -356,3 +339,14 @@ def test_a_third_of_the_memory_holds_as_many_tokens(tiny_models: dict[str, str])
 def test_what_cannot_be_packed_is_refused(tiny_models: dict[str, str], name: str, dtype: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         make_engine(tiny_models[name], "int8", dtype=dtype)
+
+
+def test_on_a_gpu_it_is_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(loader, "resolve", lambda model: pytest.fail("the model's files were looked for"))
+    for options, message in (
+        ({"kv_cache_dtype": "k6v4"}, "--kv-cache-dtype k6v4 takes a CPU: use --device cpu, or --kv-cache-dtype auto"),
+        ({"quantization": "int8"}, "--quantization int8 takes a CPU: use --device cpu, or --quantization none"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            build_engine(EngineConfig(model="smollm2-135m", dtype="bfloat16", **options), lambda *_: None)
