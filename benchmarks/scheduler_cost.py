@@ -1,4 +1,4 @@
-"""What the scheduler itself costs per step: schedule() and postprocess(), no model.
+"""What the scheduler itself costs per step: schedule(), launched() and postprocess(), no model.
 
 Against the number waiting, which must not matter, and the number running, which may. Between two measured steps
 nothing else happens, as in a server whose batch is full.
@@ -72,11 +72,13 @@ def _fill_cache(scheduler: Scheduler) -> None:
             step = scheduler.schedule()
             for read in step.reads:
                 scheduler.soft_prompt_ready(read.sha256)
-            scheduler.postprocess(step, sampled(step))
+            result = sampled(step)
+            scheduler.launched(step)
+            scheduler.postprocess(step, result)
 
 
 def sampled(step: Step) -> StepResult:
-    ends = {s.request_id: 1000 for s, count in step.rows if s.num_computed + count == s.length}
+    ends = {row.sequence.request_id: 1000 for row in step.rows if row.end == row.sequence.length}
     return StepResult(tokens=ends, logprobs={}, scores={}, errors={}, fill_errors={})
 
 
@@ -87,6 +89,7 @@ def advance(scheduler: Scheduler) -> float:
     scheduled = time.perf_counter()
     result = sampled(step)
     resumed = time.perf_counter()
+    scheduler.launched(step)
     scheduler.postprocess(step, result)
     scheduler.stats(1)
     return time.perf_counter() - resumed + scheduled - started

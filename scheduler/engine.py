@@ -1,4 +1,4 @@
-"""The engine: inbox → schedule → run → postprocess → outbox. The only joiner of scheduler and model."""
+"""The engine: inbox → schedule → launch → postprocess → outbox. The only joiner of scheduler and model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,10 +43,18 @@ HEARTBEAT_SECONDS = 1.0
 _TOO_SMALL = "the device's memory is too small for this"
 
 
+class Launched(Protocol):
+    """A step that is on its way."""
+
+    def result(self) -> StepResult:
+        """Waits for its end. Called once."""
+        ...
+
+
 class ModelRunner(Protocol):
     """What the engine asks of the model side."""
 
-    def execute(self, step: Step) -> StepResult:
+    def launch(self, step: Step) -> Launched:
         """Raises OutOfDeviceMemory."""
         ...
 
@@ -60,16 +69,40 @@ class ModelRunner(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class _NothingRuns:
+    """What comes of a step for which there is no memory, however small it is made."""
+
+    step: Step
+
+    def result(self) -> StepResult:
+        errors = {row.sequence.request_id: _TOO_SMALL for row in self.step.rows}
+        return StepResult({}, {}, {}, errors, {fill.prompt.ref.sha256: _TOO_SMALL for fill in self.step.fills})
+
+
+@dataclass(frozen=True, eq=False)
+class _OnItsWay:
+    step: Step
+    launched: Launched
+    since: float
+
+
 class Engine:
     """Owns the scheduler, the runner and the reader of soft prompts; one `step()` is one iteration.
 
-    Not thread-safe, except `expect`.
+    With `run_ahead`, an iteration launches the next step and then takes in the one before, which has run meanwhile;
+    without, the very step that it launches. Not thread-safe, except `expect`.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int, *, run_ahead: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._bytes_per_block = bytes_per_block
+        self._run_ahead = run_ahead
+        self._on_its_way: _OnItsWay | None = None
+        self._last_end = 0.0
         self.reader: SoftPromptReader[StagedSoftPrompt] = SoftPromptReader(
             runner.read_soft_prompt, runner.prepare_to_read
         )
@@ -78,7 +111,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._refused) or len(self.reader) > 0
+        return self.scheduler.has_work or self.is_running or bool(self._refused) or len(self.reader) > 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a step is on its way."""
+        return self._on_its_way is not None
 
     @property
     def stats(self) -> EngineStats:
@@ -114,33 +152,40 @@ class Engine:
             loaded = self._place(readings, outputs)
             self.scheduler.join(step)
             self._start_reading(step)
-        if step:
-            outputs += self.scheduler.postprocess(step, self._execute(step))
-        loaded += self._collect_filled(step)
+        ended = self._on_its_way
+        self._on_its_way = self._launch(step, started) if step else None
+        if not self._run_ahead:
+            ended, self._on_its_way = self._on_its_way, None
+        if ended is not None:
+            outputs += self.scheduler.postprocess(ended.step, ended.launched.result())
+            loaded += self._collect_filled(ended.step)
+        last_end, self._last_end = self._last_end, time.perf_counter()
         return StepOutput(
             outputs=outputs,
             stats=self.stats,
             admitted=step.admitted,
             preempted=step.preempted,
-            batch_size=len(step.rows),
-            num_tokens=step.num_tokens,
-            step_seconds=time.perf_counter() - started if step else 0.0,
+            batch_size=len(ended.step.rows) if ended else 0,
+            num_tokens=ended.step.num_tokens if ended else 0,
+            step_seconds=self._last_end - max(ended.since, last_end) if ended else 0.0,
             schedule_seconds=scheduled - started,
             soft_prompt_load_seconds=loaded,
         )
 
-    def _execute(self, step: Step) -> StepResult:
-        """Run the step, made smaller as often as the device runs out of memory."""
-        while True:
-            rows, fills = step.rows, step.fills
+    def _launch(self, step: Step, since: float) -> _OnItsWay:
+        """Launch the step, made smaller as often as the device runs out of memory."""
+        launched: Launched | None = None
+        while launched is None:
+            whole = Step(rows=step.rows, fills=step.fills)
             try:
-                return self._runner.execute(step)
+                launched = self._runner.launch(step)
             except OutOfDeviceMemory:
                 logger.warning("out of device memory in a step of %d tokens; running it again smaller", step.num_tokens)
                 if not self.scheduler.shrink(step):
-                    step.rows, step.fills = rows, fills
-                    errors = {sequence.request_id: _TOO_SMALL for sequence, _ in rows}
-                    return StepResult({}, {}, {}, errors, {prompt.ref.sha256: _TOO_SMALL for prompt, _ in fills})
+                    step.rows, step.fills = whole.rows, whole.fills
+                    launched = _NothingRuns(whole)
+        self.scheduler.launched(step)
+        return _OnItsWay(step, launched, since)
 
     def close(self) -> None:
         self.reader.close()
@@ -181,7 +226,7 @@ class Engine:
         return ready
 
     def _collect_filled(self, step: Step) -> list[float]:
-        filled = [p.ref.sha256 for p, _ in step.fills if p.num_computed == p.ref.num_virtual_tokens]
+        filled = [fill.prompt.ref.sha256 for fill in step.fills if fill.is_last]
         return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
 
 
@@ -208,7 +253,8 @@ def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]
         block_size=kv.block_size,
         kv_bytes=kv.num_blocks * kv.bytes_per_block,
     )
-    return Engine(scheduler, loaded.runner, kv.bytes_per_block), ready
+    run_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and loaded.info.is_on_gpu)
+    return Engine(scheduler, loaded.runner, kv.bytes_per_block, run_ahead=run_ahead), ready
 
 
 class Reporter(Protocol):
@@ -253,6 +299,7 @@ class EngineProcess:
             output = engine.step()
             if output.has_news:
                 self._send(output)
+            if output.has_news or engine.is_running:
                 self._handle(engine, timeout=0)
                 return
         # Nothing to compute: sleep until a request comes or a soft prompt has been read, and show a sign of life.

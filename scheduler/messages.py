@@ -133,6 +133,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_gib: float | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
+    async_scheduling: str = "auto"
     max_prompt_bytes: int = 256 << 20
     inbox: str = ""
     outbox: str = ""
@@ -185,6 +186,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     attention: str
     num_parameters: int
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
     @property
     def spec(self) -> ModelSpec:

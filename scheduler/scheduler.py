@@ -1,4 +1,4 @@
-"""Who runs at each step: `schedule()` before it, `postprocess()` after it."""
+"""Who runs at each step: `schedule()` before it, `launched()` once it is on its way, `postprocess()` after it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scheduler.blocks import BlockPool
 from scheduler.messages import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
 from scheduler.sequence import Sequence
 from scheduler.soft_prompts import Residency, ResidentSoftPrompt, SoftPromptCache
-from scheduler.step import Step, StepResult
+from scheduler.step import Fill, Step, StepResult, StepRow
 from scheduler.waiting import QueueFull, WaitingQueue
 
 
@@ -30,6 +30,10 @@ class Scheduler:
     Invariants, checked by `check_integrity`: at most `max_batch_size` run; every block has exactly the references
     of its owners; a running sequence has blocks for everything it has computed. Decoding sequences go first in
     every step, so that a long prefill never halts them.
+
+    A step may be scheduled while the one before is on its way, as if that had ended and nobody with it. Rows of those
+    who leave meanwhile count for nothing; what they write into blocks that are free again, comes before anything that
+    a later step writes there, as steps run one after another.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -84,15 +88,15 @@ class Scheduler:
             step.fills.pop()
             return True
         if len(step.rows) > 1:
-            sequence = max((sequence for sequence, _ in step.rows), key=lambda s: s.order)
-            step.rows = [row for row in step.rows if row[0] is not sequence]
+            sequence = max((row.sequence for row in step.rows), key=lambda s: s.order)
+            step.rows = [row for row in step.rows if row.sequence is not sequence]
             step.copies = [copy for copy in step.copies if copy[1] not in sequence.block_table]
             step.admitted = [name for name in step.admitted if name != sequence.request_id]
             self._preempt(sequence, step)
             self._most_running = len(self.running)
             return True
-        step.rows = [(sequence, count // 2) for sequence, count in step.rows if count > 1]
-        step.fills = [(prompt, count // 2) for prompt, count in step.fills if count > 1]
+        step.rows = [row._replace(count=row.count // 2) for row in step.rows if row.count > 1]
+        step.fills = [fill._replace(count=fill.count // 2) for fill in step.fills if fill.count > 1]
         return bool(step)
 
     def hold_back(self) -> None:
@@ -117,28 +121,39 @@ class Scheduler:
         budget = self.config.max_batch_tokens - step.num_tokens
         self._admit(step, budget - self._fill(step, budget, others=False))
 
+    def launched(self, step: Step) -> None:
+        """The step is on its way: what it computes counts as computed, what it samples as a token to come."""
+        for row in step.rows:
+            sequence = row.sequence
+            sequence.num_computed += row.count
+            if sequence.score_from is None and sequence.num_computed == sequence.length:
+                sequence.num_pending += 1
+        for fill in step.fills:
+            fill.prompt.num_computed += fill.count
+
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
-        """Advance every row of the step; finished and failed sequences leave the batch and free their slots."""
+        """Take in what came of a launched step; finished and failed sequences leave the batch and free their slots."""
         outputs = []
-        for prompt, count in step.fills:
+        for prompt, start, count in step.fills:
             sha256 = prompt.ref.sha256
+            if self.soft_prompts.get(sha256) is not prompt:
+                continue
             if sha256 in result.fill_errors:
                 outputs += self.soft_prompt_failed(sha256, result.fill_errors[sha256])
-                continue
-            prompt.num_computed += count
-            if prompt.num_computed == prompt.ref.num_virtual_tokens:
+            elif start + count == prompt.ref.num_virtual_tokens:
                 self.soft_prompt_ready(sha256)
-        for sequence, count in step.rows:
-            if sequence.request_id in result.errors:
-                self._leave(sequence)
-                outputs.append(_failed(sequence, result.errors[sequence.request_id]))
+        for row in step.rows:
+            if row.is_void:
                 continue
-            sequence.num_computed += count
-            self._register_blocks(sequence)
-            output = SequenceOutput(sequence.request_id, sequence.num_computed)
+            sequence, end = row.sequence, row.end
+            if sequence.request_id in result.errors:
+                outputs.append(self.fail(sequence, result.errors[sequence.request_id]))
+                continue
+            self._register_blocks(sequence, end)
+            output = SequenceOutput(sequence.request_id, end)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
-                if sequence.num_computed == sequence.length:
+                if end == sequence.length:
                     output.scores, output.finish_reason = sequence.scores, "length"
                     self._leave(sequence)
                 outputs.append(output)
@@ -146,6 +161,9 @@ class Scheduler:
             token = result.tokens.get(sequence.request_id)
             if token is not None:
                 sequence.tokens.append(token)
+                sequence.num_pending -= 1
+                if sequence.request_id in result.revised:
+                    self._forget_steps(sequence, end)
                 output.token_ids = [token]
                 if sequence.request_id in result.logprobs:
                     output.logprobs = [result.logprobs[sequence.request_id]]
@@ -233,7 +251,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if sequence.length - sequence.num_computed == 1:
+            if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
                 while not self._has_block_for_next(sequence):
                     victim = self.running[-1]
                     self._preempt(victim, step)
@@ -255,11 +273,11 @@ class Scheduler:
         """Compute soft prompts that are not in the step yet; returns the tokens taken: at most half of the budget while
         `others`, or those who wait, have a use for it."""
         share = left = -(-budget // 2) if others or self.waiting.peek() else budget
-        known = {prompt.ref.sha256 for prompt, _ in step.fills}
+        known = {fill.prompt.ref.sha256 for fill in step.fills}
         for prompt in self.soft_prompts.filling():
             count = min(prompt.ref.num_virtual_tokens - prompt.num_computed, left)
             if count > 0 and prompt.ref.sha256 not in known:
-                step.fills.append((prompt, count))
+                step.fills.append(Fill(prompt, prompt.num_computed, count))
                 left -= count
         return share - left
 
@@ -348,12 +366,11 @@ class Scheduler:
 
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         count = min(sequence.length - sequence.num_computed, budget)
-        step.rows.append((sequence, count))
+        step.rows.append(StepRow(sequence, sequence.num_computed, count, sequence.attempt))
         return count
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave(sequence)
-        sequence.num_computed = 0
         sequence.scores = []
         self.waiting.push(sequence, bounded=False)
         self._preemptions += 1
@@ -361,6 +378,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of the batch: blocks and the pin on the soft prompt go back."""
+        self._forget_steps(sequence, 0)
         self.running.remove(sequence)
         self._most_running = self.config.max_batch_size
         self.pool.release(sequence.block_table)
@@ -368,11 +386,17 @@ class Scheduler:
         if sequence.soft_prompt is not None:
             self.soft_prompts.release(sequence.soft_prompt.sha256)
 
-    def _register_blocks(self, sequence: Sequence) -> None:
-        """Make the blocks that this step has filled findable for later sequences."""
+    def _forget_steps(self, sequence: Sequence, num_computed: int) -> None:
+        """Whatever is on its way for this sequence counts for nothing, and neither do positions from here on."""
+        sequence.attempt += 1
+        sequence.num_pending = 0
+        sequence.num_computed = num_computed
+
+    def _register_blocks(self, sequence: Sequence, end: int) -> None:
+        """Make the blocks that this step has filled, up to position `end`, findable for later sequences."""
         size = self.config.block_size
         first = sequence.num_virtual // size
-        full = sequence.num_computed // size - first
+        full = end // size - first
         if full > sequence.num_registered:
             hashes = sequence.hash_blocks(full, size)
             for index in range(sequence.num_registered, full):

@@ -9,20 +9,25 @@ from scheduler.messages import AddRequest, FinishReason
 
 
 class Sequence:
-    """A request inside the engine; `num_computed` says how far its keys and values have come.
+    """A request inside the engine; `num_computed` says how far its keys and values have come, or will have when the
+    steps that are on their way have ended.
 
-    Positions count the soft prompt's virtual tokens first, so `length` = virtual tokens + `tokens`. There are no
-    phases: a step computes some of positions num_computed … length−1, and whoever reaches `length` samples.
+    Positions count the soft prompt's virtual tokens first, so `length` = virtual tokens + `tokens` + those that are
+    being sampled (`num_pending`). There are no phases: a step computes some of positions num_computed … length−1, and
+    whoever reaches `length` samples. `attempt` changes whenever steps on their way no longer count: the sequence has
+    left the batch, or a token they started from was another.
     The scheduler owns every field; the runner only reads.
     """
 
     __slots__ = (
         "arrival",
+        "attempt",
         "block_hashes",
         "block_table",
         "cache_salt",
         "missed_soft_prompt",
         "num_computed",
+        "num_pending",
         "num_prompt",
         "num_registered",
         "num_virtual",
@@ -49,6 +54,8 @@ class Sequence:
         self.score_from = request.score_from
         self.scores: list[float] = []
         self.num_computed = 0
+        self.num_pending = 0
+        self.attempt = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_registered = 0
@@ -57,12 +64,17 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens in the sequence so far, virtual ones included."""
-        return self.num_virtual + len(self.tokens)
+        """Tokens in the sequence so far, virtual and pending ones included."""
+        return self.num_virtual + len(self.tokens) + self.num_pending
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def will_end(self) -> bool:
+        """Whether a pending token is the last one it may have."""
+        return self.num_pending > 0 and self.num_generated + self.num_pending >= self.params.max_tokens
 
     @property
     def order(self) -> tuple[int, int]:
@@ -74,14 +86,14 @@ class Sequence:
         """The longest this sequence can become."""
         return self.num_virtual + self.num_prompt + self.params.max_tokens
 
-    def logit_rows(self, count: int) -> range:
-        """Which of the next `count` positions, counted from the first of them, need their logits: the last one where
+    def logit_rows(self, start: int, count: int) -> range:
+        """Which of the `count` positions from `start` on, counted from there, need their logits: the last one where
         the sequence samples, or those that come before a token to be scored."""
-        first = self.num_computed - self.num_virtual
+        first = start - self.num_virtual
         if self.score_from is not None:
             start = max(0, self.score_from - 1 - first)
             return range(start, max(start, min(count, len(self.tokens) - 1 - first)))
-        return range(count - 1, count) if self.num_computed + count == self.length else range(0)
+        return range(count - 1, count) if start + count == self.length else range(0)
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends with its newest token, or None if it goes on."""
@@ -103,7 +115,7 @@ class Sequence:
         while len(hashes) < count:
             start = (first + len(hashes)) * block_size
             stop = start + block_size
-            if stop > self.length:
+            if stop > self.num_virtual + len(self.tokens):
                 break
             if hashes:
                 parent = hashes[-1]

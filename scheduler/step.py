@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from scheduler.messages import SoftPromptRef, TokenLogprobs
 from scheduler.sequence import Sequence
 from scheduler.soft_prompts import ResidentSoftPrompt
 
 
+class StepRow(NamedTuple):
+    """`count` positions of a sequence from `start` on. It counts for nothing once the sequence's attempt is another."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    attempt: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def is_void(self) -> bool:
+        return self.attempt != self.sequence.attempt
+
+
+class Fill(NamedTuple):
+    """`count` virtual tokens, from `start` on, of a soft prompt whose keys and values are computed."""
+
+    prompt: ResidentSoftPrompt
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.count == self.prompt.ref.num_virtual_tokens
+
+
 @dataclass(eq=False)
 class Step:
     """What one iteration computes: rows of new tokens, after `copies` of whole blocks (source, target)."""
 
-    rows: list[tuple[Sequence, int]] = field(default_factory=list)
-    fills: list[tuple[ResidentSoftPrompt, int]] = field(default_factory=list)
+    rows: list[StepRow] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     reads: list[SoftPromptRef] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
@@ -22,7 +52,7 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(count for _, count in self.rows) + sum(count for _, count in self.fills)
+        return sum(row.count for row in self.rows) + sum(fill.count for fill in self.fills)
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.fills)
@@ -38,10 +68,13 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone."""
+    """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone.
+
+    `revised` names rows whose token is not the one that a step launched meanwhile has taken for it."""
 
     tokens: dict[str, int]
     logprobs: dict[str, TokenLogprobs]
     scores: dict[str, list[float]]
     errors: dict[str, str]
     fill_errors: dict[str, str]
+    revised: frozenset[str] = frozenset()

@@ -149,6 +149,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         kv_cache_gib=settings.kv_cache_gib,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         block_size=settings.block_size,
+        async_scheduling=settings.async_scheduling,
         max_prompt_bytes=settings.max_prompt_mib << 20,
     )
 

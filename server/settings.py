@@ -67,6 +67,9 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="share of the GPU's memory to use for weights, steps and KV cache"
     )
     block_size: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    async_scheduling: Literal["auto", "on", "off"] = Field(
+        "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
+    )
     prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(

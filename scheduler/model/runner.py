@@ -1,9 +1,8 @@
-"""Runs one step on the model: blocks in, sampled tokens out."""
+"""Launches steps on the model: blocks in, sampled tokens on their way out."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from scheduler.messages import SoftPromptRef
 from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.forward import Forward
 from scheduler.model.kv_cache import KVCache, StagedBlocks
-from scheduler.model.sampler import SampleInput, sample
+from scheduler.model.launched_step import LaunchedStep, Scores
+from scheduler.model.sampler import SampleInput, needs_history, sample
 from scheduler.model.staging import small_tensor
 from scheduler.sequence import Sequence
 from scheduler.soft_prompts import ResidentSoftPrompt
-from scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
+from scheduler.step import DeviceLost, Fill, OutOfDeviceMemory, Step, StepRow
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,9 @@ class StagedSoftPrompt:
 
 
 class Runner:
-    """Owns the KV cache and the way the model is run. A row that fails, fails alone: the others' results still come."""
+    """Owns the KV cache and the way the model is run. A row that fails, fails alone: the others' results still come.
+
+    A step may be launched before the tokens of the one before have been read: it takes them from the device."""
 
     def __init__(
         self,
@@ -52,48 +54,51 @@ class Runner:
         self._max_prompt_bytes = max_prompt_bytes
         self._on_gpu = kv_cache.device.type == "cuda"
         self._filling: dict[str, torch.Tensor] = {}
+        self._newest = LaunchedStep()
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> StepResult:
+    def launch(self, step: Step) -> LaunchedStep:
         """Compute every row of the step. If that raises, each row is run once more alone and only those that
         raise again are reported as failed; writing the same keys and values twice changes nothing.
 
-        Raises OutOfDeviceMemory and DeviceLost."""
+        A GPU is only given its work; what comes of it is waited for later. Raises OutOfDeviceMemory and DeviceLost."""
         with _shortage_told():
-            return self._execute(step)
+            self._newest = self._launch(step)
+        return self._newest
 
-    def _execute(self, step: Step) -> StepResult:
+    def _launch(self, step: Step) -> LaunchedStep:
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
-        result = StepResult(tokens={}, logprobs={}, scores={}, errors={}, fill_errors={})
+        launched = LaunchedStep()
         try:
-            self._run(step.rows, step.fills, result)
+            self._run(step.rows, step.fills, launched)
         except Exception as error:
             if _is_shortage(error):
                 raise
             logger.exception("a step failed; running its rows one by one")
             self._check_device()
+            launched = LaunchedStep()
             for row in step.rows:
                 try:
-                    self._run([row], [], result)
+                    self._run([row], [], launched)
                 except Exception as error:
                     if _is_shortage(error):
                         raise
-                    logger.exception("request %s failed", row[0].request_id)
-                    result.errors[row[0].request_id] = "the model failed on this request"
+                    logger.exception("request %s failed", row.sequence.request_id)
+                    launched.errors[row.sequence.request_id] = "the model failed on this request"
             for fill in step.fills:
                 try:
-                    self._run([], [fill], result)
+                    self._run([], [fill], launched)
                 except Exception as error:
                     if _is_shortage(error):
                         raise
-                    logger.exception("soft prompt %s failed", fill[0].ref.sha256)
-                    result.fill_errors[fill[0].ref.sha256] = "the model failed on this soft prompt"
-        for prompt, count in step.fills:
-            done = prompt.num_computed + count == prompt.ref.num_virtual_tokens
-            if done or prompt.ref.sha256 in result.fill_errors:
-                self._filling.pop(prompt.ref.sha256, None)
-        return result
+                    logger.exception("soft prompt %s failed", fill.prompt.ref.sha256)
+                    launched.fill_errors[fill.prompt.ref.sha256] = "the model failed on this soft prompt"
+        for fill in step.fills:
+            sha256 = fill.prompt.ref.sha256
+            if fill.is_last or sha256 in launched.fill_errors:
+                self._filling.pop(sha256, None)
+        return launched
 
     def prepare_to_read(self) -> None:
         """Keep torch in the calling thread: beside a running step a second team of threads would wait long for its
@@ -130,46 +135,44 @@ class Runner:
                 raise
         return staged.embeddings is None
 
-    def _run(
-        self,
-        rows: list[tuple[Sequence, int]],
-        fills: list[tuple[ResidentSoftPrompt, int]],
-        result: StepResult,
-    ) -> None:
-        logits = self.forward([_sequence_row(s, count) for s, count in rows] + [self._fill_row(p, c) for p, c in fills])
+    def _run(self, rows: list[StepRow], fills: list[Fill], launched: LaunchedStep) -> None:
+        batch = self._build([_as_row(row) for row in rows] + [self._fill_row(fill) for fill in fills])
+        self._insert_pending(rows, batch.token_ids)
+        logits = self._forward(batch)
         sampling, sampled_rows, at = [], [], 0
-        for sequence, count in rows:
-            wanted = sequence.logit_rows(count)
-            if sequence.score_from is not None:
-                self._score(sequence, wanted, logits[at : at + len(wanted)], result)
+        for row in rows:
+            wanted = row.sequence.logit_rows(row.start, row.count)
+            if row.sequence.score_from is not None:
+                first = row.start - row.sequence.num_virtual
+                following = [row.sequence.tokens[first + offset + 1] for offset in wanted]
+                launched.scores[row.sequence.request_id] = Scores(logits[at : at + len(wanted)], following)
             elif wanted:
-                sampling.append(sequence)
+                sampling.append(row.sequence)
                 sampled_rows.append(at)
             at += len(wanted)
         if not sampling:
             return
         if len(sampled_rows) < at:
             logits = logits[small_tensor(sampled_rows, logits.device, torch.int64)]
-        inputs = [SampleInput(s.params, s.tokens, s.num_prompt, s.length) for s in sampling]
-        for sequence, chosen in zip(sampling, sample(logits, inputs), strict=True):
-            if chosen.error is not None:
-                result.errors[sequence.request_id] = chosen.error
-                continue
-            result.tokens[sequence.request_id] = chosen.token_id
-            if chosen.logprobs is not None:
-                result.logprobs[sequence.request_id] = chosen.logprobs
+        launched.add_samples([s.request_id for s in sampling], sample(logits, [self._sample_input(s) for s in sampling]))
 
-    def _score(self, sequence: Sequence, wanted: range, logits: torch.Tensor, result: StepResult) -> None:
-        """Log-probability of the token that follows each wanted position."""
-        first = sequence.num_computed - sequence.num_virtual
-        following = [sequence.tokens[first + offset + 1] for offset in wanted]
-        targets = small_tensor(following, logits.device, torch.int64)
-        table = torch.log_softmax(logits.float(), dim=-1)
-        scores: list[float] = table.gather(1, targets[:, None])[:, 0].tolist()
-        if all(map(math.isfinite, scores)):
-            result.scores[sequence.request_id] = scores
-        else:
-            result.errors[sequence.request_id] = "the model's logits are not finite"
+    def _insert_pending(self, rows: list[StepRow], token_ids: torch.Tensor) -> None:
+        """Write tokens that only the device knows where they are the input."""
+        places, request_ids, at = [], [], 0
+        for row in rows:
+            at += row.count
+            if _ends_with_pending(row):
+                places.append(at - 1)
+                request_ids.append(row.sequence.request_id)
+        tokens = self._newest.tokens_of(request_ids) if places else None
+        if tokens is not None:
+            token_ids[small_tensor(places, token_ids.device, torch.int64)] = tokens
+
+    def _sample_input(self, s: Sequence) -> SampleInput:
+        unknown = s.num_pending > 0 and needs_history(s.params)
+        return SampleInput(
+            s.params, s.tokens, s.num_prompt, s.length, self._newest.tokens_of([s.request_id]) if unknown else None
+        )
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
@@ -185,9 +188,9 @@ class Runner:
             except RuntimeError as error:
                 raise DeviceLost(str(error)) from error
 
-    def _fill_row(self, prompt: ResidentSoftPrompt, count: int) -> Row:
-        embeddings = self._filling[prompt.ref.sha256][prompt.num_computed : prompt.num_computed + count]
-        return Row(prompt.num_computed, (), prompt.blocks, range(0), embeddings=embeddings)
+    def _fill_row(self, fill: Fill) -> Row:
+        embeddings = self._filling[fill.prompt.ref.sha256][fill.start : fill.start + fill.count]
+        return Row(fill.start, (), fill.prompt.blocks, range(0), embeddings=embeddings)
 
 
 def _is_shortage(error: Exception) -> bool:
@@ -211,7 +214,14 @@ def _shortage_told() -> Iterator[None]:
         raise OutOfDeviceMemory from error
 
 
-def _sequence_row(sequence: Sequence, count: int) -> Row:
-    first = sequence.num_computed - sequence.num_virtual
-    tokens = sequence.tokens[first : first + count]
-    return Row(sequence.num_computed, tokens, sequence.block_table, sequence.logit_rows(count))
+def _as_row(row: StepRow) -> Row:
+    sequence = row.sequence
+    first = row.start - sequence.num_virtual
+    tokens = sequence.tokens[first : first + row.count]
+    if _ends_with_pending(row):
+        tokens.append(0)
+    return Row(row.start, tokens, sequence.block_table, sequence.logit_rows(row.start, row.count))
+
+
+def _ends_with_pending(row: StepRow) -> bool:
+    return row.sequence.num_pending > 0 and row.end == row.sequence.length

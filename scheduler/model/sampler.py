@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from scheduler.messages import SamplingParams, TokenLogprobs
-from scheduler.model.staging import small_tensor
+from scheduler.model.staging import ToHost, small_tensor
 
 GREEDY_BELOW = 1e-5
 MAX_LOGPROBS = 20
@@ -21,24 +20,39 @@ HEAD = 1024
 
 @dataclass(frozen=True)
 class SampleInput:
-    """One row: its parameters, all its tokens so far (prompt first), and the position being sampled."""
+    """One row: its parameters, all its tokens so far (prompt first), and the position being sampled.
+
+    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet."""
 
     params: SamplingParams
     tokens: Sequence[int]
     num_prompt: int
     position: int
+    pending: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`error` set: the row's logits are not finite and nothing was sampled."""
+    """`error` set: the row's logits are not finite and nothing was sampled. `revised`: the token is not the one that
+    the device has for this row."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    revised: bool = False
 
 
-def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sample]:
+class Samples(Protocol):
+    """Samples on their way from the device, where `tokens`, int64 [rows], has them already."""
+
+    tokens: torch.Tensor
+
+    def read(self) -> list[Sample]:
+        """Waits for them."""
+        ...
+
+
+def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     """Choose one token per row of `logits` [rows, vocab].
 
     Order: penalties, temperature, top-k, top-p within what top-k left, min-p relative to the most probable token.
@@ -46,49 +60,77 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> list[Sample]:
     """
     logits = logits.float()
     if logits.device.type == "cpu" and all(_is_greedy(row.params) for row in inputs):
-        return _greedy(logits.numpy())
+        return _GreedyOnCpu(logits.numpy())
     raw = logits
-    if any(_penalised(row.params) for row in inputs):
+    if any(needs_history(row.params) for row in inputs):
         logits = logits.clone()
         for index, row in enumerate(inputs):
-            if _penalised(row.params):
+            if needs_history(row.params):
                 _penalise(logits[index], row)
     tokens = _most_probable(logits)
     finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
     drawn = _Draw.of(logits, inputs)
     if drawn is not None:
         tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
-    table = _LogprobTable.of(raw, inputs)
+    return _OnDevice(tokens, finite, drawn, _LogprobTable.of(raw, inputs))
 
-    def read() -> tuple[list[float], list[float], list[float], list[list[float]]]:
+
+class _OnDevice:
+    """`Samples` with everything there is to sampling."""
+
+    def __init__(
+        self, tokens: torch.Tensor, finite: torch.Tensor, drawn: _Draw | None, table: _LogprobTable | None
+    ) -> None:
+        self.tokens = tokens
+        self._drawn = drawn
+        self._table = table
         needs_whole = drawn.needs_whole if drawn is not None else finite[:0]
-        parts = [tokens, finite, needs_whole, *(table.rows(tokens) if table is not None else [])]
-        numbers = torch.cat([part.double().flatten() for part in parts]).tolist()
-        split = [numbers[end - part.numel() : end] for end, part in zip(_ends(parts), parts, strict=True)]
-        return split[0], split[1], split[2], split[3:]
+        self._numbers = ToHost([tokens, finite, needs_whole, *(table.rows(tokens) if table is not None else [])])
 
-    chosen, is_finite, needs_whole, found = read()
-    if drawn is not None and any(needs_whole):
-        for index in [i for i, needed in enumerate(needs_whole) if needed]:
-            tokens[drawn.rows[index]] = drawn.from_whole(index)
-        chosen, is_finite, _, found = read()
-    logprobs = table.told(found) if table is not None else {}
-    return [_sample_or_error(int(token), bool(is_finite[i]), logprobs.get(i)) for i, token in enumerate(chosen)]
+    def read(self) -> list[Sample]:
+        chosen, finite, needs_whole, *found = self._numbers.read()
+        tokens = [int(token) for token in chosen]
+        revised = self._draw_from_whole([index for index, needed in enumerate(needs_whole) if needed])
+        if revised and self._table is not None:
+            for row, token in revised.items():
+                tokens[row] = token
+            found = ToHost(self._table.rows(small_tensor(tokens, self.tokens.device, torch.int64))).read()
+        logprobs = self._table.told(found) if self._table is not None else {}
+        return [
+            _sample_or_error(revised.get(row, token), bool(finite[row]), logprobs.get(row), row in revised)
+            for row, token in enumerate(tokens)
+        ]
+
+    def _draw_from_whole(self, wanted: list[int]) -> dict[int, int]:
+        """By row of the batch: the tokens of those drawn rows for which the head was not enough."""
+        if self._drawn is None:
+            return {}
+        return {self._drawn.rows[index]: self._drawn.from_whole(index) for index in wanted}
 
 
 def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW and params.logprobs is None and not _penalised(params)
+    return params.temperature < GREEDY_BELOW and params.logprobs is None and not needs_history(params)
 
 
-def _greedy(logits: np.ndarray) -> list[Sample]:
+class _GreedyOnCpu:
     """Nothing but arg-max: numpy's few calls cost a third of torch's many, which a step has driven from the caches."""
-    tokens = logits.argmax(axis=-1)
-    finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
-    return [_sample_or_error(*row) for row in zip(tokens.tolist(), finite.tolist(), strict=True)]
+
+    def __init__(self, logits: np.ndarray) -> None:
+        tokens = logits.argmax(axis=-1)
+        finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
+        self.tokens = torch.from_numpy(tokens)
+        self._samples = [_sample_or_error(*row) for row in zip(tokens.tolist(), finite.tolist(), strict=True)]
+
+    def read(self) -> list[Sample]:
+        return self._samples
 
 
-def _sample_or_error(token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None) -> Sample:
-    return Sample(token_id, logprobs) if is_finite else Sample(-1, error="the model's logits are not finite")
+def _sample_or_error(
+    token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None, revised: bool = False
+) -> Sample:
+    if not is_finite:
+        return Sample(-1, error="the model's logits are not finite")
+    return Sample(token_id, logprobs, revised=revised)
 
 
 def _most_probable(logits: torch.Tensor) -> torch.Tensor:
@@ -103,24 +145,29 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def _penalised(params: SamplingParams) -> bool:
+def needs_history(params: SamplingParams) -> bool:
+    """Whether the tokens so far matter: penalties look at them."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _penalise(logits: torch.Tensor, row: SampleInput) -> None:
     """In place, on one row [vocab]. Repetition (CTRL, 1909.05858) looks at prompt and output, the others at output."""
-    params, device = row.params, logits.device
+    params = row.params
     if params.repetition_penalty != 1.0:
-        seen = small_tensor(sorted(set(row.tokens)), device, torch.int64)
+        seen = _with_pending(sorted(set(row.tokens)), row.pending, logits.device)
         scores = logits[seen]
         factor = params.repetition_penalty
         logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
     output = row.tokens[row.num_prompt :]
-    if output and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
-        counts = Counter(output)
-        ids = small_tensor(list(counts), device, torch.int64)
-        times = small_tensor(list(counts.values()), device, logits.dtype)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * times
+    if (output or row.pending is not None) and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
+        ids = _with_pending(output, row.pending, logits.device)
+        times = torch.zeros_like(logits).index_add_(0, ids, torch.ones_like(ids, dtype=logits.dtype))
+        logits -= params.presence_penalty * (times > 0) + params.frequency_penalty * times
+
+
+def _with_pending(tokens: Sequence[int], pending: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    known = small_tensor(tokens, device, torch.int64)
+    return known if pending is None else torch.cat([known, pending])
 
 
 @dataclass(frozen=True)
@@ -163,11 +210,11 @@ class _Draw:
                 needs_whole[mine] = kept == head.shape[-1]
         return cls(rows, at, params, probs, numbers, tokens, needs_whole)
 
-    def from_whole(self, index: int) -> torch.Tensor:
-        """The token of a row for which the head was not enough."""
-        whole, order = self.probs[index].sort(descending=True)
-        chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1], [self.params[index]])
-        return order[chosen[0]]
+    def from_whole(self, index: int) -> int:
+        """The token of a row for which the head was not enough; sorted on the host, where there is room for it."""
+        whole, order = self.probs[index].cpu().sort(descending=True)
+        chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1].cpu(), [self.params[index]])
+        return int(order[chosen[0]])
 
 
 def _filters(params: SamplingParams) -> bool:
@@ -236,7 +283,3 @@ class _LogprobTable:
             mine = slice(at * self.most, at * self.most + count)
             result[row] = TokenLogprobs(chosen[at], [int(id) for id in ids[mine]], values[mine])
         return result
-
-
-def _ends(parts: Sequence[torch.Tensor]) -> Iterator[int]:
-    return accumulate(part.numel() for part in parts)

@@ -1,9 +1,10 @@
-"""From host arrays to device tensors in one copy, which the host does not wait for."""
+"""Between host and device, each way in one copy that the host does not wait for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,6 +27,29 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     host, places = pack(arrays, pin=device.type == "cuda")
     return unpack(host.to(device, non_blocking=True), places)
+
+
+class ToHost:
+    """Numbers on their way from the device, all in one copy: only `read` waits for them, and not for what the device
+    was given to do since."""
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._sizes = [part.numel() for part in parts]
+        numbers = torch.cat([part.double().flatten() for part in parts])
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = pinned.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        self._numbers = numbers
+
+    def read(self) -> list[list[float]]:
+        """The numbers of each part."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers = iter(self._numbers.tolist())
+        return [list(islice(numbers, size)) for size in self._sizes]
 
 
 def small_tensor(values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:

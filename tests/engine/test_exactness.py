@@ -22,9 +22,18 @@ from tests.conftest import Reference, make_soft_prompt, sample_texts, save_promp
 LENGTHS = (1, 7, 16, 33, 64)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the engine runs; transformers, which it is compared with, runs on the CPU."""
+def ways() -> list[object]:
+    """Where the engine runs, and whether a step is launched before the tokens of the one before are known;
+    transformers, which it is compared with, runs on the CPU."""
+    return [
+        pytest.param({"device": device, "async_scheduling": ahead}, id=f"{device}-{ahead}", marks=marks)
+        for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+        for ahead in ("off", "on")
+    ]
+
+
+@pytest.fixture(params=ways())
+def way(request: pytest.FixtureRequest) -> dict[str, str]:
     return request.param
 
 
@@ -88,7 +97,7 @@ def request(name: str, token_ids: list[int], max_tokens: int, ref: SoftPromptRef
     return AddRequest(request_id=name, token_ids=token_ids, params=params, soft_prompt=ref)
 
 
-def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Reference, device: str) -> None:
+def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Reference, way: dict[str, str]) -> None:
     engine, _ = build(
         smollm2.path,
         num_blocks=34,
@@ -97,7 +106,7 @@ def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Refere
         max_batch_tokens=19,
         max_model_len=128,
         max_queue_size=100,
-        device=device,
+        **way,
     )
     rng = random.Random(3)
     prompts = [smollm2.tokenizer(text)["input_ids"] for text in sample_texts(44)]
@@ -117,7 +126,7 @@ def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Refere
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "kv"])
-def test_soft_prompts_of_every_length_in_one_batch(smollm2: Reference, kind: str, tmp_path: Path, device: str) -> None:
+def test_soft_prompts_of_every_length_in_one_batch(smollm2: Reference, kind: str, tmp_path: Path, way: dict[str, str]) -> None:
     engine, ready = build(
         smollm2.path,
         num_blocks=60,
@@ -125,14 +134,14 @@ def test_soft_prompts_of_every_length_in_one_batch(smollm2: Reference, kind: str
         max_batch_tokens=23,
         max_model_len=160,
         max_queue_size=100,
-        device=device,
+        **way,
     )
     info = ready.model
     check_soft_prompts(engine, smollm2, {n: trained_like(kind, n, smollm2, info) for n in LENGTHS}, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "kv"])
-def test_soft_prompts_on_other_architectures(tiny: Reference, kind: str, tmp_path: Path, device: str) -> None:
+def test_soft_prompts_on_other_architectures(tiny: Reference, kind: str, tmp_path: Path, way: dict[str, str]) -> None:
     engine, ready = build(
         tiny.path,
         num_blocks=48,
@@ -140,13 +149,13 @@ def test_soft_prompts_on_other_architectures(tiny: Reference, kind: str, tmp_pat
         max_batch_size=5,
         max_batch_tokens=17,
         max_model_len=128,
-        device=device,
+        **way,
     )
     prompts = {n: make_soft_prompt(kind, n, ready.model, scale=0.5) for n in LENGTHS}
     check_soft_prompts(engine, tiny, prompts, tmp_path)
 
 
-def test_other_architectures_with_chunks_and_preemptions(tiny: Reference, device: str) -> None:
+def test_other_architectures_with_chunks_and_preemptions(tiny: Reference, way: dict[str, str]) -> None:
     engine, _ = build(
         tiny.path,
         num_blocks=18,
@@ -154,7 +163,7 @@ def test_other_architectures_with_chunks_and_preemptions(tiny: Reference, device
         max_batch_size=5,
         max_batch_tokens=11,
         max_model_len=128,
-        device=device,
+        **way,
     )
     rng = random.Random(5)
     prompts = [[rng.randrange(100, 40_000) for _ in range(rng.choice([1, 5, 20, 50]))] for _ in range(40)]

@@ -154,10 +154,10 @@ def test_the_newest_leaves_and_nobody_comes_until_somebody_has_left() -> None:
     scheduler.postprocess(first := scheduler.schedule(), runner.run(first))
     scheduler.add(request("d", length=5))
     step = scheduler.schedule()
-    assert [s.request_id for s, _ in step.rows] == list("abcd")
+    assert [row.sequence.request_id for row in step.rows] == list("abcd")
     assert step.admitted == ["d"]
     assert scheduler.shrink(step)
-    assert [s.request_id for s, _ in step.rows] == list("abc")
+    assert [row.sequence.request_id for row in step.rows] == list("abc")
     assert step.admitted == []
     assert step.preempted == ["d"]
     assert scheduler.shrink(step)
@@ -166,9 +166,9 @@ def test_the_newest_leaves_and_nobody_comes_until_somebody_has_left() -> None:
     assert [o.request_id for o in outputs if o.finish_reason] == ["a"]
     scheduler.check_integrity()
     step = scheduler.schedule()  # "a" has left, so others may come again
-    assert [s.request_id for s, _ in step.rows] == list("bcd")
+    assert [row.sequence.request_id for row in step.rows] == list("bcd")
     assert scheduler.shrink(step)
-    assert [s.request_id for s, _ in scheduler.schedule().rows] == list("bc"), "one came back although nobody had left"
+    assert [row.sequence.request_id for row in scheduler.schedule().rows] == list("bc"), "one came back although nobody had left"
     assert scheduler.stats(1).out_of_memory_total == 3
     scheduler.check_integrity()
 
@@ -179,7 +179,7 @@ def test_one_alone_is_halved_until_a_token_is_left() -> None:
     step: Step = scheduler.schedule()
     counts = []
     while scheduler.shrink(step):
-        counts += [count for _, count in step.rows]
+        counts += [row.count for row in step.rows]
     assert counts == [2, 1]
 
 

@@ -20,13 +20,18 @@ from transformers import (
 )
 
 from scheduler.messages import SamplingParams
-from scheduler.model.sampler import SampleInput, sample, uniform
+from scheduler.model.sampler import Sample, SampleInput, uniform
+from scheduler.model.sampler import sample as launch
 
 VOCAB = 3000  # more than the sampler's head of 1,024
 
 
 def row(position: int = 5, tokens: list[int] | None = None, num_prompt: int = 2, **params: object) -> SampleInput:
     return SampleInput(SamplingParams(**params), tokens or [1, 2, 3], num_prompt, position)
+
+
+def sample(logits: torch.Tensor, inputs: list[SampleInput]) -> list[Sample]:
+    return launch(logits, inputs).read()
 
 
 def random_logits(rows: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:

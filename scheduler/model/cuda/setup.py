@@ -101,6 +101,6 @@ def largest_step(
     @torch.inference_mode()
     def run() -> None:
         logits = forward(build_batch(rows, config.block_size, device, planner))
-        sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))])
+        sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))]).read()
 
     return run
