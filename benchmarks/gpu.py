@@ -195,10 +195,17 @@ def measure_serving(
     save_soft_prompts(store, spec, max(plan.hot_contexts), plan.load.virtual_tokens)
     flags = [*plan.server_flags, "--device", device.type, "--dtype", str(dtype).removeprefix("torch.")]
     block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize * 16
-    server = Server(path, store, port, flags)
+    server = Server(path, store, port, [*flags, "--async-scheduling", "off"])
+    try:
+        waiting = throughput(server, prompts, plan.answer_tokens)
+    finally:
+        server.stop()
+    server = Server(path, store, port, [*flags, "--async-scheduling", "on"])
     try:
         found: dict[str, Any] = {"throughput": throughput(server, prompts, plan.answer_tokens), "hot": []}
-        print(f"softbatch over HTTP: {found['throughput']['tokens_per_second']:.0f} output tokens/s\n")
+        found["throughput_without_async_scheduling"] = waiting
+        rates = [found["throughput"]["tokens_per_second"], waiting["tokens_per_second"]]
+        print("softbatch over HTTP: {:.0f} output tokens/s, without --async-scheduling {:.0f}\n".format(*rates))
         print("| contexts | whole, requests/s | soft, requests/s | times | KV per request, times less |")
         print("|---|---|---|---|---|")
         for contexts in plan.hot_contexts:

@@ -100,14 +100,14 @@ class Steps:
             blocks = range(index * per_sequence, (index + 1) * per_sequence)
             rows.append(Row(context - 1, [5 + index], blocks, range(1)))
             inputs.append(SampleInput(SamplingParams(temperature=0.0), [5], 1, context))
-        return timed(lambda: sample(self._runner.forward(rows), inputs), self.device, repeats)
+        return timed(lambda: sample(self._runner.forward(rows), inputs).read(), self.device, repeats)
 
     @torch.inference_mode()
     def prefill(self, tokens: int, repeats: int) -> list[float]:
         blocks = range(-(-tokens // BLOCK_SIZE))
         row = Row(0, [(7 * i) % 500 + 3 for i in range(tokens)], blocks, range(tokens - 1, tokens))
         inputs = [SampleInput(SamplingParams(temperature=0.0), [5], 1, tokens)]
-        return timed(lambda: sample(self._runner.forward([row]), inputs), self.device, repeats, warm_ups=1)
+        return timed(lambda: sample(self._runner.forward([row]), inputs).read(), self.device, repeats, warm_ups=1)
 
 
 def against_floor(seconds: list[float], floor: float) -> Figures:

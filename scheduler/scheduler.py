@@ -95,8 +95,8 @@ class Scheduler:
             self._preempt(sequence, step)
             self._most_running = len(self.running)
             return True
-        step.rows = [row._replace(count=row.count // 2) for row in step.rows if row.count > 1]
-        step.fills = [fill._replace(count=fill.count // 2) for fill in step.fills if fill.count > 1]
+        step.rows = [row._replace(num_tokens=row.num_tokens // 2) for row in step.rows if row.num_tokens > 1]
+        step.fills = [fill._replace(num_tokens=fill.num_tokens // 2) for fill in step.fills if fill.num_tokens > 1]
         return bool(step)
 
     def hold_back(self) -> None:
@@ -125,11 +125,11 @@ class Scheduler:
         """The step is on its way: what it computes counts as computed, what it samples as a token to come."""
         for row in step.rows:
             sequence = row.sequence
-            sequence.num_computed += row.count
+            sequence.num_computed += row.num_tokens
             if sequence.score_from is None and sequence.num_computed == sequence.length:
                 sequence.num_pending += 1
         for fill in step.fills:
-            fill.prompt.num_computed += fill.count
+            fill.prompt.num_computed += fill.num_tokens
 
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
         """Take in what came of a launched step; finished and failed sequences leave the batch and free their slots."""

@@ -11,16 +11,16 @@ from scheduler.soft_prompts import ResidentSoftPrompt
 
 
 class StepRow(NamedTuple):
-    """`count` positions of a sequence from `start` on. It counts for nothing once the sequence's attempt is another."""
+    """`num_tokens` positions of a sequence, from `start` on; it counts for nothing once its attempt is another."""
 
     sequence: Sequence
     start: int
-    count: int
+    num_tokens: int
     attempt: int
 
     @property
     def end(self) -> int:
-        return self.start + self.count
+        return self.start + self.num_tokens
 
     @property
     def is_void(self) -> bool:
@@ -28,15 +28,15 @@ class StepRow(NamedTuple):
 
 
 class Fill(NamedTuple):
-    """`count` virtual tokens, from `start` on, of a soft prompt whose keys and values are computed."""
+    """`num_tokens` virtual tokens, from `start` on, of a soft prompt whose keys and values are computed."""
 
     prompt: ResidentSoftPrompt
     start: int
-    count: int
+    num_tokens: int
 
     @property
     def is_last(self) -> bool:
-        return self.start + self.count == self.prompt.ref.num_virtual_tokens
+        return self.start + self.num_tokens == self.prompt.ref.num_virtual_tokens
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.count for row in self.rows) + sum(fill.count for fill in self.fills)
+        return sum(row.num_tokens for row in self.rows) + sum(fill.num_tokens for fill in self.fills)
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.fills)

@@ -39,7 +39,9 @@ class LaunchedStep:
     _places: dict[str, int] = field(default_factory=dict)
 
     def add_samples(self, request_ids: list[str], samples: Samples) -> None:
-        self._places |= dict(zip(request_ids, range(len(self._places), len(self._places) + len(request_ids)), strict=True))
+        self._places |= dict(
+            zip(request_ids, range(len(self._places), len(self._places) + len(request_ids)), strict=True)
+        )
         self._samples.append((request_ids, samples))
         self._tokens.append(samples.tokens)
 

@@ -141,7 +141,7 @@ class Runner:
         logits = self._forward(batch)
         sampling, sampled_rows, at = [], [], 0
         for row in rows:
-            wanted = row.sequence.logit_rows(row.start, row.count)
+            wanted = row.sequence.logit_rows(row.start, row.num_tokens)
             if row.sequence.score_from is not None:
                 first = row.start - row.sequence.num_virtual
                 following = [row.sequence.tokens[first + offset + 1] for offset in wanted]
@@ -154,13 +154,15 @@ class Runner:
             return
         if len(sampled_rows) < at:
             logits = logits[small_tensor(sampled_rows, logits.device, torch.int64)]
-        launched.add_samples([s.request_id for s in sampling], sample(logits, [self._sample_input(s) for s in sampling]))
+        launched.add_samples(
+            [s.request_id for s in sampling], sample(logits, [self._sample_input(s) for s in sampling])
+        )
 
     def _insert_pending(self, rows: list[StepRow], token_ids: torch.Tensor) -> None:
         """Write tokens that only the device knows where they are the input."""
         places, request_ids, at = [], [], 0
         for row in rows:
-            at += row.count
+            at += row.num_tokens
             if _ends_with_pending(row):
                 places.append(at - 1)
                 request_ids.append(row.sequence.request_id)
@@ -189,7 +191,7 @@ class Runner:
                 raise DeviceLost(str(error)) from error
 
     def _fill_row(self, fill: Fill) -> Row:
-        embeddings = self._filling[fill.prompt.ref.sha256][fill.start : fill.start + fill.count]
+        embeddings = self._filling[fill.prompt.ref.sha256][fill.start : fill.start + fill.num_tokens]
         return Row(fill.start, (), fill.prompt.blocks, range(0), embeddings=embeddings)
 
 
@@ -217,10 +219,10 @@ def _shortage_told() -> Iterator[None]:
 def _as_row(row: StepRow) -> Row:
     sequence = row.sequence
     first = row.start - sequence.num_virtual
-    tokens = sequence.tokens[first : first + row.count]
+    tokens = sequence.tokens[first : first + row.num_tokens]
     if _ends_with_pending(row):
         tokens.append(0)
-    return Row(row.start, tokens, sequence.block_table, sequence.logit_rows(row.start, row.count))
+    return Row(row.start, tokens, sequence.block_table, sequence.logit_rows(row.start, row.num_tokens))
 
 
 def _ends_with_pending(row: StepRow) -> bool:

@@ -27,6 +27,7 @@ def test_on_a_tiny_model(tmp_path: Path) -> None:
         assert step["fraction_of_limit"] * step["ms"] > 0
     assert tiny["generate_batch"]["tokens_per_second"] > 0
     assert tiny["times_generate_batch"] > 0
+    assert tiny["serving"]["throughput_without_async_scheduling"]["tokens_per_second"] > 0
     for hot in tiny["serving"]["hot"]:
         assert hot["whole"]["requests"] > 0
         assert hot["soft"]["requests"] > 0

@@ -45,15 +45,17 @@ def waits_counted() -> Iterator[list[str]]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_decoding_step_waits_for_the_gpu_once(smollm2: Reference) -> None:
-    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2), lambda *_: None)
+@pytest.mark.parametrize("ahead", ["on", "off"])
+def test_a_decoding_step_waits_for_its_tokens_alone(smollm2: Reference, ahead: str) -> None:
+    """For the event behind their copy, which torch does not tell of as of other waits."""
+    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2, async_scheduling=ahead), lambda *_: None)
     add(engine, 3, max_tokens=20)
     for _ in range(6):
         engine.step()
     with waits_counted() as waits:
         for _ in range(5):
             assert engine.step().batch_size == 3
-    assert len(waits) == 5, waits
+    assert not waits
 
 
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])
@@ -65,13 +67,12 @@ def test_bringing_a_soft_prompt_in_waits_for_nothing(smollm2: Reference, tmp_pat
     for _ in range(6):
         engine.step()
     engine.handle(AddRequest(request_id="soft", token_ids=[7] * 5, params=GREEDY, soft_prompt=ref))
-    sampled, received = 0, []
+    received: list[int] = []
     with waits_counted() as waits:
         while engine.has_work:
             outputs = engine.step().outputs
-            sampled += any(output.token_ids for output in outputs)
             received += [token for output in outputs if output.request_id == "soft" for token in output.token_ids]
-    assert len(waits) == sampled, waits
+    assert not waits
     expected = smollm2.generate([7] * 5, 5, prompt)
     assert received[: len(expected)] == expected
     assert len(received) == 5

@@ -38,11 +38,13 @@ class SmallDevice:
         return self._forward(batch)
 
 
+@pytest.mark.parametrize("ahead", ["off", "on"])
 @pytest.mark.parametrize(("most", "failing"), [(1000, {4}), (1000, {1, 6, 12, 13, 20}), (9, set()), (3, set())])
-def test_every_request_still_gets_its_tokens(llama: Reference, tmp_path, most: int, failing: set[int]) -> None:
-    engine, ready = build(
-        llama.path, num_blocks=40, max_batch_size=5, max_batch_tokens=24, max_model_len=120, max_queue_size=50
-    )
+def test_every_request_still_gets_its_tokens(
+    llama: Reference, tmp_path, most: int, failing: set[int], ahead: str
+) -> None:
+    limits = {"max_batch_size": 5, "max_batch_tokens": 24, "max_model_len": 120, "max_queue_size": 50}
+    engine, ready = build(llama.path, num_blocks=40, async_scheduling=ahead, **limits)
     runner = engine._runner
     runner._forward = SmallDevice(runner._forward, most, frozenset(failing))
     prompt = make_soft_prompt("embeddings", 19, ready.model)
@@ -168,7 +170,9 @@ def test_the_newest_leaves_and_nobody_comes_until_somebody_has_left() -> None:
     step = scheduler.schedule()  # "a" has left, so others may come again
     assert [row.sequence.request_id for row in step.rows] == list("bcd")
     assert scheduler.shrink(step)
-    assert [row.sequence.request_id for row in scheduler.schedule().rows] == list("bc"), "one came back although nobody had left"
+    assert [row.sequence.request_id for row in scheduler.schedule().rows] == list("bc"), (
+        "one came back although nobody had left"
+    )
     assert scheduler.stats(1).out_of_memory_total == 3
     scheduler.check_integrity()
 
@@ -179,7 +183,7 @@ def test_one_alone_is_halved_until_a_token_is_left() -> None:
     step: Step = scheduler.schedule()
     counts = []
     while scheduler.shrink(step):
-        counts += [row.count for row in step.rows]
+        counts += [row.num_tokens for row in step.rows]
     assert counts == [2, 1]
 
 

@@ -176,3 +176,27 @@ def test_one_wait_for_the_gpu_per_step() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.6}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.4, "seed": 3}]
+)
+def test_a_token_that_only_the_device_knows_counts_like_the_others(penalty: dict[str, float]) -> None:
+    logits = random_logits(1, seed=5)
+    likely = logits[0].topk(4).indices.tolist()
+    for newest in [*likely, 17]:
+        tokens = [1, likely[0], likely[1], likely[1]]
+        params = SamplingParams(temperature=0.0, logprobs=0, **penalty)
+        known = SampleInput(params, [*tokens, newest], 1, 5)
+        pending = SampleInput(params, tokens, 1, 5, torch.tensor([newest]))
+        assert sample(logits, [pending]) == sample(logits, [known]), newest
+
+
+def test_a_token_that_took_a_second_look_is_told_as_revised() -> None:
+    logits = random_logits(40, seed=2)
+    rows = [row(position=i, seed=i, temperature=9.0, top_p=0.99999) for i in range(39)] + [row(temperature=0.0)]
+    samples = launch(logits, rows)
+    found = samples.read()
+    assert [one.revised for one in found] == [True] * 39 + [False]
+    assert samples.tokens[-1] == found[-1].token_id
+    assert any(one.token_id != int(token) for one, token in zip(found, samples.tokens, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from scheduler.model.staging import pack, small_tensor, to_device, unpack
+from scheduler.model.staging import ToHost, pack, small_tensor, to_device, unpack
 
 ARRAYS = {
     "a": np.arange(5, dtype=np.int64),
@@ -29,3 +29,8 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     assert ARRAYS["a"][0] == 99
     ARRAYS["a"][0] = 0
     assert small_tensor([1, 2], torch.device("cpu"), torch.int64).tolist() == [1, 2]
+
+
+def test_numbers_come_back_part_by_part() -> None:
+    parts = [torch.tensor([3, 2**40]), torch.zeros(0), torch.tensor([[True, False]]), torch.tensor([0.1])]
+    assert ToHost(parts).read() == [[3.0, 2.0**40], [], [1.0, 0.0], [float(torch.tensor(0.1))]]

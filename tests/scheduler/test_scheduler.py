@@ -47,8 +47,8 @@ class FakeRunner:
 
     It records for every slot what was written, so that reading a wrong, stale or unwritten slot is noticed. Tokens
     that have been sampled, but not taken in by the scheduler yet, it knows itself. With `revise`, what it says first
-    of a token is wrong as often as that, as where a sampler has to look twice: a step launched meanwhile uses that. Rows
-    and soft prompts fail as often as `fail` says."""
+    of a token is wrong as often as that, as where a sampler has to look twice: a step launched meanwhile uses that.
+    Rows and soft prompts fail as often as `fail` says."""
 
     def __init__(self, scheduler: Scheduler, revise: float = 0.0, fail: float = 0.0) -> None:
         self.scheduler = scheduler
@@ -448,8 +448,8 @@ def test_computing_a_soft_prompt_leaves_room_for_others():
     scheduler.soft_prompt_read("p")
     scheduler.add(request("plain", length=3))
     step = scheduler.schedule()
-    assert [(row.sequence.request_id, row.count) for row in step.rows] == [("plain", 3)]
-    assert [fill.count for fill in step.fills] == [4]
+    assert [(row.sequence.request_id, row.num_tokens) for row in step.rows] == [("plain", 3)]
+    assert [fill.num_tokens for fill in step.fills] == [4]
 
 
 def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head():
