@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "amx.h"
 #include "format.h"
 #include "work.h"
 

@@ -6,13 +6,15 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "layout.h"
 #include "memory.h"
 #include "team.h"
 
 namespace softbatch {
 
-constexpr int kTilesTogether = 8;  // of one item: 112 rows with AVX-512, whose activations stay in the L2 cache
+constexpr int kTilesTogether = 8;  // of one item: 112 or 128 rows with AVX-512, whose activations stay in the L2 cache
+constexpr int kMostRows = std::max(kTile, kMatrixRows);
 
 // A weight matrix [outputs, inputs], in panels.
 template <typename W>
@@ -44,20 +46,23 @@ template <typename W>
 struct Activations {
   int64_t rows = 0, inputs = 0, tiles = 0;
   Buffer<char> data;
+  static constexpr int64_t kBehind = kMatrixRows * kMatrixBytes;  // matrix tiles are read as if all rows were there
 
   void resize(int64_t new_rows, int64_t new_inputs) {
     rows = new_rows;
     inputs = new_inputs;
-    tiles = (rows + kTile - 1) / kTile;
-    data.resize(rows * Layout<W>::row_bytes(inputs));
+    const int64_t most = uses_matrix_tiles<W>() ? kMatrixRows : kTile;
+    tiles = (rows + most - 1) / most;
+    data.resize(rows * Layout<W>::row_bytes(inputs) + kBehind);
   }
   int64_t first(int64_t tile) const { return rows * tile / tiles; }
+  int64_t rows_of(int64_t tile) const { return first(tile + 1) - first(tile); }
   char* tile(int64_t t) const { return data.data() + first(t) * Layout<W>::row_bytes(inputs); }
   INLINE void put(int64_t t, int64_t row, const float* values) {
-    Layout<W>::put(values, inputs, row - first(t), first(t + 1) - first(t), tile(t));
+    Layout<W>::put(values, inputs, row - first(t), rows_of(t), tile(t));
   }
   INLINE void put_part(int64_t t, int64_t row, int64_t column, const float* values) {
-    Layout<W>::put_part(values, inputs, column, row - first(t), first(t + 1) - first(t), tile(t));
+    Layout<W>::put_part(values, inputs, column, row - first(t), rows_of(t), tile(t));
   }
 };
 
@@ -74,23 +79,45 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
   const int64_t parts = (x.tiles + kTilesTogether - 1) / kTilesTogether;
   const int64_t bytes = Layout<W>::panel_bytes(weights.inputs);
-  alignas(64) float sums[kTile * kColumns];
+  alignas(64) float sums[2 * kMostRows * kColumns];
   team.for_each_ahead(weights.panels() * parts, false, [&](int64_t item, int64_t after) {
     const int64_t panel = item / parts, first_tile = item % parts * kTilesTogether;
     const int64_t panel_after = std::min(after / parts, weights.panels() - 1);
     const int64_t tiles = std::min<int64_t>(x.tiles - first_tile, kTilesTogether);
     const char* next = weights.panel(panel_after);
-    for (int64_t t = first_tile; t < first_tile + tiles; ++t) {
-      const Ahead ahead = panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, t - first_tile, tiles);
-      const int64_t first = x.first(t), rows = x.first(t + 1) - first;
-      kernels[rows - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead, sums);
-      for (int64_t row = 0; row < rows; ++row) {
-        float* s = sums + row * kColumns;
+    const auto ahead = [&](int64_t share, int64_t shares) {
+      return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, share, shares);
+    };
+    const auto finish = [&](int64_t t, float* of_tile) {
+      for (int64_t row = 0; row < x.rows_of(t); ++row) {
+        float* s = of_tile + row * kColumns;
         if (!weights.bias.empty())
           for (int64_t i = 0; i < std::min<int64_t>(kColumns, weights.outputs - panel * kColumns); ++i)
             s[i] += weights.bias[panel * kColumns + i];
-        done(t, first + row, panel * kColumns, s);
+        done(t, x.first(t) + row, panel * kColumns, s);
       }
+    };
+    if (!uses_matrix_tiles<W>()) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t t = first_tile + i;
+        kernels[x.rows_of(t) - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead(i, tiles), sums);
+        finish(t, sums);
+      }
+      return;
+    }
+    const auto rows_of = [&](int64_t t) { return MatrixRows{x.tile(t), kMatrixBytes, x.rows_of(t) * kMatrixBytes}; };
+    const int64_t steps = (weights.inputs + kMatrixDepth - 1) / kMatrixDepth;
+    for (int64_t i = 0; i < tiles; i += 2) {
+      const int64_t t = first_tile + i;
+      Ahead share = ahead(i / 2, (tiles + 1) / 2);
+      const auto fetch = [&]() ALWAYS_INLINE { share.fetch(); };
+      if (i + 1 < tiles) {
+        multiply_matrix_tiles<true, false>(rows_of(t), rows_of(t + 1), weights.panel(panel), steps, sums, fetch);
+        finish(t + 1, sums + kMatrixRows * kColumns);
+      } else {
+        multiply_matrix_tiles<false, false>(rows_of(t), {}, weights.panel(panel), steps, sums, fetch);
+      }
+      finish(t, sums);
     }
   });
 }

@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "amx.h"
 #include "pinned.h"
 
 namespace softbatch {
@@ -29,6 +30,7 @@ class Team {
 #pragma omp single
       team.size_ = omp_get_num_threads();  // fewer than asked for where OMP_THREAD_LIMIT or OMP_DYNAMIC say so
       const Pinned pinned(omp_get_thread_num(), team.size_);
+      const MatrixTiles matrix_tiles{};
       body(team);
     }
   }

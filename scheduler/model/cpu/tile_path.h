@@ -5,10 +5,18 @@
 
 #pragma once
 
+#include "amx.h"
 #include "format.h"
 #include "work.h"
 
 namespace softbatch {
+
+// Keys of a tile are filled up to a multiple of this: a row of matrix tiles takes pairs of 32 weights at once.
+template <typename T>
+int64_t key_rows() {
+  return uses_matrix_tiles<T>() ? kMatrixDepth : kTileRows;
+}
+static_assert(kKeyTile % kMatrixDepth == 0 && kMatrixDepth % kTileRows == 0);
 
 // out[r][column] = decay[column] * out[r][column] + sum over k of a[r * row_step + k * depth_step] * b[k][column]
 // for kTileRows rows r and one panel of columns; without decay, out starts from zero.
@@ -37,11 +45,11 @@ INLINE void multiply(const typename F::Element* a, int64_t row_step, int64_t dep
   }
 }
 
-// Key rows [count][stride / kDepth], filled up with rows of zeros to a multiple of kTileRows.
+// Key rows [count][stride / kDepth], filled up with rows of zeros to a multiple of key_rows.
 template <typename F, typename T>
 void take_keys(const T* cache, const int64_t* offsets, int64_t count, int64_t dim, int64_t stride,
                typename F::Element* out) {
-  const int64_t step = stride / F::kDepth, padded = round_up(count, kTileRows);
+  const int64_t step = stride / F::kDepth, padded = round_up(count, key_rows<T>());
   std::memset(out, 0, padded * step * sizeof *out);
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (F::kDepth == 2) {
@@ -68,6 +76,28 @@ void take_values(const T* cache, const int64_t* offsets, int64_t count, int64_t 
   }
 }
 
+// The same for matrix tiles: [stride][kKeyTile / 2], each row one dimension's pairs.
+INLINE void take_values_across(const at::BFloat16* cache, const int64_t* offsets, int64_t count, int64_t dim,
+                               int64_t stride, uint32_t* out) {
+  const auto row = [&](int64_t i, int64_t d) {
+    if (i >= count || d >= dim) return Bits{};
+    const at::BFloat16* from = cache + offsets[i] + d;
+    if (d + kLanes <= dim) return load_shorts(from);
+    at::BFloat16 some[kLanes] = {};
+    std::memcpy(some, from, (dim - d) * sizeof *from);
+    return load_shorts(some);
+  };
+  for (int64_t i = 0; i < round_up(count, kMatrixDepth); i += 2 * kLanes)
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      Vec pairs[kLanes];
+      for (int j = 0; j < kLanes; ++j)
+        pairs[j] = (Vec)(row(i + 2 * j, d) | row(i + 2 * j + 1, d) << 16);
+      transpose(pairs);
+      for (int j = 0; j < kLanes; ++j)
+        store(reinterpret_cast<float*>(out + (d + j) * (kKeyTile / 2) + i / 2), pairs[j]);
+    }
+}
+
 // A panel of query rows, stored lane by lane.
 struct Panel {
   float* query;     // [padded_dim / kDepth][kPanel], in the products' format
@@ -79,13 +109,29 @@ struct Panel {
 
 // Attends with one panel over a tile of keys and values, the first of which stands at `position`. The rows of
 // zeros that fill up the tile lie after the last key that any row sees, and are masked like later keys.
-template <typename F>
-INLINE void panel_step(const Panel& panel, const typename F::Element* keys, const typename F::Element* values,
-                       int64_t stride, int64_t position, int64_t count, int64_t dim, float scale, float* scores) {
-  const int64_t padded = round_up(count, kTileRows);
-  for (int64_t i = 0; i < padded; i += kTileRows)
-    multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query, (dim + F::kDepth - 1) / F::kDepth,
-                nullptr, scores + i * kPanel);
+template <typename T>
+INLINE void panel_step(const Panel& panel, const typename FormatOf<T>::Element* keys,
+                       const typename FormatOf<T>::Element* values, int64_t stride, int64_t position, int64_t count,
+                       int64_t dim, float scale, float* scores) {
+  using F = FormatOf<T>;
+  const bool on_matrix_tiles = uses_matrix_tiles<T>();
+  const int64_t padded = round_up(count, key_rows<T>());
+  // Two times sixteen rows of a matrix, `apart` elements from one to the next.
+  const auto product = [](auto add, const auto* rows, int64_t apart, const float* b, int64_t depth,
+                          float* out) ALWAYS_INLINE {
+    const int64_t bytes = apart * sizeof *rows;
+    multiply_matrix_tiles<true, add.value>({rows, bytes, kMatrixBytes}, {rows + kMatrixRows * apart, bytes, kMatrixBytes},
+                                           b, depth / kMatrixDepth, out, [] {});
+  };
+  if (on_matrix_tiles) {
+    for (int64_t i = 0; i < padded; i += 2 * kMatrixRows)
+      product(std::false_type{}, keys + i * (stride / F::kDepth), stride / F::kDepth, panel.query, stride,
+              scores + i * kPanel);
+  } else {
+    for (int64_t i = 0; i < padded; i += kTileRows)
+      multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query,
+                  (dim + F::kDepth - 1) / F::kDepth, nullptr, scores + i * kPanel);
+  }
   Vec decay[2];
   for (int half = 0; half < 2; ++half) {
     float* s = scores + half * kLanes;
@@ -110,8 +156,19 @@ INLINE void panel_step(const Panel& panel, const typename F::Element* keys, cons
     store(total, load(total) * decay[half] + weights);
     store(top, new_top);
   }
-  for (int64_t d = 0; d < dim; d += kTileRows)
-    multiply<F>(values + d, 1, stride, scores, padded / F::kDepth, decay, panel.acc + d * kPanel);
+  if (on_matrix_tiles) {
+    for (int64_t d = 0; d < stride; d += 2 * kMatrixRows) {
+      float* out = panel.acc + d * kPanel;
+      for (int64_t i = 0; i < 2 * kMatrixRows * kPanel; i += kPanel) {
+        store(out + i, load(out + i) * decay[0]);
+        store(out + i + kLanes, load(out + i + kLanes) * decay[1]);
+      }
+      product(std::true_type{}, values + d * (kKeyTile / 2), kKeyTile / 2, scores, padded, out);
+    }
+  } else {
+    for (int64_t d = 0; d < dim; d += kTileRows)
+      multiply<F>(values + d, 1, stride, scores, padded / F::kDepth, decay, panel.acc + d * kPanel);
+  }
 }
 
 template <typename T>
@@ -165,17 +222,22 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
     p.locate(g.sequence, begin, count, offsets);
     const int64_t head = g.kv_head * p.head_stride;
+    const auto take_value_rows = [&](const T* cache, const int64_t* places) {
+      if constexpr (std::is_same_v<T, at::BFloat16> && F::kDepth == 2)
+        if (uses_matrix_tiles<T>()) return take_values_across(cache, places, count, p.dim, stride, values);
+      take_values<F>(cache, places, count, p.dim, stride, values);
+    };
     if (p.keys.packed()) {
       p.keys.unpack(head, offsets, count, p.dim, stride, unpacked);
       take_keys<F>(unpacked, in_order, count, p.dim, stride, keys);
       p.values.unpack(head, offsets, count, p.dim, stride, unpacked);
-      take_values<F>(unpacked, in_order, count, p.dim, stride, values);
+      take_value_rows(unpacked, in_order);
     } else {
       take_keys<F>(p.keys.numbers + head, offsets, count, p.dim, stride, keys);
-      take_values<F>(p.values.numbers + head, offsets, count, p.dim, stride, values);
+      take_value_rows(p.values.numbers + head, offsets);
     }
     for (int64_t row = 0; row < padded_rows; row += kPanel)
-      panel_step<F>(panel(row), keys, values, stride, begin, count, p.dim, p.scale, scores);
+      panel_step<T>(panel(row), keys, values, stride, begin, count, p.dim, p.scale, scores);
   }
   for (int64_t first = 0; first < g.rows; first += kLanes) {
     const Panel from = panel(first);

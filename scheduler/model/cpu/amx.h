@@ -1,0 +1,126 @@
+// Intel's matrix tiles (AMX): sixteen rows of bfloat16 numbers times sixteen columns, 32 deep, in one instruction.
+//
+// Linux saves the tiles of those processes only that have asked for it, and may refuse: whoever uses them has another
+// way too. Sums are rounded otherwise than those of vectors are, so which way is taken depends on the machine alone.
+
+#pragma once
+
+#include "vector.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
+#define SOFTBATCH_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <type_traits>
+
+namespace softbatch {
+
+constexpr int kMatrixRows = 16;
+constexpr int kMatrixDepth = 32;    // numbers of a row that one instruction takes,
+constexpr int kMatrixBytes = 64;    // and their bytes
+constexpr int kMatrixColumns = 32;  // of the products below: two tiles side by side
+
+// Sixteen rows, `stride` bytes from one to the next; `step` bytes on, the next kMatrixDepth numbers of each.
+struct MatrixRows {
+  const void* data;
+  int64_t stride, step;
+};
+
+#if defined(SOFTBATCH_AMX)
+
+inline bool may_use_matrix_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+
+// Whether products of this type run on matrix tiles.
+template <typename T>
+bool uses_matrix_tiles() {
+  return std::is_same_v<T, at::BFloat16> && may_use_matrix_tiles();
+}
+
+// The calling thread's tiles, all of the largest shape, for as long as this lives.
+class MatrixTiles {
+ public:
+  MatrixTiles() {
+    if (!may_use_matrix_tiles()) return;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    std::fill(shape.bytes, shape.bytes + 8, kMatrixBytes);
+    std::fill(shape.rows, shape.rows + 8, kMatrixRows);
+    _tile_loadconfig(&shape);
+  }
+  ~MatrixTiles() {
+    if (may_use_matrix_tiles()) _tile_release();
+  }
+  MatrixTiles(const MatrixTiles&) = delete;
+  MatrixTiles& operator=(const MatrixTiles&) = delete;
+};
+
+// out[r][c] = sum over k of rows[r][k] * b[k][c], kMatrixColumns columns, for sixteen rows, or with `kTwo` for sixteen
+// `others` behind them; with `kAdd`, what is there counts too. b holds pairs of numbers, one below the other, for
+// `steps` times kMatrixDepth; between calls during() for each of its rows.
+template <bool kTwo, bool kAdd, typename F>
+INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const void* b, int64_t steps, float* out,
+                                  const F& during) {
+  constexpr int64_t kRow = 2 * kMatrixBytes, kOutRow = kMatrixColumns * sizeof(float);
+  const char *a = static_cast<const char*>(rows.data), *a2 = static_cast<const char*>(others.data);
+  const char* columns = static_cast<const char*>(b);
+  float *right = out + kLanes, *out2 = out + kMatrixRows * kMatrixColumns, *right2 = out2 + kLanes;
+  if constexpr (kAdd) {
+    _tile_loadd(0, out, kOutRow);
+    _tile_loadd(1, right, kOutRow);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  if constexpr (kTwo && kAdd) {
+    _tile_loadd(2, out2, kOutRow);
+    _tile_loadd(3, right2, kOutRow);
+  } else if constexpr (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < steps; ++i, a += rows.step, a2 += others.step, columns += kMatrixRows * kRow) {
+    _tile_loadd(4, a, rows.stride);
+    _tile_loadd(6, columns, kRow);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, columns + kMatrixBytes, kRow);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_loadd(5, a2, others.stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    for (int k = 0; k < kMatrixRows; ++k)
+      during();
+  }
+  _tile_stored(0, out, kOutRow);
+  _tile_stored(1, right, kOutRow);
+  if constexpr (kTwo) {
+    _tile_stored(2, out2, kOutRow);
+    _tile_stored(3, right2, kOutRow);
+  }
+}
+
+#else
+
+template <typename T>
+constexpr bool uses_matrix_tiles() {
+  return false;
+}
+
+struct MatrixTiles {};
+
+template <bool kTwo, bool kAdd, typename F>
+void multiply_matrix_tiles(MatrixRows, MatrixRows, const void*, int64_t, float*, const F&) {}
+
+#endif
+
+}  // namespace softbatch

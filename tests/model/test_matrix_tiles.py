@@ -1,0 +1,68 @@
+"""Intel's matrix tiles: where Linux refuses them, the same build computes without, and the same tests hold."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.servers import PROJECT
+
+HAS_TILES = Path("/proc/cpuinfo").exists() and " amx_bf16 " in Path("/proc/cpuinfo").read_text()
+TESTS = ("tests/model/test_decoder.py", "tests/model/test_attention.py")
+
+# A seccomp filter (BPF) that answers arch_prctl(ARCH_REQ_XCOMP_PERM, …) with EPERM and allows everything else.
+REFUSE = """
+import ctypes, struct, sys
+
+ARCH_PRCTL, REQUEST, EPERM = 158, 0x1023, 1
+LOAD, EQUAL, RETURN, ALLOW, ERROR = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000
+steps = [(LOAD, 0, 0, 0), (EQUAL, 0, 3, ARCH_PRCTL), (LOAD, 0, 0, 16), (EQUAL, 0, 1, REQUEST),
+         (RETURN, 0, 0, ERROR | EPERM), (RETURN, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program) == 0, ctypes.get_errno()
+assert libc.syscall(ARCH_PRCTL, REQUEST, 18) == -1 and ctypes.get_errno() == EPERM
+"""
+LOGITS = """
+import torch
+from scheduler.engine import build_engine
+from scheduler.messages import EngineConfig
+from scheduler.model.batch import Row
+
+engine, _ = build_engine(EngineConfig(model="smollm2-135m", dtype="bfloat16", kv_cache_gib=0.01), lambda *_: None)
+logits = engine._runner.forward([Row(0, list(range(300, 340)), list(range(4)), range(40))])
+sys.stdout.write(logits.numpy().tobytes().hex())
+"""
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys\n" + program]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not HAS_TILES or platform.machine() != "x86_64", reason="this processor has no matrix tiles")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+class TestWithoutPermission:
+    def test_kernels_agree_with_the_reference(self) -> None:
+        arguments = [*TESTS, "-q", "-x", "-p", "no:cacheprovider", "-k", "bfloat16 or bf16"]
+        done = run(f"{REFUSE}\nimport pytest\nsys.exit(pytest.main({arguments!r}))")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_the_way_that_is_taken_is_another(self) -> None:
+        """Sums are rounded otherwise, so the two can be told apart; and they are near each other."""
+        import torch
+
+        with_tiles, without = (run(program + LOGITS) for program in ("", REFUSE))
+        assert with_tiles.returncode == without.returncode == 0, with_tiles.stderr + without.stderr
+        first, second = (
+            torch.frombuffer(bytearray.fromhex(done.stdout), dtype=torch.float32) for done in (with_tiles, without)
+        )
+        assert not torch.equal(first, second)
+        assert (first - second).norm() < 0.02 * (first - first.mean()).norm()
