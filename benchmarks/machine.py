@@ -12,6 +12,11 @@ def machine() -> str:
     return f"{os.cpu_count()} × {names[0] if names else platform.machine()}"
 
 
+def has_matrix_tiles() -> bool:
+    """Intel's AMX."""
+    return any(" amx_tile" in line for line in _cpuinfo())
+
+
 def _cpuinfo() -> list[str]:
     try:
         return Path("/proc/cpuinfo").read_text().splitlines()

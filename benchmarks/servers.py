@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import has_matrix_tiles
 from peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
 
 from scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
@@ -62,6 +63,8 @@ def llama(port: int, kind: str) -> Launch:
     model = gguf(programs, _embedded_gguf(), kind)
     command = [str(programs / "llama-server"), "--model", str(model), "--alias", EMBEDDED_ALIAS, "--port", str(port)]
     command += ["--parallel", "64", "--ctx-size", str(64 * 384), "--threads", str(CORES), "--cache-ram", "0"]
+    if kind == "Q8_0" and has_matrix_tiles():
+        command += ["--no-repack"]  # this build's products on Intel's matrix tiles end in an illegal instruction
     return Launch(f"llama.cpp-{kind}", tuple(command))
 
 

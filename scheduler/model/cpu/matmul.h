@@ -53,9 +53,12 @@ struct Activations {
     inputs = new_inputs;
     const int64_t most = uses_matrix_tiles<W>() ? kMatrixRows : kTile;
     tiles = (rows + most - 1) / most;
+    starts_.resize(tiles + 1);
+    for (int64_t t = 0; t <= tiles; ++t)
+      starts_[t] = tiles > 0 ? rows * t / tiles : 0;
     data.resize(rows * Layout<W>::row_bytes(inputs) + kBehind);
   }
-  int64_t first(int64_t tile) const { return rows * tile / tiles; }
+  int64_t first(int64_t tile) const { return starts_[tile]; }
   int64_t rows_of(int64_t tile) const { return first(tile + 1) - first(tile); }
   char* tile(int64_t t) const { return data.data() + first(t) * Layout<W>::row_bytes(inputs); }
   INLINE void put(int64_t t, int64_t row, const float* values) {
@@ -64,6 +67,9 @@ struct Activations {
   INLINE void put_part(int64_t t, int64_t row, int64_t column, const float* values) {
     Layout<W>::put_part(values, inputs, column, row - first(t), rows_of(t), tile(t));
   }
+
+ private:
+  std::vector<int64_t> starts_;  // asked for with every row of every panel, where a division would be felt
 };
 
 using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
@@ -89,7 +95,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
       return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, share, shares);
     };
     const auto finish = [&](int64_t t, float* of_tile) {
-      for (int64_t row = 0; row < x.rows_of(t); ++row) {
+      for (int64_t row = 0, rows = x.rows_of(t); row < rows; ++row) {
         float* s = of_tile + row * kColumns;
         if (!weights.bias.empty())
           for (int64_t i = 0; i < std::min<int64_t>(kColumns, weights.outputs - panel * kColumns); ++i)
