@@ -80,11 +80,17 @@ class _NothingRuns:
         return StepResult({}, {}, {}, errors, {fill.prompt.ref.sha256: _TOO_SMALL for fill in self.step.fills})
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _OnItsWay:
     step: Step
     launched: Launched
     since: float
+    _result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        if self._result is None:
+            self._result = self.launched.result()
+        return self._result
 
 
 class Engine:
@@ -152,34 +158,44 @@ class Engine:
             loaded = self._place(readings, outputs)
             self.scheduler.join(step)
             self._start_reading(step)
-        ended = self._on_its_way
+        ended = [self._on_its_way] if self._on_its_way else []
         self._on_its_way = self._launch(step, started) if step else None
-        if not self._run_ahead:
-            ended, self._on_its_way = self._on_its_way, None
-        if ended is not None:
-            outputs += self.scheduler.postprocess(ended.step, ended.launched.result())
-            loaded += self._collect_filled(ended.step)
-        last_end, self._last_end = self._last_end, time.perf_counter()
+        if self._on_its_way and (not self._run_ahead or isinstance(self._on_its_way.launched, _NothingRuns)):
+            ended.append(self._on_its_way)
+            self._on_its_way = None
+        for one in ended:
+            result = one.result()
+            outputs += self.scheduler.postprocess(one.step, result)
+            loaded += self._collect_filled(one.step, result)
+        last_end, now = self._last_end, time.perf_counter()
+        if ended:
+            self._last_end = now
         return StepOutput(
             outputs=outputs,
             stats=self.stats,
             admitted=step.admitted,
             preempted=step.preempted,
-            batch_size=len(ended.step.rows) if ended else 0,
-            num_tokens=ended.step.num_tokens if ended else 0,
-            step_seconds=self._last_end - max(ended.since, last_end) if ended else 0.0,
+            batch_size=sum(len(one.step.rows) for one in ended),
+            num_tokens=sum(one.step.num_tokens for one in ended),
+            step_seconds=now - max(ended[0].since, last_end) if ended else 0.0,
             schedule_seconds=scheduled - started,
             soft_prompt_load_seconds=loaded,
         )
 
     def _launch(self, step: Step, since: float) -> _OnItsWay:
-        """Launch the step, made smaller as often as the device runs out of memory."""
+        """Launch the step, made smaller as often as the device runs out of memory; before that, the step on its way is
+        waited for, which gives back what it holds."""
         launched: Launched | None = None
+        before = self._on_its_way
         while launched is None:
             whole = Step(rows=step.rows, fills=step.fills)
             try:
                 launched = self._runner.launch(step)
             except OutOfDeviceMemory:
+                if before is not None:
+                    before.result()
+                    before = None
+                    continue
                 logger.warning("out of device memory in a step of %d tokens; running it again smaller", step.num_tokens)
                 if not self.scheduler.shrink(step):
                     step.rows, step.fills = whole.rows, whole.fills
@@ -225,8 +241,9 @@ class Engine:
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {reason}")
         return ready
 
-    def _collect_filled(self, step: Step) -> list[float]:
-        filled = [fill.prompt.ref.sha256 for fill in step.fills if fill.is_last]
+    def _collect_filled(self, step: Step, result: StepResult) -> list[float]:
+        last = [fill.prompt.ref.sha256 for fill in step.fills if fill.is_last]
+        filled = [sha256 for sha256 in last if sha256 not in result.fill_errors]
         return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
 
 

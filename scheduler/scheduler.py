@@ -208,8 +208,9 @@ class Scheduler:
 
     def fail(self, sequence: Sequence, message: str) -> SequenceOutput:
         """Take a running sequence out with an error."""
+        output = _failed(sequence, message)
         self._leave(sequence)
-        return _failed(sequence, message)
+        return output
 
     def stats(self, bytes_per_block: int) -> EngineStats:
         return EngineStats(
@@ -253,11 +254,14 @@ class Scheduler:
             sequence = self.running[index]
             if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
                 while not self._has_block_for_next(sequence):
+                    if any(other.will_end for other in self.running):  # and give its blocks back, after this step
+                        break
                     victim = self.running[-1]
                     self._preempt(victim, step)
                     if victim is sequence:
                         return budget
-                budget -= self._add_row(step, sequence, 1)
+                else:
+                    budget -= self._add_row(step, sequence, 1)
             index += 1
         return budget
 

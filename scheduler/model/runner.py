@@ -70,8 +70,12 @@ class Runner:
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
         launched = LaunchedStep()
+        # Of a soft prompt that has failed in the step before, which the scheduler did not know yet, nothing is left.
+        fills = [fill for fill in step.fills if fill.prompt.ref.sha256 in self._filling]
+        if not (step.rows or fills):
+            return launched
         try:
-            self._run(step.rows, step.fills, launched)
+            self._run(step.rows, fills, launched)
         except Exception as error:
             if _is_shortage(error):
                 raise
@@ -86,7 +90,7 @@ class Runner:
                         raise
                     logger.exception("request %s failed", row.sequence.request_id)
                     launched.errors[row.sequence.request_id] = "the model failed on this request"
-            for fill in step.fills:
+            for fill in fills:
                 try:
                     self._run([], [fill], launched)
                 except Exception as error:
@@ -94,7 +98,7 @@ class Runner:
                         raise
                     logger.exception("soft prompt %s failed", fill.prompt.ref.sha256)
                     launched.fill_errors[fill.prompt.ref.sha256] = "the model failed on this soft prompt"
-        for fill in step.fills:
+        for fill in fills:
             sha256 = fill.prompt.ref.sha256
             if fill.is_last or sha256 in launched.fill_errors:
                 self._filling.pop(sha256, None)
@@ -171,10 +175,9 @@ class Runner:
             token_ids[small_tensor(places, token_ids.device, torch.int64)] = tokens
 
     def _sample_input(self, s: Sequence) -> SampleInput:
-        unknown = s.num_pending > 0 and needs_history(s.params)
-        return SampleInput(
-            s.params, s.tokens, s.num_prompt, s.length, self._newest.tokens_of([s.request_id]) if unknown else None
-        )
+        is_missing = s.num_pending > 0 and needs_history(s.params)
+        pending = self._newest.tokens_of([s.request_id]) if is_missing else None
+        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending)
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,22 +90,14 @@ class _OnDevice:
     def read(self) -> list[Sample]:
         chosen, finite, needs_whole, *found = self._numbers.read()
         tokens = [int(token) for token in chosen]
-        revised = self._draw_from_whole([index for index, needed in enumerate(needs_whole) if needed])
-        if revised and self._table is not None:
-            for row, token in revised.items():
-                tokens[row] = token
-            found = ToHost(self._table.rows(small_tensor(tokens, self.tokens.device, torch.int64))).read()
-        logprobs = self._table.told(found) if self._table is not None else {}
+        looked_at = [index for index, needed in enumerate(needs_whole) if needed]
+        again = self._drawn.from_whole(looked_at) if self._drawn is not None else {}
+        revised = {row: token for row, token in again.items() if token != tokens[row]}
+        logprobs = self._table.told(found, revised) if self._table is not None else {}
         return [
             _sample_or_error(revised.get(row, token), bool(finite[row]), logprobs.get(row), row in revised)
             for row, token in enumerate(tokens)
         ]
-
-    def _draw_from_whole(self, wanted: list[int]) -> dict[int, int]:
-        """By row of the batch: the tokens of those drawn rows for which the head was not enough."""
-        if self._drawn is None:
-            return {}
-        return {self._drawn.rows[index]: self._drawn.from_whole(index) for index in wanted}
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -174,13 +166,14 @@ def _with_pending(tokens: Sequence[int], pending: torch.Tensor | None, device: t
 class _Draw:
     """Inverse-CDF sampling with one uniform number per row; all filters are cuts in the sorted distribution."""
 
-    rows: list[int]  # of the batch: those that are not greedy
-    at: torch.Tensor  # the same on the device
-    params: list[SamplingParams]
-    probs: torch.Tensor  # [n, vocab]
-    numbers: torch.Tensor  # [n]
+    at: torch.Tensor  # int64 [n], rows of the batch: those that are not greedy
     tokens: torch.Tensor  # int64 [n]
-    needs_whole: torch.Tensor  # bool [n]: the filters keep all of the head, and perhaps more behind it
+    # Of those with filters for which the head may not be enough, f in all; kept until the tokens are read:
+    rows: list[int]
+    params: list[SamplingParams]
+    probs: torch.Tensor  # [f, vocab]
+    numbers: torch.Tensor  # [f]
+    needs_whole: torch.Tensor  # bool [f]: the filters keep all of the head, and perhaps more behind it
 
     @classmethod
     def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _Draw | None:
@@ -195,26 +188,30 @@ class _Draw:
         uniforms = [uniform(inputs[i].params.seed, inputs[i].position) for i in rows]
         numbers = small_tensor(uniforms, device, torch.float32)
         tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        needs_whole = torch.zeros(len(rows), dtype=torch.bool, device=device)
         filtered = [i for i, p in enumerate(params) if _filters(p)]
         plain = [i for i, p in enumerate(params) if not _filters(p)]
         if plain:
             mine = small_tensor(plain, device, torch.int64)
             tokens[mine] = _invert(probs[mine], numbers[mine])
-        if filtered:
-            mine = small_tensor(filtered, device, torch.int64)
-            head, ids = probs[mine].topk(min(HEAD, probs.shape[-1]), dim=-1)
-            chosen, kept = _invert_cut(head, numbers[mine], [params[i] for i in filtered])
-            tokens[mine] = ids.gather(1, chosen[:, None])[:, 0]
-            if head.shape[-1] < probs.shape[-1]:
-                needs_whole[mine] = kept == head.shape[-1]
-        return cls(rows, at, params, probs, numbers, tokens, needs_whole)
+        if not filtered:
+            return cls(at, tokens, [], [], probs[:0].clone(), numbers[:0], numbers[:0].bool())
+        mine = small_tensor(filtered, device, torch.int64)
+        of_filtered, number, limits = probs[mine], numbers[mine], [params[i] for i in filtered]
+        head, ids = of_filtered.topk(min(HEAD, probs.shape[-1]), dim=-1)
+        chosen, kept = _invert_cut(head, number, limits)
+        tokens[mine] = ids.gather(1, chosen[:, None])[:, 0]
+        needs_whole = (kept == head.shape[-1]) & (head.shape[-1] < probs.shape[-1])
+        return cls(at, tokens, [rows[i] for i in filtered], limits, of_filtered, number, needs_whole)
 
-    def from_whole(self, index: int) -> int:
-        """The token of a row for which the head was not enough; sorted on the host, where there is room for it."""
-        whole, order = self.probs[index].cpu().sort(descending=True)
-        chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1].cpu(), [self.params[index]])
-        return int(order[chosen[0]])
+    def from_whole(self, wanted: Sequence[int]) -> dict[int, int]:
+        """By row of the batch: the tokens of those of the f for which the head was not enough; sorted on the host,
+        where there is room for it."""
+        found = {}
+        for index in wanted:
+            whole, order = self.probs[index].cpu().sort(descending=True)
+            chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1].cpu(), [self.params[index]])
+            found[self.rows[index]] = int(order[chosen[0]])
+        return found
 
 
 def _filters(params: SamplingParams) -> bool:
@@ -275,11 +272,12 @@ class _LogprobTable:
         top = self.table.topk(self.most, dim=-1)
         return [self.table.gather(1, mine[:, None]), top.indices, top.values]
 
-    def told(self, found: list[list[float]]) -> dict[int, TokenLogprobs]:
-        """What `rows` gave, once read, by row of the batch."""
+    def told(self, found: list[list[float]], revised: Mapping[int, int]) -> dict[int, TokenLogprobs]:
+        """What `rows` gave, once read, by row of the batch; of a token that is another now its own is looked up."""
         chosen, ids, values = found
         result = {}
         for at, (row, count) in enumerate(zip(self.at, self.counts, strict=True)):
             mine = slice(at * self.most, at * self.most + count)
-            result[row] = TokenLogprobs(chosen[at], [int(id) for id in ids[mine]], values[mine])
+            own = float(self.table[at, revised[row]]) if row in revised else chosen[at]
+            result[row] = TokenLogprobs(own, [int(id) for id in ids[mine]], values[mine])
         return result

@@ -36,9 +36,9 @@ def llama(tiny_models: dict[str, str]) -> str:
     return tiny_models["llama"]
 
 
-def engine_of(path: str, ahead: str, num_blocks: int = 64) -> Engine:
-    limits = {"max_batch_size": 8, "max_batch_tokens": 24, "max_model_len": 128, "max_queue_size": 50}
-    return build(path, num_blocks=num_blocks, async_scheduling=ahead, **limits)[0]
+def engine_of(path: str, ahead: str, num_blocks: int = 200) -> Engine:
+    limits = {"max_batch_size": 8, "max_batch_tokens": 24, "max_model_len": 64, "max_queue_size": 50}
+    return build(path, num_blocks=num_blocks, block_size=4, async_scheduling=ahead, **limits)[0]
 
 
 def requests() -> list[AddRequest]:
@@ -61,7 +61,7 @@ def told(outputs: Sequence[SequenceOutput]) -> tuple[Any, ...]:
     return tokens_of(list(outputs)), logprobs, last.scores, last.finish_reason, last.error, last.num_computed
 
 
-@pytest.mark.parametrize("num_blocks", [64, 14])
+@pytest.mark.parametrize("num_blocks", [200, 18])
 def test_everything_a_request_may_ask_for_is_answered_alike(
     llama: str, monkeypatch: pytest.MonkeyPatch, num_blocks: int
 ) -> None:
@@ -89,7 +89,7 @@ def test_everything_a_request_may_ask_for_is_answered_alike(
         assert found[2] == (None if scores is None else pytest.approx(scores, abs=1e-4))
     assert any(end == "stop" for *_, end, _, _ in answers["on"].values()), "no sequence has ended unforeseen"
     assert "5" in revised, "the sampler has not looked twice"
-    assert (min(preemptions.values()) > 0) == (num_blocks < 64)
+    assert (min(preemptions.values()) > 0) == (num_blocks < 200)
 
 
 def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_asked_for(

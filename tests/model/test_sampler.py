@@ -22,6 +22,7 @@ from transformers import (
 from scheduler.messages import SamplingParams
 from scheduler.model.sampler import Sample, SampleInput, uniform
 from scheduler.model.sampler import sample as launch
+from scheduler.model.staging import ToHost
 
 VOCAB = 3000  # more than the sampler's head of 1,024
 
@@ -164,10 +165,17 @@ def test_the_same_rows_in_any_mixture_of_filters_give_the_same_tokens() -> None:
 
 
 @pytest.mark.gpu
-def test_one_wait_for_the_gpu_per_step() -> None:
+def test_one_wait_for_the_gpu_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(8).cuda()
     rows = [row(position=i, temperature=i % 2, top_p=0.9, logprobs=2, repetition_penalty=1.1) for i in range(8)]
     sample(logits, rows)
+    reads, read = [0], ToHost.read
+
+    def read_counted(numbers: ToHost) -> list[list[float]]:
+        reads[0] += 1
+        return read(numbers)
+
+    monkeypatch.setattr(ToHost, "read", read_counted)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -175,7 +183,8 @@ def test_one_wait_for_the_gpu_per_step() -> None:
             sample(logits, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+    assert not [w for w in caught if "synchroniz" in str(w.message)], "more was waited for than the one copy"
+    assert reads == [1]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +206,7 @@ def test_a_token_that_took_a_second_look_is_told_as_revised() -> None:
     rows = [row(position=i, seed=i, temperature=9.0, top_p=0.99999) for i in range(39)] + [row(temperature=0.0)]
     samples = launch(logits, rows)
     found = samples.read()
-    assert [one.revised for one in found] == [True] * 39 + [False]
-    assert samples.tokens[-1] == found[-1].token_id
-    assert any(one.token_id != int(token) for one, token in zip(found, samples.tokens, strict=True))
+    assert [one.revised for one in found] == [
+        one.token_id != int(token) for one, token in zip(found, samples.tokens, strict=True)
+    ]
+    assert 10 < sum(one.revised for one in found) <= 39

@@ -475,3 +475,24 @@ def test_a_forgotten_soft_prompt_leaves_with_its_last_user():
         drive(scheduler, runner, received)
     assert len(received["user"]) == 4
     assert scheduler.pool.num_used == 0
+
+
+def test_nobody_is_preempted_for_blocks_that_come_back_after_this_step():
+    """The short one's last token is on its way when the long one needs another block."""
+    scheduler = make_scheduler(num_blocks=4, block_size=4, max_model_len=16)
+    runner = FakeRunner(scheduler)
+    asked = [request("long", length=7, max_tokens=8, priority=-1), request("short", length=4, max_tokens=2)]
+    for req in asked:
+        scheduler.add(req)
+    received: dict[str, list[int]] = {}
+    sizes, before = [], None
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        assert not step.preempted
+        sizes.append(len(step.rows))
+        after = (step, runner.run(step)) if step else None
+        for output in scheduler.postprocess(*before) if before else []:
+            received.setdefault(output.request_id, []).extend(output.token_ids)
+        before = after
+    assert sizes[:4] == [2, 2, 0, 1]
+    assert received == {req.request_id: expected_output(req) for req in asked}

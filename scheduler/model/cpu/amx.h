@@ -36,6 +36,9 @@ inline bool may_use_matrix_tiles() {
   return granted;
 }
 
+// GCC's intrinsics do not tell it that they read memory: what is stored before this is there for those after it.
+INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
+
 // Whether products of this type run on matrix tiles.
 template <typename T>
 bool uses_matrix_tiles() {
@@ -54,6 +57,7 @@ class MatrixTiles {
     } shape;
     std::fill(shape.bytes, shape.bytes + 8, kMatrixBytes);
     std::fill(shape.rows, shape.rows + 8, kMatrixRows);
+    memory_is_read();
     _tile_loadconfig(&shape);
   }
   ~MatrixTiles() {
@@ -73,6 +77,7 @@ INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const void
   const char *a = static_cast<const char*>(rows.data), *a2 = static_cast<const char*>(others.data);
   const char* columns = static_cast<const char*>(b);
   float *right = out + kLanes, *out2 = out + kMatrixRows * kMatrixColumns, *right2 = out2 + kLanes;
+  memory_is_read();
   if constexpr (kAdd) {
     _tile_loadd(0, out, kOutRow);
     _tile_loadd(1, right, kOutRow);

@@ -19,7 +19,7 @@ from scheduler.model.cuda.graphs import Capturer, GraphForward
 from scheduler.model.cuda.memory import DeviceMemory, memory_of, peak_of
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
-from scheduler.model.sampler import SampleInput, sample
+from scheduler.model.sampler import SampleInput, Samples, sample
 
 
 def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend) -> Forward:
@@ -73,7 +73,8 @@ def measure_memory(
 def largest_step(
     model: Any, backend: AttentionBackend, spec: ModelSpec, config: EngineConfig, max_model_len: int
 ) -> Callable[[], None]:
-    """A step that fills the token budget and samples for every slot, over a cache of its own."""
+    """Two steps that fill the token budget and sample for every slot, over a cache of their own; what the first has
+    sampled is read when the second has been launched, as the engine does."""
     device: torch.device = model.device
     length = min(max_model_len, config.max_batch_tokens)
     blocks = list(range(-(-length // config.block_size)))
@@ -98,9 +99,13 @@ def largest_step(
     rows[0] = Row(0, rows[0].token_ids, blocks, range(max(0, first - 1 - more), first))
     params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
 
+    def launched() -> Samples:
+        logits = forward(build_batch(rows, config.block_size, device, planner))
+        return sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))])
+
     @torch.inference_mode()
     def run() -> None:
-        logits = forward(build_batch(rows, config.block_size, device, planner))
-        sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))]).read()
+        for samples in (launched(), launched()):
+            samples.read()
 
     return run
