@@ -12,9 +12,11 @@ import torch
 
 from scheduler.engine import Engine
 from scheduler.messages import AddRequest, CancelRequest, SamplingParams, SequenceOutput
+from scheduler.model import runner
 from scheduler.model.batch import RaggedBatch
 from scheduler.model.launched_step import LaunchedStep
 from scheduler.model.runner import Runner
+from scheduler.model.sampler import SampleInput, Samples, sample
 from scheduler.step import Step, StepResult
 from tests.conftest import load_reference
 from tests.engine.test_exactness import build, check_empty
@@ -92,15 +94,30 @@ def test_everything_a_request_may_ask_for_is_answered_alike(
     assert (min(preemptions.values()) > 0) == (num_blocks < 200)
 
 
+def test_penalties_see_every_token_before(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest of which the host does not know yet when it launches the step."""
+    seen: list[list[int]] = []
+
+    def sample_told(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
+        for one in inputs:
+            seen.append([*one.tokens, *(one.pending.tolist() if one.pending is not None else [])])
+        return sample(logits, inputs)
+
+    monkeypatch.setattr(runner, "sample", sample_told)
+    asked = make_request("a", [40, 7, 3], max_tokens=8, presence_penalty=1.0)
+    answer = tokens_of(drain(engine_of(llama, "on"), [asked])["a"])
+    assert seen == [[40, 7, 3, *answer[:count]] for count in range(8)]
+
+
 def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_asked_for(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
     launch, result = Runner.launch, LaunchedStep.result
 
-    def launch_told(runner: Runner, step: Step) -> LaunchedStep:
+    def launch_told(self: Runner, step: Step) -> LaunchedStep:
         events.append("launch")
-        return launch(runner, step)
+        return launch(self, step)
 
     def result_told(launched: LaunchedStep) -> StepResult:
         events.append("result")
