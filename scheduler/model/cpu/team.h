@@ -30,7 +30,7 @@ class Team {
 #pragma omp single
       team.size_ = omp_get_num_threads();  // fewer than asked for where OMP_THREAD_LIMIT or OMP_DYNAMIC say so
       const Pinned pinned(omp_get_thread_num(), team.size_);
-      const MatrixTiles matrix_tiles{};
+      [[maybe_unused]] const MatrixTiles matrix_tiles{};
       body(team);
     }
   }
