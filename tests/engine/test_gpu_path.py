@@ -98,7 +98,7 @@ def build(path: str, device: torch.device, run_ahead: bool = True) -> tuple[Engi
     return engine, info, counting
 
 
-@pytest.mark.parametrize(("kind", "run_ahead"), [("llama", True), ("llama", False), ("qwen3", True), ("gpt2", True)])
+@pytest.mark.parametrize(("kind", "run_ahead"), [("llama", False), ("qwen3", True), ("gpt2", True)])
 def test_greedy_output_equals_transformers(
     tiny_models: dict[str, str], kind: str, run_ahead: bool, device: torch.device, tmp_path: Path
 ) -> None:

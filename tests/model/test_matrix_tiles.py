@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.servers import PROJECT
 
-TESTS = ("tests/model/test_decoder.py", "tests/model/test_attention.py")
+TESTS = ("tests/model/test_decoder.py", "tests/model/test_attention.py::test_ragged_batches")
 
 # A seccomp filter (BPF) that answers arch_prctl(ARCH_REQ_XCOMP_PERM, …) with EPERM and allows everything else.
 REFUSE = """
