@@ -24,6 +24,7 @@ from scheduler.soft_prompts import ResidentSoftPrompt
 from scheduler.step import DeviceLost, Fill, OutOfDeviceMemory, Step, StepRow
 
 logger = logging.getLogger(__name__)
+_FILL_FAILED = "the model failed on this soft prompt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,10 @@ class Runner:
     def _launch(self, step: Step) -> LaunchedStep:
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
-        launched = LaunchedStep()
         # Of a soft prompt that has failed in the step before, which the scheduler did not know yet, nothing is left.
         fills = [fill for fill in step.fills if fill.prompt.ref.sha256 in self._filling]
+        lost = {fill.prompt.ref.sha256: _FILL_FAILED for fill in step.fills if fill not in fills}
+        launched = LaunchedStep(fill_errors=dict(lost))
         if not (step.rows or fills):
             return launched
         try:
@@ -81,7 +83,7 @@ class Runner:
                 raise
             logger.exception("a step failed; running its rows one by one")
             self._check_device()
-            launched = LaunchedStep()
+            launched = LaunchedStep(fill_errors=dict(lost))
             for row in step.rows:
                 try:
                     self._run([row], [], launched)
@@ -97,7 +99,7 @@ class Runner:
                     if _is_shortage(error):
                         raise
                     logger.exception("soft prompt %s failed", fill.prompt.ref.sha256)
-                    launched.fill_errors[fill.prompt.ref.sha256] = "the model failed on this soft prompt"
+                    launched.fill_errors[fill.prompt.ref.sha256] = _FILL_FAILED
         for fill in fills:
             sha256 = fill.prompt.ref.sha256
             if fill.is_last or sha256 in launched.fill_errors:

@@ -14,6 +14,7 @@ import torch
 from scheduler.engine import build_engine
 from scheduler.messages import AddRequest, EngineConfig, SamplingParams, SoftPromptRef
 from scheduler.model.source import ModelError
+from scheduler.model.staging import ToHost
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 
 pytestmark = pytest.mark.gpu
@@ -45,21 +46,38 @@ def waits_counted() -> Iterator[list[str]]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ToHost]:
+    """What the host has waited for by the event behind a copy, which torch does not tell of as of other waits."""
+    waited_for: list[ToHost] = []
+    read = ToHost.read
+
+    def read_told(numbers: ToHost) -> list[list[float]]:
+        waited_for.append(numbers)
+        return read(numbers)
+
+    monkeypatch.setattr(ToHost, "read", read_told)
+    return waited_for
+
+
 @pytest.mark.parametrize("ahead", ["on", "off"])
-def test_a_decoding_step_waits_for_its_tokens_alone(smollm2: Reference, ahead: str) -> None:
-    """For the event behind their copy, which torch does not tell of as of other waits."""
+def test_a_decoding_step_waits_for_its_tokens_alone(smollm2: Reference, reads: list[ToHost], ahead: str) -> None:
     engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2, async_scheduling=ahead), lambda *_: None)
     add(engine, 3, max_tokens=20)
     for _ in range(6):
         engine.step()
+    reads.clear()
     with waits_counted() as waits:
         for _ in range(5):
             assert engine.step().batch_size == 3
     assert not waits
+    assert len(reads) == 5
 
 
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])
-def test_bringing_a_soft_prompt_in_waits_for_nothing(smollm2: Reference, tmp_path: Path, kind: str) -> None:
+def test_bringing_a_soft_prompt_in_waits_for_nothing(
+    smollm2: Reference, tmp_path: Path, reads: list[ToHost], kind: str
+) -> None:
     engine, ready = build_engine(config(smollm2.path, kv_cache_gib=0.2), lambda *_: None)
     prompt = make_soft_prompt(kind, 33, ready.model)
     ref = SoftPromptRef("7" * 64, str(save_prompt(prompt, tmp_path, kind)), 33)
@@ -67,12 +85,15 @@ def test_bringing_a_soft_prompt_in_waits_for_nothing(smollm2: Reference, tmp_pat
     for _ in range(6):
         engine.step()
     engine.handle(AddRequest(request_id="soft", token_ids=[7] * 5, params=GREEDY, soft_prompt=ref))
-    received: list[int] = []
+    reads.clear()
+    sampled, received = 0, []
     with waits_counted() as waits:
         while engine.has_work:
             outputs = engine.step().outputs
+            sampled += any(output.token_ids for output in outputs)
             received += [token for output in outputs if output.request_id == "soft" for token in output.token_ids]
     assert not waits
+    assert len(reads) == sampled
     expected = smollm2.generate([7] * 5, 5, prompt)
     assert received[: len(expected)] == expected
     assert len(received) == 5

@@ -5,20 +5,21 @@ Greedy output against transformers is `test_exactness.py`'s and `test_gpu_path.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from scheduler.engine import Engine
-from scheduler.messages import AddRequest, CancelRequest, SamplingParams, SequenceOutput
+from scheduler.messages import AddRequest, CancelRequest, SamplingParams, SequenceOutput, SoftPromptRef
 from scheduler.model import runner
 from scheduler.model.batch import RaggedBatch
 from scheduler.model.launched_step import LaunchedStep
 from scheduler.model.runner import Runner
 from scheduler.model.sampler import SampleInput, Samples, sample
 from scheduler.step import Step, StepResult
-from tests.conftest import load_reference
+from tests.conftest import load_reference, make_soft_prompt, save_prompt
 from tests.engine.test_exactness import build, check_empty
 from tests.engine.test_faults import drain, make_request, tokens_of
 
@@ -157,6 +158,33 @@ def test_a_step_in_which_everyone_fails_is_followed_by_others(llama: str, monkey
     outputs = drain(engine, [make_request("unlucky", [5, 6])])
     assert [output.finish_reason for output in outputs["unlucky"]] == ["error"]
     assert len(tokens_of(drain(engine, [make_request("next", [5, 6])])["next"])) == 10
+    check_empty(engine)
+
+
+def test_a_soft_prompt_that_fails_fails_once_though_its_next_chunk_is_on_its_way(
+    llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = {"max_batch_size": 8, "max_batch_tokens": 24, "max_model_len": 128}
+    engine, ready = build(llama, num_blocks=40, async_scheduling="on", **limits)
+    forward = engine._runner._forward
+
+    def broken_on_soft_prompts(batch: RaggedBatch) -> torch.Tensor:
+        if batch.embeddings:
+            raise RuntimeError("broken")
+        return forward(batch)
+
+    monkeypatch.setattr(engine._runner, "_forward", broken_on_soft_prompts)
+    path = save_prompt(make_soft_prompt("embeddings", 60, ready.model), tmp_path, "p")
+    params = SamplingParams(max_tokens=3)
+    ref = SoftPromptRef("7" * 64, str(path), 60)
+    soft = AddRequest(request_id="soft", token_ids=[5], params=params, soft_prompt=ref)
+    outputs = drain(engine, [soft, make_request("plain", [5, 6], max_tokens=30)])
+    assert [output.finish_reason for output in outputs["soft"]] == ["error"]
+    assert "soft prompt" in outputs["soft"][0].error
+    assert tokens_of(outputs["plain"]) == tokens_of(
+        drain(engine, [make_request("again", [5, 6], max_tokens=30)])["again"]
+    )
+    assert sum("running its rows one by one" in line for line in caplog.messages) == 1
     check_empty(engine)
 
 
