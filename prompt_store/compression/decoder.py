@@ -73,10 +73,15 @@ class LayeredPrefix:
         return cls(keys, values, prefix.length)
 
 
+# (query, key, value, keys, values, scale) as `attend` takes them.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
 @dataclass
 class AttentionCall:
     """One forward's view of what lies before its tokens; handed through the model to every layer."""
 
+    attend: Attend
     prefix: LayeredPrefix | None = None
     on_layer: Callable[[int, LayerTrace], None] | None = None
     cache: DecodeCache | None = None
@@ -118,7 +123,9 @@ def prefix_attention(
     if call.prefix is None or call.prefix.length == 0:
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
     else:
-        output = attend(query, key, value, call.prefix.keys[layer], call.prefix.values[layer], scaling or dim**-0.5)
+        output = call.attend(
+            query, key, value, call.prefix.keys[layer], call.prefix.values[layer], scaling or dim**-0.5
+        )
     if call.on_layer is not None:
         call.on_layer(layer, LayerTrace(query, key, value, output, scaling or dim**-0.5))
     return output.transpose(1, 2), None
@@ -223,11 +230,19 @@ class Decoder:
     """A transformers causal LM with frozen weights; owns the model (its attention function is replaced).
 
     Raises ValueError for a model whose logits are not `lm_head(last hidden state)`, which does not pass its
-    attention through the attention interface, or whose attention is not full.
+    attention through the attention interface, or whose attention is not full. `attend_without_gradients` is a quicker
+    `attend` for where none are needed.
     """
 
-    def __init__(self, model: Any, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        attend_without_gradients: Attend | None = None,
+    ) -> None:
         self.device = torch.device(device)
+        self.attend_without_gradients = attend_without_gradients or attend
         self.model = model.to(device=self.device, dtype=dtype or model.dtype).eval().requires_grad_(False)
         self.dtype: torch.dtype = self.model.dtype
         self.body = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
@@ -304,7 +319,9 @@ class Decoder:
             inputs_embeds=embeds,
             position_ids=positions,
             use_cache=False,
-            call=AttentionCall(layered, on_layer, cache),
+            call=AttentionCall(
+                attend if torch.is_grad_enabled() else self.attend_without_gradients, layered, on_layer, cache
+            ),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -27,6 +27,7 @@ from prompt_store.compression.objectives import objective_from_hidden
 from prompt_store.compression.pairs import Pair, answer_states, collate
 from prompt_store.compression.student import Student
 from prompt_store.compression.teacher import Observed, teach
+from scheduler.model.attention import cpu
 from tests.conftest import Reference
 
 PAIRS = [
@@ -83,10 +84,20 @@ def plain_logits(model: Any, pair: Pair, sigma: dict[str, torch.Tensor]) -> torc
     return logits[0, -len(pair.answer) :]
 
 
+@pytest.mark.parametrize("attention", ["plain", "kernel"])
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])
-def test_student_equals_plain_transformers(tiny: Reference, kind: Any) -> None:
+def test_student_equals_plain_transformers(tiny: Reference, kind: Any, attention: str) -> None:
     """Padded batch of ragged rows behind σ, against one row at a time with past_key_values or inputs_embeds."""
-    decoder = decoder_of(tiny)
+    if attention == "kernel" and not cpu.build():
+        pytest.skip("no C++ compiler")
+    calls: list[int] = []
+
+    def kernel(*inputs: Any) -> torch.Tensor:
+        calls.append(1)
+        return cpu.behind_prefix(*inputs)
+
+    model = copy.deepcopy(tiny.model)
+    decoder = Decoder(model, attend_without_gradients=kernel if attention == "kernel" else None)
     prefix = random_prefix(decoder, 6)
     sigma = (
         {"keys": prefix.keys, "values": prefix.values}
@@ -99,6 +110,10 @@ def test_student_equals_plain_transformers(tiny: Reference, kind: Any) -> None:
         for pair, found in zip(PAIRS, states, strict=True):
             expected = plain_logits(tiny.model, pair, sigma)
             assert torch.allclose(decoder.project(found), expected, atol=2e-4, rtol=1e-4)
+    assert bool(calls) == (attention == "kernel")
+    calls.clear()
+    answer_states(decoder, student.prefix(), collate(PAIRS, [0, 1], decoder.device)).sum().backward()
+    assert not calls
 
 
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])

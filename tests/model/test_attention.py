@@ -8,9 +8,10 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from prompt_store.compression.decoder import attend
 from scheduler.model.attention import choose, cpu
 from scheduler.model.attention.base import AttentionBackend, PagedBatch
 from scheduler.model.attention.reference import reference
@@ -109,9 +111,11 @@ def make_case(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     shared_blocks: int = 0,
+    begins_like: Mapping[int, tuple[int, int]] = MappingProxyType({}),
     seed: int = 0,
 ) -> Case:
-    """Random sequences of (query length, context length); all start with the same `shared_blocks` full blocks.
+    """Random sequences of (query length, context length); all start with the same `shared_blocks` full blocks, and
+    sequence s, where `begins_like[s]` is (an earlier sequence, n), with that one's first n.
 
     Blocks are scattered, block 0 (which pads the block tables) belongs to nobody, and every cache slot that no
     token owns holds NaN, those that this step's tokens will fill included.
@@ -121,23 +125,28 @@ def make_case(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    shared = shared_blocks * block_size
-    own_blocks = [-(-context // block_size) - shared_blocks for _, context in lengths]
+    common = [begins_like[s][1] if s in begins_like else shared_blocks for s in range(len(lengths))]
+    own_blocks = [-(-context // block_size) - n for (_, context), n in zip(lengths, common, strict=True)]
     num_blocks = 1 + shared_blocks + sum(own_blocks) + 2
     free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
     prefix_table = [free.pop() for _ in range(shared_blocks)]
-    prefix_keys, prefix_values = random(shared, kv_heads, head_dim), random(shared, kv_heads, head_dim)
+    prefix_keys, prefix_values = (random(shared_blocks * block_size, kv_heads, head_dim) for _ in range(2))
 
     key_cache = torch.full((num_blocks, kv_heads, block_size, head_dim), NAN, dtype=dtype)
     value_cache = key_cache.clone()
-    table = torch.zeros(len(lengths), max((shared_blocks + n for n in own_blocks), default=0), dtype=torch.int32)
+    table = torch.zeros(len(lengths), max(map(sum, zip(common, own_blocks, strict=True)), default=0), dtype=torch.int32)
     keys, values, new_keys, new_values, slots = [], [], [], [], []
     for s, (length, context) in enumerate(lengths):
+        shared = common[s] * block_size
         assert context - length >= shared
-        blocks = prefix_table + [free.pop() for _ in range(own_blocks[s])]
+        other = begins_like[s][0] if s in begins_like else None
+        first_blocks = prefix_table if other is None else table[other, : common[s]].tolist()
+        first_keys = prefix_keys if other is None else keys[other][:shared]
+        first_values = prefix_values if other is None else values[other][:shared]
+        blocks = first_blocks + [free.pop() for _ in range(own_blocks[s])]
         table[s, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        keys.append(torch.cat([prefix_keys, random(context - shared, kv_heads, head_dim)]))
-        values.append(torch.cat([prefix_values, random(context - shared, kv_heads, head_dim)]))
+        keys.append(torch.cat([first_keys, random(context - shared, kv_heads, head_dim)]))
+        values.append(torch.cat([first_values, random(context - shared, kv_heads, head_dim)]))
         for position in range(context):
             block, offset = blocks[position // block_size], position % block_size
             if position < context - length:
@@ -227,6 +236,55 @@ def test_any_batch(
 def test_sequences_that_share_blocks(kernel: AttentionBackend, dtype: torch.dtype) -> None:
     lengths = [(1, 33), (4, 36), (1, 700), (20, 52), (1, 34)]
     make_case(lengths, block_size=8, shared_blocks=4, dtype=dtype).check(kernel, reference)
+
+
+# A tree of decoding sequences: all have 64 keys in common, six of them 1,152, two more after that or less than a tile.
+_TREE = [(1, 1200 + 40 * n) for n in range(6)] + [(1, 65), (1, 64), (1, 700), (30, 1300), (1, 1300), (1, 1216), (1, 1217)]
+_LIKE = {n: (0, 1152 // 16) for n in range(1, 6)} | {6: (0, 4), 7: (0, 3), 8: (0, 4), 9: (0, 72), 11: (5, 75), 12: (5, 76)}
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 1, 128), (2, 2, 40), (48, 2, 16)])
+def test_decoding_sequences_that_share_a_long_context(
+    kernel: AttentionBackend, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    make_case(_TREE, heads=heads, kv_heads=kv_heads, head_dim=head_dim, begins_like=_LIKE, dtype=dtype).check(kernel)
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(
+    tree=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 40), st.integers(1, 200)), min_size=4, max_size=20),
+    block_size=st.sampled_from([1, 8, 16, 24, 64, 100]),
+    dtype=st.sampled_from(cpu.DTYPES),
+    seed=st.integers(0, 1 << 20),
+)
+def test_any_tree_of_shared_blocks(
+    kernel: AttentionBackend, tree: list[tuple[int, int, int]], block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    lengths: list[tuple[int, int]] = []
+    like = {}
+    for s, (other, blocks, own) in enumerate(tree):
+        shared = 0
+        if s:
+            most = (lengths[other % s][1] - 1) // block_size
+            like[s] = (other % s, min(blocks * (64 // min(64, block_size)), most))
+            shared = like[s][1] * block_size
+        lengths.append((1, shared + own))
+    make_case(
+        lengths, heads=6, kv_heads=2, head_dim=16, block_size=block_size, begins_like=like, dtype=dtype, seed=seed
+    ).check(kernel)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize(("length", "tokens"), [(1, 1), (64, 7), (300, 40), (1100, 1)])
+def test_rows_behind_one_prefix(kernel: AttentionBackend, length: int, tokens: int, dtype: torch.dtype) -> None:
+    """Against the form of it that has gradients, in float64."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(5, 6, tokens, 24), (5, 2, tokens, 24), (5, 2, tokens, 24), (2, length, 24), (2, length, 24)]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    found = cpu.behind_prefix(*tensors, 0.3)  # type: ignore[call-arg]
+    expected = attend(*(tensor.double() for tensor in tensors), 0.3)  # type: ignore[call-arg]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 + 4 * torch.finfo(dtype).eps)
 
 
 def test_a_batch_of_nothing(kernel: AttentionBackend) -> None:

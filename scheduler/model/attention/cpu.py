@@ -38,3 +38,34 @@ def paged_attention(
         scale,
     )
     return out
+
+
+def behind_prefix(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of rows over a prefix that all of them share, then their own tokens; without gradients.
+
+    `query` [batch, heads, tokens, head_dim]; `key`, `value` [batch, kv_heads, tokens, head_dim]; `keys`, `values`
+    [kv_heads, n, head_dim] of the prefix; returns the query's shape. `build` must have succeeded.
+    """
+    count, heads, tokens, dim = query.shape
+    length = keys.shape[1]
+    own = torch.arange(length, length + count * tokens)
+    shared = torch.arange(length, dtype=torch.int32).expand(count, length)
+    batch = PagedBatch(  # of blocks of one token each: the prefix ends anywhere
+        query_start=torch.arange(0, (count + 1) * tokens, tokens, dtype=torch.int32),
+        context_len=torch.full((count,), length + tokens, dtype=torch.int32),
+        block_table=torch.cat((shared, own.int().view(count, tokens)), dim=1),
+        slot_mapping=own,
+    )
+
+    def in_order(rows: torch.Tensor) -> torch.Tensor:
+        return rows.transpose(1, 2).reshape(count * tokens, -1, dim)
+
+    def cache(prefix: torch.Tensor) -> torch.Tensor:
+        blocks = prefix.new_empty(length + count * tokens, prefix.shape[0], 1, dim)
+        blocks[:length, :, 0] = prefix.transpose(0, 1)
+        return blocks
+
+    out = paged_attention(in_order(query), in_order(key), in_order(value), cache(keys), cache(values), batch, scale)
+    return out.view(count, tokens, heads, dim).transpose(1, 2)

@@ -194,7 +194,8 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
     F::elements(row_buffer, stride, query + row * stride / F::kDepth);
   }
 
-  const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kDotSplit);
+  const auto first_key = [](const Group& group, int64_t n) { return group.key_begin + n * kDotSplit; };
+  const int64_t end = std::min<int64_t>(g.key_end, first_key(g, split + 1));
   // The offsets of a tile; those that fill it up are its first once more.
   const auto locate = [&](const Group& group, int64_t begin, int64_t limit, int64_t* offsets) {
     const int64_t count = std::min<int64_t>(kKeyTile, limit - begin);
@@ -206,14 +207,14 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   for (int64_t i = 0; i < kKeyTile; ++i)
     in_order[i] = i * stride;
   int64_t *offsets = buffers[0], *next_offsets = buffers[1];
-  int64_t count = locate(g, split * kDotSplit, end, offsets), next_count = 0;
-  for (int64_t begin = split * kDotSplit; begin < end; begin += kKeyTile, count = next_count) {
+  int64_t count = locate(g, first_key(g, split), end, offsets), next_count = 0;
+  for (int64_t begin = first_key(g, split); begin < end; begin += kKeyTile, count = next_count) {
     const int64_t fours = round_up(count, 4);
     int64_t next_kv_head = g.kv_head;
     if (begin + kKeyTile < end) {
       next_count = locate(g, begin + kKeyTile, end, next_offsets);
     } else if (next) {
-      locate(*next, next_split * kDotSplit, next->key_end, next_offsets);
+      locate(*next, first_key(*next, next_split), next->key_end, next_offsets);
       next_kv_head = next->kv_head;
     }
     for (int64_t n = 0; n < kv_heads; ++n) {

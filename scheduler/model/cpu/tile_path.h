@@ -1,4 +1,4 @@
-// Attention of longer chunks, bound by arithmetic: register-blocked products S^T = K Q^T and O^T += V^T P^T.
+// Attention of longer chunks and of keys that many sequences share, bound by arithmetic: register-blocked products S^T = K Q^T and O^T += V^T P^T.
 //
 // Query rows lie in the vectors' lanes. Neither K nor V is transposed then, and the online softmax never sums
 // across lanes. A tile of keys and values is brought into the products' format once for all the item's rows.
@@ -200,7 +200,9 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     const int64_t lane = first % kPanel;
     store(to.top + lane, fill(kLowest));
     for (int64_t row = first; row < std::min(first + kLanes, g.rows); ++row) {
-      to.last_key[row % kPanel] = static_cast<float>(first_position + (g.first + row) / g.heads);
+      // What several sequences share lies before all of their tokens.
+      to.last_key[row % kPanel] =
+          static_cast<float>(g.members ? g.key_end - 1 : first_position + (g.first + row) / g.heads);
       p.read_query(g, row, row_buffer);
       F::elements(row_buffer, stride, elements + (row - first) * stride / F::kDepth);
     }
@@ -214,11 +216,12 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     }
   }
 
-  const int64_t end = std::min<int64_t>(g.key_end, (split + 1) * kTileSplit);
+  const int64_t first_key = g.key_begin + split * kTileSplit;
+  const int64_t end = std::min<int64_t>(g.key_end, first_key + kTileSplit);
   int64_t offsets[kKeyTile], in_order[kKeyTile];
   for (int64_t i = 0; i < kKeyTile; ++i)
     in_order[i] = i * stride;
-  for (int64_t begin = split * kTileSplit; begin < end; begin += kKeyTile) {
+  for (int64_t begin = first_key; begin < end; begin += kKeyTile) {
     const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
     p.locate(g.sequence, begin, count, offsets);
     const int64_t head = g.kv_head * p.head_stride;

@@ -38,13 +38,23 @@ inline float* scratch(int64_t floats) {
   return lines.data()->x;
 }
 
-// Query rows of one sequence that walk the same keys, in `splits` items. Rows count through `heads` query heads
-// (those of `kv_head` and perhaps of kv heads after it) of the first query token, then of the next; the group is
-// `rows` of them from `first` on.
+// A sequence that shares a group's keys with others, and where its first row of the group's first split ends.
+struct Member {
+  int64_t sequence, partial;
+};
+
+// Query rows that walk the same keys. Rows count through `heads` query heads (those of `kv_head` and perhaps of kv heads
+// after it) of the first query token, then of the next; the group is `rows` of them from `first` on. The tokens are
+// those of one sequence or, with `members`, the only one of each of several, and `sequence` is any of them.
 struct Group {
   int64_t sequence, kv_head, heads, first, rows;
-  int64_t key_end, splits;
-  int64_t partial;  // its first row of partial results, [splits][rows]; unused with one split
+  int64_t key_begin, key_end, splits;
+  // A row's result is put together of `parts`, those of this group's splits from `first_part` on.
+  int64_t first_part, parts;
+  int64_t partial;    // where the partial results of its sequence lie, [parts][part_rows]; unused with one part
+  int64_t part_rows;
+  const Member* members;
+  bool dots;  // takes the dot path
 };
 
 struct Item {
@@ -70,7 +80,8 @@ struct Problem {
 
   int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
   int64_t token(const Group& g, int64_t row) const {
-    return query_start[g.sequence] + (g.first + row) / g.heads;
+    const int64_t token = (g.first + row) / g.heads;
+    return g.members ? query_start[g.members[token].sequence] : query_start[g.sequence] + token;
   }
   int64_t head(const Group& g, int64_t row) const { return g.kv_head * group + (g.first + row) % g.heads; }
 
@@ -102,28 +113,30 @@ struct Problem {
   }
 
   float* partial(const Group& g, int64_t split, int64_t row) const {
-    return partials + (g.partial + split * g.rows + row) * (padded_dim + 2);
+    const int64_t first = g.members ? g.members[(g.first + row) / g.heads].partial + (g.first + row) % g.heads
+                                    : g.partial + g.first_part * g.part_rows + row;
+    return partials + (first + split * g.part_rows) * (padded_dim + 2);
   }
 
-  // The end of an item for one row: its output, or with several splits its share of it.
+  // The end of an item for one row: its output, or with several parts its share of it.
   void finish(const Group& g, int64_t split, int64_t row, float top, float total, const float* values) const {
-    if (g.splits == 1) return write(g, row, total, values);
+    if (g.parts == 1) return write(g, row, total, values);
     float* to = partial(g, split, row);
     to[0] = top;
     to[1] = total;
     std::memcpy(to + 2, values, dim * sizeof(float));
   }
 
-  // Joins the shares of a group's splits.
+  // Joins the parts of each row's result.
   void merge(const Group& g) const {
     float* values = scratch(padded_dim);
     for (int64_t row = 0; row < g.rows; ++row) {
       float top = kLowest, total = 0;
-      for (int64_t s = 0; s < g.splits; ++s)
-        top = std::max(top, partial(g, s, row)[0]);
+      for (int64_t part = 0; part < g.parts; ++part)
+        top = std::max(top, partial(g, part - g.first_part, row)[0]);
       std::fill(values, values + padded_dim, 0.0f);
-      for (int64_t s = 0; s < g.splits; ++s) {
-        const float* from = partial(g, s, row);
+      for (int64_t part = 0; part < g.parts; ++part) {
+        const float* from = partial(g, part - g.first_part, row);
         const float weight = exp2(fill(from[0] - top))[0];
         total += weight * from[1];
         for (int64_t d = 0; d < dim; ++d)
