@@ -192,16 +192,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tens
     Plain products, one over the prefix for all rows together: on CPUs several times as fast, forwards and backwards,
     as scaled_dot_product_attention with a mask over prefix and rows.
     """
-    batch, heads, tokens, dim = query.shape
-    kv_heads, length = keys.shape[0], keys.shape[1]
+    batch, heads, tokens, _ = query.shape
+    length = keys.shape[1]
     step = max(1, MAX_WEIGHTS // (heads * tokens * (length + tokens)))
     if step < batch and not torch.is_grad_enabled():
         parts = [slice(first, first + step) for first in range(0, batch, step)]
         return torch.cat([attend(query[part], key[part], value[part], keys, values, scale) for part in parts])
-    before, after = attention_weights(query, key, keys, scale)
+    return weighted_values(*attention_weights(query, key, keys, scale), value, values)
+
+
+def weighted_values(before: Tensor, after: Tensor, value: Tensor, values: Tensor) -> Tensor:
+    """What attention gives with the weights of `attention_weights`, [batch, heads, tokens, head_dim]."""
+    batch, kv_heads, tokens, dim = value.shape
     shared = (before @ values).view(kv_heads, batch, -1, dim).transpose(0, 1)
     own = after.reshape(kv_heads, batch, -1, tokens).transpose(0, 1) @ value
-    return (shared + own).reshape(batch, heads, tokens, dim)
+    return (shared + own).reshape(batch, -1, tokens, dim)
 
 
 AttentionInterface.register(ATTENTION_NAME, prefix_attention)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prompt_store.compression.decoder import Decoder, Prefix, attend, attention_weights
+from prompt_store.compression.decoder import Decoder, Prefix, attend, attention_weights, weighted_values
 from prompt_store.compression.initial import moved
 from prompt_store.compression.job import replace_file
 from prompt_store.compression.schedule import learning_rate_factor
@@ -114,8 +114,8 @@ def with_best_values(start: Prefix, observed: Sequence[Observed], scale: float) 
         rows = 0
         for seen in observed:
             view = LayerView.of(seen, layer, keys.dtype)
-            before, _ = attention_weights(view.query, view.key, keys[layer], scale)
-            missing = view.output - attend(view.query, view.key, view.value, keys[layer], values[layer], scale)
+            before, after = attention_weights(view.query, view.key, keys[layer], scale)
+            missing = view.output - weighted_values(before, after, view.value, values[layer])
             missing = missing.reshape(missing.shape[0], kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
             weights = (before * view.rows(kv_heads)[:, None]).transpose(1, 2)
             rows += int(view.rows(kv_heads).sum())
