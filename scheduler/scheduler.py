@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+from scheduler.allocation import SequenceBlocks
 from scheduler.blocks import BlockPool
 from scheduler.messages import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
 from scheduler.sequence import Sequence
@@ -40,6 +41,7 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size)
         self.soft_prompts = SoftPromptCache(self.pool)
+        self._blocks = SequenceBlocks(self.pool, self.soft_prompts)
         self.waiting = WaitingQueue(config.max_queue_size)
         self.running: list[Sequence] = []  # by order: the last is the first to be preempted
         self._arrivals = 0
@@ -59,7 +61,7 @@ class Scheduler:
         self._arrivals += 1
         if sequence.max_length > self.config.max_model_len:
             return _failed(sequence, f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
-        if self._most_blocks(sequence) > self.config.num_blocks:
+        if self._blocks.most(sequence) > self.config.num_blocks:
             return _failed(sequence, "the KV cache is too small for this request")
         try:
             self.waiting.push(sequence)
@@ -149,7 +151,7 @@ class Scheduler:
             if sequence.request_id in result.errors:
                 outputs.append(self.fail(sequence, result.errors[sequence.request_id]))
                 continue
-            self._register_blocks(sequence, end)
+            self._blocks.register(sequence, end)
             output = SequenceOutput(sequence.request_id, end)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
@@ -253,7 +255,7 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
-                while not self._has_block_for_next(sequence):
+                while not self._blocks.grow(sequence):
                     if any(other.will_end for other in self.running):  # and give its blocks back, after this step
                         break
                     victim = self.running[-1]
@@ -264,14 +266,6 @@ class Scheduler:
                     budget -= self._add_row(step, sequence, 1)
             index += 1
         return budget
-
-    def _has_block_for_next(self, sequence: Sequence) -> bool:
-        if sequence.length <= len(sequence.block_table) * self.config.block_size:
-            return True
-        if not self.soft_prompts.make_room(1):
-            return False
-        sequence.block_table += self.pool.allocate(1)
-        return True
 
     def _fill(self, step: Step, budget: int, *, others: bool) -> int:
         """Compute soft prompts that are not in the step yet; returns the tokens taken: at most half of the budget while
@@ -304,11 +298,13 @@ class Scheduler:
                     sequence.missed_soft_prompt = True
                     self.waiting.park(sequence.soft_prompt.sha256)
                     continue
-            if not self._take_blocks(sequence, prompt):
+            # One free block for each running sequence, which may need it soon: without that, a sequence admitted into
+            # the last block would be preempted a few steps later.
+            if not self._blocks.take(sequence, prompt, spare=len(self.running)):
                 return
             self.waiting.pop()
-            if prompt is not None and sequence.num_virtual % self.config.block_size:
-                self._copy_last_block(sequence, prompt, step)
+            if prompt is not None and (copy := self._blocks.copy_of_last(sequence, prompt)) is not None:
+                step.copies.append(copy)
             if not sequence.was_admitted:
                 self._count_admission(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
@@ -327,38 +323,6 @@ class Scheduler:
             if prompt is not None:
                 step.reads.append(ref)
         return prompt
-
-    def _take_blocks(self, sequence: Sequence, prompt: ResidentSoftPrompt | None) -> bool:
-        """Blocks for all tokens known so far: shared with the soft prompt, reused by content, or new.
-
-        Leaves one free block for each running sequence, which may need it soon: without that, a sequence admitted
-        into the last block would be preempted a few steps later.
-        """
-        size = self.config.block_size
-        virtual_blocks = sequence.num_virtual // size
-        # Whatever comes before a token that is sampled or scored is computed anew: its logits are needed.
-        known = len(sequence.tokens) if sequence.score_from is None else sequence.score_from
-        reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
-        reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
-        new = -(-sequence.length // size) - virtual_blocks - len(reused)
-        needed = new + self.pool.num_free_among(reused) + len(self.running)
-        if not self.soft_prompts.make_room(needed, keep=prompt.ref.sha256 if prompt else None):
-            return False
-        if prompt is not None:
-            self.soft_prompts.acquire(prompt)
-            sequence.block_table = self.soft_prompts.shared_blocks(prompt)
-        self.pool.share(reused)
-        sequence.num_registered = len(reused)
-        sequence.block_table = [*sequence.block_table, *reused, *self.pool.allocate(new)]
-        sequence.num_computed = max(sequence.num_virtual, (virtual_blocks + len(reused)) * size)
-        return True
-
-    def _copy_last_block(self, sequence: Sequence, prompt: ResidentSoftPrompt, step: Step) -> None:
-        """The soft prompt's partly filled last block, unless a block reused by content holds it already."""
-        if sequence.num_computed == sequence.num_virtual:
-            step.copies.append(
-                (prompt.blocks[-1], sequence.block_table[sequence.num_virtual // self.config.block_size])
-            )
 
     def _count_admission(self, sequence: Sequence) -> None:
         """Hits and misses count a request once, not again after a preemption."""
@@ -385,32 +349,13 @@ class Scheduler:
         self._forget_steps(sequence, 0)
         self.running.remove(sequence)
         self._most_running = self.config.max_batch_size
-        self.pool.release(sequence.block_table)
-        sequence.block_table = []
-        if sequence.soft_prompt is not None:
-            self.soft_prompts.release(sequence.soft_prompt.sha256)
+        self._blocks.give_back(sequence)
 
     def _forget_steps(self, sequence: Sequence, num_computed: int) -> None:
         """Whatever is on its way for this sequence counts for nothing, and neither do positions from here on."""
         sequence.attempt += 1
         sequence.num_pending = 0
         sequence.num_computed = num_computed
-
-    def _register_blocks(self, sequence: Sequence, end: int) -> None:
-        """Make the blocks that this step has filled, up to position `end`, findable for later sequences."""
-        size = self.config.block_size
-        first = sequence.num_virtual // size
-        full = end // size - first
-        if full > sequence.num_registered:
-            hashes = sequence.hash_blocks(full, size)
-            for index in range(sequence.num_registered, full):
-                self.pool.register(sequence.block_table[first + index], hashes[index])
-            sequence.num_registered = full
-
-    def _most_blocks(self, sequence: Sequence) -> int:
-        """Blocks that must exist for this sequence to run alone, its soft prompt's partly filled one included."""
-        size = self.config.block_size
-        return -(-sequence.max_length // size) + (1 if sequence.num_virtual % size else 0)
 
 
 def _failed(sequence: Sequence, message: str) -> SequenceOutput:
