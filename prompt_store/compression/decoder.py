@@ -1,7 +1,8 @@
 """The frozen model as compression sees it: one attention function with a prefix in front, one forward.
 
-Teacher (full context), student (σ) and every baseline are the same forward over a different `Prefix`, so a
-difference in logits can only come from the prefix itself.
+Teacher (full context), student (σ) and every baseline are the same forward over a different `Prefix`, so that, but for
+rounding, a difference in logits can only come from the prefix itself. Where no gradients are needed attention may be
+another implementation, which rounds less.
 """
 
 from __future__ import annotations
@@ -272,9 +273,14 @@ class Decoder:
             self.forward(self.embed(probe), None, on_layer=lambda _, trace: traces.append(trace))
             if len(traces) != config.num_hidden_layers:
                 raise ValueError(f"{type(self.model).__name__} does not use the attention interface in every layer")
-            hidden = self.forward(self.embed(probe[:, cut:]), self.encode(probe[0, :cut].tolist()))
+            prefix = self.encode(probe[0, :cut].tolist())
+            behind = self.embed(probe[:, cut:])
+            with torch.enable_grad():  # as training attends, with weights that need no gradients
+                hidden = [self.forward(behind, prefix)]
+            hidden.append(self.forward(behind, prefix))
             wanted = expected[:, cut:].float()
-            error = float((self.project(hidden).float() - wanted).norm() / wanted.norm().clamp_min(1e-6))
+            size = wanted.norm().clamp_min(1e-6)
+            error = max(float((self.project(states).float() - wanted).norm() / size) for states in hidden)
         if error > (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
             raise ValueError(
                 f"{type(self.model).__name__}: the logits behind a prefix differ from the model's own; "
@@ -282,7 +288,7 @@ class Decoder:
             )
         key, query = traces[0].key, traces[0].query
         heads, kv_heads, size = query.shape[1], key.shape[1], key.shape[3]
-        shape = Geometry(len(traces), heads, kv_heads, size, hidden.shape[-1], expected.shape[-1])
+        shape = Geometry(len(traces), heads, kv_heads, size, behind.shape[-1], expected.shape[-1])
         return shape, traces[0].scale
 
     def wait(self) -> None:

@@ -15,6 +15,7 @@ from prompt_store.compression.rendering import Renderer
 from prompt_store.manifest import ModelSpec
 from prompt_store.soft_prompt import SoftPrompt
 from scheduler.model.attention import cpu
+from scheduler.model.cpu.build import is_loaded
 from scheduler.model.loader import DTYPES, load_transformers
 from scheduler.model.source import resolve
 from server.compression.local_engine import LocalEngine
@@ -58,7 +59,7 @@ class Workbench:
         model, tokenizer = load_transformers(resolve(choice.model), DTYPES[info.dtype], torch.device(info.device))
         model.set_attn_implementation("eager")  # ours needs a KV cache; the decoder puts its own in its place
         # The engine has built the kernels where that can be done.
-        kernel = cpu.behind_prefix if info.device == "cpu" and cpu.build() else None
+        kernel = cpu.behind_prefix if info.device == "cpu" and is_loaded() else None
         decoder = Decoder(model, info.device, attend_without_gradients=kernel)
         return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
 

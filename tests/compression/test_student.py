@@ -98,6 +98,7 @@ def test_student_equals_plain_transformers(tiny: Reference, kind: Any, attention
 
     model = copy.deepcopy(tiny.model)
     decoder = Decoder(model, attend_without_gradients=kernel if attention == "kernel" else None)
+    calls.clear()
     prefix = random_prefix(decoder, 6)
     sigma = (
         {"keys": prefix.keys, "values": prefix.values}

@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from prompt_store.compression.decoder import attend
 from prompt_store.compression.self_study import load_jsonl
 from prompt_store.soft_prompt import load
 from prompt_store.store import PromptStore
+from scheduler.model.attention import cpu
+from scheduler.model.cpu.build import is_loaded
 from server.__main__ import main
 from server.compression.local_engine import LocalEngine
 from server.compression.request import ModelChoice
+from server.compression.workbench import Workbench
 from tests.compression_jobs.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.conftest import load_reference
 from tests.e2e.servers import PROJECT, environment, wait_for
@@ -247,11 +251,18 @@ def logprobs(reference, shared: list[int], ids: list[int], prompt) -> list[float
     return [float(table[len(shared) - 1 + i, token]) for i, token in enumerate(ids)]
 
 
+def test_the_teacher_attends_by_the_kernels_where_they_are(tiny_path: str) -> None:
+    choice = ModelChoice(tiny_path, dtype="float32", device="cpu")
+    bench = Workbench.open(choice, 100, 6, MAX_BYTES)
+    bench.release_engine()
+    assert bench.decoder.attend_without_gradients is (cpu.behind_prefix if is_loaded() else attend)
+
+
 def test_gold_answers_are_those_of_transformers(tiny_path: str) -> None:
     """More questions than slots, of many lengths, behind one context that is computed once."""
     reference = load_reference(tiny_path)
     encode = reference.tokenizer.encode
-    shared = encode(CONTEXT)
+    shared = encode(CONTEXT * 7)
     prompts = [[*shared, *encode(f"Question {i}: " + "why is that so? " * (i % 7))] for i in range(70)]
     engine = LocalEngine(ModelChoice(tiny_path, dtype="float32", device="cpu"), len(shared) + 100, 6, MAX_BYTES)
     try:

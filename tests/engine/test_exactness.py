@@ -21,6 +21,7 @@ from scheduler.messages import (
 from tests.conftest import Reference, make_soft_prompt, sample_texts, save_prompt
 
 LENGTHS = (1, 7, 16, 33, 64)
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def ways() -> list[object]:
@@ -125,6 +126,27 @@ def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Refere
             assert received[f"r{i}"] == expected[: len(received[f"r{i}"])]
         else:
             assert received[f"r{i}"] == expected, f"prompt {i}"
+    check_empty(engine)
+
+
+def test_many_questions_about_two_long_contexts(smollm2: Reference, way: dict[str, str]) -> None:
+    """Enough sequences share enough blocks for attention to walk them once for all, behind one common start."""
+    engine, _ = build(
+        smollm2.path,
+        num_blocks=260,
+        max_batch_size=14,
+        max_batch_tokens=200,
+        max_model_len=512,
+        max_queue_size=100,
+        **way,
+    )
+    text = smollm2.tokenizer((EXAMPLES / "manual" / "context.md").read_text())["input_ids"]
+    contexts = [text[:330], text[:100] + text[200:420]]
+    questions = [smollm2.tokenizer(text)["input_ids"][: 4 + i] for i, text in enumerate(sample_texts(12))]
+    prompts = [contexts[i % 2] + ids for i, ids in enumerate(questions)]
+    received, _, _ = run(engine, [request(f"r{i}", ids, 8) for i, ids in enumerate(prompts)])
+    for i, ids in enumerate(prompts):
+        assert received[f"r{i}"] == smollm2.generate(ids, 8), f"prompt {i}"
     check_empty(engine)
 
 

@@ -69,6 +69,18 @@ class Case:
             torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
         return out
 
+    def alone(self, sequence: int) -> Case:
+        """The same step for one of its sequences."""
+        first, end = self.batch.query_start[sequence : sequence + 2].tolist()
+        batch = PagedBatch(
+            query_start=torch.tensor([0, end - first], dtype=torch.int32),
+            context_len=self.batch.context_len[sequence : sequence + 1],
+            block_table=self.batch.block_table[sequence : sequence + 1],
+            slot_mapping=self.batch.slot_mapping[first:end],
+        )
+        query, key, value = (tensor[first:end] for tensor in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, batch=batch)
+
     def expected(self, absolute: bool = False) -> torch.Tensor:
         """float64 [T, heads, head_dim], by torch's attention with an explicit mask; `absolute`: of the values' size."""
         rows, start = [], self.batch.query_start.tolist()
@@ -238,9 +250,11 @@ def test_sequences_that_share_blocks(kernel: AttentionBackend, dtype: torch.dtyp
     make_case(lengths, block_size=8, shared_blocks=4, dtype=dtype).check(kernel, reference)
 
 
-# A tree of decoding sequences: all have 64 keys in common, six of them 1,152, two more after that or less than a tile.
-_TREE = [(1, 1200 + 40 * n) for n in range(6)] + [(1, 65), (1, 64), (1, 700), (30, 1300), (1, 1300), (1, 1216), (1, 1217)]
-_LIKE = {n: (0, 1152 // 16) for n in range(1, 6)} | {6: (0, 4), 7: (0, 3), 8: (0, 4), 9: (0, 72), 11: (5, 75), 12: (5, 76)}
+# Decoding sequences as a tree: twelve begin alike, most of them for 320 keys; six, and a chunk of 30, go on to 2,400,
+# four to 640. One ends within a range, one has nothing in common with the others.
+_TREE = [(1, 2450 + 40 * n) for n in range(6)] + [(1, 321), (1, 320), (30, 2500), (1, 1300)] + [(1, 700)] * 4
+_LIKE = dict.fromkeys((1, 2, 3, 4, 5, 8), (0, 2400 // 16)) | {6: (0, 20), 7: (0, 19), 10: (0, 20)}
+_LIKE |= dict.fromkeys((11, 12, 13), (10, 640 // 16))
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
@@ -248,28 +262,59 @@ _LIKE = {n: (0, 1152 // 16) for n in range(1, 6)} | {6: (0, 4), 7: (0, 3), 8: (0
 def test_decoding_sequences_that_share_a_long_context(
     kernel: AttentionBackend, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    make_case(_TREE, heads=heads, kv_heads=kv_heads, head_dim=head_dim, begins_like=_LIKE, dtype=dtype).check(kernel)
+    case = make_case(_TREE, heads=heads, kv_heads=kv_heads, head_dim=head_dim, begins_like=_LIKE, dtype=dtype)
+    case.check(kernel)
+    out, threads = case.run(kernel), torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(case.run(kernel), out)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("shared", "same"), [(240, True), (320, False)])
+def test_few_shared_keys_leave_a_result_as_it_is_alone(kernel: AttentionBackend, shared: int, same: bool) -> None:
+    blocks = shared // 16
+    case = make_case([(1, 400)] * 8, heads=6, head_dim=64, shared_blocks=blocks, dtype=torch.bfloat16)
+    out = case.run(kernel)
+    alone = [case.alone(s).run(kernel) for s in range(8)]
+    assert torch.equal(torch.cat(alone), out) == same
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_nan_stays_in_its_sequence_where_keys_are_shared(kernel: AttentionBackend, dtype: torch.dtype) -> None:
+    case = make_case([(1, 400)] * 8, heads=6, head_dim=64, shared_blocks=20, dtype=dtype)
+    case.query[3] = NAN
+    out = case.run(kernel)
+    assert out[3].isnan().all()
+    out[3] = 0
+    assert out.isfinite().all()
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(
-    tree=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 40), st.integers(1, 200)), min_size=4, max_size=20),
+    tree=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 1000), st.integers(1, 200)), min_size=4, max_size=24),
+    first=st.integers(200, 1300),
     block_size=st.sampled_from([1, 8, 16, 24, 64, 100]),
     dtype=st.sampled_from(cpu.DTYPES),
     seed=st.integers(0, 1 << 20),
 )
 def test_any_tree_of_shared_blocks(
-    kernel: AttentionBackend, tree: list[tuple[int, int, int]], block_size: int, dtype: torch.dtype, seed: int
+    kernel: AttentionBackend,
+    tree: list[tuple[int, int, int]],
+    first: int,
+    block_size: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
-    lengths: list[tuple[int, int]] = []
+    """Each sequence begins like an earlier one, to a place anywhere in that, or most often to its end."""
+    lengths = [(1, first)]
     like = {}
-    for s, (other, blocks, own) in enumerate(tree):
-        shared = 0
-        if s:
-            most = (lengths[other % s][1] - 1) // block_size
-            like[s] = (other % s, min(blocks * (64 // min(64, block_size)), most))
-            shared = like[s][1] * block_size
-        lengths.append((1, shared + own))
+    for s, (other, permille, own) in enumerate(tree, start=1):
+        most = (lengths[other % s][1] - 1) // block_size
+        like[s] = (other % s, min(most, most * 2 * permille // 1000))
+        lengths.append((1, like[s][1] * block_size + own))
     make_case(
         lengths, heads=6, kv_heads=2, head_dim=16, block_size=block_size, begins_like=like, dtype=dtype, seed=seed
     ).check(kernel)
@@ -363,15 +408,7 @@ def test_the_result_does_not_depend_on_the_batch_or_the_threads(kernel: Attentio
         torch.set_num_threads(threads)
     start = case.batch.query_start.tolist()
     for s in range(len(lengths)):
-        rows = slice(start[s], start[s + 1])
-        alone = PagedBatch(
-            query_start=torch.tensor([0, lengths[s][0]], dtype=torch.int32),
-            context_len=case.batch.context_len[s : s + 1],
-            block_table=case.batch.block_table[s : s + 1],
-            slot_mapping=case.batch.slot_mapping[rows],
-        )
-        single = replace(case, query=case.query[rows], key=case.key[rows], value=case.value[rows], batch=alone)
-        assert torch.equal(single.run(kernel), out[rows])
+        assert torch.equal(case.alone(s).run(kernel), out[start[s] : start[s + 1]])
 
 
 @pytest.mark.parametrize("broken", range(4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,23 @@ def test_the_decoder_attends_over_the_packed_rows(packing: str, name: str, weigh
     packed, rest = distance(exact, expected), distance(rounded, exact)
     assert packed > 5e-3
     assert distance(found, expected) < (0.02 * packed if weights == "float32" else rest + 0.6 * packed)
+
+
+@pytest.mark.parametrize("packing", ["none", *PACKINGS])
+def test_rows_behind_one_context_attend_as_they_do_alone(packing: str) -> None:
+    """Whatever the cache holds, keys that sequences share are walked once for all."""
+    model = wide_model(torch.float32)
+    decoder = DecoderForward(model, make_cache(model, torch.float32, packing), "float32")
+    rows = make_rows([(330 + s, 1) for s in range(6)], seed=1)
+    shared, tokens = rows[0].block_table[:20], torch.randint(decoders.VOCAB, (340,)).tolist()
+    rows = [replace(row, block_table=[*shared, *row.block_table[20:]]) for row in rows]
+    with torch.inference_mode():
+        for row in rows:
+            decoder(build_batch([Row(0, tokens[: row.start], row.block_table, range(0))], 16, CPU))
+        together = decoder(build_batch(rows, 16, CPU)).clone()
+        alone = torch.cat([decoder(build_batch([row], 16, CPU)).clone() for row in rows])
+    assert not torch.equal(together, alone)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

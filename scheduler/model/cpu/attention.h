@@ -3,7 +3,8 @@
 // The query heads that share a kv head are handled together, so that each K and V row is read from memory once.
 // Sequences with one query token take the dot path, longer chunks and what many sequences share the tile path. A long
 // key range is split into items whose results are merged, which keeps all threads busy with a small batch. Where it is
-// split depends on the number of threads never, and on the batch only as far as others in it share a sequence's blocks.
+// split, and so how sums are rounded, never depends on the number of threads, and on the batch only as far as others in it
+// share a sequence's blocks (sharing.h).
 
 #pragma once
 
@@ -20,6 +21,8 @@ struct Plan {
   std::vector<Group> groups;
   std::vector<Item> items;
   int64_t partials = 0;  // rows of partial results, padded_dim + 2 floats each
+
+  Plan(const Plan&) = delete;  // groups point to its members
 
   template <typename T>
   Plan(const Problem<T>& p, int64_t sequences, int64_t kv_heads) {
@@ -63,10 +66,10 @@ struct Plan {
           to.push_back({s, own.partial + range.first_part * part_rows + (h - own.kv_head) * p.group});
         }
         for (int64_t first = 0; first < rows; first += kMaxRows)
-          groups.push_back({range.sequences[0], h, p.group, first, std::min<int64_t>(kMaxRows, rows - first),
-                            range.begin, range.end, range.splits(), range.first_part, 0, 0, part_rows, to.data(), false});
+          groups.push_back({range.sequences[0], h, p.group, first, std::min<int64_t>(kMaxRows, rows - first), range.begin,
+                            range.end, range.splits(), range.first_part, 0, 0, part_rows, to.data(), false});
       }
-    // The longest first: whoever takes the last item keeps all others waiting.
+    // Ranges first, as they take longest: whoever takes the last item keeps all others waiting.
     for (int64_t g = alone; g < int64_t(groups.size()); ++g)
       add_items(g);
     for (int64_t g = 0; g < alone; ++g)

@@ -32,13 +32,13 @@ def build(log: logging.Logger = logger) -> bool:
 
     Processes that start at the same time each compile their own copy; the last to finish leaves its in the cache.
     """
-    if not _is_loaded():
+    if not is_loaded():
         try:
             library = _cached_library()
             with contextlib.suppress(OSError):  # not there yet, or damaged
                 if library is not None:
                     torch.ops.load_library(library)
-            if not _is_loaded():
+            if not is_loaded():
                 log.info("compiling the CPU kernels: about half a minute, only at the first start")
                 started = time.monotonic()
                 _compile(library)
@@ -53,7 +53,7 @@ def build(log: logging.Logger = logger) -> bool:
     return True
 
 
-def _is_loaded() -> bool:
+def is_loaded() -> bool:
     return hasattr(torch.ops.softbatch, "paged_attention")
 
 

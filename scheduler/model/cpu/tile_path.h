@@ -1,4 +1,5 @@
-// Attention of longer chunks and of keys that many sequences share, bound by arithmetic: register-blocked products S^T = K Q^T and O^T += V^T P^T.
+// Attention of longer chunks and of keys that many sequences share, bound by arithmetic: register-blocked products
+// S^T = K Q^T and O^T += V^T P^T.
 //
 // Query rows lie in the vectors' lanes. Neither K nor V is transposed then, and the online softmax never sums
 // across lanes. A tile of keys and values is brought into the products' format once for all the item's rows.
@@ -7,6 +8,7 @@
 
 #include "amx.h"
 #include "format.h"
+#include "sharing.h"
 #include "work.h"
 
 namespace softbatch {
@@ -216,8 +218,8 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
     }
   }
 
-  const int64_t first_key = g.key_begin + split * kTileSplit;
-  const int64_t end = std::min<int64_t>(g.key_end, first_key + kTileSplit);
+  const int64_t keys_of_split = g.members ? kSharedSplit : kTileSplit, first_key = g.key_begin + split * keys_of_split;
+  const int64_t end = std::min<int64_t>(g.key_end, first_key + keys_of_split);
   int64_t offsets[kKeyTile], in_order[kKeyTile];
   for (int64_t i = 0; i < kKeyTile; ++i)
     in_order[i] = i * stride;

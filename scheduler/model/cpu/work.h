@@ -38,20 +38,21 @@ inline float* scratch(int64_t floats) {
   return lines.data()->x;
 }
 
-// A sequence that shares a group's keys with others, and where its first row of the group's first split ends.
+// A sequence that shares a group's keys with others, and the row of partial results of its first query head's first split.
 struct Member {
   int64_t sequence, partial;
 };
 
 // Query rows that walk the same keys. Rows count through `heads` query heads (those of `kv_head` and perhaps of kv heads
-// after it) of the first query token, then of the next; the group is `rows` of them from `first` on. The tokens are
-// those of one sequence or, with `members`, the only one of each of several, and `sequence` is any of them.
+// after it) of the first query token, then of the next; the group is `rows` of them from `first` on. The tokens are those of
+// one sequence or, with `members`, the only one of each of several, and `sequence` is any of them.
 struct Group {
   int64_t sequence, kv_head, heads, first, rows;
   int64_t key_begin, key_end, splits;
-  // A row's result is put together of `parts`, those of this group's splits from `first_part` on.
+  // A row's result is put together of `parts`, those of this group's splits from `first_part` on. A group of members has
+  // none of its own: it writes its members' parts, which are put together with the rest of theirs.
   int64_t first_part, parts;
-  int64_t partial;    // where the partial results of its sequence lie, [parts][part_rows]; unused with one part
+  int64_t partial;  // where the partial results of its sequence lie, [parts][part_rows]; unused with one part
   int64_t part_rows;
   const Member* members;
   bool dots;  // takes the dot path
