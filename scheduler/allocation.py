@@ -8,7 +8,7 @@ from scheduler.soft_prompts import ResidentSoftPrompt, SoftPromptCache
 
 
 class SequenceBlocks:
-    """Owns every sequence's `block_table`, its pin on its soft prompt, and what of it others may reuse."""
+    """Changes sequences' block tables, their pins on soft prompts, and what of them others may reuse."""
 
     def __init__(self, pool: BlockPool, soft_prompts: SoftPromptCache) -> None:
         self.pool, self.soft_prompts = pool, soft_prompts

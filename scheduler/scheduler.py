@@ -26,7 +26,7 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """Owns the waiting queue, the running batch, the blocks and the resident soft prompts.
+    """Owns the waiting queue, the running batch, the pool of blocks and the resident soft prompts.
 
     Invariants, checked by `check_integrity`: at most `max_batch_size` run; every block has exactly the references
     of its owners; a running sequence has blocks for everything it has computed. Decoding sequences go first in

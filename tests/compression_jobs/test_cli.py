@@ -18,7 +18,6 @@ from prompt_store.compression.self_study import load_jsonl
 from prompt_store.soft_prompt import load
 from prompt_store.store import PromptStore
 from scheduler.model.attention import cpu
-from scheduler.model.cpu.build import is_loaded
 from server.__main__ import main
 from server.compression.local_engine import LocalEngine
 from server.compression.request import ModelChoice
@@ -255,7 +254,7 @@ def test_the_teacher_attends_by_the_kernels_where_they_are(tiny_path: str) -> No
     choice = ModelChoice(tiny_path, dtype="float32", device="cpu")
     bench = Workbench.open(choice, 100, 6, MAX_BYTES)
     bench.release_engine()
-    assert bench.decoder.attend_without_gradients is (cpu.behind_prefix if is_loaded() else attend)
+    assert bench.decoder.attend_without_gradients is (cpu.behind_prefix if cpu.build() else attend)
 
 
 def test_gold_answers_are_those_of_transformers(tiny_path: str) -> None:

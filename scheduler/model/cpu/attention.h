@@ -23,6 +23,7 @@ struct Plan {
   int64_t partials = 0;  // rows of partial results, padded_dim + 2 floats each
 
   Plan(const Plan&) = delete;  // groups point to its members
+  Plan& operator=(const Plan&) = delete;
 
   template <typename T>
   Plan(const Problem<T>& p, int64_t sequences, int64_t kv_heads) {

@@ -9,9 +9,10 @@
 
 namespace softbatch {
 
-constexpr int64_t kSharedRows = 12;  // from so many on, query heads times sequences, a common range pays,
-// and from so many keys on: whoever has fewer in common, behind a soft prompt of usual length too, gets the same results,
-// bit for bit, in any company.
+// A common range pays from so many rows of queries to a kv head on.
+constexpr int64_t kSharedRows = 12;
+// Whoever has fewer keys in common, behind a soft prompt of usual length too, gets the same results, bit for bit, in any
+// company.
 constexpr int64_t kLeastShared = 4 * kKeyTile;
 constexpr int64_t kSharedSplit = 8 * kKeyTile;  // keys of an item
 
