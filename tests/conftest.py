@@ -12,7 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is loaded: its kernels then run on the CPU
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ from scheduler.model.source import EMBEDDED_ALIAS, resolve
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 TINY_VOCAB = 49152  # the embedded model's, so that its tokenizer serves them too
+
+
+@contextmanager
+def in_threads(count: int) -> Iterator[None]:
+    """torch and the kernels compute with so many threads, and then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

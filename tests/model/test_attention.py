@@ -25,6 +25,7 @@ from scheduler.model.attention import choose, cpu
 from scheduler.model.attention.base import AttentionBackend, PagedBatch
 from scheduler.model.attention.reference import reference
 from scheduler.model.cpu.build import _cached_library
+from tests.conftest import in_threads
 
 ROOT = Path(__file__).parents[2]
 NAN = float("nan")
@@ -264,13 +265,10 @@ def test_decoding_sequences_that_share_a_long_context(
 ) -> None:
     case = make_case(_TREE, heads=heads, kv_heads=kv_heads, head_dim=head_dim, begins_like=_LIKE, dtype=dtype)
     case.check(kernel)
-    out, threads = case.run(kernel), torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    out = case.run(kernel)
+    for count in (1, 2, 5):
+        with in_threads(count):
             assert torch.equal(case.run(kernel), out)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("shared", "same"), [(240, True), (256, False)])
@@ -399,13 +397,9 @@ def test_the_result_does_not_depend_on_the_batch_or_the_threads(kernel: Attentio
     lengths = [(1, 1500), (40, 1200), (1, 30), (7, 600)]
     case = make_case(lengths, heads=6, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
     out = case.run(kernel)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with in_threads(count):
             assert torch.equal(case.run(kernel), out)
-    finally:
-        torch.set_num_threads(threads)
     start = case.batch.query_start.tolist()
     for s in range(len(lengths)):
         assert torch.equal(case.alone(s).run(kernel), out[start[s] : start[s + 1]])

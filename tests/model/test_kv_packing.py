@@ -27,7 +27,7 @@ from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
 from scheduler.model.forward import TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.source import ModelError
-from tests.conftest import Reference, make_soft_prompt, sample_texts, save_prompt
+from tests.conftest import Reference, in_threads, make_soft_prompt, sample_texts, save_prompt
 from tests.engine.test_exactness import check_empty, request, run
 from tests.model import test_decoder as decoders
 from tests.model.test_decoder import CPU, closeness, distance, make_model, make_rows
@@ -210,13 +210,9 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
     with torch.inference_mode():
         together = decoder(build_batch(rows, 16, CPU)).clone()
-        threads = torch.get_num_threads()
-        try:
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
+        for count in (1, 2, 5):
+            with in_threads(count):
                 assert torch.equal(decoder(build_batch(rows, 16, CPU)), together)
-        finally:
-            torch.set_num_threads(threads)
         for index in (0, 1, 2, 21):
             assert torch.equal(decoder(build_batch([rows[index]], 16, CPU))[0], together[index])
 
