@@ -15,6 +15,7 @@
 
 #include "amx.h"
 #include "format.h"
+#include "memory.h"
 #include "work.h"
 
 namespace softbatch {
@@ -31,18 +32,19 @@ constexpr int kTile = 6;  // 16 registers
 // While one panel is multiplied, the next is fetched into the cache, every tile of rows a share of it: all at once would
 // take longer to come than one tile's products take, and memory would rest during the others'.
 struct Ahead {
-  static constexpr int64_t kStep = 4 * kColumns;
+  static constexpr int64_t kMost = 4 * kColumns;
 
   const char* next;
-  int64_t step;  // bytes of the next panel for kStep of this; 0: nothing to fetch
+  int64_t step;  // bytes of the next panel for a step of this; 0: nothing to fetch
 
   static Ahead none(const char* any) { return {any, 0}; }
-  static Ahead share(const char* panel, int64_t bytes, int64_t share, int64_t shares) {
-    return {panel + bytes * share / shares, (kStep + shares - 1) / shares};
+  // One of `shares` parts of a panel of `bytes`, `step` of them, at most kMost, for every step.
+  static Ahead share(const char* panel, int64_t bytes, int64_t step, int64_t share, int64_t shares) {
+    return {panel + bytes * share / shares, (step + shares - 1) / shares};
   }
 
   INLINE void fetch() {
-    for (int64_t line = 0; line < kStep; line += 64)
+    for (int64_t line = 0; line < kMost; line += 64)
       __builtin_prefetch(next + line, 0, 2);
     next += step;
   }
@@ -56,17 +58,21 @@ struct Layout {
   // Elements of a row that lie together in a tile; the rest of the last group is zeros, in the weights too.
   static constexpr int64_t kGroup = 16;
   static constexpr int64_t kStep = kColumns * F::kDepth * sizeof(W);  // a panel's share of an element
-  static_assert(kStep == Ahead::kStep);
+  static_assert(kStep <= Ahead::kMost);
 
   static int64_t groups(int64_t inputs) { return (inputs / F::kDepth + kGroup - 1) / kGroup; }
   static int64_t panel_bytes(int64_t inputs) { return groups(inputs) * kGroup * kStep; }
   static int64_t row_bytes(int64_t inputs) { return groups(inputs) * kGroup * sizeof(Element); }
 
-  // Writes column `column` of a panel: float32 weights [inputs], or null for zeros.
-  static void pack(const float* from, int64_t inputs, int64_t column, char* panel) {
-    W* to = reinterpret_cast<W*>(panel) + column * F::kDepth;
-    for (int64_t k = 0; k < groups(inputs) * kGroup * F::kDepth; ++k)
-      to[k / F::kDepth * kColumns * F::kDepth + k % F::kDepth] = from && k < inputs ? static_cast<W>(from[k]) : W(0);
+  // Writes a panel; weights(column) are its float32 numbers [inputs], or null for zeros.
+  template <typename G>
+  static void pack(const G& weights, int64_t inputs, char* panel, Arena&) {
+    for (int64_t column = 0; column < kColumns; ++column) {
+      const float* from = weights(column);
+      W* to = reinterpret_cast<W*>(panel) + column * F::kDepth;
+      for (int64_t k = 0; k < groups(inputs) * kGroup * F::kDepth; ++k)
+        to[k / F::kDepth * kColumns * F::kDepth + k % F::kDepth] = from && k < inputs ? static_cast<W>(from[k]) : W(0);
+    }
   }
 
   // Writes row `row` of a tile of `rows`: float32 values [inputs].
@@ -95,21 +101,37 @@ struct Layout {
     }
   }
 
+  // A panel's steps, two vectors of weights each, by twos.
+  class Reader {
+   public:
+    INLINE explicit Reader(const char* panel) : panel_(panel) {}
+    template <typename S>
+    INLINE void two(const S& step) {
+      for (int i = 0; i < 2; ++i, panel_ += kStep)
+        step(F::lanes(panel_), F::lanes(panel_ + kStep / 2));
+    }
+
+   private:
+    const char* panel_;
+  };
+
   // sums[m][0 ... kColumns - 1] for the M rows of a tile.
-  template <int M>
+  template <int M, typename R = Reader>
   static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {
     const Element* x = reinterpret_cast<const Element*>(tile);
     Vec acc[M][2] = {};
+    R reader(panel);
     for (int64_t g = 0; g < groups(inputs); ++g, x += (M - 1) * kGroup)
-      for (int k = 0; k < kGroup; ++k, panel += kStep, ++x) {
-        const auto w0 = F::lanes(panel), w1 = F::lanes(panel + kStep / 2);
-        ahead.fetch();
+      for (int k = 0; k < kGroup; k += 2)
+        reader.two([&](const auto& w0, const auto& w1) ALWAYS_INLINE {
+          ahead.fetch();
 #pragma GCC unroll 14
-        for (int m = 0; m < M; ++m) {
-          acc[m][0] = F::add(acc[m][0], w0, x[m * kGroup]);
-          acc[m][1] = F::add(acc[m][1], w1, x[m * kGroup]);
-        }
-      }
+          for (int m = 0; m < M; ++m) {
+            acc[m][0] = F::add(acc[m][0], w0, x[m * kGroup]);
+            acc[m][1] = F::add(acc[m][1], w1, x[m * kGroup]);
+          }
+          ++x;
+        });
 #pragma GCC unroll 14
     for (int m = 0; m < M; ++m) {
       store(sums + m * kColumns, acc[m][0]);
@@ -129,7 +151,7 @@ struct Layout<int8_t> {
   static constexpr int kZero = 128;
   static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 127 / top stays finite
   static constexpr int64_t kStep = 4 * kColumns;                                   // four inputs of a panel
-  static_assert(kStep == Ahead::kStep && kColumns * sizeof(float) == Ahead::kStep);
+  static_assert(kStep <= Ahead::kMost && kColumns * sizeof(float) <= Ahead::kMost);
   static constexpr int64_t kGroupBytes = kGroup * kColumns + kColumns * sizeof(float);  // with its scales, first
   static constexpr int64_t kRowBytes = kGroup + 2 * sizeof(float);  // a row's share of a tile's group, the same
   typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
@@ -144,14 +166,19 @@ struct Layout<int8_t> {
     return largest(found);
   }
 
-  static void pack(const float* from, int64_t inputs, int64_t column, char* panel) {
-    for (int64_t g = 0; g < inputs / kGroup; ++g, panel += kGroupBytes) {
-      const float top = from ? most(from + g * kGroup) : 0.0f, inverse = top > kLeast ? 127 / top : 0;
-      reinterpret_cast<float*>(panel)[column] = top / 127;
-      uint8_t* to = reinterpret_cast<uint8_t*>(panel) + kColumns * sizeof(float) + column * 4;
-      for (int k = 0; k < kGroup; ++k) {
-        const float scaled = from ? from[g * kGroup + k] * inverse : 0.0f;
-        to[k / 4 * kStep + k % 4] = static_cast<uint8_t>(static_cast<int>(std::nearbyint(scaled)) + kZero);
+  template <typename G>
+  static void pack(const G& weights, int64_t inputs, char* panel, Arena&) {
+    for (int64_t column = 0; column < kColumns; ++column) {
+      const float* from = weights(column);
+      for (int64_t g = 0; g < inputs / kGroup; ++g) {
+        const float top = from ? most(from + g * kGroup) : 0.0f, inverse = top > kLeast ? 127 / top : 0;
+        char* group = panel + g * kGroupBytes;
+        reinterpret_cast<float*>(group)[column] = top / 127;
+        uint8_t* to = reinterpret_cast<uint8_t*>(group) + kColumns * sizeof(float) + column * 4;
+        for (int k = 0; k < kGroup; ++k) {
+          const float scaled = from ? from[g * kGroup + k] * inverse : 0.0f;
+          to[k / 4 * kStep + k % 4] = static_cast<uint8_t>(static_cast<int>(std::nearbyint(scaled)) + kZero);
+        }
       }
     }
   }

@@ -35,8 +35,13 @@ struct Packed {
     data = arena.allocate<char>(panels() * bytes);
     at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
       std::vector<float> buffer(inputs);
-      for (int64_t i = begin * kColumns; i < end * kColumns; ++i)
-        Layout<W>::pack(i < outputs ? row(i, buffer.data()) : nullptr, inputs, i % kColumns, data + i / kColumns * bytes);
+      for (int64_t p = begin; p < end; ++p) {
+        const auto weights = [&](int64_t column) {
+          const int64_t i = p * kColumns + column;
+          return i < outputs ? row(i, buffer.data()) : nullptr;
+        };
+        Layout<W>::pack(weights, inputs, data + p * bytes, arena);
+      }
     });
   }
 };
@@ -92,7 +97,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
     const int64_t tiles = std::min<int64_t>(x.tiles - first_tile, kTilesTogether);
     const char* next = weights.panel(panel_after);
     const auto ahead = [&](int64_t share, int64_t shares) {
-      return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, share, shares);
+      return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, Layout<W>::kStep, share, shares);
     };
     const auto finish = [&](int64_t t, float* of_tile) {
       for (int64_t row = 0, rows = x.rows_of(t); row < rows; ++row) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -42,11 +43,12 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// Pieces of memory that live as long as the arena, one behind the other.
+// Pieces of memory that live as long as the arena, one behind the other. Threads may ask at the same time.
 class Arena {
  public:
   template <typename T>
   T* allocate(size_t count) {
+    const std::lock_guard lock(mutex_);
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (bytes > free_) {
       free_ = bytes > kChunk ? bytes : kChunk;
@@ -60,6 +62,7 @@ class Arena {
 
  private:
   static constexpr size_t kChunk = 64 << 20;  // pages that are not used are never there
+  std::mutex mutex_;
   std::vector<Buffer<char>> chunks_;
   char* next_ = nullptr;
   size_t free_ = 0;
