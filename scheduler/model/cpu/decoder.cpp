@@ -286,8 +286,20 @@ c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const s
   };
   if (weights == "float32") return make(float{}, float{});
   if (weights == "bfloat16") return make(at::BFloat16{}, at::BFloat16{});
-  TORCH_CHECK(weights == "int8", "weights must be float32, bfloat16 or int8, not ", weights);
+#if defined(SOFTBATCH_COMPACT)
+  if (weights == "bfloat16 in 12 bits") return make(Compact{}, at::BFloat16{});
+#endif
+  TORCH_CHECK(weights == "int8", "weights cannot be ", weights, " here");
   return cache == "float32" ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
+}
+
+// Where matrix tiles multiply, they read weights faster than these could be taken apart for them.
+bool prefers_12_bits() {
+#if defined(SOFTBATCH_COMPACT)
+  return !uses_matrix_tiles<at::BFloat16>();
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -300,5 +312,5 @@ TORCH_LIBRARY_FRAGMENT(softbatch, m) {
       .def("add_layer", &DecoderBase::add_layer)
       .def("set_head", &DecoderBase::set_head)
       .def("forward", &DecoderBase::forward);
-
+  m.def("prefers_12_bits() -> bool", &softbatch::prefers_12_bits);
 }

@@ -18,6 +18,7 @@ ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCa
 # Their frequencies are the same at every length.
 _ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+IN_12_BITS = "bfloat16 in 12 bits"
 
 
 def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
@@ -35,6 +36,11 @@ def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
         and all(_is_plain(linear, dtype) for linear in _linears(model))
         and build()
     )
+
+
+def plain_weights(dtype: torch.dtype) -> str:
+    """How weights that are not quantised lie in memory on this machine: the same numbers, whichever it is."""
+    return IN_12_BITS if dtype == torch.bfloat16 and torch.ops.softbatch.prefers_12_bits() else _DTYPES[dtype]
 
 
 def only_in_one_call(named: str, model: Any, instead: str) -> ModelError:
@@ -60,7 +66,8 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
 
 
 class DecoderForward:
-    """`Forward` in C++. It has its own copy of the weights in `weights` (float32, bfloat16 or int8).
+    """`Forward` in C++. It has its own copy of the weights, as `weights` says: float32, bfloat16, the same in 12 bits
+    or int8; by default as `plain_weights` has it.
 
     With `release` the model's own go layer by layer, so that they never lie in memory twice; it cannot run any more.
     """
@@ -69,8 +76,9 @@ class DecoderForward:
         config, rotary = model.config, model.model.rotary_emb
         first = model.model.layers[0].self_attn
         self._embed = model.get_input_embeddings()
+        self.weights = weights or plain_weights(kv_cache.dtype)
         self._decoder = torch.classes.softbatch.Decoder(
-            weights or _DTYPES[kv_cache.dtype],
+            self.weights,
             _DTYPES[kv_cache.dtype],
             config.num_attention_heads,
             config.num_key_value_heads,

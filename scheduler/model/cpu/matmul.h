@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "amx.h"
-#include "layout.h"
+#include "compact.h"
 #include "memory.h"
 #include "team.h"
 
