@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.context import Context
-from prompt_store.compression.decoder import Prefix
 from prompt_store.compression.evaluate import with_gold
 from prompt_store.compression.fidelity import position_scores
 from prompt_store.compression.matching import MatchingSettings, fit, selected

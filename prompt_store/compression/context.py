@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.attention import Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.initial import chosen_positions, moved_prefix, truncated_ids
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.rendering import Renderer, Segment, group_of

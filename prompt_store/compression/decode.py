@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from prompt_store.compression.decoder import DecodeCache, Decoder, LayerTrace, Prefix
+from prompt_store.compression.attention import DecodeCache, LayerTrace, Prefix
+from prompt_store.compression.decoder import Decoder
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

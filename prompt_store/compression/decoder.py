@@ -1,216 +1,76 @@
-"""The frozen model as compression sees it: one attention function with a prefix in front, one forward.
+"""The frozen model as compression sees it: one forward, with a prefix in front.
 
 Teacher (full context), student (σ) and every baseline are the same forward over a different `Prefix`, so that, but for
-rounding, a difference in logits can only come from the prefix itself. Where no gradients are needed attention may be
-another implementation, which rounds less.
+rounding, a difference in logits can only come from the prefix itself. `Kernels` may compute its parts otherwise; where
+no gradients are needed attention may be one more implementation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
-ATTENTION_NAME = "softbatch_prefix"
-# Attention weights that are held at once where no gradient needs them.
-MAX_WEIGHTS = 1 << 26
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values [layers, n, kv_heads, head_dim] of tokens 0..n-1, keys already rotated."""
-
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
-
-    def to(self, dtype: torch.dtype) -> Prefix:
-        return Prefix(self.keys.to(dtype), self.values.to(dtype))
-
-    def select(self, positions: Tensor) -> Prefix:
-        return Prefix(self.keys[:, positions], self.values[:, positions])
-
-    def detach(self) -> Prefix:
-        return Prefix(self.keys.detach(), self.values.detach())
+from prompt_store.compression.attention import (
+    ATTENTION_NAME,
+    Attend,
+    AttendInLayer,
+    AttentionCall,
+    DecodeCache,
+    LayeredPrefix,
+    LayerTrace,
+    Prefix,
+    attend,
+    attend_in_layer,
+)
+from prompt_store.compression.objectives import objective_from_hidden
 
 
-@dataclass
-class LayerTrace:
-    """What the attention of one layer saw and gave: queries and outputs [batch, heads, tokens, head_dim],
-    keys and values [batch, kv_heads, tokens, head_dim], all rotated and without the prefix."""
+class ModelKernels(Protocol):
+    """A model's layers, and what σ is trained for behind them."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    scale: float
+    def run_layers(self, embeds: Tensor, positions: Tensor, attend: AttendInLayer) -> Tensor:
+        """Last hidden states of embeddings [batch, tokens, hidden] at `positions` [1 or batch, tokens]; differentiable
+        in the embeddings and through attention."""
+        ...
+
+    def objective(self, student: Tensor, teacher: Tensor | None, gold: Tensor, alpha: float) -> Tensor:
+        """`objective_from_hidden` behind this model."""
+        ...
 
 
 @dataclass(frozen=True)
-class LayeredPrefix:
-    """A prefix cut into its layers, [kv_heads, n, head_dim] each, once per forward (and once in its
-    gradient)."""
+class Kernels:
+    """What computes the parts of the forward; by default plain torch and transformers, anywhere.
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    length: int
-
-    @classmethod
-    def of(cls, prefix: Prefix, dtype: torch.dtype) -> LayeredPrefix:
-        keys = prefix.keys.to(dtype).transpose(1, 2).unbind(0)
-        values = prefix.values.to(dtype).transpose(1, 2).unbind(0)
-        return cls(keys, values, prefix.length)
-
-
-# (query, key, value, keys, values, scale) as `attend` takes them.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-
-
-@dataclass
-class AttentionCall:
-    """One forward's view of what lies before its tokens; handed through the model to every layer."""
-
-    attend: Attend
-    prefix: LayeredPrefix | None = None
-    on_layer: Callable[[int, LayerTrace], None] | None = None
-    cache: DecodeCache | None = None
-
-
-@dataclass
-class DecodeCache:
-    """Keys and values of the tokens after the prefix, [layers, batch, kv_heads, capacity, head_dim], ragged:
-    row b holds `lengths[b]` tokens. The forward writes at `lengths` and the caller advances them."""
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-
-
-def prefix_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    call: AttentionCall | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention of [batch, heads, tokens, head_dim] queries over (prefix, own tokens).
-
-    Rows are padded on the right, so that causality alone hides the padding. Query heads that share a kv head
-    are folded into the token axis: nothing is repeated in memory.
+    `attend_without_gradients` is an `attend` for where none are needed. `of_model` makes of a model its kernels, for
+    which it may take the model's own layers apart, or None where it cannot.
     """
-    if call is None:
-        raise RuntimeError("the model runs with the compression attention: call it through Decoder")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    dim = query.shape[-1]
-    group = query.shape[1] // key.shape[1]
-    if call.cache is not None:
-        return _decode_attention(call.cache, call.prefix, layer, query, key, value, scaling), None
-    if call.prefix is None or call.prefix.length == 0:
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
-    else:
-        output = call.attend(
-            query, key, value, call.prefix.keys[layer], call.prefix.values[layer], scaling or dim**-0.5
-        )
-    if call.on_layer is not None:
-        call.on_layer(layer, LayerTrace(query, key, value, output, scaling or dim**-0.5))
-    return output.transpose(1, 2), None
+
+    attend: Attend = attend
+    attend_without_gradients: Attend = attend
+    of_model: Callable[[Any], ModelKernels | None] = lambda _: None
 
 
-def _decode_attention(
-    cache: DecodeCache,
-    prefix: LayeredPrefix | None,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-) -> Tensor:
-    """One new token per row over (shared prefix, the row's own cache); the prefix is read once for all
-    rows."""
-    batch, heads, _, dim = query.shape
-    kv_heads = key.shape[1]
-    rows = torch.arange(batch, device=key.device)
-    cache.keys[layer][rows, :, cache.lengths] = key[:, :, 0]
-    cache.values[layer][rows, :, cache.lengths] = value[:, :, 0]
-    folded = query.reshape(batch, kv_heads, heads // kv_heads, dim) * (scaling or dim**-0.5)
-    capacity = int(cache.lengths.max()) + 1
-    scores = folded @ cache.keys[layer][:, :, :capacity].transpose(2, 3)
-    hidden = torch.arange(capacity, device=key.device)[None] > cache.lengths[:, None]
-    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-    if prefix is None:
-        return (scores.softmax(-1) @ cache.values[layer][:, :, :capacity]).reshape(batch, 1, heads, dim)
-    together = folded.transpose(0, 1).reshape(kv_heads, -1, dim)
-    before = together @ prefix.keys[layer].transpose(1, 2)
-    before = before.view(kv_heads, batch, -1, prefix.length).transpose(0, 1)
-    weights = torch.cat((before, scores), dim=-1).float().softmax(-1).to(key.dtype)
-    before, own = torch.split(weights, [prefix.length, capacity], dim=-1)
-    output = own @ cache.values[layer][:, :, :capacity]
-    before = before.transpose(0, 1).reshape(kv_heads, -1, prefix.length)
-    shared = before @ prefix.values[layer]
-    output = output + shared.view(kv_heads, batch, -1, dim).transpose(0, 1)
-    return output.reshape(batch, 1, heads, dim)
+@dataclass(frozen=True)
+class ThroughTransformers:
+    """`ModelKernels` of any model."""
 
+    body: Any
+    head: Any
 
-def attention_weights(query: Tensor, key: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What causal attention gives to a prefix that all rows share, [kv_heads, batch * rows, n], and to the rows' own
-    tokens, [kv_heads, batch * rows, tokens], where rows are (query head of the kv head, token).
+    def run_layers(self, embeds: Tensor, positions: Tensor, attend: AttendInLayer) -> Tensor:
+        output = self.body(inputs_embeds=embeds, position_ids=positions, use_cache=False, call=attend)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
-    `query` [batch, heads, tokens, head_dim], `key` the rows' own [batch, kv_heads, tokens, head_dim], `keys` the
-    prefix's [kv_heads, n, head_dim].
-    """
-    batch, heads, tokens, dim = query.shape
-    kv_heads, length = keys.shape[0], keys.shape[1]
-    rows = heads // kv_heads * tokens
-    query = (query * scale).reshape(batch, kv_heads, rows, dim)
-    future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
-    own = query @ key.transpose(-1, -2) + future.repeat(heads // kv_heads, 1)
-    # The large one is never copied into another order: the small one is.
-    shared = query.transpose(0, 1).reshape(kv_heads, batch * rows, dim) @ keys.transpose(-1, -2)
-    own = own.transpose(0, 1).reshape(kv_heads, batch * rows, tokens)
-    before, after = torch.split(torch.cat((shared, own), dim=-1).softmax(-1), [length, tokens], dim=-1)
-    return before, after
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention [batch, heads, tokens, head_dim] of queries over a prefix that all rows share, then their own.
-
-    Plain products, one over the prefix for all rows together: on CPUs several times as fast, forwards and backwards,
-    as scaled_dot_product_attention with a mask over prefix and rows.
-    """
-    batch, heads, tokens, _ = query.shape
-    length = keys.shape[1]
-    step = max(1, MAX_WEIGHTS // (heads * tokens * (length + tokens)))
-    if step < batch and not torch.is_grad_enabled():
-        parts = [slice(first, first + step) for first in range(0, batch, step)]
-        return torch.cat([attend(query[part], key[part], value[part], keys, values, scale) for part in parts])
-    return weighted_values(*attention_weights(query, key, keys, scale), value, values)
-
-
-def weighted_values(before: Tensor, after: Tensor, value: Tensor, values: Tensor) -> Tensor:
-    """What attention gives with the weights of `attention_weights`, [batch, heads, tokens, head_dim]."""
-    batch, kv_heads, tokens, dim = value.shape
-    shared = (before @ values).view(kv_heads, batch, -1, dim).transpose(0, 1)
-    own = after.reshape(kv_heads, batch, -1, tokens).transpose(0, 1) @ value
-    return (shared + own).reshape(batch, -1, tokens, dim)
-
-
-AttentionInterface.register(ATTENTION_NAME, prefix_attention)
+    def objective(self, student: Tensor, teacher: Tensor | None, gold: Tensor, alpha: float) -> Tensor:
+        return objective_from_hidden(student, teacher, gold, self.head, alpha)
 
 
 @dataclass(frozen=True)
@@ -236,20 +96,18 @@ class Decoder:
     """A transformers causal LM with frozen weights; owns the model (its attention function is replaced).
 
     Raises ValueError for a model whose logits are not `lm_head(last hidden state)`, which does not pass its
-    attention through the attention interface, or whose attention is not full. `attend_without_gradients` is a quicker
-    `attend` for where none are needed.
+    attention through the attention interface, or whose attention is not full.
     """
 
     def __init__(
         self,
         model: Any,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-        attend_without_gradients: Attend | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.attend_without_gradients = attend_without_gradients or attend
-        self.model = model.to(device=self.device, dtype=dtype or model.dtype).eval().requires_grad_(False)
+        self.kernels = kernels or Kernels()
+        self.model = model.to(device=self.device, dtype=model.dtype).eval().requires_grad_(False)
         self.dtype: torch.dtype = self.model.dtype
         self.body = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         self.head = self.model.get_output_embeddings()
@@ -262,6 +120,7 @@ class Decoder:
         with torch.no_grad():
             expected = self.model(input_ids=probe, use_cache=False).logits
         self.model.set_attn_implementation(ATTENTION_NAME)
+        self._model_kernels = self.kernels.of_model(self.model) or ThroughTransformers(self.body, self.head)
         self.geometry, self.scale = self._measure(config, probe, expected)
         self.window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
 
@@ -327,16 +186,15 @@ class Decoder:
         else:
             positions = torch.arange(first, first + embeds.shape[1], device=embeds.device)[None]
         layered = LayeredPrefix.of(prefix, self.dtype) if prefix is not None else None
-        output = self.body(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            use_cache=False,
-            call=AttentionCall(
-                attend if torch.is_grad_enabled() else self.attend_without_gradients, layered, on_layer, cache
-            ),
+        kernels = self.kernels
+        call = AttentionCall(
+            kernels.attend if torch.is_grad_enabled() else kernels.attend_without_gradients, layered, on_layer, cache
         )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._model_kernels.run_layers(embeds, positions, partial(attend_in_layer, call))
+
+    def objective(self, student: Tensor, teacher: Tensor | None, gold: Tensor, alpha: float) -> Tensor:
+        """The mean of what σ is trained for over positions (`objective_from_hidden`), differentiable in `student`."""
+        return self._model_kernels.objective(student, teacher, gold, alpha)
 
     def prefill(self, embeds: Tensor) -> Prefix:
         """The KV of one row of embeddings [n, hidden] at positions 0..n-1; differentiable."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.context import Context
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.report import Evaluation, Measured, Subject, build_report
 from prompt_store.compression.self_study import Example, Generate, usable
 from prompt_store.compression.student import Kind, Student

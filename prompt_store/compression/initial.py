@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.attention import Prefix
+from prompt_store.compression.decoder import Decoder
 
 
 def chosen_positions(total: int, count: int, head: int, tail: int, chunks: int = 8) -> list[int]:

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prompt_store.compression.decoder import Decoder, Prefix, attend, attention_weights, weighted_values
+from prompt_store.compression.attention import Attend, Prefix, attend, attention_weights, weighted_values
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.initial import moved
 from prompt_store.compression.job import replace_file
 from prompt_store.compression.schedule import learning_rate_factor
@@ -44,7 +45,7 @@ CHECKPOINT_SECONDS = 15.0
 class MatchingSettings:
     """`steps` of Adam over the observed batches in turn, cut short after `seconds`."""
 
-    steps: int = 250
+    steps: int = 500
     seconds: float | None = None
     key_rate: float = 0.1
     value_rate: float = 0.02
@@ -128,11 +129,11 @@ def with_best_values(start: Prefix, observed: Sequence[Observed], scale: float) 
     return Prefix(start.keys, values.transpose(1, 2))
 
 
-def matching_error(seen: LayerView, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def matching_error(seen: LayerView, keys: Tensor, values: Tensor, scale: float, attention: Attend = attend) -> Tensor:
     """The relative squared error of one layer, a scalar."""
     valid = seen.valid[:, None, :, None]
     target = seen.output * valid
-    found = attend(seen.query, seen.key, seen.value, keys, values, scale)
+    found = attention(seen.query, seen.key, seen.value, keys, values, scale)
     error = (found * valid - target).square().sum()
     return error / target.square().sum().clamp_min(1e-12)
 
@@ -199,10 +200,10 @@ def _fill_gradients(observed: Observed, student: Student) -> float:
     master = torch.promote_types(prefix.keys.dtype, torch.float32)
     keys, values = prefix.keys.detach().to(master).transpose(1, 2), prefix.values.detach().to(master).transpose(1, 2)
     gradients = torch.empty_like(keys), torch.empty_like(values)
-    total = 0.0
+    total, attention = 0.0, student.decoder.kernels.attend
     for layer in range(keys.shape[0]):
         own = keys[layer].clone().requires_grad_(), values[layer].clone().requires_grad_()
-        error = matching_error(LayerView.of(observed, layer, master), *own, student.decoder.scale)
+        error = matching_error(LayerView.of(observed, layer, master), *own, student.decoder.scale, attention)
         gradients[0][layer], gradients[1][layer] = torch.autograd.grad(error, own)
         total += float(error.detach())
     towards = [gradient.transpose(1, 2).to(prefix.keys.dtype) for gradient in gradients]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.decode import pad
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.decode import greedy
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.fidelity import Scores, answer_scores, position_scores
 from prompt_store.compression.page import render_page
 from prompt_store.compression.pairs import Pair

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.attention import Prefix
+from prompt_store.compression.decoder import Decoder
 
 Kind = Literal["embeddings", "kv"]
 

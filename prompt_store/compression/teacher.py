@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prompt_store.compression.decoder import Decoder, LayerTrace, Prefix
+from prompt_store.compression.attention import LayerTrace, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.initial import moved
 from prompt_store.compression.pairs import Batch, Pair, collate
 

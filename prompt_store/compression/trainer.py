@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prompt_store.compression.job import replace_file
-from prompt_store.compression.objectives import objective_from_hidden, weight_of_nll
+from prompt_store.compression.objectives import weight_of_nll
 from prompt_store.compression.pairs import Pair, answer_states, batches_from, collate
 from prompt_store.compression.schedule import learning_rate_factor
 from prompt_store.compression.student import Student
@@ -171,7 +171,7 @@ class Trainer:
         batch = collate(self.pairs, indices, decoder.device)
         targets = torch.cat([self.teacher[index] for index in indices]) if self.teacher is not None else None
         states = answer_states(decoder, self.student.prefix(), batch)
-        loss = objective_from_hidden(states, targets, batch.gold, decoder.head, self.alpha)
+        loss = decoder.objective(states, targets, batch.gold, self.alpha)
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self.optimiser.step()

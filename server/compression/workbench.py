@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.context import QUESTION_ROOM
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder, Kernels
 from prompt_store.compression.rendering import Renderer
 from prompt_store.manifest import ModelSpec
 from prompt_store.soft_prompt import SoftPrompt
 from scheduler.model.attention import cpu
 from scheduler.model.cpu.build import is_loaded
+from scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
+from scheduler.model.cpu.training import behind_prefix_with_gradients, kernels_of
 from scheduler.model.loader import DTYPES, load_transformers
 from scheduler.model.source import resolve
 from server.compression.local_engine import LocalEngine
 from server.compression.request import ModelChoice
 
+CPU_KERNELS = Kernels(
+    attend=behind_prefix_with_gradients, attend_without_gradients=cpu.behind_prefix, of_model=kernels_of
+)
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -33,8 +39,8 @@ def load_tokenizer(choice: ModelChoice) -> Any:
 
 @dataclass
 class Workbench:
-    """Two copies of the weights while gold answers are written: the engine may keep them in a form that is quick to
-    run but has no gradients. `release_engine` gives that copy and its KV cache back."""
+    """Several copies of the weights while gold answers are written: the engine's has no gradients, and where kernels
+    train, the decoder has one more that is transposed. `release_engine` gives the engine's and its KV cache back."""
 
     decoder: Decoder
     tokenizer: Any
@@ -58,9 +64,7 @@ class Workbench:
         info = engine.ready.model
         model, tokenizer = load_transformers(resolve(choice.model), DTYPES[info.dtype], torch.device(info.device))
         model.set_attn_implementation("eager")  # ours needs a KV cache; the decoder puts its own in its place
-        # The engine has built the kernels where that can be done.
-        kernel = cpu.behind_prefix if info.device == "cpu" and is_loaded() else None
-        decoder = Decoder(model, info.device, attend_without_gradients=kernel)
+        decoder = Decoder(model, info.device, _kernels(info.device, model.dtype))
         return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
@@ -86,6 +90,13 @@ class Workbench:
             with torch.no_grad():
                 return self.decoder.prefill(tensors["embeddings"])
         return Prefix(tensors["keys"], tensors["values"])
+
+
+def _kernels(device: str, dtype: torch.dtype) -> Kernels:
+    """The engine has built those of CPUs where that can be done."""
+    if device != "cpu" or not is_loaded():
+        return Kernels()
+    return CPU_KERNELS if dtype in DTYPES_WITH_GRADIENTS else Kernels(attend_without_gradients=cpu.behind_prefix)
 
 
 def _keep_freed_memory() -> None:

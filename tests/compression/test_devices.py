@@ -14,7 +14,7 @@ from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.pipeline import Compression, Stopped
 from prompt_store.compression.settings import CompressionSettings
 from tests.compression.test_pipeline import CONTEXT, SMALL, engine
-from tests.conftest import Reference, load_reference
+from tests.conftest import Reference
 
 FACTORIES = {"tensor", "arange", "zeros", "ones", "empty", "full", "eye", "linspace", "rand", "randn", "randint"}
 SOURCES = sorted((Path(__file__).parents[2] / "prompt_store" / "compression").glob("*.py"))
@@ -28,11 +28,6 @@ def test_every_tensor_is_made_on_a_named_device(path: Path) -> None:
         owner = node.func.value
         if isinstance(owner, ast.Name) and owner.id == "torch" and node.func.attr in FACTORIES:
             assert any(word.arg == "device" for word in node.keywords), f"{path.name}:{node.lineno}"
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_models: dict[str, str]) -> Reference:
-    return load_reference(tiny_models["llama"])
 
 
 def compression(llama: Reference, directory: Path, device: str, stop_after: int = 1 << 30, **options) -> Compression:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.context import Context
 from prompt_store.compression.decode import greedy
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.fidelity import position_scores
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.self_study import load_jsonl

@@ -12,12 +12,14 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from prompt_store.compression.attention import Prefix, attend
 from prompt_store.compression.decode import greedy
-from prompt_store.compression.decoder import Decoder, Prefix, attend
+from prompt_store.compression.decoder import Decoder, Kernels
 from prompt_store.compression.initial import chosen_positions, moved_prefix, rotated, truncated_ids
 from prompt_store.compression.matching import (
     LayerView,
     MatchingSettings,
+    _fill_gradients,
     fit,
     matching_error,
     selected,
@@ -28,6 +30,8 @@ from prompt_store.compression.pairs import Pair, answer_states, collate
 from prompt_store.compression.student import Student
 from prompt_store.compression.teacher import Observed, teach
 from scheduler.model.attention import cpu
+from scheduler.model.cpu.training import CpuModelKernels
+from server.compression.workbench import CPU_KERNELS
 from tests.conftest import Reference
 
 PAIRS = [
@@ -97,7 +101,7 @@ def test_student_equals_plain_transformers(tiny: Reference, kind: Any, attention
         return cpu.behind_prefix(*inputs)
 
     model = copy.deepcopy(tiny.model)
-    decoder = Decoder(model, attend_without_gradients=kernel if attention == "kernel" else None)
+    decoder = Decoder(model, kernels=Kernels(attend_without_gradients=kernel) if attention == "kernel" else None)
     calls.clear()
     prefix = random_prefix(decoder, 6)
     sigma = (
@@ -150,6 +154,43 @@ def test_gradient_of_sigma_against_finite_differences(kind: Any, alpha: float) -
             below = loss().item()
             part += step * direction
         assert (above - below) / (2 * step) == pytest.approx(expected, rel=2e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_gradients_through_the_kernels_are_those_of_autograd(llama: Reference, kind: Any, alpha: float) -> None:
+    """Of the objective, and of matching; on a padded batch of ragged rows."""
+    if not cpu.build():
+        pytest.skip("no C++ compiler")
+    plain, fast = decoder_of(llama), Decoder(copy.deepcopy(llama.model), kernels=CPU_KERNELS)
+    assert isinstance(fast._model_kernels, CpuModelKernels)
+    full = random_prefix(plain, 9, 1)
+    teaching = teach(plain, [full], PAIRS, 4, observe=4, virtual_tokens=5)
+    prefix = random_prefix(plain, 5)
+    sigma = (
+        {"keys": prefix.keys, "values": prefix.values}
+        if kind == "kv"
+        else {"embeddings": torch.randn(5, plain.geometry.hidden) * 0.3}
+    )
+    found = []
+    for decoder in (plain, fast):
+        student = Student(decoder, kind, sigma)
+        batch = collate(PAIRS, [0, 1, 2, 3], decoder.device)
+        loss = decoder.objective(
+            answer_states(decoder, student.prefix(), batch), torch.cat(teaching.states), batch.gold, alpha
+        )
+        loss.backward()
+        gradients = [part.grad.clone() for part in student.trainable.values() if part.grad is not None]
+        for part in student.trainable.values():
+            part.grad = None
+        error = _fill_gradients(teaching.observed[0], student)
+        gradients += [part.grad for part in student.trainable.values() if part.grad is not None]
+        assert len(gradients) == 2 * len(student.trainable)
+        found.append((loss.item(), error, gradients))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+    for own, expected in zip(found[1][2], found[0][2], strict=True):
+        assert (own - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_kl_is_zero_when_the_student_is_the_teacher(tiny: Reference) -> None:
@@ -232,7 +273,7 @@ def test_attention_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     decoder = double_llama()
     prefix = decoder.encode(list(range(3, 20)))
     whole = teach(decoder, [prefix], PAIRS, 4).states
-    monkeypatch.setattr("prompt_store.compression.decoder.MAX_WEIGHTS", 1)
+    monkeypatch.setattr("prompt_store.compression.attention.MAX_WEIGHTS", 1)
     for state, expected in zip(teach(decoder, [prefix], PAIRS, 4).states, whole, strict=True):
         assert torch.allclose(state, expected, rtol=1e-12)
 

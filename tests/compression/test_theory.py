@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.decode import greedy
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.initial import chosen_positions, moved_prefix
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.rendering import Renderer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_store.compression.decoder import attend
+from prompt_store.compression.decoder import Kernels
 from prompt_store.compression.self_study import load_jsonl
 from prompt_store.soft_prompt import load
 from prompt_store.store import PromptStore
@@ -21,7 +21,7 @@ from scheduler.model.attention import cpu
 from server.__main__ import main
 from server.compression.local_engine import LocalEngine
 from server.compression.request import ModelChoice
-from server.compression.workbench import Workbench
+from server.compression.workbench import CPU_KERNELS, Workbench
 from tests.compression_jobs.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.conftest import load_reference
 from tests.e2e.servers import PROJECT, environment, wait_for
@@ -250,11 +250,13 @@ def logprobs(reference, shared: list[int], ids: list[int], prompt) -> list[float
     return [float(table[len(shared) - 1 + i, token]) for i, token in enumerate(ids)]
 
 
-def test_the_teacher_attends_by_the_kernels_where_they_are(tiny_path: str) -> None:
-    choice = ModelChoice(tiny_path, dtype="float32", device="cpu")
-    bench = Workbench.open(choice, 100, 6, MAX_BYTES)
-    bench.release_engine()
-    assert bench.decoder.attend_without_gradients is (cpu.behind_prefix if cpu.build() else attend)
+def test_models_are_opened_with_the_kernels_where_they_are(tiny_path: str) -> None:
+    for dtype in ("float32", "bfloat16", "float16"):  # the last one's gradients go through torch
+        bench = Workbench.open(ModelChoice(tiny_path, dtype=dtype, device="cpu"), 100, 6, MAX_BYTES)
+        bench.release_engine()
+        kernels = bench.decoder.kernels
+        assert kernels.attend_without_gradients is (cpu.behind_prefix if cpu.build() else Kernels().attend)
+        assert (kernels == CPU_KERNELS) == (cpu.build() is not None and dtype != "float16")
 
 
 def test_gold_answers_are_those_of_transformers(tiny_path: str) -> None:

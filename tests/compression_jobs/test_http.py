@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.decode import greedy
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.rendering import Renderer
 from prompt_store.soft_prompt import load
 from server.__main__ import main
@@ -157,7 +157,7 @@ def check_student(server: Server, tiny_path: str) -> None:
     """Greedy answers over HTTP are those of the student that was trained."""
     reference = load_reference(tiny_path)
     model = reference.model
-    decoder = Decoder(model, "cpu", torch.float32)
+    decoder = Decoder(model)
     prompt = load(server.store / "harbour.safetensors", 2 << 20)
     assert prompt.keys is not None
     assert prompt.values is not None

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from prompt_store.compression.decoder import attend
+from prompt_store.compression.attention import attend
 from scheduler.model.attention import choose, cpu
 from scheduler.model.attention.base import AttentionBackend, PagedBatch
 from scheduler.model.attention.reference import reference

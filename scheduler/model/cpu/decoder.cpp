@@ -149,13 +149,6 @@ class Decoder final : public DecoderBase {
     Team::run([&](Team& team) {
       std::vector<float> row_buffer(std::max({size, width, intermediate_}));
       float* buffer = row_buffer.data();
-      // Rows of activations for the next product; read(row, to) writes them as float32.
-      const auto fill_rows = [&](Activations<W>& x, const auto& read) {
-        team.for_each(x.tiles, [&](int64_t t) {
-          for (int64_t row = x.first(t); row < x.first(t + 1); ++row)
-            x.put(t, row, read(row));
-        });
-      };
       const auto normed = [&](const Rows& rows, const std::vector<float>& weight) {
         return [&, buffer](int64_t row) {
           rms_norm(rows.data + row * size, weight, epsilon_, buffer);
@@ -172,9 +165,9 @@ class Decoder final : public DecoderBase {
         const auto add_to_residual = [&](int64_t, int64_t row, int64_t column, const float* sums) {
           residual.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
         };
-        fill_rows(attended_in, [&](int64_t row) { return widened(attended + attended_row(row) * width, width); });
+        attended_in.fill(team, [&](int64_t row) { return widened(attended + attended_row(row) * width, width); });
         matmul(team, layer.out, attended_in, add_to_residual);
-        fill_rows(hidden_in, normed(residual, layer.mlp_norm));
+        hidden_in.fill(team, normed(residual, layer.mlp_norm));
         matmul(team, layer.gate_up, hidden_in, [&](int64_t tile, int64_t row, int64_t column, const float* sums) {
           const int64_t first = column / 2;
           float part[kLanes];
@@ -186,7 +179,7 @@ class Decoder final : public DecoderBase {
           }
         });
         if constexpr (!kTakesParts)
-          fill_rows(gated_in, [&](int64_t row) { return widened(gated + row * intermediate_, intermediate_); });
+          gated_in.fill(team, [&](int64_t row) { return widened(gated + row * intermediate_, intermediate_); });
         matmul(team, layer.down, gated_in, add_to_residual);
       };
 
@@ -199,7 +192,7 @@ class Decoder final : public DecoderBase {
         }
       });
       for (const auto& layer : layers_) {
-        fill_rows(hidden_in_, normed(residual, layer->input_norm));
+        hidden_in_.fill(team, normed(residual, layer->input_norm));
         matmul(team, layer->qkv, hidden_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
           qkv.each(row, column, sums, [](Vec, Vec sum) { return sum; });
         });
@@ -233,7 +226,7 @@ class Decoder final : public DecoderBase {
       });
       behind_attention(*layers_.back(), last_residual, last_attended_in_, head_in_, last_gated_in_,
                        [&](int64_t row) { return wanted[row]; });
-      fill_rows(head_in_, normed(last_residual, norm_));
+      head_in_.fill(team, normed(last_residual, norm_));
       const Rows out{logits.data_ptr<float>(), head_.outputs};
       matmul(team, head_, head_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
         out.each(row, column, sums, [](Vec, Vec sum) { return sum; });

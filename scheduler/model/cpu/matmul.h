@@ -69,6 +69,14 @@ struct Activations {
   INLINE void put(int64_t t, int64_t row, const float* values) {
     Layout<W>::put(values, inputs, row - first(t), rows_of(t), tile(t));
   }
+  // Every row: read(row) gives its float32 values.
+  template <typename F>
+  void fill(Team& team, const F& read) {
+    team.for_each(tiles, [&](int64_t t) {
+      for (int64_t row = first(t); row < first(t + 1); ++row)
+        put(t, row, read(row));
+    });
+  }
   INLINE void put_part(int64_t t, int64_t row, int64_t column, const float* values) {
     Layout<W>::put_part(values, inputs, column, row - first(t), rows_of(t), tile(t));
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "layout.h"
@@ -23,6 +24,30 @@ INLINE void rms_norm(const float* x, const std::vector<float>& weight, float eps
     store(to + i, load(weight.data() + i) * (load(x + i) * scale));
   for (; i < size; ++i)
     to[i] = weight[i] * (x[i] * scale);
+}
+
+// What the norm's input gets of the gradient that its output has; `to` may be `gradient`.
+INLINE void rms_norm_backward(const float* x, const std::vector<float>& weight, float epsilon, const float* gradient,
+                              float* to) {
+  const int64_t size = weight.size();
+  Vec squares = {}, products = {};
+  float rest = 0, rest_of_products = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec own = load(x + i);
+    squares += own * own;
+    products += load(gradient + i) * load(weight.data() + i) * own;
+  }
+  for (; i < size; ++i) {
+    rest += x[i] * x[i];
+    rest_of_products += gradient[i] * weight[i] * x[i];
+  }
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + epsilon);
+  const float along = scale * scale * scale * (sum(products) + rest_of_products) / size;
+  for (i = 0; i + kLanes <= size; i += kLanes)
+    store(to + i, load(weight.data() + i) * load(gradient + i) * scale - load(x + i) * along);
+  for (; i < size; ++i)
+    to[i] = weight[i] * gradient[i] * scale - x[i] * along;
 }
 
 // One head's vector [dim], turned by its position, and normed before where the model does so.
@@ -46,12 +71,19 @@ INLINE void rotate(const float* from, const std::vector<float>& norm, float epsi
   }
 }
 
-// gate * sigmoid(gate) * up
-INLINE Vec swiglu(Vec gate, Vec up) {
-  const Vec magnitude = gate < 0.0f ? -gate : gate;
+INLINE Vec sigmoid(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
   const Vec e = exp2(magnitude * -kLog2e);
   const Vec one = fill(1.0f);
-  return gate * (gate < 0.0f ? e : one) / (one + e) * up;
+  return (x < 0.0f ? e : one) / (one + e);
+}
+
+INLINE Vec swiglu(Vec gate, Vec up) { return gate * sigmoid(gate) * up; }
+
+// What gate and up get of the gradient that swiglu(gate, up) has.
+INLINE std::pair<Vec, Vec> swiglu_backward(Vec gate, Vec up, Vec gradient) {
+  const Vec s = sigmoid(gate), silu = gate * s;
+  return {gradient * up * (s + silu * (1.0f - s)), gradient * silu};
 }
 
 // Rows of a product, into memory of `columns` floats a row.

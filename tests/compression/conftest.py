@@ -1,0 +1,12 @@
+"""The tiny model that most tests of compression use."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Reference, load_reference
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_models: dict[str, str]) -> Reference:
+    return load_reference(tiny_models["llama"])
