@@ -107,7 +107,8 @@ class Decoder:
     ) -> None:
         self.device = torch.device(device)
         self.kernels = kernels or Kernels()
-        self.model = model.to(device=self.device, dtype=model.dtype).eval().requires_grad_(False)
+        # Never to another dtype: that would round the rotary frequencies, which are float32 in every model, as well.
+        self.model = model.to(self.device).eval().requires_grad_(False)
         self.dtype: torch.dtype = self.model.dtype
         self.body = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         self.head = self.model.get_output_embeddings()

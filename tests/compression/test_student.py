@@ -31,6 +31,8 @@ from prompt_store.compression.student import Student
 from prompt_store.compression.teacher import Observed, teach
 from scheduler.model.attention import cpu
 from scheduler.model.cpu.training import CpuModelKernels
+from scheduler.model.loader import load_transformers
+from scheduler.model.source import resolve
 from server.compression.workbench import CPU_KERNELS
 from tests.conftest import Reference
 
@@ -191,6 +193,20 @@ def test_gradients_through_the_kernels_are_those_of_autograd(llama: Reference, k
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
     for own, expected in zip(found[1][2], found[0][2], strict=True):
         assert (own - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_bfloat16_is_near_float32_far_from_the_beginning(llama: Reference) -> None:
+    """Rotary frequencies stay float32: rounded like weights, they would turn queries at 1,500 somewhere else."""
+    if not cpu.build():
+        pytest.skip("no C++ compiler")
+    model, _ = load_transformers(resolve(llama.path), torch.bfloat16, torch.device("cpu"))
+    model.set_attn_implementation("eager")
+    ids = torch.randint(1000, (1500,), generator=torch.Generator().manual_seed(1)).tolist()
+    pairs = [Pair((index,), (5, 6, 7, 8)) for index in range(8)]
+    exact, rounded = decoder_of(llama), Decoder(model, kernels=CPU_KERNELS)
+    assert rounded.body.rotary_emb.inv_freq.dtype == torch.float32
+    states = [torch.cat(teach(decoder, [decoder.encode(ids)], pairs).states).float() for decoder in (exact, rounded)]
+    assert (states[1] - states[0]).norm() < 0.02 * states[0].norm()
 
 
 def test_kl_is_zero_when_the_student_is_the_teacher(tiny: Reference) -> None:
