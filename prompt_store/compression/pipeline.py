@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.context import Context
-from prompt_store.compression.decoder import Decoder, Prefix
+from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.evaluate import measure_baselines, with_gold
 from prompt_store.compression.job import JobDirectory, load_states, save_states
 from prompt_store.compression.matching import MatchingSettings, fit, selected
@@ -81,7 +82,8 @@ class Outcome:
 
 class Compression:
     """One compression of one context. `generate` answers prompts greedily (see self_study.Generate): every prompt
-    begins with the same context tokens, except that a long context's segments come one after another.
+    begins with the same context tokens, except that a long context's segments come one after another. `opening` seconds
+    of the budget have gone into opening the model.
 
     Raises ValueError (DataError, TemplateError) for bad input before any work is done.
     """
@@ -99,6 +101,7 @@ class Compression:
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        opening: float = 0.0,
     ) -> None:
         self.decoder, self.settings, self.generate = decoder, settings, generate
         self.context = Context(decoder, tokenizer, context, settings.instruction, settings.max_answer_tokens)
@@ -107,6 +110,8 @@ class Compression:
         self.on_progress, self.should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
         asked = hashlib.sha256(repr(self.user_examples).encode()).hexdigest()
         identity = {"settings": asdict(settings), "context": self.context.sha256, "user_examples": asked}
+        self.opening = opening
+        self.budget = None if settings.seconds is None else max(1.0, settings.seconds - opening)
         self.directory, self.job = directory, JobDirectory(directory, identity, clock)
 
     def _is_stopped(self) -> bool:
@@ -147,8 +152,8 @@ class Compression:
         pairs, teaching = self._teach([context.pair(example) for example in training])
         student = self._student(teaching)
         pairs, teaching = without(pairs, teaching, surplus_recitations(training))
-        # What is still to come is like one baseline: only that is kept back of the budget.
-        reserve = 1.5 * max(measured.seconds for measured in baselines.values()) + 2.0
+        # What is still to come is like one baseline, and writing it all down: only that is kept back of the budget.
+        reserve = 1.5 * max(measured.seconds for measured in baselines.values()) + 4.0
         result = self._train(student, pairs, teaching, reserve)
         if result.stopped:
             raise Stopped
@@ -189,7 +194,7 @@ class Compression:
         """The examples with gold answers, as many as the time share allows; kept in `name`.jsonl as they come."""
         path = self.directory / f"{name}.jsonl"
         done = load_jsonl(path) if path.exists() and path.stat().st_size else []
-        began, budget = self.clock(), self.settings.seconds
+        began, budget = self.clock(), self.budget
         while len(done) < len(examples):
             self._check_stop()
             late = budget is not None and self.job.elapsed() > share * budget
@@ -233,7 +238,7 @@ class Compression:
         ends = [*range(watched, len(pairs), 16 * TEACHER_BATCH), len(pairs)]
         observed: list[Observed] = []
         for start, end in pairwise(dict.fromkeys([0, *ends])):
-            late = settings.seconds is not None and self.clock() - began > TEACHER_SHARE * settings.seconds
+            late = self.budget is not None and self.clock() - began > TEACHER_SHARE * self.budget
             if end > watched and (end <= len(states) or (start and late)):
                 continue
             part = pairs[start:end]
@@ -263,9 +268,9 @@ class Compression:
         if not teaching.observed:
             return student
         steps, seconds = settings.matching_steps, None
-        if settings.seconds is not None:
-            left = settings.seconds - self.job.elapsed()
-            seconds = max(0.01, min(MATCHING_SHARE * settings.seconds - (self.clock() - began), left / 2))
+        if self.budget is not None:
+            left = self.budget - self.job.elapsed()
+            seconds = max(0.01, min(MATCHING_SHARE * self.budget - (self.clock() - began), left / 2))
 
         def on_step(step: int, error: float) -> None:
             if step % 10 == 0 or step == steps:
@@ -291,15 +296,15 @@ class Compression:
         if not trainer.resume():
             trainer.save()
         (self.directory / MATCHING_FILE).unlink(missing_ok=True)
-        if settings.seconds is not None:
-            left = max(1.0, settings.seconds - self.job.elapsed() - reserve)
+        if self.budget is not None:
+            left = max(1.0, self.budget - self.job.elapsed() - reserve)
             trainer.allow(trainer.state.elapsed + left)
         return trainer.run(self.on_progress, self._is_stopped)
 
     def _facts(
         self, tensors: dict[str, Tensor], pairs: Sequence[Pair], result: TrainingResult, prefill_seconds: float
     ) -> dict[str, Any]:
-        seconds, settings, context = self.job.elapsed(), self.settings, self.context
+        seconds, settings, context = self.opening + self.job.elapsed(), self.settings, self.context
         return {
             "compression_ratio": round(context.num_tokens / settings.virtual_tokens, 3),
             "seconds": round(seconds, 2),

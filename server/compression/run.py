@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 
-from prompt_store.compression.decoder import Prefix
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.job import replace_file
 from prompt_store.compression.objectives import Objective
 from prompt_store.compression.pipeline import Compression, Outcome
@@ -76,6 +76,7 @@ def run_compression(
 
     Raises Stopped when `should_stop` said so, InputError, ValueError or ModelError when it cannot be done.
     """
+    began = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
     finished = find_finished(directory)
     if resume and finished is not None:
@@ -108,6 +109,7 @@ def run_compression(
             _another_prompt(bench, request),
             report_progress,
             should_stop,
+            opening=time.monotonic() - began,
         ).run(resume)
     finally:
         bench.release_engine()

@@ -27,7 +27,7 @@ from prompt_store.compression.settings import CompressionSettings
 from prompt_store.compression.student import Student
 from prompt_store.compression.trainer import Progress
 from prompt_store.template import context_turn, render_chat
-from tests.conftest import Reference, load_reference
+from tests.conftest import Reference
 
 METRICS = {
     "kl",
@@ -58,11 +58,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_models: dict[str, str]) -> Reference:
-    return load_reference(tiny_models["llama"])
-
-
 def engine(decoder: Decoder) -> Callable[[list[list[int]], int], list[list[int]]]:
     """Greedy answers with nothing shared: what the batched engine gives, only slower."""
     return lambda prompts, max_tokens: greedy(decoder, None, prompts, max_tokens, {2})
@@ -71,7 +66,7 @@ def engine(decoder: Decoder) -> Callable[[list[list[int]], int], list[list[int]]
 def compression(llama: Reference, directory: Path, context: str = CONTEXT, **options: Any) -> Compression:
     decoder = Decoder(copy.deepcopy(llama.model))
     decoder.window = 4096
-    names = ("user_examples", "on_progress", "should_stop", "clock", "wrong_prefix", "generate")
+    names = ("user_examples", "on_progress", "should_stop", "clock", "wrong_prefix", "generate", "opening")
     extra = {name: options.pop(name) for name in names if name in options}
     settings = CompressionSettings(**(SMALL | options))
     generate = extra.pop("generate", engine(decoder))
@@ -172,8 +167,9 @@ def test_a_context_longer_than_the_window_is_cut_into_segments(llama: Reference,
     assert outcome.report["baselines"]["full_context"]["kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_budget_is_kept(llama: Reference, tmp_path: Path) -> None:
-    """Every look at the clock costs 0.2 s; the whole run must end within its 2 minutes."""
+@pytest.mark.parametrize("opening", [0.0, 40.0])
+def test_a_budget_is_kept(llama: Reference, tmp_path: Path, opening: float) -> None:
+    """Every look at the clock costs 0.2 s; the whole run, opening the model included, must end within its 2 minutes."""
     now = 0.0
 
     def clock() -> float:
@@ -181,7 +177,7 @@ def test_a_budget_is_kept(llama: Reference, tmp_path: Path) -> None:
         now += 0.2
         return now
 
-    outcome = compression(llama, tmp_path, steps=None, minutes=2.0, clock=clock, questions=200).run()
+    outcome = compression(llama, tmp_path, steps=None, minutes=2.0, clock=clock, questions=200, opening=opening).run()
     assert 70 < outcome.report["seconds"] <= 120
 
 
