@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prompt_store.compression.matching import MatchingSettings
 from prompt_store.compression.objectives import weight_of_nll
 from prompt_store.compression.student import Kind
 
@@ -25,7 +26,7 @@ class CompressionSettings:
     alpha: float = 0.5
     minutes: float | None = 10.0
     steps: int | None = None
-    questions: int = 1400
+    questions: int = 2000
     model_questions: int = 0
     held_out: int = 32
     free_answers: int = 16
@@ -33,7 +34,7 @@ class CompressionSettings:
     instruction: str | None = None
     batch_size: int = 4
     learning_rate: float | None = None
-    matching_steps: int = 250
+    matching_steps: int = MatchingSettings.steps
     seed: int = 0
 
     def __post_init__(self) -> None:
