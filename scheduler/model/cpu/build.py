@@ -39,7 +39,7 @@ def build(log: logging.Logger = logger) -> bool:
                 if library is not None:
                     torch.ops.load_library(library)
             if not is_loaded():
-                log.info("compiling the CPU kernels: about half a minute, only at the first start")
+                log.info("compiling the CPU kernels: about a minute, only at the first start")
                 started = time.monotonic()
                 _compile(library)
                 log.info("compiled the CPU kernels in %.0f seconds", time.monotonic() - started)

@@ -277,12 +277,7 @@ c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const s
     return c10::make_intrusive<Decoder<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon, scale, frequencies,
                                                                   rotary_scale, packing);
   };
-  if (weights == "float32") return make(float{}, float{});
-  if (weights == "bfloat16") return make(at::BFloat16{}, at::BFloat16{});
-#if defined(SOFTBATCH_COMPACT)
-  if (weights == "bfloat16 in 12 bits") return make(Compact{}, at::BFloat16{});
-#endif
-  TORCH_CHECK(weights == "int8", "weights cannot be ", weights, " here");
+  if (weights != "int8") return in_format(weights, make);
   return cache == "float32" ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
 }
 

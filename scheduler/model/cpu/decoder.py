@@ -65,6 +65,27 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype == dtype
 
 
+def layer_tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """The nine weights and four biases of a layer, in the kernels' order."""
+    attention, mlp = layer.self_attn, layer.mlp
+    into = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    behind = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    weights = [
+        layer.input_layernorm.weight,
+        *(linear.weight for linear in into),
+        layer.post_attention_layernorm.weight,
+        *(linear.weight for linear in behind),
+    ]
+    return weights, [linear.bias for linear in into]
+
+
+def release_linears(layer: Any) -> None:
+    """Give back the weights that the kernels have their own copy of: the layer cannot run any more."""
+    for linear in (*layer.self_attn.children(), *layer.mlp.children()):
+        if isinstance(linear, nn.Linear):
+            linear.register_parameter("weight", None)
+
+
 class DecoderForward:
     """`Forward` in C++. It has its own copy of the weights, as `weights` says: float32, bfloat16, the same in 12 bits
     or int8; by default as `plain_weights` has it.
@@ -90,24 +111,12 @@ class DecoderForward:
             kv_cache.format.packing,
         )
         for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
+            attention = layer.self_attn
+            weights_of_layer, biases = layer_tensors(layer)
             self._decoder.add_layer(
+                weights_of_layer,
                 [
-                    layer.input_layernorm.weight,
-                    attention.q_proj.weight,
-                    attention.k_proj.weight,
-                    attention.v_proj.weight,
-                    attention.o_proj.weight,
-                    layer.post_attention_layernorm.weight,
-                    mlp.gate_proj.weight,
-                    mlp.up_proj.weight,
-                    mlp.down_proj.weight,
-                ],
-                [
-                    attention.q_proj.bias,
-                    attention.k_proj.bias,
-                    attention.v_proj.bias,
-                    attention.o_proj.bias,
+                    *biases,
                     getattr(getattr(attention, "q_norm", None), "weight", None),
                     getattr(getattr(attention, "k_norm", None), "weight", None),
                 ],
@@ -115,9 +124,7 @@ class DecoderForward:
                 values,
             )
             if release:
-                for linear in (*attention.children(), *mlp.children()):
-                    if isinstance(linear, nn.Linear):
-                        linear.register_parameter("weight", None)
+                release_linears(layer)
         self._decoder.set_head(model.model.norm.weight, model.lm_head.weight, model.lm_head.bias)
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:

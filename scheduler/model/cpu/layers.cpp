@@ -209,7 +209,9 @@ class Layers final : public LayersBase {
     const Layer& layer = layer_at(index);
     const int64_t rows = check_rows(middle, batch), width = heads_ * dim_;
     TORCH_CHECK(check_rows(gradient, batch) == rows, "one gradient for every row");
-    TORCH_CHECK(gate_up.is_cpu() && gate_up.is_contiguous() && gate_up.scalar_type() == at::kFloat && gate_up.numel() == rows * 2 * gated(), "gate_up as it was returned");
+    TORCH_CHECK(gate_up.is_cpu() && gate_up.is_contiguous() && gate_up.scalar_type() == at::kFloat &&
+                    gate_up.numel() == rows * 2 * gated(),
+                "gate_up as it was returned");
     const Tensors out = {gradient.clone(), heads(batch, heads_, rows)};
     const Rows residual{out[0].data_ptr<float>(), size_};
     const Rows normed{buffer_.resize(rows * std::max(size_, width)), size_}, attended{normed.data, width};
@@ -302,13 +304,9 @@ class Layers final : public LayersBase {
 
 c10::intrusive_ptr<LayersBase> make_layers(const std::string& weights, int64_t heads, int64_t kv_heads, int64_t dim,
                                            double epsilon) {
-  if (weights == "float32") return c10::make_intrusive<Layers<float, float>>(heads, kv_heads, dim, epsilon);
-#if defined(SOFTBATCH_COMPACT)
-  if (weights == "bfloat16 in 12 bits")
-    return c10::make_intrusive<Layers<Compact, at::BFloat16>>(heads, kv_heads, dim, epsilon);
-#endif
-  TORCH_CHECK(weights == "bfloat16", "weights cannot be ", weights, " here");
-  return c10::make_intrusive<Layers<at::BFloat16, at::BFloat16>>(heads, kv_heads, dim, epsilon);
+  return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<LayersBase> {
+    return c10::make_intrusive<Layers<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon);
+  });
 }
 
 }  // namespace

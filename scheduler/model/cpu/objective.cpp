@@ -155,12 +155,9 @@ class Objective final : public ObjectiveBase {
 
 c10::intrusive_ptr<ObjectiveBase> make_objective(const std::string& weights, const at::Tensor& weight,
                                                  const OptionalTensor& bias) {
-  if (weights == "float32") return c10::make_intrusive<Objective<float, float>>(weight, bias);
-#if defined(SOFTBATCH_COMPACT)
-  if (weights == "bfloat16 in 12 bits") return c10::make_intrusive<Objective<Compact, at::BFloat16>>(weight, bias);
-#endif
-  TORCH_CHECK(weights == "bfloat16", "weights cannot be ", weights, " here");
-  return c10::make_intrusive<Objective<at::BFloat16, at::BFloat16>>(weight, bias);
+  return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<ObjectiveBase> {
+    return c10::make_intrusive<Objective<decltype(w), decltype(t)>>(weight, bias);
+  });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "matmul.h"
@@ -12,6 +13,17 @@
 namespace softbatch {
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// make(W, T) for weights that are not quantised and what is computed from them.
+template <typename F>
+auto in_format(const std::string& weights, const F& make) {
+  if (weights == "float32") return make(float{}, float{});
+#if defined(SOFTBATCH_COMPACT)
+  if (weights == "bfloat16 in 12 bits") return make(Compact{}, at::BFloat16{});
+#endif
+  TORCH_CHECK(weights == "bfloat16", "weights cannot be ", weights, " here");
+  return make(at::BFloat16{}, at::BFloat16{});
+}
 
 // A matrix whose rows are read as float32.
 class Matrix {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prompt_store.compression.attention import AttendInLayer
-from scheduler.model.cpu.decoder import plain_weights, runs_in_one_call
+from scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, runs_in_one_call
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -38,20 +38,8 @@ class CpuModelKernels:
             weights, config.num_attention_heads, config.num_key_value_heads, first.head_dim, config.rms_norm_eps
         )
         for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            into = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-            behind = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            self._layers.add_layer(
-                [
-                    layer.input_layernorm.weight,
-                    *(linear.weight for linear in into),
-                    layer.post_attention_layernorm.weight,
-                    *(linear.weight for linear in behind),
-                ],
-                [linear.bias for linear in into],
-            )
-            for linear in (*into, *behind):
-                linear.register_parameter("weight", None)
+            self._layers.add_layer(*layer_tensors(layer))
+            release_linears(layer)
         self._objective = torch.classes.softbatch.Objective(weights, model.lm_head.weight, model.lm_head.bias)
 
     def run_layers(self, embeds: Tensor, positions: Tensor, attend: AttendInLayer) -> Tensor:
