@@ -14,6 +14,7 @@ FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_VIRTUAL_TOKENS = 65536
 KINDS = ("embeddings", "kv")
+Replaces = Literal["nothing", "system"]
 # Leaves room in the header for the tensor table.
 _MAX_MANIFEST_BYTES = MAX_HEADER_BYTES - 4096
 
@@ -74,7 +75,7 @@ class Manifest(_Frozen):
     kind: Literal["embeddings", "kv"]
     num_virtual_tokens: int = Field(ge=1, le=MAX_VIRTUAL_TOKENS)
     model: ModelRef
-    replaces: Literal["nothing", "system"]
+    replaces: Replaces
     context: ContextRef | None = None
     objective: Literal["nll", "kl", "mixed"] | None = None
     source: str = Field(min_length=1, max_length=256)

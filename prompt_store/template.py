@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import jinja2
 
+from prompt_store.manifest import Replaces
+
 Messages = Sequence[Mapping[str, Any]]
 Placement = Literal["turn", "user", "nowhere"]
 _SYSTEM_ROLES = ("system", "developer")
@@ -33,7 +35,7 @@ def render_chat(
     tokenizer: Any,
     messages: Messages,
     add_generation_prompt: bool = True,
-    replaces: Literal["nothing", "system"] | None = None,
+    replaces: Replaces | None = None,
 ) -> str:
     """The text to tokenise without adding special tokens.
 

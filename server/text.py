@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from prompt_store.manifest import Replaces
 from prompt_store.template import TemplateError, render_chat
 from server.errors import ApiError
 
 PROMPT_TAIL = 8
 Message = dict[str, str]
-Replaces = Literal["nothing", "system"]
 
 
 class TextProcessor:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from prompt_store.compression.self_study import Example, Generate
 
 # What a user turn may take beside the answer.
 QUESTION_ROOM = 384
+_WORD = re.compile(r"\w+")
 # A text on another subject, for the wrong-prompt baseline when no other soft prompt is at hand.
 OTHER_TEXT = (
     "Bread needs four things: flour, water, salt and yeast. Weigh 500 g of flour, add 350 g of water at 25 degrees, "
@@ -80,6 +85,32 @@ class Context:
                 f"virtual_tokens must lie between 2 and the context's {self.num_tokens} tokens, got {virtual_tokens}"
             )
 
+    def check_questions(self, examples: Sequence[Example]) -> None:
+        """Raises ValueError for a question that leaves no room in the model's window, by its number."""
+        for number, example in enumerate(examples, start=1):
+            tokens = len(self.renderer.question(example.input))
+            if tokens > QUESTION_ROOM:
+                raise ValueError(f"questions: number {number} has {tokens} tokens; {QUESTION_ROOM} are the most")
+
+    def placed(self, examples: Sequence[Example]) -> list[Example]:
+        """The user's questions, which need not say what part of the context they are about, each at the segment that
+        its words, and those of its answer, point to: every word votes with the share of its occurrences there."""
+        if len(self.segments) == 1:
+            return list(examples)
+        ends = [0.0, *(part.end for part in self.segments)]
+        cuts = [round(end * len(self.text)) for end in ends]
+        counts = [Counter(_words(self.text[start:end])) for start, end in pairwise(cuts)]
+        total = sum(counts, Counter())
+
+        def place(example: Example) -> float:
+            words = {word for word in _words(f"{example.input} {example.output or ''}") if word in total}
+            votes = [sum(part[word] / total[word] for word in words) for part in counts]
+            best = max(range(len(votes)), key=votes.__getitem__)
+            return (ends[best] + ends[best + 1]) / 2
+
+        told = [example.source != "user" or example.position > 0 for example in examples]
+        return [e if known else replace(e, position=place(e)) for e, known in zip(examples, told, strict=True)]
+
     def pair(self, example: Example) -> Pair:
         return self.renderer.pair(example, self.segments, self.max_answer_tokens)
 
@@ -119,3 +150,7 @@ class Context:
 
     def _positions(self, length: int) -> list[int]:
         return chosen_positions(self.num_tokens, length, self.head, self.tail)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())

@@ -197,8 +197,8 @@ class Decoder:
         """The mean of what σ is trained for over positions (`objective_from_hidden`), differentiable in `student`."""
         return self._model_kernels.objective(student, teacher, gold, alpha)
 
-    def prefill(self, embeds: Tensor) -> Prefix:
-        """The KV of one row of embeddings [n, hidden] at positions 0..n-1; differentiable."""
+    def prefill(self, embeds: Tensor, before: Prefix | None = None) -> Prefix:
+        """The KV of `before`, if there is any, and of one row of embeddings [n, hidden] behind it; differentiable."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
@@ -206,10 +206,14 @@ class Decoder:
             keys.append(trace.key[0].transpose(0, 1))
             values.append(trace.value[0].transpose(0, 1))
 
-        self.forward(embeds[None].to(self.dtype), None, on_layer=keep)
-        return Prefix(torch.stack(keys), torch.stack(values))
+        self.forward(embeds[None].to(self.dtype), before, on_layer=keep)
+        found = Prefix(torch.stack(keys), torch.stack(values))
+        if before is None:
+            return found
+        start = before.to(self.dtype)
+        return Prefix(torch.cat((start.keys, found.keys), dim=1), torch.cat((start.values, found.values), dim=1))
 
     @torch.no_grad()
-    def encode(self, ids: Sequence[int]) -> Prefix:
-        """The KV of a run of tokens."""
-        return self.prefill(self.embed(torch.tensor(list(ids), device=self.device)))
+    def encode(self, ids: Sequence[int], before: Prefix | None = None) -> Prefix:
+        """The KV of a run of tokens, behind `before` if there is any."""
+        return self.prefill(self.embed(torch.tensor(list(ids), device=self.device)), before)

@@ -15,6 +15,7 @@ from prompt_store.compression.report import Evaluation, Measured, Subject, build
 from prompt_store.compression.self_study import Example, Generate, usable
 from prompt_store.compression.student import Kind, Student
 from prompt_store.compression.trainer import Progress
+from prompt_store.manifest import Replaces
 
 
 def with_gold(
@@ -62,9 +63,11 @@ def evaluate_prompt(
     max_answer_tokens: int = 48,
     free_answers: int = 16,
     wrong_prefix: Prefix | None = None,
+    replaces: Replaces = "system",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """The report of a soft prompt that exists, with the metric keys of report.json, on `examples`.
+    """The report of a soft prompt that exists, with the metric keys of report.json, on `examples`. One that
+    `replaces` nothing is measured as it is served: the model's usual system turn follows it.
 
     Raises ValueError for an empty context or when no question gets a usable answer.
     """
@@ -72,7 +75,8 @@ def evaluate_prompt(
     student = Student(decoder, kind, tensors)
     prefix = student.fixed_prefix()
     view.check_length(prefix.length)
-    asked = [e for e in with_gold(view, examples, generate, max_answer_tokens) if usable(e)]
+    view.check_questions(examples)
+    asked = [e for e in with_gold(view, view.placed(examples), generate, max_answer_tokens) if usable(e)]
     evaluation = Evaluation(decoder, view.renderer, view.segments, view.full, asked, max_answer_tokens, free_answers)
     done: list[str] = []
 
@@ -82,7 +86,9 @@ def evaluate_prompt(
             on_progress(Progress("evaluation", len(done), 6))
 
     baselines = measure_baselines(evaluation, view, kind, prefix.length, wrong_prefix, on_done)
-    sigma = evaluation.measure(Subject.shared(prefix, len(view.full)))
+    usual = view.renderer.without_context()
+    before = decoder.encode(usual, prefix) if replaces == "nothing" and usual else prefix
+    sigma = evaluation.measure(Subject.shared(before, len(view.full)))
     on_done("soft_prompt")
     facts = {
         "compression_ratio": round(view.num_tokens / prefix.length, 3),
@@ -94,4 +100,4 @@ def evaluate_prompt(
         "context_kv_bytes": sum(part.num_bytes for part in view.full),
         "wrong_prompt_is_trained": wrong_prefix is not None,
     }
-    return build_report(evaluation, sigma, baselines, evaluation.off_topic(prefix), facts)
+    return build_report(evaluation, sigma, baselines, evaluation.off_topic(before), facts)

@@ -39,6 +39,20 @@ def load_states(path: Path) -> list[Tensor]:
         raise ValueError(f"resume: {path.name} in the work directory cannot be read: {error}") from None
 
 
+def seconds_spent(work: Path, identity: dict[str, Any]) -> float:
+    """By the run in the work directory. Raises ValueError when that is another run, or cannot be read."""
+    try:
+        record = json.loads((work / "job.json").read_text(encoding="utf-8"))
+        elapsed = float(record["elapsed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            "resume: job.json in the work directory cannot be read; begin anew, without --resume"
+        ) from None
+    if any(record.get(key) != value for key, value in identity.items()):
+        raise ValueError("resume: the work directory belongs to a run with other settings or another context")
+    return elapsed
+
+
 class JobDirectory:
     """Owns job.json: the run's identity and the seconds spent so far. The phases keep their own files beside it."""
 
@@ -60,16 +74,8 @@ class JobDirectory:
     def open(self, resume: bool) -> None:
         """Start afresh, or go on with what is there. Raises ValueError when that is another run's or unreadable."""
         self.path.mkdir(parents=True, exist_ok=True)
-        target = self.path / "job.json"
-        if resume and target.exists():
-            try:
-                record = json.loads(target.read_text(encoding="utf-8"))
-                elapsed = float(record["elapsed"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError("resume: job.json in the work directory cannot be read") from None
-            if any(record.get(key) != value for key, value in self._identity.items()):
-                raise ValueError("resume: the work directory belongs to a run with other settings or another context")
-            self._started = self._clock() - elapsed
+        if resume and (self.path / "job.json").exists():
+            self._started = self._clock() - seconds_spent(self.path, self._identity)
             return
         for name in self.FILES:
             (self.path / name).unlink(missing_ok=True)

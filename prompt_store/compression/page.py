@@ -58,12 +58,18 @@ color:var(--soft);margin-bottom:4px}.answers .main em{color:var(--main);font-wei
 def render_page(report: dict[str, Any], name: str = "") -> str:
     """The whole page. `report` is what report.json holds; every text in it is escaped."""
     heading = f"Soft prompt {escape(name)}" if name else "Fidelity report"
+    objective = report.get("objective")
     lead = (
         f"{report['context_tokens']:,} tokens of context in {report['virtual_tokens']} virtual tokens "
-        f"({report['compression_ratio']:.1f}×), kind {escape(str(report['kind']))}, objective "
-        f"{escape(str(report['objective']))}. Measured on {report['evaluation']['questions']} questions that were "
-        f"kept out of training."
+        f"({report['compression_ratio']:.1f}×), kind {escape(str(report['kind']))}"
+        f"{'' if objective is None else f', objective {escape(str(objective))}'}. Measured on "
+        f"{report['evaluation']['questions']} questions that were kept out of training."
     )
+    if report["segments"] > 1:
+        lead += (
+            f" The context is longer than the model's window: it was cut into {report['segments']} parts, and “full "
+            f"context” is, for each question, the part that it is about."
+        )
     return (
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -84,7 +90,7 @@ def _cards(report: dict[str, Any]) -> str:
         (_number(report["top1_agreement"], 3), "top-1 agreement"),
         (f"{report['compression_ratio']:.1f}×", "compression"),
         (_bytes(report["bytes"]), f"soft prompt; the context's KV takes {_bytes(report['context_kv_bytes'])}"),
-        (_duration(report["seconds"]), "to compress"),
+        (_duration(report.get("seconds")), "to compress"),
         ("–" if even is None else f"{even:,}", "requests until it has paid for itself"),
     )
     return (
@@ -201,5 +207,7 @@ def _bytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -65,6 +65,15 @@ EVALUATION_STEPS = 7
 MATCHING_FILE = "matching.safetensors"
 
 
+def identity_of(settings: CompressionSettings, context: str, user_examples: Sequence[Example]) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    return {
+        "settings": asdict(settings),
+        "context": hashlib.sha256(context.encode()).hexdigest(),
+        "user_examples": hashlib.sha256(repr(list(user_examples)).encode()).hexdigest(),
+    }
+
+
 class Stopped(Exception):
     """The run was asked to stop; what it has done so far is in its work directory."""
 
@@ -106,13 +115,13 @@ class Compression:
         self.decoder, self.settings, self.generate = decoder, settings, generate
         self.context = Context(decoder, tokenizer, context, settings.instruction, settings.max_answer_tokens)
         self.context.check_length(settings.virtual_tokens)
+        self.context.check_questions(user_examples)
         self.user_examples, self.wrong_prefix, self.clock = list(user_examples), wrong_prefix, clock
         self.on_progress, self.should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
-        asked = hashlib.sha256(repr(self.user_examples).encode()).hexdigest()
-        identity = {"settings": asdict(settings), "context": self.context.sha256, "user_examples": asked}
         self.opening = opening
         self.budget = None if settings.seconds is None else max(1.0, settings.seconds - opening)
-        self.directory, self.job = directory, JobDirectory(directory, identity, clock)
+        self.directory = directory
+        self.job = JobDirectory(directory, identity_of(settings, context, self.user_examples), clock)
 
     def _is_stopped(self) -> bool:
         self.job.save()
@@ -131,6 +140,8 @@ class Compression:
         self.job.open(resume)
         context, settings = self.context, self.settings
         training, held_out = split(self._questions(), settings.held_out, settings.seed)
+        if not held_out or not training:
+            raise ValueError("context: too few questions can be made of it to train on some and measure on others")
         held_out = self._answer(held_out, "held_out", HELD_OUT_SHARE, 16)
         training = self._answer(training, "train", GOLD_SHARE, 128)
         if not held_out or not training:
@@ -185,10 +196,11 @@ class Compression:
             own = model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])
             own = own[: settings.model_questions]
         templates = template_questions(text, count, settings.seed)
-        examples = merge(self.user_examples, own + templates, text, count + len(self.user_examples))
+        users = self.context.placed(self.user_examples)
+        examples = merge(users, own + templates, text, count + len(users))
         save_jsonl(examples, path)
         self.on_progress(Progress("self_study", len(examples), len(examples)))
-        return examples
+        return load_jsonl(path)  # as a resumed run reads them, positions rounded
 
     def _answer(self, examples: Sequence[Example], name: str, share: float, size: int) -> list[Example]:
         """The examples with gold answers, as many as the time share allows; kept in `name`.jsonl as they come."""

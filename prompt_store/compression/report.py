@@ -35,6 +35,7 @@ OFF_TOPIC = (
     "Who wrote Romeo and Juliet?",
 )
 _OFF_TOPIC_TOKENS = 24
+SHOWN_ANSWERS = 12
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,17 @@ def build_report(
         name: measured.scores.closed_against(nothing).as_dict() for name, measured in baselines.items()
     }
     report["off_topic"] = off_topic
+    free = len(evaluation.free)
+    shown = min(SHOWN_ANSWERS, free)
     report["answers"] = [
         {
-            "input": evaluation.examples[index].input,
-            "full_context": evaluation.examples[index].output or "",
+            "input": evaluation.examples[evaluation.free[at]].input,
+            "gold": evaluation.examples[evaluation.free[at]].output or "",
+            "full_context": baselines["full_context"].answers[at],
             "soft_prompt": sigma.answers[at],
             "no_context": baselines["no_context"].answers[at],
         }
-        for at, index in enumerate(evaluation.free[:12])
+        for at in (number * free // shown for number in range(shown))
     ]
     report["evaluation"] = {
         "questions": len(evaluation.pairs),

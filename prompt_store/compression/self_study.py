@@ -120,7 +120,9 @@ def _parse(line: str, where: str) -> Example:
 def template_questions(context: str, count: int, seed: int = 0) -> list[Example]:
     """Up to `count` questions from templates, duplicates dropped, spread over the kinds and the whole
     context."""
-    found: list[Example] = [Example(text, None, "general", 0.0, "template") for text in GENERAL[: count // 25]]
+    general = GENERAL[: count // 25]
+    # About the whole, so from anywhere: where the context is cut into segments, each answers some.
+    found = [Example(text, None, "general", at / len(general), "template") for at, text in enumerate(general)]
     kept = Deduplicator(context)
     found = [example for example in found if kept.add(example.input)]
     recited = recitations(context, int(count * RECITED), random.Random(seed))
@@ -219,9 +221,20 @@ def merge(user: Sequence[Example], own: Sequence[Example], context: str, count: 
 
 def split(examples: Sequence[Example], held_out: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
     """(training, held out): whole (kind, place) cells are held out, so that no kind of question about a place
-    of the context is on both sides, while every kind and every place is on both. The user's are never held
-    out."""
+    of the context is on both sides, while every kind and every place is on both; of so few questions that this
+    cannot be, every kind. The user's are never held out."""
     own = [example for example in examples if _may_be_held_out(example)]
+    wanted = min(held_out, len(own) // 3)
+    chosen = _held_out_cells(own, wanted, seed, True) or _held_out_cells(own, wanted, seed, False)
+
+    def is_held_out(example: Example) -> bool:
+        return _may_be_held_out(example) and (example.kind, example.place) in chosen
+
+    return [e for e in examples if not is_held_out(e)], [e for e in examples if is_held_out(e)]
+
+
+def _held_out_cells(own: Sequence[Example], wanted: int, seed: int, keep_places: bool) -> set[tuple[str, int]]:
+    """(kind, place) cells of about `wanted` questions: at most half of each kind, with `keep_places` of each place."""
     kinds, places = Counter(e.kind for e in own), Counter(e.place for e in own)
     cells = Counter((e.kind, e.place) for e in own)
     candidates = sorted(cells)
@@ -229,7 +242,6 @@ def split(examples: Sequence[Example], held_out: int, seed: int = 0) -> tuple[li
     chosen: set[tuple[str, int]] = set()
     taken_kinds: Counter[str] = Counter()
     taken_places: Counter[int] = Counter()
-    wanted = min(held_out, len(own) // 3)
     while candidates and sum(taken_kinds.values()) < wanted:
         # The kind and the place of which the smallest part is held out so far.
         kind, place = min(
@@ -239,15 +251,12 @@ def split(examples: Sequence[Example], held_out: int, seed: int = 0) -> tuple[li
         candidates.remove((kind, place))
         size = cells[kind, place]
         small = size <= max(2, wanted // 6)
-        if small and taken_kinds[kind] + size <= kinds[kind] // 2 and taken_places[place] + size <= places[place] // 2:
+        spares_place = not keep_places or taken_places[place] + size <= places[place] // 2
+        if small and spares_place and taken_kinds[kind] + size <= kinds[kind] // 2:
             chosen.add((kind, place))
             taken_kinds[kind] += size
             taken_places[place] += size
-
-    def is_held_out(example: Example) -> bool:
-        return _may_be_held_out(example) and (example.kind, example.place) in chosen
-
-    return [e for e in examples if not is_held_out(e)], [e for e in examples if is_held_out(e)]
+    return chosen
 
 
 def _may_be_held_out(example: Example) -> bool:

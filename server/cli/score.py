@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from prompt_store.manifest import SoftPromptError
+from prompt_store.manifest import Replaces, SoftPromptError
 from prompt_store.soft_prompt import check_fits
 from prompt_store.store import PromptStore
 from prompt_store.template import render_chat
@@ -128,7 +128,7 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
     ]
 
 
-def _prompt(tokenizer: Any, text: str, context: str | None, replaces: Literal["nothing", "system"]) -> list[int]:
+def _prompt(tokenizer: Any, text: str, context: str | None, replaces: Replaces) -> list[int]:
     if not tokenizer.chat_template:
         raw = "\n\n".join(part for part in (context, text) if part)
         return list(tokenizer.encode(raw, add_special_tokens=replaces == "nothing"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from prompt_store.manifest import SoftPromptError
+from prompt_store.manifest import Replaces, SoftPromptError
 from server.errors import unknown_model
 from server.routes.common import check_token_ids, engine_info, is_base_model, json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
@@ -52,7 +52,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     return json_reply(DetokenizeReply(prompt=text))
 
 
-def _replaces(services: Services, model: str | None) -> Literal["nothing", "system"]:
+def _replaces(services: Services, model: str | None) -> Replaces:
     """What the soft prompt named by `model` stands for. Raises ApiError 404."""
     if model is None or is_base_model(services, model):
         return "nothing"

@@ -20,7 +20,7 @@ from prompt_store.compression.fidelity import answer_scores, position_scores, to
 from prompt_store.compression.page import render_page
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.pipeline import Compression, Stopped
-from prompt_store.compression.rendering import Renderer
+from prompt_store.compression.rendering import Renderer, group_of
 from prompt_store.compression.report import break_even, thinned
 from prompt_store.compression.self_study import Example, load_jsonl
 from prompt_store.compression.settings import CompressionSettings
@@ -41,6 +41,7 @@ METRICS = {
     "exact_match",
     "token_f1",
 }
+EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 CONTEXT = "# Lamp guide\n\n" + "\n\n".join(
     f"## Part {name}\n\nThe {name} lamp has {n + 2} bulbs and must be cleaned every {n * 3 + 4} days. If the {name} "
     f"lamp blinks, call the office in {name}ville. To reset the lamp, hold the {name} button for {n + 5} seconds."
@@ -167,6 +168,73 @@ def test_a_context_longer_than_the_window_is_cut_into_segments(llama: Reference,
     assert outcome.report["baselines"]["full_context"]["kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_users_questions_are_answered_from_the_segment_that_they_are_about(llama: Reference, tmp_path: Path) -> None:
+    run = compression(llama, tmp_path)
+    names = ("red", "green", "blue", "white")
+    asked = [Example(f"Does the {name} lamp need cleaning?") for name in names]
+    assert run.context.placed(asked) == asked, "a context in one piece is all there"
+    run.decoder.window = 384 + 6 + 120
+    cut = Compression(run.decoder, llama.tokenizer, CONTEXT, run.settings, run.generate, tmp_path).context
+    told = Example("Does the red lamp need cleaning?", position=0.99)
+    *placed, kept, template = cut.placed([*asked, told, Example("What is red?", source="template")])
+    for name, example in zip(names, placed, strict=True):
+        assert f"{name} lamp" in cut.renderer.text(cut.segments[group_of(example, cut.segments)].ids)
+    assert (kept, template.position) == (told, 0.0)
+    answered = cut.placed([Example("Whom do I call?", "The office in whiteville.")])[0]
+    assert "whiteville" in cut.renderer.text(cut.segments[group_of(answered, cut.segments)].ids)
+
+
+def test_questions_are_split_alike_after_a_restart(llama: Reference, tmp_path: Path) -> None:
+    """On a real context: some positions of its phrases lie so near a cell's border that rounding moves them over it."""
+    text = (EXAMPLES / "policy" / "context.md").read_text(encoding="utf-8")
+    first = compression(llama, tmp_path, text, questions=2000)
+    second = compression(llama, tmp_path, text, questions=2000)
+    assert first._questions() == second._questions()
+
+
+@pytest.mark.parametrize(
+    "context", ["The office opens at seven.", "事務所は七時に開きます。鐘を二度鳴らしてください。"]
+)
+def test_contexts_that_few_questions_arise_from(llama: Reference, tmp_path: Path, context: str) -> None:
+    outcome = compression(llama, tmp_path, context, questions=2000).run()
+    assert outcome.report["evaluation"]["questions"] > 0
+    assert outcome.report["training"]["questions"] > 0
+
+
+def test_the_model_asks_questions_of_its_own(llama: Reference, tmp_path: Path) -> None:
+    run = compression(llama, tmp_path, model_questions=4)
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        asked = [run.context.renderer.text(prompt) for prompt in prompts]
+        replies = [f"How bright is lamp {number}? And why is it so?" for number in range(len(prompts))]
+        if any("questions" in text.rpartition("user")[2] for text in asked):
+            return [llama.tokenizer.encode(reply) for reply in replies]
+        return greedy(run.decoder, None, prompts, max_tokens, {2})
+
+    run.generate = generate
+    run.run()
+    made = [example for example in load_jsonl(tmp_path / "questions.jsonl") if example.source == "model"]
+    assert 0 < len(made) <= 4
+    assert made[0].input == "How bright is lamp 0?"
+
+
+def test_a_question_that_leaves_no_room_is_named(llama: Reference, tmp_path: Path) -> None:
+    long = Example("Why " * 500)
+    with pytest.raises(ValueError, match="questions: number 2 has"):
+        compression(llama, tmp_path / "x", user_examples=[Example("Why?"), long])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_prompt_that_replaces_nothing_is_measured_as_it_is_served(llama: Reference) -> None:
+    """Behind it stands the usual system turn, and then the question: one row of tokens, in front of which it lies."""
+    decoder = Decoder(copy.deepcopy(llama.model))
+    sigma = decoder.encode(list(range(50, 58)))
+    usual, question = [9, 8, 7, 6], [30, 31, 32]
+    whole = decoder.forward(decoder.embed(torch.tensor([[*usual, *question]])), sigma)[0, -3:]
+    apart = decoder.forward(decoder.embed(torch.tensor([question])), decoder.encode(usual, sigma))[0]
+    torch.testing.assert_close(apart, whole)
+
+
 @pytest.mark.parametrize("opening", [0.0, 40.0])
 def test_a_budget_is_kept(llama: Reference, tmp_path: Path, opening: float) -> None:
     """Every look at the clock costs 0.2 s; the whole run, opening the model included, must end within its 2 minutes."""
@@ -291,7 +359,10 @@ def test_a_finished_prompt_is_scored_on_new_questions(llama: Reference, tmp_path
     assert report.keys() >= METRICS | {"baselines", "off_topic", "answers", "compression_ratio"}
     assert report["evaluation"]["questions"] == 2
     assert [answer["input"] for answer in report["answers"]] == [example.input for example in asked]
-    assert report["answers"][1]["full_context"] == "The office in redville."
+    assert report["answers"][1]["gold"] == "The office in redville."
+    assert report["answers"][1]["full_context"] != "The office in redville."  # what the model says, not the user
+    # As imported prompts are, which know nothing of a compression.
+    assert "Measured on 2 questions" in render_page(report | {"seconds": None, "objective": None})
     assert steps[-1].done == steps[-1].total == 6
     full_length = {name: tensor.repeat(1, 400, 1, 1) for name, tensor in outcome.tensors.items()}
     with pytest.raises(ValueError, match="virtual_tokens"):
