@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,10 +18,10 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from prompt_store.compression.pipeline import Stopped
 from prompt_store.manifest import SoftPromptError
-from prompt_store.store import PromptStore
+from prompt_store.store import NameTaken, PromptStore
 from scheduler.model.source import ModelError, resolve
 from server.cli.fidelity_table import fidelity_table
-from server.cli.model_flags import add_model_flags, add_server_flags, choice_of
+from server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
 from server.cli.progress import ProgressView, duration
 from server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
 from server.cli.settings_flags import UsageError, settings_from
@@ -36,7 +37,7 @@ from server.compression.request import (
     read_context,
     read_questions,
 )
-from server.compression.run import DIRECTORY, discard, has_work, locked, run_compression
+from server.compression.run import DIRECTORY, discard, find_finished, has_work, locked, run_compression
 from server.compression.workbench import count_tokens, load_tokenizer
 from server.settings import Settings
 
@@ -77,6 +78,18 @@ def add_parser(commands: Any) -> None:
         type=Path,
         metavar="Q.jsonl",
         help='questions of your own to train on, a line each: {"input": "…"}, with "output" if you have the answer',
+    )
+    parser.add_argument(
+        "--model-questions",
+        type=int,
+        metavar="N",
+        help="questions the model itself asks, beside those from templates; small models ask poor ones (default: 0)",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=int,
+        metavar="N",
+        help="how much of an answer is trained on, your own included (default: 48)",
     )
     parser.add_argument("--instruction", metavar="TEXT", help="put before the context and compressed with it")
     length = parser.add_mutually_exclusive_group()
@@ -123,11 +136,14 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
         minutes=options.minutes,
         steps=options.steps,
         seed=options.training_seed,
+        max_answer_tokens=options.answer_tokens,
+        model_questions=options.model_questions,
     )
+    if options.alpha is not None and options.objective != "mixed":
+        raise UsageError(f"--alpha is for --objective mixed; {options.objective} has no use for it")
     context = read_context(options.context)
     questions = read_questions(options.questions) if options.questions else ()
-    if options.report is not None and options.report.exists() and not options.report.is_dir():
-        raise UsageError(f"--report {options.report}: not a directory")
+    check_report(options.report)
 
     disable_progress_bar()
     set_verbosity_error()
@@ -137,17 +153,23 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
         registry = RemoteRegistry(Client(options.server, next(iter(settings.api_key), None)))
     else:
         registry = LocalRegistry(PromptStore(settings.prompt_store, max_bytes))
-    registry.check_free(options.name)
-    choice = choice_of(settings)
     directory = settings.prompt_store / DIRECTORY / options.name
+    try:
+        registry.check_free(options.name)
+    except NameTaken:
+        # A run that was killed between registering and clearing up registers the same again, which does no harm.
+        if not (options.resume and find_finished(directory)):
+            raise
+    choice = choice_of(settings)
     view = ProgressView(Console(stderr=True))
     stop = _StopOnSignal()
     began = time.monotonic()
     try:
         shape = ModelShape.of(AutoConfig.from_pretrained(resolve(choice.model).path))
-        check_room(directory, shape, wanted, questions, max_bytes)
-        tokens = count_tokens(load_tokenizer(choice), context, wanted.instruction)
-        check_length(tokens, wanted)
+        check_room(directory, shape, wanted, questions, min(max_bytes, registry.max_bytes()))
+        tokenizer = load_tokenizer(choice)
+        tokens = count_tokens(tokenizer, context, wanted.instruction)
+        check_length(tokens, wanted, shape.max_positions)
         with locked(directory):
             if has_work(directory) and not options.resume:
                 raise UsageError(
@@ -155,6 +177,10 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
                     "the directory to begin anew"
                 )
             view.note(f"{tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}")
+            longest = wanted.max_answer_tokens
+            cut = sum(len(tokenizer.tokenize(one.output)) > longest for one in questions if one.output)
+            if cut:
+                view.note(f"note: {cut} of your answers are cut after {longest} tokens; --answer-tokens N takes more")
             request = CompressionRequest(
                 name=options.name,
                 context=context,
@@ -166,7 +192,12 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
             )
             with stop:
                 finished = run_compression(
-                    request, directory, options.resume, view, stop.was_asked, registry.check_model
+                    request,
+                    directory,
+                    options.resume,
+                    view,
+                    stop.was_asked,
+                    partial(registry.check_model, options.name),
                 )
             view.close()
             registry.add(options.name, finished)
@@ -218,6 +249,13 @@ def _print_summary(
     console = Console()
     console.print(fidelity_table(report))
     console.print(f"{report['compression_ratio']:g}x shorter, {duration(seconds)}", highlight=False)
+    if report["segments"] > 1:
+        console.print(
+            f"the context is longer than the model's window and was cut into {report['segments']} parts: full context "
+            "is the part that a question is about",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
     url = (options.server or f"http://127.0.0.1:{settings.port}").rstrip("/")
     start = "" if options.server else f"softbatch serve --prompt-store {settings.prompt_store} &\n"

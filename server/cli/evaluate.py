@@ -13,11 +13,10 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from prompt_store.compression.report import write_report
 from prompt_store.manifest import SoftPromptError
-from prompt_store.soft_prompt import load
 from prompt_store.store import PromptStore
 from scheduler.model.source import ModelError
 from server.cli.fidelity_table import fidelity_table
-from server.cli.model_flags import add_model_flags, choice_of
+from server.cli.model_flags import add_model_flags, check_report, choice_of
 from server.cli.progress import ProgressView
 from server.cli.settings_flags import UsageError, settings_from
 from server.compression.evaluate import evaluate
@@ -58,19 +57,16 @@ def _fail(message: str) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     settings = settings_from(options)
     context, questions = read_context(options.context), read_questions(options.questions)
-    if options.report is not None and options.report.exists() and not options.report.is_dir():
-        raise UsageError(f"--report {options.report}: not a directory")
-    max_bytes = settings.max_prompt_mib << 20
-    stored = PromptStore(settings.prompt_store, max_bytes).get(options.name)
+    check_report(options.report)
+    store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    made_of = store.get(options.name).manifest.context
     disable_progress_bar()
     set_verbosity_error()
     view = ProgressView(Console(stderr=True))
-    made_of = stored.manifest.context
     if made_of is not None and made_of.sha256 != hashlib.sha256(context.encode()).hexdigest():
         view.note(f"note: {options.name} was made of another text than {options.context}")
     try:
-        prompt = load(stored.path, max_bytes)
-        report = evaluate(prompt, context, questions, choice_of(settings), max_bytes, view)
+        report = evaluate(store, options.name, context, questions, choice_of(settings), view)
     finally:
         view.close()
     Console().print(fidelity_table(report))

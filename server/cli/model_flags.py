@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
+from server.cli.settings_flags import UsageError
 from server.compression.request import ModelChoice
 from server.settings import Settings, absolute_model
 
@@ -41,6 +44,17 @@ def add_server_flags(parser: argparse.ArgumentParser, purpose: str) -> None:
         metavar="KEY",
         help="the server's API key [SOFTBATCH_API_KEY]",
     )
+
+
+def check_report(directory: Path | None) -> None:
+    """Raises UsageError when a report cannot be written there."""
+    if directory is None:
+        return
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--report {directory}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--report {directory}: no permission to write in {existing}")
 
 
 def choice_of(settings: Settings) -> ModelChoice:

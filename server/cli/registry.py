@@ -10,6 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +27,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Registry(Protocol):
     """Raises UsageError or SoftPromptError."""
 
+    def max_bytes(self) -> int:
+        """Of a soft prompt's file."""
+        ...
+
     def check_free(self, name: str) -> None: ...
 
-    def check_model(self, spec: ModelSpec) -> None: ...
+    def check_model(self, name: str, spec: ModelSpec) -> None: ...
 
     def add(self, name: str, finished: Finished) -> None: ...
 
@@ -37,11 +42,16 @@ class LocalRegistry:
     def __init__(self, store: PromptStore) -> None:
         self._store = store
 
+    def max_bytes(self) -> int:
+        return self._store.max_bytes
+
     def check_free(self, name: str) -> None:
         self._store.check_free(name)
 
-    def check_model(self, spec: ModelSpec) -> None:
-        """A store takes the soft prompts of any model."""
+    def check_model(self, name: str, spec: ModelSpec) -> None:
+        """A store takes the soft prompts of any model; requests that name the model would never get this one."""
+        if name == spec.name:
+            raise UsageError(_is_the_model(name))
 
     def add(self, name: str, finished: Finished) -> None:
         register(self._store, name, finished)
@@ -51,15 +61,27 @@ class RemoteRegistry:
     def __init__(self, client: Client) -> None:
         self._client = client
 
+    @cached_property
+    def _info(self) -> dict[str, Any]:
+        return self._client.call("GET", "/info")[1]
+
+    def max_bytes(self) -> int:
+        limit = self._info.get("max_soft_prompt_bytes")
+        if not isinstance(limit, int):
+            raise UsageError("--server: the server does not say how large a soft prompt may be: update it")
+        return limit
+
     def check_free(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UsageError("--name: use 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
         status, _ = self._client.call("GET", f"/v1/soft_prompts/{name}", expected=(200, 404))
         if status == 200:
             raise UsageError(f"--name: the server has a soft prompt named '{name}' already")
+        if self._info.get("model_id") == name:
+            raise UsageError(_is_the_model(name))
 
-    def check_model(self, spec: ModelSpec) -> None:
-        _, info = self._client.call("GET", "/info")
+    def check_model(self, name: str, spec: ModelSpec) -> None:
+        info = self._info
         if info.get("model_fingerprint") != spec.fingerprint:
             raise UsageError(
                 f"--model: the server runs {info.get('model_id')}, which is another model than {spec.name}; "
@@ -68,6 +90,10 @@ class RemoteRegistry:
 
     def add(self, name: str, finished: Finished) -> None:
         self._client.upload("/v1/soft_prompts", name, finished.prompt)
+
+
+def _is_the_model(name: str) -> str:
+    return f"--name: {name} is the model's own name; choose another one"
 
 
 class Client:

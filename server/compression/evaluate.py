@@ -9,7 +9,8 @@ from prompt_store.compression.evaluate import evaluate_prompt
 from prompt_store.compression.self_study import Example
 from prompt_store.compression.settings import CompressionSettings
 from prompt_store.compression.trainer import Progress
-from prompt_store.soft_prompt import SoftPrompt, check_fits
+from prompt_store.soft_prompt import check_fits, load
+from prompt_store.store import PromptStore
 from server.compression.request import ModelChoice
 from server.compression.workbench import Workbench, count_tokens, load_tokenizer
 
@@ -17,27 +18,29 @@ LONGEST_ANSWER = CompressionSettings.max_answer_tokens
 
 
 def evaluate(
-    prompt: SoftPrompt,
+    store: PromptStore,
+    name: str,
     context: str,
     questions: Sequence[Example],
     choice: ModelChoice,
-    max_prompt_bytes: int,
     on_progress: Callable[[Progress], None],
 ) -> dict[str, Any]:
     """The report, with the keys that a compression's has. A question's own output is the gold answer where it has
     one, else what the model answers with the full context. Raises ValueError, SoftPromptError or ModelError."""
-    training = prompt.manifest.training
+    prompt = load(store.get(name).path, store.max_bytes)
+    manifest = prompt.manifest
+    training = manifest.training
     instruction, longest = training.get("instruction"), training.get("max_answer_tokens")
     instruction = instruction if isinstance(instruction, str) else None
     longest = longest if isinstance(longest, int) and 4 <= longest <= 4096 else LONGEST_ANSWER
     tokens = count_tokens(load_tokenizer(choice), context, instruction)
-    bench = Workbench.open(choice, tokens, longest, max_prompt_bytes, instruction)
+    bench = Workbench.open(choice, tokens, longest, store.max_bytes, instruction)
     try:
         check_fits(prompt, bench.spec)
         report = evaluate_prompt(
             bench.decoder,
             bench.tokenizer,
-            prompt.manifest.kind,
+            manifest.kind,
             prompt.tensors,
             context,
             questions,
@@ -45,8 +48,10 @@ def evaluate(
             instruction,
             longest,
             free_answers=len(questions),
+            wrong_prefix=bench.another_prefix(store, context, manifest.num_virtual_tokens, besides=name),
+            replaces=manifest.replaces,
             on_progress=on_progress,
         )
     finally:
         bench.release_engine()
-    return report | {"seconds": prompt.manifest.fidelity.get("seconds"), "objective": prompt.manifest.objective}
+    return report | {"seconds": manifest.fidelity.get("seconds"), "objective": manifest.objective}

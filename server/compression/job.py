@@ -78,7 +78,8 @@ def save(directory: Path, record: JobRecord) -> None:
 
 
 def new_id() -> str:
-    return f"cmpr-{secrets.token_hex(12)}"
+    """In the order of creation, so that a restarted server keeps it."""
+    return f"cmpr-{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
 def load_jobs(root: Path, fingerprint: str) -> list[Job]:

@@ -166,7 +166,7 @@ class CompressionJobs:
     def _try_lock(self) -> None:
         try:
             self._root.mkdir(exist_ok=True)
-            file = (self._root / "lock").open("wb")
+            file = (self._root / ".lock").open("wb")  # no soft prompt's name
         except OSError as error:
             if self._task is None:  # said once, at the start
                 logger.warning("no compressions on this server: %s cannot be written (%s)", self._root, error.strerror)
@@ -178,6 +178,9 @@ class CompressionJobs:
             return
         self._lock = file
         self._jobs = {job.record.id: job for job in load_jobs(self._root, self._spec.fingerprint)}
+        for job in self._jobs.values():
+            if not job.is_final:
+                job.record.status = "queued"  # whoever cancels it before it is taken up must not wait for a worker
 
     async def _run(self) -> None:
         while self._lock is None:
@@ -211,8 +214,6 @@ class CompressionJobs:
             await self._fail(job, "interrupted", f"the server ended {record.attempts} times while this job ran")
         else:
             logger.info("compression %s of %s goes on", record.id, record.name)
-            record.status = "queued"
-            job.notify()
 
     async def _run_job(self, job: Job) -> None:
         record = job.record

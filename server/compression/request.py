@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from prompt_store.compression.context import QUESTION_ROOM
 from prompt_store.compression.self_study import DataError, Example, load_jsonl
 from prompt_store.compression.settings import CompressionSettings
 
@@ -142,8 +143,16 @@ def as_users(examples: Sequence[Example]) -> list[Example]:
     return [replace(example, kind="user", source="user", cut=False) for example in examples]
 
 
-def check_length(context_tokens: int, settings: CompressionSettings) -> None:
-    """Raises InputError when there is nothing to compress."""
+def check_length(context_tokens: int, settings: CompressionSettings, window: int | None) -> None:
+    """Raises InputError when there is nothing to compress, or the model's `window` has no room behind the soft
+    prompt."""
+    most = None if window is None else window - QUESTION_ROOM - settings.max_answer_tokens
+    if most is not None and settings.virtual_tokens > most:
+        raise InputError(
+            "virtual_tokens",
+            f"{settings.virtual_tokens} virtual tokens leave no room for a question and its answer in the model's "
+            f"window of {window} tokens; {max(0, most)} are the most",
+        )
     if settings.virtual_tokens > context_tokens:
         raise InputError(
             "virtual_tokens",
@@ -185,6 +194,6 @@ def check_room(
     if free < needed:
         raise InputError(
             "prompt_store",
-            f"not enough disk space in {directory.name}: {free / MIB:.0f} MiB are free, {needed / MIB:.0f} MiB needed",
+            f"not enough disk space for the prompt store: {free / MIB:.0f} MiB are free, {needed / MIB:.0f} MiB needed",
             code="disk_full",
         )

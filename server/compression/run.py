@@ -9,7 +9,6 @@ soft_prompt.safetensors   the result; when it is there, the run is over
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 import time
@@ -22,15 +21,14 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 
-from prompt_store.compression.attention import Prefix
-from prompt_store.compression.job import replace_file
+from prompt_store.compression.job import replace_file, seconds_spent
 from prompt_store.compression.objectives import Objective
-from prompt_store.compression.pipeline import Compression, Outcome
+from prompt_store.compression.pipeline import Compression, Outcome, identity_of
 from prompt_store.compression.report import write_report
 from prompt_store.compression.student import Kind
 from prompt_store.compression.trainer import Progress
 from prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
-from prompt_store.soft_prompt import SoftPrompt, load, save
+from prompt_store.soft_prompt import SoftPrompt, save
 from prompt_store.store import NameTaken, PromptStore, StoredPrompt
 from scheduler.model.source import ModelError
 from server.compression.request import CompressionRequest, InputError
@@ -79,12 +77,12 @@ def run_compression(
     began = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
     finished = find_finished(directory)
+    work, settings = directory / "work", request.settings
     if resume and finished is not None:
+        seconds_spent(work, identity_of(settings, request.context, request.questions))
         return finished
-    work = directory / "work"
     if not resume:
         discard(directory)
-    settings = request.settings
     tokens = count_tokens(load_tokenizer(request.choice), request.context, settings.instruction)
     bench = Workbench.open(
         request.choice, tokens, settings.max_answer_tokens, request.max_prompt_bytes, settings.instruction
@@ -106,7 +104,9 @@ def run_compression(
             bench.generate,
             work,
             request.questions,
-            _another_prompt(bench, request),
+            bench.another_prefix(
+                PromptStore(Path(request.store), request.max_prompt_bytes), request.context, settings.virtual_tokens
+            ),
             report_progress,
             should_stop,
             opening=time.monotonic() - began,
@@ -136,10 +136,10 @@ def has_work(directory: Path) -> bool:
 
 
 def discard(directory: Path) -> None:
-    """Delete what a run leaves for resuming; the report stays."""
-    shutil.rmtree(directory / "work", ignore_errors=True)
+    """Delete what a run leaves for resuming, its result first; the report stays."""
     for name in ("soft_prompt.safetensors", "model"):
         (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "work", ignore_errors=True)
 
 
 def register(store: PromptStore, name: str, finished: Finished) -> StoredPrompt:
@@ -177,24 +177,6 @@ def _check_same_model(directory: Path, spec: ModelSpec) -> None:
     if path.exists() and path.read_text() != spec.fingerprint:
         raise InputError("model", "this compression was begun with another model; begin anew, without --resume")
     replace_file(path, lambda target: target.write_text(spec.fingerprint))
-
-
-def _another_prompt(bench: Workbench, request: CompressionRequest) -> Prefix | None:
-    """A soft prompt of the same model and length, made of another context, for the report's wrong-prompt baseline."""
-    store = Path(request.store)
-    if not store.is_dir():
-        return None
-    own = hashlib.sha256(request.context.encode()).hexdigest()
-    for stored in PromptStore(store, request.max_prompt_bytes).list():
-        manifest = stored.manifest
-        if (
-            (manifest.context is None or manifest.context.sha256 != own)
-            and manifest.model.fingerprint == bench.spec.fingerprint
-            and manifest.num_virtual_tokens == request.settings.virtual_tokens
-            and manifest.replaces == "system"
-        ):
-            return bench.prefix_of(load(stored.path, request.max_prompt_bytes))
-    return None
 
 
 def _manifest(outcome: Outcome, request: CompressionRequest, spec: ModelSpec) -> Manifest:

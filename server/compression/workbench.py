@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from prompt_store.compression.context import QUESTION_ROOM
 from prompt_store.compression.decoder import Decoder, Kernels
 from prompt_store.compression.rendering import Renderer
 from prompt_store.manifest import ModelSpec
-from prompt_store.soft_prompt import SoftPrompt
+from prompt_store.soft_prompt import SoftPrompt, load
+from prompt_store.store import PromptStore
 from scheduler.model.attention import cpu
 from scheduler.model.cpu.build import is_loaded
 from scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
@@ -82,6 +84,22 @@ class Workbench:
                 malloc_trim(0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def another_prefix(self, store: PromptStore, context: str, length: int, besides: str = "") -> Prefix | None:
+        """A soft prompt of this model and `length`, made of another context, for the wrong-prompt baseline; not the one
+        named `besides`."""
+        own = hashlib.sha256(context.encode()).hexdigest()
+        for stored in store.list():
+            manifest = stored.manifest
+            if (
+                stored.name != besides
+                and (manifest.context is None or manifest.context.sha256 != own)
+                and manifest.model.fingerprint == self.spec.fingerprint
+                and manifest.num_virtual_tokens == length
+                and manifest.replaces == "system"
+            ):
+                return self.prefix_of(load(stored.path, store.max_bytes))
+        return None
 
     def prefix_of(self, prompt: SoftPrompt) -> Prefix:
         """The KV that a soft prompt puts in front of the model."""

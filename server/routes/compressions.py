@@ -130,6 +130,8 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         minutes=body.minutes,
         steps=body.steps,
         seed=body.seed,
+        max_answer_tokens=body.answer_tokens,
+        model_questions=body.model_questions,
     )
     for index, question in enumerate(body.questions):
         for field in ("input", "output"):
@@ -141,7 +143,8 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
     questions = tuple(Example(question.input, question.output) for question in body.questions)
     check_room(settings.prompt_store, shape, wanted, questions, max_bytes)
     turn = context_turn(services.text.tokenizer, body.context, wanted.instruction)
-    check_length(len(services.text.backend.encode(turn, add_special_tokens=False).ids), wanted)
+    tokens = len(services.text.backend.encode(turn, add_special_tokens=False).ids)
+    check_length(tokens, wanted, model.max_model_len)
     return CompressionRequest(
         name=body.name,
         context=body.context,

@@ -42,5 +42,6 @@ async def get_info(request: Request) -> Response:
             attention=model.attention,
             num_parameters=model.num_parameters,
             model_fingerprint=model.fingerprint,
+            max_soft_prompt_bytes=services.store.max_bytes,
         )
     )

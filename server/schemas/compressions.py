@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from prompt_store.compression.self_study import MAX_TEXT
+from prompt_store.compression.settings import CompressionSettings
 from prompt_store.manifest import MAX_VIRTUAL_TOKENS
 from server.compression.request import MAX_INSTRUCTION_CHARS
 from server.schemas.base import RequestModel, Text, refusal
@@ -15,6 +16,7 @@ from server.schemas.sampling import at_most_items
 MAX_QUESTIONS = 10_000
 MAX_MINUTES = 24 * 60
 MAX_STEPS = 1_000_000
+MAX_ANSWER_TOKENS = 4096
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
 
@@ -66,6 +68,18 @@ class CompressionRequestBody(RequestModel):
     )
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="training steps, however long they take")
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    answer_tokens: int = Field(
+        default=CompressionSettings.max_answer_tokens,
+        ge=4,
+        le=MAX_ANSWER_TOKENS,
+        description="how much of an answer is trained on, your own included",
+    )
+    model_questions: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_QUESTIONS,
+        description="questions asked by the model itself, beside those from templates; small models ask poor ones",
+    )
 
     @model_validator(mode="after")
     def _has_one_length(self) -> CompressionRequestBody:

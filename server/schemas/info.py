@@ -31,6 +31,7 @@ class Info(BaseModel):
     attention: str
     num_parameters: int
     model_fingerprint: str = Field(description="soft prompts must carry the same")
+    max_soft_prompt_bytes: int = Field(description="of a soft prompt file")
 
 
 class Health(BaseModel):

@@ -17,6 +17,7 @@ from prompt_store.store import PromptStore
 from server.compression.request import InputError, ModelShape, check_room, read_questions
 from server.compression.run import locked
 from tests.compression_jobs.conftest import CONTEXT, Run
+from tests.e2e.servers import running_server
 
 
 def files(tmp_path: Path) -> dict[str, Path]:
@@ -67,6 +68,15 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "seed": ("good.md", ["--seed", "-1"], ["seed", "between 0 and"]),
     "long instruction": ("good.md", ["--instruction", "x" * 5000], ["instruction", "4096"]),
     "report is a file": ("good.md", ["--report", "good.jsonl"], ["--report", "not a directory"]),
+    "report below a file": ("good.md", ["--report", "good.jsonl/in/it"], ["--report", "not a directory"]),
+    "alpha without mixed": ("good.md", ["--alpha", "0.3"], ["--alpha", "--objective mixed"]),
+    "answer tokens": ("good.md", ["--answer-tokens", "2"], ["max_answer_tokens", "between 4 and"]),
+    "model questions": ("good.md", ["--model-questions", "-1"], ["model_questions", "between 0 and"]),
+    "no room in the window": (
+        "good.md",
+        ["--virtual-tokens", "1700"],
+        ["1700 virtual tokens", "window of 2048 tokens; 1616 are the most"],
+    ),
     "no such model": ("good.md", ["--model", "./nowhere"], ["--model ./nowhere"]),
     "no server": (
         "good.md",
@@ -95,6 +105,25 @@ def test_compress_refuses(
     for part in expected:
         assert part in error, error
     assert tree(tmp_path) == before
+
+
+def test_the_models_own_name_is_taken(
+    command: Run, context_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command("compress", context_file, "--name", "tiny-llama", "--virtual-tokens", "8") == 2
+    assert "tiny-llama is the model's own name" in capfd.readouterr().err
+    assert not list((tmp_path / "store").glob("*.safetensors"))
+
+
+def test_the_server_is_asked_before_any_work_is_done(
+    command: Run, context_file: Path, tiny_path: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model", tiny_path, "--dtype", "float32", "--kv-cache-gib", "0.01", "--max-prompt-mib", "1")
+    with running_server(tmp_path, *flags) as server:
+        cases = {"tiny-llama": ((), "the model's own name"), "large": (("--virtual-tokens", "70"), "1 MiB that a soft")}
+        for name, (more, message) in cases.items():
+            assert command("compress", context_file, "--server", server.url, "--name", name, *more) == 2
+            assert message in capfd.readouterr().err
 
 
 def tree(path: Path) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from prompt_store.compression.decoder import Kernels
+from prompt_store.compression.pipeline import identity_of
 from prompt_store.compression.self_study import load_jsonl
 from prompt_store.soft_prompt import load
 from prompt_store.store import PromptStore
 from scheduler.model.attention import cpu
 from server.__main__ import main
 from server.compression.local_engine import LocalEngine
-from server.compression.request import ModelChoice
+from server.compression.request import ModelChoice, make_settings, read_questions
 from server.compression.workbench import CPU_KERNELS, Workbench
 from tests.compression_jobs.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.conftest import load_reference
@@ -127,7 +129,7 @@ def test_evaluate_on_questions_of_ones_own(
     assert report["evaluation"]["questions"] == 2
     assert report["baselines"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert report["kl"] > 0.001
-    assert report["answers"][0]["full_context"] == "At seven."
+    assert report["answers"][0]["gold"] == "At seven."
     assert (tmp_path / "report" / "report.html").is_file()
     assert f"{report['kl']:.3f}" in captured.out
 
@@ -203,6 +205,33 @@ def test_resume_refuses_another_run(
     (directory / "model").write_text("0" * 64)
     assert main(compress(harbour, tiny_path, tmp_path / "store", "--resume")) == 2
     assert "another model" in capfd.readouterr().err
+
+
+def test_a_finished_run_is_registered_for_its_own_context_only(
+    store: Path, tiny_path: str, harbour: Path, own_questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its server was away when it was done, say; until it is resumed the context may have changed."""
+    directory = tmp_path / "store" / ".compressions" / "harbour"
+    (directory / "report").mkdir(parents=True)
+    (directory / "work").mkdir()
+    shutil.copyfile(store / "harbour.safetensors", directory / "soft_prompt.safetensors")
+    shutil.copyfile(store.parent / "report" / "report.json", directory / "report" / "report.json")
+    wanted = make_settings(virtual_tokens=VIRTUAL_TOKENS, steps=3, seed=5)
+    record = {**identity_of(wanted, CONTEXT, read_questions(own_questions)), "elapsed": 1.0}
+    (directory / "work" / "job.json").write_text(json.dumps(record))
+    other = tmp_path / "other.md"
+    other.write_text(CONTEXT.replace("seven", "nine"), encoding="utf-8")
+    flags = ("--resume", "--questions", str(own_questions))
+    assert main(compress(other, tiny_path, tmp_path / "store", *flags)) == 2
+    assert "another context" in capfd.readouterr().err
+    assert not (tmp_path / "store" / "harbour.safetensors").exists()
+    for _ in range(2):  # killed before it cleared up, it says the same again
+        kept = tmp_path / "kept"
+        shutil.copytree(directory, kept)
+        assert main(compress(harbour, tiny_path, tmp_path / "store", *flags)) == 0
+        assert (tmp_path / "store" / "harbour.safetensors").exists()
+        shutil.rmtree(directory)
+        kept.rename(directory)
 
 
 @pytest.mark.parametrize("before", ["nothing", "context", "soft prompt"])

@@ -270,6 +270,9 @@ def test_bad_requests(site: Site) -> None:
         "name of the model": ({"name": "tiny-llama"}, 409, "name"),
         "unknown field": ({"virtual_token": 3}, 400, "virtual_token"),
         "seed": ({"seed": -1}, 400, "seed"),
+        "answer tokens": ({"answer_tokens": 3}, 400, "answer_tokens"),
+        "questions of the model": ({"model_questions": -1}, 400, "model_questions"),
+        "no room in the window": ({"virtual_tokens": 1700}, 400, "virtual_tokens"),
     }
     for case, (fields, status, param) in cases.items():
         reply = server.post(ROUTE, job_request("refused") | fields)
