@@ -3,6 +3,7 @@
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
+#              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
@@ -26,12 +27,19 @@ unit: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
-test-gpu: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+ifdef INSTALLED
+GPU_PYTHON := PYTHONPATH=. $(INSTALLED)
+else
+GPU_PYTHON := $(VENV)/bin/python
+test-gpu gpu: $(VENV)/.dev
+endif
 
-gpu: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m gpu
-	$(VENV)/bin/python benchmarks/gpu.py --output gpu.json $(ARGS)
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+gpu:
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) benchmarks/gpu.py --output gpu.json $(ARGS)
 
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt

@@ -17,7 +17,8 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Plan:
     prompt_tokens: int
     answer_tokens: int
     hot_contexts: tuple[int, ...]
+    hot_concurrency: tuple[int, ...]
     load: Load
     server_flags: tuple[str, ...]
 
@@ -61,10 +63,11 @@ FULL = Plan(
     prompt_tokens=512,
     answer_tokens=128,
     hot_contexts=(1, 16, 128),
+    hot_concurrency=(64, 256, 512),
     load=Load(
-        0, context_tokens=8192, virtual_tokens=64, question_tokens=32, answer_tokens=32, concurrency=256, seconds=30
+        0, context_tokens=8192, virtual_tokens=64, question_tokens=32, answer_tokens=32, concurrency=0, seconds=12
     ),
-    server_flags=("--max-batch-size", "256", "--max-batch-tokens", "8192", "--max-queue-size", "1024"),
+    server_flags=("--max-batch-size", "512", "--max-batch-tokens", "8192", "--max-queue-size", "1024"),
 )
 TINY = Plan(
     batches=(1, 3),
@@ -75,7 +78,8 @@ TINY = Plan(
     prompt_tokens=24,
     answer_tokens=8,
     hot_contexts=(1, 3),
-    load=Load(0, context_tokens=256, virtual_tokens=8, question_tokens=6, answer_tokens=4, concurrency=4, seconds=1),
+    hot_concurrency=(2, 4),
+    load=Load(0, context_tokens=256, virtual_tokens=8, question_tokens=6, answer_tokens=4, concurrency=0, seconds=1),
     server_flags=("--max-batch-size", "8", "--max-batch-tokens", "64", "--kv-cache-gib", "0.02"),
 )
 
@@ -110,9 +114,10 @@ def main() -> int:
     print(f"{results['device']}: copies {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s", end=", ")
     print(f"multiplies {limits['matmul_flops_per_second'] / 1e12:.1f} TFLOP/s\n", flush=True)
     for name in ["tiny"] if options.tiny else options.models.split(","):
-        results["models"][name] = measure(name, device, dtype, plan, limits, parts, options.port)
-        if options.output:
-            options.output.write_text(json.dumps(results, indent=1))
+        results["models"][name] = found = {}
+        for _ in measure(name, device, dtype, plan, limits, parts, options.port, found):
+            if options.output:  # after every part: machines are lent for minutes
+                options.output.write_text(json.dumps(results, indent=1))
     if MODEL in results["models"]:
         print(f"## {MODEL}: the targets, on {results['device']}\n\n{table(results['models'])}")
     return 0
@@ -126,9 +131,10 @@ def measure(
     limits: dict[str, float],
     parts: list[str],
     port: int,
-) -> dict[str, Any]:
+    found: dict[str, Any],
+) -> Iterator[None]:
+    """Into `found`, part by part."""
     print(f"## {name}\n", flush=True)
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="softbatch-gpu-") as directory:
         path = Path(directory, name)
         save(build(name, device, dtype, plan.longest), path)
@@ -138,20 +144,23 @@ def measure(
         if "steps" in parts:
             found["steps"] = measure_steps(model, spec, plan, limits)
             free(device)
+            yield
         if "generate_batch" in parts:
             found["generate_batch"] = generate_batch(model, prompts, plan.answer_tokens)
             print(f"generate_batch: {found['generate_batch']['tokens_per_second']:.0f} output tokens/s", flush=True)
+            yield
         vocabulary = model.config.vocab_size
         del model
         free(device)
         if "serving" in parts:
-            found["serving"] = measure_serving(path, spec, plan, prompts, vocabulary, dtype, device, port)
-            if "generate_batch" in found:
-                ratio = found["serving"]["throughput"]["tokens_per_second"]
-                ratio /= found["generate_batch"]["tokens_per_second"]
-                found["times_generate_batch"] = ratio
-                print(f"softbatch over HTTP: {ratio:.2f} times generate_batch\n", flush=True)
-    return found
+            found["serving"] = {}
+            for _ in measure_serving(path, spec, plan, prompts, vocabulary, dtype, device, port, found["serving"]):
+                if "generate_batch" in found and "throughput" in found["serving"]:
+                    ratio = found["serving"]["throughput"]["tokens_per_second"]
+                    found["times_generate_batch"] = ratio / found["generate_batch"]["tokens_per_second"]
+                yield
+            if "times_generate_batch" in found:
+                print(f"softbatch over HTTP: {found['times_generate_batch']:.2f} times generate_batch\n", flush=True)
 
 
 def measure_steps(model: Any, spec: ModelSpec, plan: Plan, limits: dict[str, float]) -> dict[str, Any]:
@@ -190,38 +199,47 @@ def measure_serving(
     dtype: torch.dtype,
     device: torch.device,
     port: int,
-) -> dict[str, Any]:
+    found: dict[str, Any],
+) -> Iterator[None]:
+    """Into `found`, figure by figure."""
     store = path.parent / "prompts"
     save_soft_prompts(store, spec, max(plan.hot_contexts), plan.load.virtual_tokens)
     flags = [*plan.server_flags, "--device", device.type, "--dtype", str(dtype).removeprefix("torch.")]
     block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize * 16
     server = Server(path, store, port, [*flags, "--async-scheduling", "off"])
     try:
-        waiting = throughput(server, prompts, plan.answer_tokens)
+        waiting = found["throughput_without_async_scheduling"] = throughput(server, prompts, plan.answer_tokens)
     finally:
         server.stop()
+    yield
     server = Server(path, store, port, [*flags, "--async-scheduling", "on"])
     try:
-        found: dict[str, Any] = {"throughput": throughput(server, prompts, plan.answer_tokens), "hot": []}
-        found["throughput_without_async_scheduling"] = waiting
+        found |= {"throughput": throughput(server, prompts, plan.answer_tokens), "hot": []}
+        yield
         rates = [found["throughput"]["tokens_per_second"], waiting["tokens_per_second"]]
         print("softbatch over HTTP: {:.0f} output tokens/s, without --async-scheduling {:.0f}\n".format(*rates))
+        print("Each way at the concurrency, in brackets, at which it was fastest.\n")
         print("| contexts | whole, requests/s | soft, requests/s | times | KV per request, times less |")
         print("|---|---|---|---|---|")
         for contexts in plan.hot_contexts:
-            load = Load(**(asdict(plan.load) | {"contexts": contexts}))
-            whole, soft = (hot(server, load, way, vocabulary, block_bytes) for way in (False, True))
-            faster = soft["requests_per_second"] / max(1e-9, whole["requests_per_second"])
-            smaller = whole["kv_bytes_per_running_request"] / max(1e-9, soft["kv_bytes_per_running_request"])
-            found["hot"].append(
-                {"contexts": contexts, "whole": whole, "soft": soft, "times_faster": faster, "times_less_kv": smaller}
-            )
-            rates = f"{whole['requests_per_second']:.2f} | {soft['requests_per_second']:.2f}"
-            print(f"| {contexts} | {rates} | {faster:.2f} | {smaller:.2f} |", flush=True)
+            loads = [replace(plan.load, contexts=contexts, concurrency=clients) for clients in plan.hot_concurrency]
+            whole, soft = ([hot(server, load, way, vocabulary, block_bytes) for load in loads] for way in (False, True))
+            row = {"contexts": contexts, "whole": whole, "soft": soft, **comparison(whole, soft)}
+            found["hot"].append(row)
+            rates = " | ".join(f"{best['requests_per_second']:.2f} ({best['concurrency']:.0f})" for best in row["best"])
+            print(f"| {contexts} | {rates} | {row['times_faster']:.2f} | {row['times_less_kv']:.2f} |", flush=True)
+            yield
         print()
     finally:
         server.stop()
-    return found
+
+
+def comparison(whole: list[dict[str, float]], soft: list[dict[str, float]]) -> dict[str, Any]:
+    """Both ways at their best: the concurrency with the most requests per second."""
+    best = [max(runs, key=lambda run: run["requests_per_second"]) for runs in (whole, soft)]
+    faster = best[1]["requests_per_second"] / max(1e-9, best[0]["requests_per_second"])
+    smaller = best[0]["kv_bytes_per_running_request"] / max(1e-9, best[1]["kv_bytes_per_running_request"])
+    return {"best": best, "times_faster": faster, "times_less_kv": smaller}
 
 
 def print_row(name: str, figures: dict[str, float]) -> None:

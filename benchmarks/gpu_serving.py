@@ -151,6 +151,7 @@ def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: in
             future.result()
     finished = sum(1 for moment in done if moment <= ended)
     return {
+        "concurrency": load.concurrency,
         "requests_per_second": finished / (ended - started),
         "requests": finished,
         "kv_bytes_per_running_request": sum(used) / max(1, len(used)),

@@ -136,7 +136,8 @@ def generate_batch(model: Any, prompts: list[list[int]], max_tokens: int) -> Fig
     longest = max(map(len, prompts))
     room = ContinuousBatchingConfig()
     if model.device.type == "cpu":  # it would take over half of all memory, whatever the work
-        room.num_blocks = len(prompts) * (2 + (longest + max_tokens) // room.page_size)
+        block_size = getattr(room, "page_size", None) or room.block_size  # the newer name, and that of 5.17
+        room.num_blocks = len(prompts) * (2 + (longest + max_tokens) // block_size)
         room.max_batch_tokens = len(prompts) * longest
     hints = WorkloadHints(longest, max_tokens, len(prompts))
     runs = []

@@ -17,7 +17,8 @@ def _decode(batch: int) -> Measured:
     return fraction
 
 
-# The last of the hot loads has the most contexts: its batch is the largest that fits.
+# The last of the hot loads has the most contexts. Of either way counts the concurrency at which it is fastest, up to
+# more clients than whole contexts leave room for.
 TARGETS: tuple[tuple[str, float, str, Measured], ...] = (
     ("decode, batch 1, context 2,048, of the memory floor", 0.80, "{:.0%}", _decode(1)),
     ("decode, batch 64, context 2,048, of the memory floor", 0.85, "{:.0%}", _decode(64)),

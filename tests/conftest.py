@@ -27,7 +27,8 @@ from prompt_store.soft_prompt import SoftPrompt
 from scheduler.messages import ModelInfo
 from scheduler.model.source import EMBEDDED_ALIAS, resolve
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 TINY_VOCAB = 49152  # the embedded model's, so that its tokenizer serves them too
 
 

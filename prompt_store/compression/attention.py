@@ -83,6 +83,7 @@ class AttentionCall:
     prefix: LayeredPrefix | None = None
     on_layer: Callable[[int, LayerTrace], None] | None = None
     cache: DecodeCache | None = None
+    longest: int = 0  # of the cache's rows, with the tokens of this forward
 
 
 @dataclass
@@ -119,7 +120,7 @@ def prefix_attention(
 
 def attend_in_layer(call: AttentionCall, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if call.cache is not None:
-        return _decode_attention(call.cache, call.prefix, layer, query, key, value, scale).transpose(1, 2)
+        return _decode_attention(call.cache, call.longest, call.prefix, layer, query, key, value, scale).transpose(1, 2)
     if call.prefix is None or call.prefix.length == 0:
         grouped = query.shape[1] > key.shape[1]
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -132,6 +133,7 @@ def attend_in_layer(call: AttentionCall, layer: int, query: Tensor, key: Tensor,
 
 def _decode_attention(
     cache: DecodeCache,
+    capacity: int,
     prefix: LayeredPrefix | None,
     layer: int,
     query: Tensor,
@@ -147,7 +149,6 @@ def _decode_attention(
     cache.keys[layer][rows, :, cache.lengths] = key[:, :, 0]
     cache.values[layer][rows, :, cache.lengths] = value[:, :, 0]
     folded = query.reshape(batch, kv_heads, heads // kv_heads, dim) * scale
-    capacity = int(cache.lengths.max()) + 1
     scores = folded @ cache.keys[layer][:, :, :capacity].transpose(2, 3)
     hidden = torch.arange(capacity, device=key.device)[None] > cache.lengths[:, None]
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))

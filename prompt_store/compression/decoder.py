@@ -189,7 +189,11 @@ class Decoder:
         layered = LayeredPrefix.of(prefix, self.dtype) if prefix is not None else None
         kernels = self.kernels
         call = AttentionCall(
-            kernels.attend if torch.is_grad_enabled() else kernels.attend_without_gradients, layered, on_layer, cache
+            kernels.attend if torch.is_grad_enabled() else kernels.attend_without_gradients,
+            layered,
+            on_layer,
+            cache,
+            int(cache.lengths.max()) + 1 if cache is not None else 0,  # a device is asked once, not in every layer
         )
         return self._model_kernels.run_layers(embeds, positions, partial(attend_in_layer, call))
 

@@ -12,7 +12,7 @@ from prompt_store.manifest import ModelSpec
 from scheduler.messages import EngineConfig
 from scheduler.model.attention.base import AttentionBackend
 from scheduler.model.cpu.decoder import only_in_one_call, runs_in_one_call
-from scheduler.model.cuda.memory import DeviceMemory
+from scheduler.model.cuda.memory import DeviceMemory, is_shortage
 from scheduler.model.cuda.setup import measure_memory
 from scheduler.model.kv_cache import KVCache, RowFormat
 from scheduler.model.source import ModelError
@@ -88,7 +88,9 @@ def _cache_bytes(
         return int(gib * 2**30), f"--kv-cache-gib {gib:g}", "or a smaller --max-model-len"
     try:
         memory = measure()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
         raise ModelError(
             f"a step of --max-batch-tokens {config.max_batch_tokens} does not fit the GPU beside the weights: "
             "lower it, or free memory"

@@ -21,8 +21,10 @@ from scheduler.model.attention import choose
 from scheduler.model.attention.base import AttentionBackend
 from scheduler.model.cache_size import make_cache
 from scheduler.model.cpu.decoder import DecoderForward, only_in_one_call, runs_in_one_call
+from scheduler.model.cuda.failures import failures_told
 from scheduler.model.cuda.fused import FusedForward
 from scheduler.model.cuda.graphs import CudaCapturer
+from scheduler.model.cuda.memory import is_shortage
 from scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
@@ -60,11 +62,18 @@ class Phases:
 
 def load(config: EngineConfig, report: Report) -> Loaded:
     """Load what `config` names; `report(phase, seconds, detail)` follows the progress. Raises ModelError."""
+    with failures_told():
+        return _load(config, report)
+
+
+def _load(config: EngineConfig, report: Report) -> Loaded:
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python, torch and transformers imported")
     device = _device(config.device)
     _refuse_rounding_on_gpu(config, device)
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     dtype = _dtype(config.dtype, device)
     source = resolve(config.model)
     phases.done("model files", source.path)
@@ -130,7 +139,9 @@ def load_transformers(source: ModelSource, dtype: torch.dtype, device: torch.dev
         raise ModelError(f"--model {source.name}: its tokenizer has no fast version (tokenizer.json)")
     try:
         model = model.to(device).eval().requires_grad_(False)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
         raise ModelError(f"--model {source.name}: its weights do not fit the GPU's free memory") from error
     model.set_attn_implementation(interface.ATTENTION_NAME)
     return model, tokenizer
@@ -176,6 +187,8 @@ def _checked_runner(
     try:
         self_check(expected, runner, info.vocab_size, kv_cache.block_size, rounded_by)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
     return runner
 

@@ -14,6 +14,7 @@ import torch
 from prompt_store.soft_prompt import ModelSpec, check_fits, load
 from scheduler.messages import SoftPromptRef
 from scheduler.model.batch import BatchBuilder, Row, build_batch
+from scheduler.model.cuda.memory import is_shortage
 from scheduler.model.forward import Forward
 from scheduler.model.kv_cache import KVCache, StagedBlocks
 from scheduler.model.launched_step import LaunchedStep, Scores
@@ -79,7 +80,7 @@ class Runner:
         try:
             self._run(step.rows, fills, launched)
         except Exception as error:
-            if _is_shortage(error):
+            if is_shortage(error):
                 raise
             logger.exception("a step failed; running its rows one by one")
             self._check_device()
@@ -88,7 +89,7 @@ class Runner:
                 try:
                     self._run([row], [], launched)
                 except Exception as error:
-                    if _is_shortage(error):
+                    if is_shortage(error):
                         raise
                     logger.exception("request %s failed", row.sequence.request_id)
                     launched.errors[row.sequence.request_id] = "the model failed on this request"
@@ -96,7 +97,7 @@ class Runner:
                 try:
                     self._run([], [fill], launched)
                 except Exception as error:
-                    if _is_shortage(error):
+                    if is_shortage(error):
                         raise
                     logger.exception("soft prompt %s failed", fill.prompt.ref.sha256)
                     launched.fill_errors[fill.prompt.ref.sha256] = _FILL_FAILED
@@ -136,7 +137,7 @@ class Runner:
                     device = self._kv_cache.device
                     self._filling[resident.ref.sha256] = staged.embeddings.to(device, non_blocking=True)
             except Exception as error:
-                if not _is_shortage(error):
+                if not is_shortage(error):
                     self._check_device()
                 raise
         return staged.embeddings is None
@@ -200,22 +201,13 @@ class Runner:
         return Row(fill.start, (), fill.prompt.blocks, range(0), embeddings=embeddings)
 
 
-def _is_shortage(error: Exception) -> bool:
-    """Whether the device has no memory left: torch's allocator has a class for it, the driver (a graph, a Triton
-    kernel) and cuBLAS only say so."""
-    told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
-    )
-
-
 @contextmanager
 def _shortage_told() -> Iterator[None]:
     """Turns what a full device raises into OutOfDeviceMemory."""
     try:
         yield
     except RuntimeError as error:
-        if not _is_shortage(error):
+        if not is_shortage(error):
             raise
         torch.cuda.empty_cache()
         raise OutOfDeviceMemory from error

@@ -29,8 +29,11 @@ def test_on_a_tiny_model(tmp_path: Path) -> None:
     assert tiny["times_generate_batch"] > 0
     assert tiny["serving"]["throughput_without_async_scheduling"]["tokens_per_second"] > 0
     for hot in tiny["serving"]["hot"]:
-        assert hot["whole"]["requests"] > 0
-        assert hot["soft"]["requests"] > 0
+        for way in ("whole", "soft"):
+            assert [(run["concurrency"], run["requests"] > 0) for run in hot[way]] == [(2, True), (4, True)]
+        rates = [max(run["requests_per_second"] for run in hot[way]) for way in ("whole", "soft")]
+        assert [best["requests_per_second"] for best in hot["best"]] == rates
+        assert abs(hot["times_faster"] - rates[1] / rates[0]) < 1e-9
     alone = tiny["serving"]["hot"][-1]  # more contexts: each running request holds its own
     assert alone["times_less_kv"] > 0
     assert "| prefill of 128" in done.stdout

@@ -72,7 +72,8 @@ def test_float32_equals_transformers(name: str, device: torch.device) -> None:
     before = model(ids).logits
     logits = fused_logits(model, device)
     torch.testing.assert_close(logits, before[0].cpu(), rtol=1e-4, atol=2e-5)
-    assert torch.equal(model(ids).logits, before), "merging the weights has changed the model"
+    # Not bit for bit: merged, a bias lies where a GPU's library may choose another product for it.
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused_logits(model, device), logits, rtol=0, atol=0)
 
 

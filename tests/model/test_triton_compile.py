@@ -19,10 +19,12 @@ KERNELS = {"attend", "merge", "write_cache", "add_rms_norm", "rotate_and_write",
     ("kind", "head_dim", "dtype"),
     [
         ("llama", 128, "bfloat16"),
+        ("llama", 64, "bfloat16"),
         ("qwen3", 64, "float16"),
         ("llama", 96, "bfloat16"),
         ("llama", 256, "bfloat16"),
         ("qwen3", 128, "float32"),
+        ("llama", 256, "float32"),
     ],
 )
 def test_every_launch_of_a_step_compiles(kind: str, head_dim: int, dtype: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -15,7 +16,6 @@ from scheduler.model.cuda.buckets import BucketedBatches
 from scheduler.model.forward import Forward
 
 logger = logging.getLogger(__name__)
-_WARM_UPS = 2
 Replay = Callable[[], torch.Tensor]
 
 
@@ -23,6 +23,16 @@ class Capturer(Protocol):
     """Records what `run` does to the memory it uses; calling the result does it again and returns the same tensor."""
 
     def __call__(self, run: Replay) -> Replay: ...
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class CudaCapturer:
@@ -34,9 +44,12 @@ class CudaCapturer:
         self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Replay) -> Replay:
+        """Raises RuntimeError where `run` waits for the device: found out before recording, which such a failure would
+        leave torch in the middle of."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):  # kernels are compiled and libraries set up before anything is recorded
-            for _ in range(_WARM_UPS):
+            run()
+            with _waiting_refused():
                 run()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 import torch
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Whether the device has no memory left: torch's allocator has a class for it, the driver (a graph, a Triton
+    kernel) and cuBLAS only say so."""
+    told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes; `free` is what nobody holds beside the weights, `step` what the largest step takes at its peak."""
