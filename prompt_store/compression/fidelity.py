@@ -51,11 +51,25 @@ class Scores:
         return replace(self, kl_closed=closed)
 
 
-@torch.inference_mode()
 def position_scores(
     decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[Pair]
 ) -> Scores:
     """Compare last hidden states pair by pair with the teacher's; exact over the vocabulary."""
+    return scores_of(position_table(decoder, states, teacher, pairs))
+
+
+def scores_of(table: Tensor) -> Scores:
+    """The means of a `position_table`."""
+    means = table.mean(1).tolist()
+    worst = float(table[0].quantile(0.95))
+    return Scores(means[0], worst, means[1], means[2], means[3], means[4], means[5])
+
+
+@torch.inference_mode()
+def position_table(
+    decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[Pair]
+) -> Tensor:
+    """[6, answer positions]: KL, top-1 agreement, top-5 overlap, rank correlation, entropy gap, gold NLL."""
     columns: list[Tensor] = []
     found, expected = torch.cat(list(states)), torch.cat(list(teacher))
     gold = torch.tensor([token for pair in pairs for token in pair.answer], device=found.device)
@@ -76,10 +90,7 @@ def position_scores(
                 )
             )
         )
-    table = torch.cat(columns, dim=1)
-    means = table.mean(1).tolist()
-    worst = float(table[0].quantile(0.95))
-    return Scores(means[0], worst, means[1], means[2], means[3], means[4], means[5])
+    return torch.cat(columns, dim=1)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def render_page(report: dict[str, Any], name: str = "") -> str:
         f'<h1>{heading}</h1><p class="lead">{lead}</p>{_cards(report)}'
         f"<h2>Against every baseline</h2>{_table(report)}"
         f'<h2>Plots</h2><div class="plots">{_plots(report)}</div>'
+        f"<h2>Where it is faithful</h2>{_groups(report)}"
         f"<h2>Off-topic questions</h2>{_off_topic(report)}"
         f"<h2>Answers side by side</h2>{_answers(report)}"
         "</main></body></html>\n"
@@ -175,6 +176,21 @@ def _curve(curve: Sequence[Sequence[float]]) -> str:
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = high - low or 1.0
     return lambda value: start + (value - low) / span * (end - start)
+
+
+def _groups(report: dict[str, Any]) -> str:
+    tables = []
+    for key, heading in (("by_kind", "kind of question"), ("by_place", "place in the context")):
+        if not report[key]:
+            continue
+        rows = "".join(
+            f"<tr><td>{escape(group.replace('_', ' '))}</td><td>{found['questions']}</td>"
+            f"<td>{_number(found['kl'], 3)}</td><td>{_number(found['kl_closed'], 3)}</td></tr>"
+            for group, found in report[key].items()
+        )
+        head = f"<tr><th>{heading}</th><th>questions</th><th>KL</th><th>KL closed</th></tr>"
+        tables.append(f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>')
+    return f'<div class="plots">{"".join(tables)}</div>'
 
 
 def _off_topic(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from prompt_store.compression.attention import Prefix
 from prompt_store.compression.decode import greedy
 from prompt_store.compression.decoder import Decoder
-from prompt_store.compression.fidelity import Scores, answer_scores, position_scores
+from prompt_store.compression.fidelity import Scores, answer_scores, position_scores, position_table, scores_of
 from prompt_store.compression.page import render_page
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.rendering import Renderer, Segment
@@ -51,9 +51,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores on the held-out pairs, the free answers to the first of them, and what it cost."""
+    """Scores on the held-out pairs, each pair's mean KL, the free answers to some of them, and what it cost."""
 
     scores: Scores
+    kl: list[float]
     answers: list[str]
     seconds: float
 
@@ -93,7 +94,9 @@ class Evaluation:
     def measure(self, subject: Subject) -> Measured:
         began = self.clock()
         states = teach(self.decoder, subject.prefixes, self.pairs).states
-        scores = position_scores(self.decoder, states, self.teacher, self.pairs)
+        table = position_table(self.decoder, states, self.teacher, self.pairs)
+        scores = scores_of(table)
+        kl = [float(part.mean()) for part in torch.split(table[0], [len(pair.answer) for pair in self.pairs])]
         answers = [""] * len(self.free)
         for group, prefix in enumerate(subject.prefixes):
             mine = [at for at, index in enumerate(self.free) if self.pairs[index].group == group]
@@ -105,7 +108,7 @@ class Evaluation:
             gold = [self.examples[index].output or "" for index in self.free]
             exact, f1 = answer_scores(answers, gold, self.renderer.tokens)
             scores = replace(scores, exact_match=exact, token_f1=f1)
-        return Measured(scores, answers, self.clock() - began)
+        return Measured(scores, kl, answers, self.clock() - began)
 
     def baselines(
         self,
@@ -170,6 +173,9 @@ def build_report(
     report["baselines"] = {
         name: measured.scores.closed_against(nothing).as_dict() for name, measured in baselines.items()
     }
+    report["by_kind"] = _by(lambda example: example.kind, evaluation, sigma, baselines)
+    knows_places = any(example.position > 0 for example in evaluation.examples)  # a user's questions need not
+    report["by_place"] = _by(_quarter, evaluation, sigma, baselines) if knows_places else {}
     report["off_topic"] = off_topic
     free = len(evaluation.free)
     shown = min(SHOWN_ANSWERS, free)
@@ -189,6 +195,34 @@ def build_report(
         "free_answers": len(evaluation.free),
     }
     return report
+
+
+def _by(
+    group_of: Callable[[Example], str], evaluation: Evaluation, sigma: Measured, baselines: dict[str, Measured]
+) -> dict[str, dict[str, float | None]]:
+    """Per group of questions how many there are, σ's KL a token, and kl_closed."""
+    members: dict[str, list[int]] = {}
+    for index, example in enumerate(evaluation.examples):
+        members.setdefault(group_of(example), []).append(index)
+    sizes = [len(pair.answer) for pair in evaluation.pairs]
+
+    def mean(kl: Sequence[float], of: Sequence[int]) -> float:
+        return sum(kl[index] * sizes[index] for index in of) / sum(sizes[index] for index in of)
+
+    found: dict[str, dict[str, float | None]] = {}
+    for group, of in sorted(members.items()):
+        kl, bare = mean(sigma.kl, of), mean(baselines["no_context"].kl, of)
+        found[group] = {
+            "questions": len(of),
+            "kl": round(kl, 6),
+            "kl_closed": round(1 - kl / bare, 6) if bare > 0 else None,
+        }
+    return found
+
+
+def _quarter(example: Example) -> str:
+    first = 25 * min(3, int(4 * example.position))
+    return f"{first} to {first + 25} %"
 
 
 def break_even(seconds: float, prefill_seconds: float) -> int | None:
@@ -225,7 +259,9 @@ def load_measured(path: Path) -> dict[str, Measured] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {
-            name: Measured(Scores(**found["scores"]), list(found["answers"]), float(found["seconds"]))
+            name: Measured(
+                Scores(**found["scores"]), list(found["kl"]), list(found["answers"]), float(found["seconds"])
+            )
             for name, found in record.items()
         }
     except (OSError, ValueError, KeyError, TypeError):

@@ -90,6 +90,9 @@ def test_report_has_every_key_and_sensible_figures(llama: Reference, tmp_path: P
     assert full["rank_correlation"] == pytest.approx(1, abs=1e-6)
     assert report["compression_ratio"] == pytest.approx(outcome.context_tokens / 8, abs=1e-3)
     assert {progress.phase for progress in phases} >= {"self_study", "gold", "evaluation", "teacher", "training"}
+    for groups in (report["by_kind"], report["by_place"]):
+        assert sum(group["questions"] for group in groups.values()) == report["evaluation"]["questions"]
+        assert min(group["kl"] for group in groups.values()) <= report["kl"] <= max(g["kl"] for g in groups.values())
     assert len(report["answers"]) == 3
     assert report["training"]["steps"] == 4
     sizes = {"embeddings": (8, 64), "keys": (3, 8, 2, 8), "values": (3, 8, 2, 8)}
