@@ -52,6 +52,7 @@ class Job:
     directory: Path
     progress: ProgressMessage | None = None
     cancelled: bool = False
+    is_ending: bool = False
     version: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 

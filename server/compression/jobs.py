@@ -266,7 +266,10 @@ class CompressionJobs:
         await self._finish(job, "failed", error=JobError(code, message, param))
 
     async def _finish(self, job: Job, status: Status, **fields: Any) -> None:
-        """Whoever is told of the end finds it on disk: it is written down first."""
+        """Whoever is told of the end finds it on disk: it is written down first. Of two ends the first counts."""
+        if job.is_ending:
+            return
+        job.is_ending = True
         ended = msgspec.structs.replace(job.record, status=status, finished_at=int(time.time()), **fields)
         try:
             await asyncio.to_thread(_write_end, job, ended)
