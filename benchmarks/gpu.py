@@ -93,7 +93,7 @@ def main() -> int:
     )
     parser.add_argument("--parts", default="steps,generate_batch,serving", help="what to measure")
     parser.add_argument("--port", type=int, default=8398)
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON, beside those that are there")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; --device cpu --tiny shows that the benchmark works")
@@ -113,8 +113,10 @@ def main() -> int:
     }
     print(f"{results['device']}: copies {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s", end=", ")
     print(f"multiplies {limits['matmul_flops_per_second'] / 1e12:.1f} TFLOP/s\n", flush=True)
+    if options.output and options.output.exists():  # what other calls have measured stays
+        results["models"] = json.loads(options.output.read_text())["models"]
     for name in ["tiny"] if options.tiny else options.models.split(","):
-        results["models"][name] = found = {}
+        found = results["models"].setdefault(name, {})
         for _ in measure(name, device, dtype, plan, limits, parts, options.port, found):
             if options.output:  # after every part: machines are lent for minutes
                 options.output.write_text(json.dumps(results, indent=1))

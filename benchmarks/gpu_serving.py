@@ -24,6 +24,7 @@ from prompt_store.manifest import Manifest, ModelRef, ModelSpec
 from prompt_store.soft_prompt import SoftPrompt, save
 
 START_SECONDS = 900
+RAMP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def body_of(load: Load, soft: bool, request: int, vocabulary: int, context: int 
 
 
 def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: int) -> dict[str, float]:
-    """Requests per second over `load.seconds`, after one request per context has warmed the caches; and the KV cache
-    that each running request took, shared blocks counted once."""
+    """Requests per second over `load.seconds`, after one request per context has warmed the caches and every client, or
+    for a minute at the most some of them, has had an answer; and the KV cache that each running request took, shared
+    blocks counted once."""
     with ThreadPoolExecutor(load.concurrency) as pool:
 
         def warm_up(context: int) -> None:
@@ -136,8 +138,11 @@ def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: in
                 server.complete(connection, body_of(load, soft, number, vocabulary))
                 done.append(time.perf_counter())
 
-        started = time.perf_counter()
         clients = [pool.submit(client) for _ in range(load.concurrency)]
+        ramp = time.perf_counter() + RAMP_SECONDS
+        while len(done) < load.concurrency and time.perf_counter() < ramp:
+            time.sleep(0.01)
+        started = time.perf_counter()
         used = []
         while time.perf_counter() - started < load.seconds:
             time.sleep(min(0.5, load.seconds / 10))
@@ -149,7 +154,7 @@ def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: in
         stop.set()
         for future in clients:
             future.result()
-    finished = sum(1 for moment in done if moment <= ended)
+    finished = sum(1 for moment in done if started <= moment <= ended)
     return {
         "concurrency": load.concurrency,
         "requests_per_second": finished / (ended - started),

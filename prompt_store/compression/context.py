@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
@@ -19,11 +18,10 @@ from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.initial import chosen_positions, moved_prefix, truncated_ids
 from prompt_store.compression.pairs import Pair
 from prompt_store.compression.rendering import Renderer, Segment, group_of
-from prompt_store.compression.self_study import Example, Generate
+from prompt_store.compression.self_study import Example, Generate, words_of
 
 # What a user turn may take beside the answer.
 QUESTION_ROOM = 384
-_WORD = re.compile(r"\w+")
 # A text on another subject, for the wrong-prompt baseline when no other soft prompt is at hand.
 OTHER_TEXT = (
     "Bread needs four things: flour, water, salt and yeast. Weigh 500 g of flour, add 350 g of water at 25 degrees, "
@@ -35,6 +33,11 @@ OTHER_TEXT = (
     "setting. Rye takes up more water than wheat and rises less. A sourdough starter replaces the yeast: feed it "
     "with the same weight of flour and water every day, and use it when it floats. "
 )
+
+
+def sha256_of(context: str) -> str:
+    """A context's identity, in manifests and in the work directory."""
+    return hashlib.sha256(context.encode()).hexdigest()
 
 
 class Context:
@@ -58,7 +61,7 @@ class Context:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return sha256_of(self.text)
 
     @property
     def num_tokens(self) -> int:
@@ -86,30 +89,39 @@ class Context:
             )
 
     def check_questions(self, examples: Sequence[Example]) -> None:
-        """Raises ValueError for a question that leaves no room in the model's window, by its number."""
+        """Raises ValueError for a question that has no room in the model's window behind the context, by its number."""
+        room = self.decoder.window - max(len(part.ids) for part in self.segments) - self.max_answer_tokens
         for number, example in enumerate(examples, start=1):
             tokens = len(self.renderer.question(example.input))
-            if tokens > QUESTION_ROOM:
-                raise ValueError(f"questions: number {number} has {tokens} tokens; {QUESTION_ROOM} are the most")
+            if tokens > room:
+                raise ValueError(f"questions: number {number} has {tokens} tokens; there is room for {room}")
 
     def placed(self, examples: Sequence[Example]) -> list[Example]:
-        """The user's questions, which need not say what part of the context they are about, each at the segment that
-        its words, and those of its answer, point to: every word votes with the share of its occurrences there."""
+        """Questions that do not say what part of the context they are about, each at a segment: the user's where their
+        words, and those of their answer, point to (every word votes with the share of its occurrences there), those
+        about the whole in turn."""
         if len(self.segments) == 1:
             return list(examples)
         ends = [0.0, *(part.end for part in self.segments)]
         cuts = [round(end * len(self.text)) for end in ends]
-        counts = [Counter(_words(self.text[start:end])) for start, end in pairwise(cuts)]
+        counts = [Counter(words_of(self.text[start:end])) for start, end in pairwise(cuts)]
         total = sum(counts, Counter())
+        turns = cycle(range(len(counts)))
 
-        def place(example: Example) -> float:
-            words = {word for word in _words(f"{example.input} {example.output or ''}") if word in total}
+        def segment(example: Example) -> int:
+            if example.kind == "general":
+                return next(turns)
+            words = {word for word in words_of(f"{example.input} {example.output or ''}") if word in total}
             votes = [sum(part[word] / total[word] for word in words) for part in counts]
-            best = max(range(len(votes)), key=votes.__getitem__)
-            return (ends[best] + ends[best + 1]) / 2
+            return max(range(len(votes)), key=votes.__getitem__)
 
-        told = [example.source != "user" or example.position > 0 for example in examples]
-        return [e if known else replace(e, position=place(e)) for e, known in zip(examples, told, strict=True)]
+        def placed(example: Example) -> Example:
+            if example.position > 0 or (example.source != "user" and example.kind != "general"):
+                return example
+            at = segment(example)
+            return replace(example, position=(ends[at] + ends[at + 1]) / 2)
+
+        return [placed(example) for example in examples]
 
     def pair(self, example: Example) -> Pair:
         return self.renderer.pair(example, self.segments, self.max_answer_tokens)
@@ -150,7 +162,3 @@ class Context:
 
     def _positions(self, length: int) -> list[int]:
         return chosen_positions(self.num_tokens, length, self.head, self.tail)
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())

@@ -46,7 +46,7 @@ def seconds_spent(work: Path, identity: dict[str, Any]) -> float:
         elapsed = float(record["elapsed"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            "resume: job.json in the work directory cannot be read; begin anew, without --resume"
+            "resume: job.json in the work directory cannot be read; delete the directory to begin anew"
         ) from None
     if any(record.get(key) != value for key, value in identity.items()):
         raise ValueError("resume: the work directory belongs to a run with other settings or another context")

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from prompt_store.compression.attention import Prefix
-from prompt_store.compression.context import Context
+from prompt_store.compression.context import Context, sha256_of
 from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.evaluate import measure_baselines, with_gold
 from prompt_store.compression.job import JobDirectory, load_states, save_states
@@ -69,7 +69,7 @@ def identity_of(settings: CompressionSettings, context: str, user_examples: Sequ
     """What must be the same for a run to go on."""
     return {
         "settings": asdict(settings),
-        "context": hashlib.sha256(context.encode()).hexdigest(),
+        "context": sha256_of(context),
         "user_examples": hashlib.sha256(repr(list(user_examples)).encode()).hexdigest(),
     }
 
@@ -196,9 +196,8 @@ class Compression:
             own = model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])
             own = own[: settings.model_questions]
         templates = template_questions(text, count, settings.seed)
-        users = self.context.placed(self.user_examples)
-        examples = merge(users, own + templates, text, count + len(users))
-        save_jsonl(examples, path)
+        examples = merge(self.user_examples, own + templates, text, count + len(self.user_examples))
+        save_jsonl(self.context.placed(examples), path)
         self.on_progress(Progress("self_study", len(examples), len(examples)))
         return load_jsonl(path)  # as a resumed run reads them, positions rounded
 

@@ -174,8 +174,7 @@ def build_report(
         name: measured.scores.closed_against(nothing).as_dict() for name, measured in baselines.items()
     }
     report["by_kind"] = _by(lambda example: example.kind, evaluation, sigma, baselines)
-    knows_places = any(example.position > 0 for example in evaluation.examples)  # a user's questions need not
-    report["by_place"] = _by(_quarter, evaluation, sigma, baselines) if knows_places else {}
+    report["by_place"] = _by(_quarter, evaluation, sigma, baselines)
     report["off_topic"] = off_topic
     free = len(evaluation.free)
     shown = min(SHOWN_ANSWERS, free)
@@ -198,12 +197,13 @@ def build_report(
 
 
 def _by(
-    group_of: Callable[[Example], str], evaluation: Evaluation, sigma: Measured, baselines: dict[str, Measured]
+    group_of: Callable[[Example], str | None], evaluation: Evaluation, sigma: Measured, baselines: dict[str, Measured]
 ) -> dict[str, dict[str, float | None]]:
-    """Per group of questions how many there are, σ's KL a token, and kl_closed."""
+    """Per group of questions how many there are, σ's KL a token, and kl_closed; those of no group are left out."""
     members: dict[str, list[int]] = {}
     for index, example in enumerate(evaluation.examples):
-        members.setdefault(group_of(example), []).append(index)
+        if (group := group_of(example)) is not None:
+            members.setdefault(group, []).append(index)
     sizes = [len(pair.answer) for pair in evaluation.pairs]
 
     def mean(kl: Sequence[float], of: Sequence[int]) -> float:
@@ -220,7 +220,10 @@ def _by(
     return found
 
 
-def _quarter(example: Example) -> str:
+def _quarter(example: Example) -> str | None:
+    """None where a question is about the whole, or does not say where: the user's need not."""
+    if example.kind == "general" or (example.source == "user" and example.position == 0):
+        return None
     first = 25 * min(3, int(4 * example.position))
     return f"{first} to {first + 25} %"
 

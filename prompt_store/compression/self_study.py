@@ -30,6 +30,10 @@ _FIELDS = {"input", "output", "kind", "position", "source", "cut"}
 _WORD = re.compile(r"\w+")
 
 
+def words_of(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
 class DataError(ValueError):
     """A questions file that cannot be used; the message names the line."""
 
@@ -120,9 +124,7 @@ def _parse(line: str, where: str) -> Example:
 def template_questions(context: str, count: int, seed: int = 0) -> list[Example]:
     """Up to `count` questions from templates, duplicates dropped, spread over the kinds and the whole
     context."""
-    general = GENERAL[: count // 25]
-    # About the whole, so from anywhere: where the context is cut into segments, each answers some.
-    found = [Example(text, None, "general", at / len(general), "template") for at, text in enumerate(general)]
+    found: list[Example] = [Example(text, None, "general", 0.0, "template") for text in GENERAL[: count // 25]]
     kept = Deduplicator(context)
     found = [example for example in found if kept.add(example.input)]
     recited = recitations(context, int(count * RECITED), random.Random(seed))
@@ -180,14 +182,14 @@ class Deduplicator:
     asked."""
 
     def __init__(self, context: str, threshold: float = 0.8) -> None:
-        self._context = " ".join(_WORD.findall(context.lower()))
-        self._title = set(_WORD.findall(title(context).lower()))
+        self._context = " ".join(words_of(context))
+        self._title = set(words_of(title(context)))
         self._threshold = threshold
         self._seen: list[frozenset[str]] = []
         self._index: dict[str, list[int]] = {}
 
     def add(self, question: str) -> bool:
-        words = _WORD.findall(question.lower())
+        words = words_of(question)
         if len(words) < 2 or len(question) > 400:
             return False
         if len(words) > 3 and " ".join(words) in self._context:
@@ -222,19 +224,16 @@ def merge(user: Sequence[Example], own: Sequence[Example], context: str, count: 
 def split(examples: Sequence[Example], held_out: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
     """(training, held out): whole (kind, place) cells are held out, so that no kind of question about a place
     of the context is on both sides, while every kind and every place is on both; of so few questions that this
-    cannot be, every kind. The user's are never held out."""
+    cannot be, some. The user's are never held out."""
     own = [example for example in examples if _may_be_held_out(example)]
     wanted = min(held_out, len(own) // 3)
-    chosen = _held_out_cells(own, wanted, seed, True) or _held_out_cells(own, wanted, seed, False)
-
-    def is_held_out(example: Example) -> bool:
-        return _may_be_held_out(example) and (example.kind, example.place) in chosen
-
-    return [e for e in examples if not is_held_out(e)], [e for e in examples if is_held_out(e)]
+    cells = _held_out_cells(own, wanted, seed)
+    chosen = {id(e) for e in own if (e.kind, e.place) in cells} or {id(e) for e in own[1::3][:wanted]}
+    return [e for e in examples if id(e) not in chosen], [e for e in examples if id(e) in chosen]
 
 
-def _held_out_cells(own: Sequence[Example], wanted: int, seed: int, keep_places: bool) -> set[tuple[str, int]]:
-    """(kind, place) cells of about `wanted` questions: at most half of each kind, with `keep_places` of each place."""
+def _held_out_cells(own: Sequence[Example], wanted: int, seed: int) -> set[tuple[str, int]]:
+    """(kind, place) cells of about `wanted` questions: at most half of each kind and of each place."""
     kinds, places = Counter(e.kind for e in own), Counter(e.place for e in own)
     cells = Counter((e.kind, e.place) for e in own)
     candidates = sorted(cells)
@@ -251,8 +250,7 @@ def _held_out_cells(own: Sequence[Example], wanted: int, seed: int, keep_places:
         candidates.remove((kind, place))
         size = cells[kind, place]
         small = size <= max(2, wanted // 6)
-        spares_place = not keep_places or taken_places[place] + size <= places[place] // 2
-        if small and spares_place and taken_kinds[kind] + size <= kinds[kind] // 2:
+        if small and taken_kinds[kind] + size <= kinds[kind] // 2 and taken_places[place] + size <= places[place] // 2:
             chosen.add((kind, place))
             taken_kinds[kind] += size
             taken_places[place] += size
@@ -266,8 +264,8 @@ def _may_be_held_out(example: Example) -> bool:
 
 def usable(example: Example) -> bool:
     """Whether the gold answer is neither missing, empty, nor the question again."""
-    output = _WORD.findall((example.output or "").lower())
-    return bool(output) and output != _WORD.findall(example.input.lower())
+    output = words_of(example.output or "")
+    return bool(output) and output != words_of(example.input)
 
 
 def surplus_recitations(examples: Sequence[Example]) -> list[int]:

@@ -37,7 +37,7 @@ from server.compression.request import (
     read_context,
     read_questions,
 )
-from server.compression.run import DIRECTORY, discard, find_finished, has_work, locked, run_compression
+from server.compression.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
 from server.compression.workbench import count_tokens, load_tokenizer
 from server.settings import Settings
 
@@ -154,6 +154,8 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
     else:
         registry = LocalRegistry(PromptStore(settings.prompt_store, max_bytes))
     directory = settings.prompt_store / DIRECTORY / options.name
+    if options.name == LOCK:
+        raise UsageError(f"--name: {LOCK} is what a server's own file is called there; choose another one")
     try:
         registry.check_free(options.name)
     except NameTaken:

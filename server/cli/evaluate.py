@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from prompt_store.compression.context import sha256_of
 from prompt_store.compression.report import write_report
 from prompt_store.manifest import SoftPromptError
 from prompt_store.store import PromptStore
@@ -63,7 +63,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     disable_progress_bar()
     set_verbosity_error()
     view = ProgressView(Console(stderr=True))
-    if made_of is not None and made_of.sha256 != hashlib.sha256(context.encode()).hexdigest():
+    if made_of is not None and made_of.sha256 != sha256_of(context):
         view.note(f"note: {options.name} was made of another text than {options.context}")
     try:
         report = evaluate(store, options.name, context, questions, choice_of(settings), view)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import re
 import secrets
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prompt_store.manifest import ModelSpec
-from prompt_store.store import PromptStore
+from prompt_store.store import NameTaken, PromptStore
 from server.cli.settings_flags import UsageError
 from server.compression.run import Finished, register
 
@@ -67,16 +69,13 @@ class RemoteRegistry:
 
     def max_bytes(self) -> int:
         limit = self._info.get("max_soft_prompt_bytes")
-        if not isinstance(limit, int):
-            raise UsageError("--server: the server does not say how large a soft prompt may be: update it")
-        return limit
+        return limit if isinstance(limit, int) else sys.maxsize  # an older server does not say
 
     def check_free(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise UsageError("--name: use 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
-        status, _ = self._client.call("GET", f"/v1/soft_prompts/{name}", expected=(200, 404))
-        if status == 200:
-            raise UsageError(f"--name: the server has a soft prompt named '{name}' already")
+        if self._sha256(name) is not None:
+            raise NameTaken(name)
         if self._info.get("model_id") == name:
             raise UsageError(_is_the_model(name))
 
@@ -89,7 +88,12 @@ class RemoteRegistry:
             )
 
     def add(self, name: str, finished: Finished) -> None:
-        self._client.upload("/v1/soft_prompts", name, finished.prompt)
+        if self._sha256(name) != hashlib.sha256(finished.prompt.read_bytes()).hexdigest():
+            self._client.upload("/v1/soft_prompts", name, finished.prompt)
+
+    def _sha256(self, name: str) -> str | None:
+        status, found = self._client.call("GET", f"/v1/soft_prompts/{name}", expected=(200, 404))
+        return str(found["sha256"]) if status == 200 else None
 
 
 def _is_the_model(name: str) -> str:

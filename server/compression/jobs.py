@@ -22,7 +22,7 @@ from prompt_store.store import PromptStore
 from server.compression.job import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
 from server.compression.messages import DoneMessage, ProgressMessage
 from server.compression.request import CompressionRequest
-from server.compression.run import DIRECTORY, discard, find_finished, register
+from server.compression.run import DIRECTORY, LOCK, discard, find_finished, register
 from server.compression.worker_process import WorkerProcess
 from server.errors import ApiError, shown, unavailable
 
@@ -166,7 +166,7 @@ class CompressionJobs:
     def _try_lock(self) -> None:
         try:
             self._root.mkdir(exist_ok=True)
-            file = (self._root / ".lock").open("wb")  # no soft prompt's name
+            file = (self._root / LOCK).open("wb")
         except OSError as error:
             if self._task is None:  # said once, at the start
                 logger.warning("no compressions on this server: %s cannot be written (%s)", self._root, error.strerror)
@@ -262,7 +262,8 @@ class CompressionJobs:
         await self._finish(job, "succeeded", soft_prompt=job.record.name, fidelity=done.fidelity)
 
     async def _fail(self, job: Job, code: str, message: str, param: str | None = None) -> None:
-        logger.error("compression %s failed: %s", job.record.id, message)
+        if not job.is_ending:
+            logger.error("compression %s failed: %s", job.record.id, message)
         await self._finish(job, "failed", error=JobError(code, message, param))
 
     async def _finish(self, job: Job, status: Status, **fields: Any) -> None:
@@ -270,6 +271,12 @@ class CompressionJobs:
         if job.is_ending:
             return
         job.is_ending = True
+        try:
+            await self._end(job, status, **fields)
+        finally:
+            job.is_ending = job.is_final  # else somebody else may end it yet
+
+    async def _end(self, job: Job, status: Status, **fields: Any) -> None:
         ended = msgspec.structs.replace(job.record, status=status, finished_at=int(time.time()), **fields)
         try:
             await asyncio.to_thread(_write_end, job, ended)

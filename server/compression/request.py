@@ -146,12 +146,17 @@ def as_users(examples: Sequence[Example]) -> list[Example]:
 def check_length(context_tokens: int, settings: CompressionSettings, window: int | None) -> None:
     """Raises InputError when there is nothing to compress, or the model's `window` has no room behind the soft
     prompt."""
-    most = None if window is None else window - QUESTION_ROOM - settings.max_answer_tokens
-    if most is not None and settings.virtual_tokens > most:
+    most = context_tokens if window is None else window - QUESTION_ROOM - settings.max_answer_tokens
+    if most < 2:
+        raise InputError(
+            "answer_tokens",
+            f"answer_tokens: {settings.max_answer_tokens} leave no room in the model's window of {window} tokens",
+        )
+    if window is not None and settings.virtual_tokens > most:
         raise InputError(
             "virtual_tokens",
             f"{settings.virtual_tokens} virtual tokens leave no room for a question and its answer in the model's "
-            f"window of {window} tokens; {max(0, most)} are the most",
+            f"window of {window} tokens; {most} are the most",
         )
     if settings.virtual_tokens > context_tokens:
         raise InputError(
@@ -181,7 +186,8 @@ def check_room(
         raise InputError(
             "virtual_tokens",
             f"{settings.virtual_tokens} virtual tokens of kind {settings.kind} take {size / MIB:.0f} MiB, more than "
-            f"the {max_prompt_bytes / MIB:g} MiB that a soft prompt may have; raise --max-prompt-mib or choose fewer",
+            f"the {max_prompt_bytes / MIB:g} MiB that a soft prompt may have; choose fewer, or raise --max-prompt-mib "
+            "(with --server the server's)",
             code="too_large",
         )
     existing = next(path for path in (directory, *directory.parents) if path.exists())

@@ -28,13 +28,14 @@ from prompt_store.compression.report import write_report
 from prompt_store.compression.student import Kind
 from prompt_store.compression.trainer import Progress
 from prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
-from prompt_store.soft_prompt import SoftPrompt, save
+from prompt_store.soft_prompt import SoftPrompt, read_manifest, save
 from prompt_store.store import NameTaken, PromptStore, StoredPrompt
-from scheduler.model.source import ModelError
+from scheduler.model.source import ModelError, resolve
 from server.compression.request import CompressionRequest, InputError
 from server.compression.workbench import Workbench, count_tokens, load_tokenizer
 
 DIRECTORY = ".compressions"
+LOCK = "lock"  # in it, of the server that runs the compressions; and in each one's directory
 # Phases that ask the engine for answers; it is released with the first of the others.
 ANSWERING = frozenset({"self_study", "gold"})
 DATA = ("questions.jsonl", "train.jsonl", "held_out.jsonl")
@@ -80,6 +81,9 @@ def run_compression(
     work, settings = directory / "work", request.settings
     if resume and finished is not None:
         seconds_spent(work, identity_of(settings, request.context, request.questions))
+        made_for = read_manifest(finished.prompt, request.max_prompt_bytes).model.name
+        if made_for != (request.choice.served_model_name or resolve(request.choice.model).name):
+            raise InputError("model", f"this compression was made with {made_for}; resume it with that model")
         return finished
     if not resume:
         discard(directory)
@@ -157,7 +161,7 @@ def register(store: PromptStore, name: str, finished: Finished) -> StoredPrompt:
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     """Hold the directory's lock, which goes with the process that holds it. Raises InputError when another does."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as file:
+    with (directory / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

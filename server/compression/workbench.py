@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from prompt_store.compression.attention import Prefix
-from prompt_store.compression.context import QUESTION_ROOM
+from prompt_store.compression.context import QUESTION_ROOM, sha256_of
 from prompt_store.compression.decoder import Decoder, Kernels
 from prompt_store.compression.rendering import Renderer
-from prompt_store.manifest import ModelSpec
+from prompt_store.manifest import ModelSpec, SoftPromptError
 from prompt_store.soft_prompt import SoftPrompt, load
 from prompt_store.store import PromptStore
 from scheduler.model.attention import cpu
@@ -88,7 +88,7 @@ class Workbench:
     def another_prefix(self, store: PromptStore, context: str, length: int, besides: str = "") -> Prefix | None:
         """A soft prompt of this model and `length`, made of another context, for the wrong-prompt baseline; not the one
         named `besides`."""
-        own = hashlib.sha256(context.encode()).hexdigest()
+        own = sha256_of(context)
         for stored in store.list():
             manifest = stored.manifest
             if (
@@ -98,7 +98,8 @@ class Workbench:
                 and manifest.num_virtual_tokens == length
                 and manifest.replaces == "system"
             ):
-                return self.prefix_of(load(stored.path, store.max_bytes))
+                with contextlib.suppress(SoftPromptError):  # damaged, or deleted meanwhile: another one will do
+                    return self.prefix_of(load(stored.path, store.max_bytes))
         return None
 
     def prefix_of(self, prompt: SoftPrompt) -> Prefix:

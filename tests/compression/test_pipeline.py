@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from prompt_store.compression.attention import Prefix
 from prompt_store.compression.decode import greedy
 from prompt_store.compression.decoder import Decoder
 from prompt_store.compression.evaluate import evaluate_prompt
@@ -91,7 +92,8 @@ def test_report_has_every_key_and_sensible_figures(llama: Reference, tmp_path: P
     assert report["compression_ratio"] == pytest.approx(outcome.context_tokens / 8, abs=1e-3)
     assert {progress.phase for progress in phases} >= {"self_study", "gold", "evaluation", "teacher", "training"}
     for groups in (report["by_kind"], report["by_place"]):
-        assert sum(group["questions"] for group in groups.values()) == report["evaluation"]["questions"]
+        told = report["evaluation"]["questions"] - (0 if groups is report["by_kind"] else groups_of_the_whole(report))
+        assert sum(group["questions"] for group in groups.values()) == told
         assert min(group["kl"] for group in groups.values()) <= report["kl"] <= max(g["kl"] for g in groups.values())
     assert len(report["answers"]) == 3
     assert report["training"]["steps"] == 4
@@ -100,6 +102,10 @@ def test_report_has_every_key_and_sensible_figures(llama: Reference, tmp_path: P
     assert all(tensor.dtype == torch.float32 for tensor in outcome.tensors.values())
     student = Student(Decoder(copy.deepcopy(llama.model)), kind, outcome.tensors)  # type: ignore[arg-type]
     assert student.fixed_prefix().length == 8
+
+
+def groups_of_the_whole(report: dict[str, Any]) -> int:
+    return int(report["by_kind"].get("general", {"questions": 0})["questions"])
 
 
 def test_same_seed_same_prompt(llama: Reference, tmp_path: Path) -> None:
@@ -179,7 +185,9 @@ def test_users_questions_are_answered_from_the_segment_that_they_are_about(llama
     run.decoder.window = 384 + 6 + 120
     cut = Compression(run.decoder, llama.tokenizer, CONTEXT, run.settings, run.generate, tmp_path).context
     told = Example("Does the red lamp need cleaning?", position=0.99)
-    *placed, kept, template = cut.placed([*asked, told, Example("What is red?", source="template")])
+    *placed, kept, template = cut.placed([*asked, told, Example("What is red?", None, "fact", 0.0, "template")])
+    whole = cut.placed([Example("Summarise it.", None, "general", 0.0, "template")] * len(cut.segments))
+    assert {group_of(example, cut.segments) for example in whole} == set(range(len(cut.segments)))
     for name, example in zip(names, placed, strict=True):
         assert f"{name} lamp" in cut.renderer.text(cut.segments[group_of(example, cut.segments)].ids)
     assert (kept, template.position) == (told, 0.0)
@@ -223,8 +231,9 @@ def test_the_model_asks_questions_of_its_own(llama: Reference, tmp_path: Path) -
 
 def test_a_question_that_leaves_no_room_is_named(llama: Reference, tmp_path: Path) -> None:
     long = Example("Why " * 500)
+    compression(llama, tmp_path / "y", user_examples=[long])  # this window has room for it
     with pytest.raises(ValueError, match="questions: number 2 has"):
-        compression(llama, tmp_path / "x", user_examples=[Example("Why?"), long])
+        compression(llama, tmp_path / "x", user_examples=[Example("Why?"), Example("Why " * 5000)])
     assert not (tmp_path / "x").exists()
 
 
@@ -236,6 +245,23 @@ def test_a_prompt_that_replaces_nothing_is_measured_as_it_is_served(llama: Refer
     whole = decoder.forward(decoder.embed(torch.tensor([[*usual, *question]])), sigma)[0, -3:]
     apart = decoder.forward(decoder.embed(torch.tensor([question])), decoder.encode(usual, sigma))[0]
     torch.testing.assert_close(apart, whole)
+
+
+def test_evaluation_puts_the_usual_system_turn_behind_such_a_prompt(llama: Reference) -> None:
+    decoder = Decoder(copy.deepcopy(llama.model))
+    decoder.window = 4096
+    sigma = decoder.encode(list(range(50, 58)))
+    behind = decoder.encode(Renderer(llama.tokenizer).without_context(), sigma)
+    assert behind.length > 8
+
+    def kl(prefix: Prefix, replaces: Literal["nothing", "system"]) -> float:
+        tensors = {"keys": prefix.keys, "values": prefix.values}
+        asked = [Example("How many bulbs has the red lamp?")]
+        arguments = (decoder, llama.tokenizer, "kv", tensors, CONTEXT, asked, engine(decoder))
+        return float(evaluate_prompt(*arguments, max_answer_tokens=6, replaces=replaces)["kl"])  # type: ignore[arg-type]
+
+    assert kl(sigma, "nothing") == pytest.approx(kl(behind, "system"), rel=1e-4)
+    assert kl(sigma, "nothing") != pytest.approx(kl(sigma, "system"), rel=1e-2)
 
 
 @pytest.mark.parametrize("opening", [0.0, 40.0])

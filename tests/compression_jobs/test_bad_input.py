@@ -72,6 +72,8 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "alpha without mixed": ("good.md", ["--alpha", "0.3"], ["--alpha", "--objective mixed"]),
     "answer tokens": ("good.md", ["--answer-tokens", "2"], ["max_answer_tokens", "between 4 and"]),
     "model questions": ("good.md", ["--model-questions", "-1"], ["model_questions", "between 0 and"]),
+    "no room for answers": ("good.md", ["--answer-tokens", "2000"], ["answer_tokens: 2000", "window of 2048"]),
+    "the server's own file": ("good.md", ["--name", "lock"], ["--name", "lock"]),
     "no room in the window": (
         "good.md",
         ["--virtual-tokens", "1700"],

@@ -26,18 +26,21 @@ def left_behind(root: Path, status: str, **fields: int) -> Path:
     return directory
 
 
-async def cancel(root: Path, job_id: str) -> Job:
+async def cancel(root: Path, job_id: str, meanwhile: int) -> Job:
+    """While the queue's own task has had `meanwhile` turns."""
     jobs = CompressionJobs(PromptStore(root, 1 << 20), SPEC, CollectorRegistry(), lambda: False)
-    async with jobs.running():  # nothing has been awaited since: the job has not been taken up
+    async with asyncio.timeout(20), jobs.running():
+        for _ in range(meanwhile):
+            await asyncio.sleep(0)
         job = jobs.get(job_id)
-        await asyncio.wait_for(jobs.cancel(job), 10)
+        await jobs.cancel(job)
         return job
 
 
 def test_a_job_that_was_running_can_be_cancelled_at_once(tmp_path: Path) -> None:
     directory = left_behind(tmp_path, "running")
     (directory / "request.json").write_text("{}")
-    assert asyncio.run(cancel(tmp_path, directory.name)).record.status == "cancelled"
+    assert asyncio.run(cancel(tmp_path, directory.name, 0)).record.status == "cancelled"
     (found,) = load_jobs(tmp_path / DIRECTORY, SPEC.fingerprint)
     assert found.record.status == "cancelled"
 
@@ -45,7 +48,7 @@ def test_a_job_that_was_running_can_be_cancelled_at_once(tmp_path: Path) -> None
 def test_a_job_that_fails_meanwhile_has_one_end(tmp_path: Path) -> None:
     directory = left_behind(tmp_path, "running")  # without its request
     with pytest.raises(ApiError, match="has failed already"):
-        asyncio.run(cancel(tmp_path, directory.name))
+        asyncio.run(cancel(tmp_path, directory.name, 1))
     (found,) = load_jobs(tmp_path / DIRECTORY, SPEC.fingerprint)
     assert found.record.status == "failed"
 
