@@ -61,7 +61,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(shutil.which("c++") is None or not has_tiles(), reason="there are no matrix tiles here")
 class TestWithoutPermission:
     def test_kernels_agree_with_the_reference(self) -> None:
-        arguments = [*TESTS, "-q", "-x", "-p", "no:cacheprovider", "-k", "bfloat16 or bf16"]
+        arguments = [*TESTS, "-q", "-x", "-p", "no:cacheprovider", "-k", "bfloat16 or bf16 or 12_bits"]
         done = run(f"{REFUSE}\nimport pytest\nsys.exit(pytest.main({arguments!r}))")
         assert done.returncode == 0, done.stdout + done.stderr
 
