@@ -41,14 +41,16 @@ def measure_baselines(
     virtual_tokens: int,
     wrong_prefix: Prefix | None = None,
     on_done: Callable[[str], None] | None = None,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> dict[str, Measured]:
-    """Every baseline at σ's length; `wrong_prefix` is another document's soft prompt, if there is one."""
+    """Every baseline at σ's length; `wrong_prefix` is another document's soft prompt, if there is one. Once it
+    `is_late` those at σ's length answer no questions freely."""
     untrained = context.untrained_kv(virtual_tokens)
     if kind == "embeddings":
         start = context.untrained_embeddings(virtual_tokens)
         untrained = Student(context.decoder, "embeddings", {"embeddings": start}).fixed_prefix()
     wrong = wrong_prefix or context.other(virtual_tokens)
-    return evaluation.baselines(context.truncated(virtual_tokens), untrained, wrong, on_done)
+    return evaluation.baselines(context.truncated(virtual_tokens), untrained, wrong, on_done, is_late)
 
 
 def evaluate_prompt(

@@ -56,9 +56,12 @@ from prompt_store.compression.trainer import Progress, Trainer, TrainingResult, 
 # Shares of a time budget after which a phase takes what it has and goes on.
 HELD_OUT_SHARE = 0.05
 GOLD_SHARE = 0.28
+BASELINES_SHARE = 0.45
 TEACHER_SHARE = 0.14
 MATCHING_SHARE = 0.18
 OBSERVED_PAIRS = 160
+# Seconds; with fewer less is done at a time, and observed.
+SMALL_BUDGET = 300.0
 # Pairs that the teacher answers at once. Training takes its own, smaller number: more steps are worth more to it.
 TEACHER_BATCH = 8
 EVALUATION_STEPS = 7
@@ -123,6 +126,18 @@ class Compression:
         self.directory = directory
         self.job = JobDirectory(directory, identity_of(settings, context, self.user_examples), clock)
 
+    @property
+    def _haste(self) -> float:
+        """What to shorten first steps by where the budget is smaller than they are made for."""
+        return 1.0 if self.budget is None else min(1.0, self.budget / SMALL_BUDGET)
+
+    @property
+    def _observed(self) -> int:
+        return max(32, round(OBSERVED_PAIRS * self._haste))
+
+    def _is_late(self, share: float) -> bool:
+        return self.budget is not None and self.job.elapsed() > share * self.budget
+
     def _is_stopped(self) -> bool:
         self.job.save()
         return self.should_stop()
@@ -143,7 +158,7 @@ class Compression:
         if not held_out or not training:
             raise ValueError("context: too few questions can be made of it to train on some and measure on others")
         held_out = self._answer(held_out, "held_out", HELD_OUT_SHARE, 16)
-        training = self._answer(training, "train", GOLD_SHARE, 128)
+        training = self._answer(training, "train", GOLD_SHARE, max(16, round(128 * self._haste)))
         if not held_out or not training:
             raise ValueError("the model answers none of the questions about this context")
         prefill_seconds = context.prefill_seconds(self.clock)
@@ -159,7 +174,7 @@ class Compression:
         )
         baselines = self._baselines(evaluation)
         if settings.matching_steps:
-            training = spread_first(training, OBSERVED_PAIRS)
+            training = spread_first(training, self._observed)
         pairs, teaching = self._teach([context.pair(example) for example in training])
         student = self._student(teaching)
         pairs, teaching = without(pairs, teaching, surplus_recitations(training))
@@ -205,11 +220,10 @@ class Compression:
         """The examples with gold answers, as many as the time share allows; kept in `name`.jsonl as they come."""
         path = self.directory / f"{name}.jsonl"
         done = load_jsonl(path) if path.exists() and path.stat().st_size else []
-        began, budget = self.clock(), self.budget
+        began = self.clock()
         while len(done) < len(examples):
             self._check_stop()
-            late = budget is not None and self.job.elapsed() > share * budget
-            if late and len(done) >= self.settings.batch_size:
+            if self._is_late(share) and len(done) >= self.settings.batch_size:
                 break
             batch = examples[len(done) : len(done) + size]
             for example in with_gold(self.context, batch, self.generate, self.settings.max_answer_tokens):
@@ -233,7 +247,13 @@ class Compression:
             self._check_stop()
 
         found = measure_baselines(
-            evaluation, self.context, settings.kind, settings.virtual_tokens, self.wrong_prefix, on_done
+            evaluation,
+            self.context,
+            settings.kind,
+            settings.virtual_tokens,
+            self.wrong_prefix,
+            on_done,
+            lambda: self._is_late(BASELINES_SHARE),
         )
         save_measured(found, self.directory / "baselines.json")
         return found
@@ -245,7 +265,7 @@ class Compression:
         states = [state.to(self.decoder.device) for state in load_states(kept)] if kept.exists() else []
         if self._is_training:
             return list(pairs[: len(states)]), Teaching(states, [])
-        watched = min(OBSERVED_PAIRS, len(pairs)) if settings.matching_steps else 0
+        watched = min(self._observed, len(pairs)) if settings.matching_steps else 0
         ends = [*range(watched, len(pairs), 16 * TEACHER_BATCH), len(pairs)]
         observed: list[Observed] = []
         for start, end in pairwise(dict.fromkeys([0, *ends])):

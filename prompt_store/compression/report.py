@@ -91,24 +91,25 @@ class Evaluation:
     def _prefix_of(self, ids: Sequence[int]) -> Prefix | None:
         return self.decoder.encode(ids) if ids else None
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: Subject, freely: bool = True) -> Measured:
+        """Without free answers where they are not wanted `freely`."""
         began = self.clock()
         states = teach(self.decoder, subject.prefixes, self.pairs).states
         table = position_table(self.decoder, states, self.teacher, self.pairs)
         scores = scores_of(table)
         kl = [float(part.mean()) for part in torch.split(table[0], [len(pair.answer) for pair in self.pairs])]
         answers = [""] * len(self.free)
+        if not (freely and self.free):
+            return Measured(scores, kl, answers, self.clock() - began)
         for group, prefix in enumerate(subject.prefixes):
             mine = [at for at, index in enumerate(self.free) if self.pairs[index].group == group]
             prompts = [list(self.pairs[self.free[at]].prompt) for at in mine]
             found = greedy(self.decoder, prefix, prompts, self.max_answer_tokens, self.renderer.stop_ids)
             for at, answer in zip(mine, found, strict=True):
                 answers[at] = self.renderer.text(answer)
-        if self.free:
-            gold = [self.examples[index].output or "" for index in self.free]
-            exact, f1 = answer_scores(answers, gold, self.renderer.tokens)
-            scores = replace(scores, exact_match=exact, token_f1=f1)
-        return Measured(scores, kl, answers, self.clock() - began)
+        gold = [self.examples[index].output or "" for index in self.free]
+        exact, f1 = answer_scores(answers, gold, self.renderer.tokens)
+        return Measured(replace(scores, exact_match=exact, token_f1=f1), kl, answers, self.clock() - began)
 
     def baselines(
         self,
@@ -116,24 +117,26 @@ class Evaluation:
         untrained: Prefix,
         wrong: Prefix,
         on_done: Callable[[str], None] | None = None,
+        is_late: Callable[[], bool] = lambda: False,
     ) -> dict[str, Measured]:
-        """Every baseline at σ's length, the model without context, and with all of it."""
+        """The model without context, with all of it, and every baseline at σ's length; these answer freely only while
+        it is not late."""
         groups = len(self.full.prefixes)
         subjects = {
             "no_context": Subject.shared(self.nothing, groups),
+            "full_context": self.full,
             "truncated": Subject.shared(truncated, groups),
             "untrained": Subject.shared(untrained, groups),
             "wrong_prompt": Subject.shared(wrong, groups),
-            "full_context": self.full,
         }
-        found = {}
+        found: dict[str, Measured] = {}
         for name, subject in subjects.items():
-            found[name] = self.measure(subject)
+            found[name] = self.measure(subject, len(found) < 2 or not is_late())
             if on_done is not None:
                 on_done(name)
         # Looked at here, before training: what follows training is then as short as one baseline.
         _ = self._off_topic
-        return found
+        return {name: found[name] for name in BASELINES}
 
     @cached_property
     def _off_topic(self) -> tuple[list[Pair], list[Tensor], Scores]:

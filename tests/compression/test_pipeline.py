@@ -276,6 +276,29 @@ def test_a_budget_is_kept(llama: Reference, tmp_path: Path, opening: float) -> N
 
     outcome = compression(llama, tmp_path, steps=None, minutes=2.0, clock=clock, questions=200, opening=opening).run()
     assert 70 < outcome.report["seconds"] <= 120
+    baselines = outcome.report["baselines"]
+    assert all(baselines[name]["token_f1"] is not None for name in ("no_context", "full_context"))
+
+
+def test_where_time_is_short_less_is_answered_freely(llama: Reference, tmp_path: Path) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.5
+        return now
+
+    report = compression(llama, tmp_path, steps=None, minutes=0.7, clock=clock, questions=200).run().report
+    answered = {name: scores["token_f1"] is not None for name, scores in report["baselines"].items()}
+    assert answered == {
+        "no_context": True,
+        "truncated": False,
+        "untrained": False,
+        "wrong_prompt": False,
+        "full_context": True,
+    }
+    assert all(scores["kl"] is not None for scores in report["baselines"].values())
+    assert report["token_f1"] is not None
 
 
 @pytest.mark.parametrize(
