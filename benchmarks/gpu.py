@@ -113,8 +113,10 @@ def main() -> int:
     }
     print(f"{results['device']}: copies {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s", end=", ")
     print(f"multiplies {limits['matmul_flops_per_second'] / 1e12:.1f} TFLOP/s\n", flush=True)
-    if options.output and options.output.exists():  # what other calls have measured stays
-        results["models"] = json.loads(options.output.read_text())["models"]
+    if options.output and options.output.exists():  # what other calls have measured on this device stays
+        before = json.loads(options.output.read_text())
+        if all(before[name] == results[name] for name in ("device", "torch", "dtype")):
+            results["models"] = before["models"]
     for name in ["tiny"] if options.tiny else options.models.split(","):
         found = results["models"].setdefault(name, {})
         for _ in measure(name, device, dtype, plan, limits, parts, options.port, found):

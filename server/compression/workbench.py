@@ -98,7 +98,7 @@ class Workbench:
                 and manifest.num_virtual_tokens == length
                 and manifest.replaces == "system"
             ):
-                with contextlib.suppress(SoftPromptError):  # damaged, or deleted meanwhile: another one will do
+                with contextlib.suppress(SoftPromptError, OSError):  # damaged or gone: another will do
                     return self.prefix_of(load(stored.path, store.max_bytes))
         return None
 

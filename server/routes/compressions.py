@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
+from transformers import AutoConfig
 
 from prompt_store.compression.self_study import Example
 from prompt_store.manifest import SoftPromptError
@@ -139,12 +140,13 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
                 raise InputError(f"questions.{index}.{field}", f"questions.{index}.{field}: it must not be blank")
     max_bytes = settings.max_prompt_mib << 20
     model = engine_info(services).model
-    shape = ModelShape(model.num_layers, model.num_kv_heads, model.head_dim, model.hidden_size)
+    # Its window is the model's own, which --max-model-len may cut short for requests.
+    shape = ModelShape.of(AutoConfig.from_pretrained(model.tokenizer_path))
     questions = tuple(Example(question.input, question.output) for question in body.questions)
     check_room(settings.prompt_store, shape, wanted, questions, max_bytes)
     turn = context_turn(services.text.tokenizer, body.context, wanted.instruction)
     tokens = len(services.text.backend.encode(turn, add_special_tokens=False).ids)
-    check_length(tokens, wanted, model.max_model_len)
+    check_length(tokens, wanted, shape.max_positions)
     return CompressionRequest(
         name=body.name,
         context=body.context,

@@ -38,7 +38,9 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tiny_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     store = tmp_path_factory.mktemp("http") / "store"
-    flags = ("--model", tiny_path, "--dtype", "float32", "--kv-cache-gib", "0.03", "--max-prompt-mib", "2")
+    # Sequences shorter than what a compression keeps room for in the model's own window, which is larger.
+    limits = ("--kv-cache-gib", "0.03", "--max-prompt-mib", "2", "--max-model-len", "400")
+    flags = ("--model", tiny_path, "--dtype", "float32", *limits)
     with contextlib.ExitStack() as stack:
 
         def start() -> Server:
