@@ -102,9 +102,14 @@ def _convert(gguf: Path, target: Path) -> None:
 
     disable_progress_bar()
     options = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), **options, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), **options, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
+    except Exception as error:  # of many kinds: a reader's, numpy's, transformers' own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"--model {gguf.name}: transformers cannot convert it: {reason}") from error
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -113,4 +118,4 @@ def _convert(gguf: Path, target: Path) -> None:
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(str(target))
-    AutoTokenizer.from_pretrained(str(gguf.parent), **options).save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
