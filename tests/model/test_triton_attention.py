@@ -125,9 +125,14 @@ def test_any_batch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sequences_that_share_blocks(kernel: TritonAttention, device: torch.device, dtype: torch.dtype) -> None:
-    lengths = [(1, 33), (4, 36), (1, 300), (20, 52), (1, 34)]
-    check(make_case(lengths, block_size=8, shared_blocks=4, dtype=dtype), kernel, device)
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+def test_sequences_that_share_blocks(
+    kernel: TritonAttention, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> None:
+    """As behind one soft prompt of 64 tokens: decoding, chunks, and one whose own keys fill a block in part."""
+    lengths = [(1, 65), (4, 72), (1, 300), (20, 90), (1, 66)]
+    case = make_case(lengths, heads=8, kv_heads=2, head_dim=head_dim, shared_blocks=4, dtype=dtype, seed=head_dim)
+    check(case, kernel, device)
 
 
 def test_a_batch_of_nothing(kernel: TritonAttention, device: torch.device) -> None:
