@@ -39,7 +39,6 @@ from scheduler.model.forward import TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.source import ModelError
 from tests.conftest import Reference, in_threads
-from tests.model.test_matrix_tiles import has_tiles
 
 CPU = torch.device("cpu")
 BLOCKS = 160
@@ -243,20 +242,14 @@ def test_nan_stays_in_its_row(weights: str) -> None:
 
 
 def test_which_processors_take_bfloat16_in_12_bits() -> None:
-    """Those that can take it apart, but for Intel's with matrix tiles; and nothing else."""
+    """Those that can take it apart."""
     runs_in_one_call(make_model(CONFIGS["llama"], torch.bfloat16), torch.bfloat16)
     assert plain_weights(torch.float32) == "float32"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     can = {"avx512_bf16", "avx512vbmi"} <= set(cpuinfo.split())
-    if can and " amx_bf16 " not in cpuinfo:
-        assert plain_weights(torch.bfloat16) == IN_12_BITS
-    if not can:
-        assert plain_weights(torch.bfloat16) == "bfloat16"
+    assert plain_weights(torch.bfloat16) == (IN_12_BITS if can else "bfloat16")
 
 
-@pytest.mark.skipif(
-    has_tiles(), reason="matrix tiles round sums otherwise; test_matrix_tiles.py runs this without them"
-)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("strange", [0.0, 0.001, 0.3])
 def test_12_bits_lose_nothing(name: str, strange: float) -> None:
@@ -271,7 +264,8 @@ def test_12_bits_lose_nothing(name: str, strange: float) -> None:
             parameter.copy_(torch.where(changed, torch.ldexp(parameter, powers).bfloat16(), parameter))
             parameter[::3, ::5] = -0.0
     plain, packed = decoder_of(model, "bfloat16"), decoder_of(model, IN_12_BITS)
-    for steps in ([(0, 1)], [(40, 1), (0, 37), (5, 12)], [(i, 1) for i in range(1, 15)]):
+    # One row, two matrix tiles of rows, and more: a panel is taken apart for as many as there are.
+    for steps in ([(0, 1)], [(40, 1), (0, 37), (5, 12)], [(i, 1) for i in range(1, 15)], [(0, 24)], [(0, 150)]):
         expected = run(plain, steps)
         assert expected.isfinite().all()
         assert torch.equal(run(packed, steps), expected)

@@ -21,6 +21,12 @@ constexpr int kMatrixRows = 16;
 constexpr int kMatrixDepth = 32;    // numbers of a row that one instruction takes,
 constexpr int kMatrixBytes = 64;    // and their bytes
 constexpr int kMatrixColumns = 32;  // of the products below: two tiles side by side
+constexpr int kMatrixPairs = kMatrixDepth / 2;                    // rows of pairs in a step of their second operand,
+constexpr int64_t kMatrixStep = kMatrixPairs * 2 * kMatrixBytes;  // and the step's bytes
+
+// Whether weights of type W are, or are read as, the bfloat16 numbers that matrix tiles take.
+template <typename W>
+constexpr bool kFitsMatrixTiles = std::is_same_v<W, at::BFloat16>;
 
 // Sixteen rows, `stride` bytes from one to the next; `step` bytes on, the next kMatrixDepth numbers of each.
 struct MatrixRows {
@@ -42,7 +48,7 @@ INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
 // Whether products of this type run on matrix tiles.
 template <typename T>
 bool uses_matrix_tiles() {
-  return std::is_same_v<T, at::BFloat16> && may_use_matrix_tiles();
+  return kFitsMatrixTiles<T> && may_use_matrix_tiles();
 }
 
 // The calling thread's tiles, all of the largest shape, for as long as this lives.
@@ -68,14 +74,13 @@ class MatrixTiles {
 };
 
 // out[r][c] = sum over k of rows[r][k] * b[k][c], kMatrixColumns columns, for sixteen rows, or with `kTwo` for sixteen
-// `others` behind them; with `kAdd`, what is there counts too. b holds pairs of numbers, one below the other, for
-// `steps` times kMatrixDepth; between calls during() for each of its rows.
-template <bool kTwo, bool kAdd, typename F>
-INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const void* b, int64_t steps, float* out,
+// `others` behind them; with `kAdd`, what is there counts too. b(i) is where step i of `steps` finds its numbers:
+// kMatrixPairs rows of pairs, one number below the other; behind each step during() is called.
+template <bool kTwo, bool kAdd, typename B, typename F>
+INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const B& b, int64_t steps, float* out,
                                   const F& during) {
   constexpr int64_t kRow = 2 * kMatrixBytes, kOutRow = kMatrixColumns * sizeof(float);
   const char *a = static_cast<const char*>(rows.data), *a2 = static_cast<const char*>(others.data);
-  const char* columns = static_cast<const char*>(b);
   float *right = out + kLanes, *out2 = out + kMatrixRows * kMatrixColumns, *right2 = out2 + kLanes;
   memory_is_read();
   if constexpr (kAdd) {
@@ -92,7 +97,8 @@ INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const void
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t i = 0; i < steps; ++i, a += rows.step, a2 += others.step, columns += kMatrixRows * kRow) {
+  for (int64_t i = 0; i < steps; ++i, a += rows.step, a2 += others.step) {
+    const char* columns = b(i);
     _tile_loadd(4, a, rows.stride);
     _tile_loadd(6, columns, kRow);
     _tile_dpbf16ps(0, 4, 6);
@@ -103,8 +109,8 @@ INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const void
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    for (int k = 0; k < kMatrixRows; ++k)
-      during();
+    during();
+    memory_is_read();  // which it may have written
   }
   _tile_stored(0, out, kOutRow);
   _tile_stored(1, right, kOutRow);
@@ -123,8 +129,8 @@ constexpr bool uses_matrix_tiles() {
 
 struct MatrixTiles {};
 
-template <bool kTwo, bool kAdd, typename F>
-void multiply_matrix_tiles(MatrixRows, MatrixRows, const void*, int64_t, float*, const F&) {}
+template <bool kTwo, bool kAdd, typename B, typename F>
+void multiply_matrix_tiles(MatrixRows, MatrixRows, const B&, int64_t, float*, const F&) {}
 
 #endif
 

@@ -19,6 +19,9 @@ namespace softbatch {
 struct Compact {};
 
 template <>
+inline constexpr bool kFitsMatrixTiles<Compact> = true;
+
+template <>
 struct Layout<Compact> : Layout<at::BFloat16> {
   using Plain = Layout<at::BFloat16>;
   static constexpr int kExponents = 16;
@@ -125,6 +128,37 @@ struct Layout<Compact> : Layout<at::BFloat16> {
     const Other* others_;
     const Two* at_;
     int32_t steps_ = 0;
+  };
+
+  // A panel's steps for matrix tiles, which read memory only: each is written down a little before the first rows need
+  // it, and stays for the rows that follow, unless they are the only ones.
+  class MatrixPanel {
+   public:
+    INLINE MatrixPanel(const char* panel, int64_t steps, bool once)
+        : reader_(panel), steps_(steps), mask_(once ? 2 * kEarly - 1 : -1) {
+      thread_local Buffer<char> memory;
+      memory_ = memory.resize(steps * kMatrixStep);
+      for (int i = 0; i < kEarly; ++i)
+        prepare();
+    }
+    INLINE const char* step(int64_t i) const { return memory_ + (i & mask_) * kMatrixStep; }
+    INLINE void prepare() {
+      if (prepared_ == steps_) return;
+      char* to = memory_ + (prepared_++ & mask_) * kMatrixStep;
+      for (int k = 0; k < kMatrixPairs; k += 2)
+        reader_.two([&](Bits left, Bits right) ALWAYS_INLINE {
+          std::memcpy(to, &left, sizeof left);
+          std::memcpy(to + sizeof left, &right, sizeof right);
+          to += sizeof left + sizeof right;
+        });
+    }
+
+   private:
+    static constexpr int kEarly = 2;  // steps, so that what was written has left the store buffer
+    Reader reader_;
+    int64_t steps_, prepared_ = 0;
+    int64_t mask_;
+    char* memory_;
   };
 
   template <int M>

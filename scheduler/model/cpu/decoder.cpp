@@ -281,10 +281,9 @@ c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const s
   return cache == "float32" ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
 }
 
-// Where matrix tiles multiply, they read weights faster than these could be taken apart for them.
 bool prefers_12_bits() {
 #if defined(SOFTBATCH_COMPACT)
-  return !uses_matrix_tiles<at::BFloat16>();
+  return true;
 #else
   return false;
 #endif

@@ -115,6 +115,17 @@ struct Layout {
     const char* panel_;
   };
 
+  // A panel's steps for matrix tiles, which take them as they lie.
+  class MatrixPanel {
+   public:
+    INLINE MatrixPanel(const char* panel, int64_t, bool) : panel_(panel) {}
+    INLINE const char* step(int64_t i) const { return panel_ + i * kMatrixStep; }
+    INLINE void prepare() {}
+
+   private:
+    const char* panel_;
+  };
+
   // sums[m][0 ... kColumns - 1] for the M rows of a tile.
   template <int M, typename R = Reader>
   static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {

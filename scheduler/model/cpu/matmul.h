@@ -13,7 +13,9 @@
 
 namespace softbatch {
 
-constexpr int kTilesTogether = 8;  // of one item: 112 or 128 rows with AVX-512, whose activations stay in the L2 cache
+// The rows of one item, whose activations stay in the L2 cache.
+constexpr int kTilesTogether = 8;               // 112 rows with AVX-512
+constexpr int64_t kBytesTogether = 768 << 10;  // on matrix tiles, whose processors have 2 MiB of it for each core
 constexpr int kMostRows = std::max(kTile, kMatrixRows);
 
 // A weight matrix [outputs, inputs], in panels.
@@ -85,6 +87,15 @@ struct Activations {
   std::vector<int64_t> starts_;  // asked for with every row of every panel, where a division would be felt
 };
 
+// How many of x's tiles an item takes: on matrix tiles pairs of them, with about as many in each item.
+template <typename W>
+int64_t tiles_together(const Activations<W>& x) {
+  if (!uses_matrix_tiles<W>()) return kTilesTogether;
+  const int64_t most = std::max<int64_t>(2, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
+  const int64_t parts = std::max<int64_t>(1, (x.tiles + most - 1) / most);
+  return round_up((x.tiles + parts - 1) / parts, 2);
+}
+
 using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
 
 template <typename W, int... M>
@@ -96,13 +107,13 @@ constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequenc
 template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
-  const int64_t parts = (x.tiles + kTilesTogether - 1) / kTilesTogether;
+  const int64_t together = std::max<int64_t>(1, tiles_together(x)), parts = (x.tiles + together - 1) / together;
   const int64_t bytes = Layout<W>::panel_bytes(weights.inputs);
   alignas(64) float sums[2 * kMostRows * kColumns];
   team.for_each_ahead(weights.panels() * parts, false, [&](int64_t item, int64_t after) {
-    const int64_t panel = item / parts, first_tile = item % parts * kTilesTogether;
+    const int64_t panel = item / parts, first_tile = item % parts * together;
     const int64_t panel_after = std::min(after / parts, weights.panels() - 1);
-    const int64_t tiles = std::min<int64_t>(x.tiles - first_tile, kTilesTogether);
+    const int64_t tiles = std::min(x.tiles - first_tile, together);
     const char* next = weights.panel(panel_after);
     const auto ahead = [&](int64_t share, int64_t shares) {
       return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, Layout<W>::kStep, share, shares);
@@ -116,26 +127,34 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
         done(t, x.first(t) + row, panel * kColumns, s);
       }
     };
-    if (!uses_matrix_tiles<W>()) {
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t t = first_tile + i;
-        kernels[x.rows_of(t) - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead(i, tiles), sums);
-        finish(t, sums);
+    if constexpr (kFitsMatrixTiles<W>) {
+      if (uses_matrix_tiles<W>()) {
+        const int64_t steps = (weights.inputs + kMatrixDepth - 1) / kMatrixDepth;
+        typename Layout<W>::MatrixPanel columns(weights.panel(panel), steps, tiles <= 2);
+        const auto rows_of = [&](int64_t t) { return MatrixRows{x.tile(t), kMatrixBytes, x.rows_of(t) * kMatrixBytes}; };
+        const auto step = [&](int64_t i) ALWAYS_INLINE { return columns.step(i); };
+        for (int64_t i = 0; i < tiles; i += 2) {
+          const int64_t t = first_tile + i;
+          Ahead share = ahead(i / 2, (tiles + 1) / 2);
+          const auto during = [&]() ALWAYS_INLINE {
+            columns.prepare();
+            for (int k = 0; k < kMatrixPairs; ++k)
+              share.fetch();
+          };
+          if (i + 1 < tiles) {
+            multiply_matrix_tiles<true, false>(rows_of(t), rows_of(t + 1), step, steps, sums, during);
+            finish(t + 1, sums + kMatrixRows * kColumns);
+          } else {
+            multiply_matrix_tiles<false, false>(rows_of(t), {}, step, steps, sums, during);
+          }
+          finish(t, sums);
+        }
+        return;
       }
-      return;
     }
-    const auto rows_of = [&](int64_t t) { return MatrixRows{x.tile(t), kMatrixBytes, x.rows_of(t) * kMatrixBytes}; };
-    const int64_t steps = (weights.inputs + kMatrixDepth - 1) / kMatrixDepth;
-    for (int64_t i = 0; i < tiles; i += 2) {
+    for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t = first_tile + i;
-      Ahead share = ahead(i / 2, (tiles + 1) / 2);
-      const auto fetch = [&]() ALWAYS_INLINE { share.fetch(); };
-      if (i + 1 < tiles) {
-        multiply_matrix_tiles<true, false>(rows_of(t), rows_of(t + 1), weights.panel(panel), steps, sums, fetch);
-        finish(t + 1, sums + kMatrixRows * kColumns);
-      } else {
-        multiply_matrix_tiles<false, false>(rows_of(t), {}, weights.panel(panel), steps, sums, fetch);
-      }
+      kernels[x.rows_of(t) - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead(i, tiles), sums);
       finish(t, sums);
     }
   });

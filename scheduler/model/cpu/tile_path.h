@@ -122,8 +122,9 @@ INLINE void panel_step(const Panel& panel, const typename FormatOf<T>::Element* 
   const auto product = [](auto add, const auto* rows, int64_t apart, const float* b, int64_t depth,
                           float* out) ALWAYS_INLINE {
     const int64_t bytes = apart * sizeof *rows;
+    const auto step = [b](int64_t i) { return reinterpret_cast<const char*>(b) + i * kMatrixStep; };
     multiply_matrix_tiles<true, add.value>({rows, bytes, kMatrixBytes}, {rows + kMatrixRows * apart, bytes, kMatrixBytes},
-                                           b, depth / kMatrixDepth, out, [] {});
+                                           step, depth / kMatrixDepth, out, [] {});
   };
   if (on_matrix_tiles) {
     for (int64_t i = 0; i < padded; i += 2 * kMatrixRows)
