@@ -42,42 +42,80 @@ INLINE auto take_first(const T* p, int64_t count) {
   return take<F>(padded);
 }
 
-// scores[h][i] = scale * (query[h] . keys[offsets[i]]) for H heads; count is a multiple of 4.
-template <int H, typename F, typename T>
-INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* keys, const int64_t* offsets,
-                     int64_t count, int64_t dim, float scale, const NextTile<T>* ahead, float* scores) {
-  constexpr int64_t kWidth = kLanes * F::kDepth;
-  for (int64_t i = 0; i < count; i += 4) {
-    Vec acc[H][4] = {};
-    const auto step = [&](int64_t d, auto take_key) ALWAYS_INLINE {
-      decltype(take<F>(keys)) key[4];
+// Scores and weights of keys lie by fours: those of four keys for a head, then for the next of a bundle of kHeads.
+constexpr int kFour = 4;
+constexpr int kFourVecs = kHeads * kFour / kLanes;  // vectors of such a block
+static_assert(kFourVecs * kLanes == kHeads * kFour);
+
+// A bundle's running softmax. A head has kFour lanes: its maximum is in each of them, its total the sum of them.
+struct Bundle {
+  Vec top[kFourVecs], total[kFourVecs];
+};
+
+// The scores of four keys, of which acc[h][j] is to be summed up, for H heads; the other heads' are anything.
+template <int H>
+INLINE void fold_four(const Vec (&acc)[H][kFour], Vec* to) {
+  constexpr int kTogether = kLanes / kFour;  // heads in a vector
+  Vec quads[kHeads];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-        key[j] = take_key(keys + offsets[i + j] + d);
+  for (int h = 0; h < kHeads; ++h) {
+    const Vec* a = acc[h < H ? h : H - 1];
+    if (h < H || h % kTogether) quads[h] = h < H ? fold<2>(fold<1>(a[0], a[1]), fold<1>(a[2], a[3])) : quads[H - 1];
+  }
 #pragma GCC unroll 4
-      for (int h = 0; h < H; ++h) {
-        const auto q = F::lanes(query + (h * stride + d) / F::kDepth);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-          acc[h][j] = F::dot(acc[h][j], key[j], q);
-      }
-    };
-    for (int64_t j = i; ahead && j < i + 4; ++j)
-      prefetch(ahead->keys + ahead->offsets[j], dim);
-    int64_t d = 0;
-    for (; d + kWidth <= dim; d += kWidth)
-      step(d, [](const T* p) { return take<F>(p); });
-    if (d < dim) step(d, [&](const T* p) { return take_first<F>(p, dim - d); });
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) {
-      const Vec four = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]) * scale;
-      std::memcpy(scores + h * kKeyTile + i, &four, 4 * sizeof(float));
+  for (int v = 0; v < kFourVecs; ++v) {
+    const Vec* q = quads + v * kTogether;
+    if (v * kTogether >= H) {
+      to[v] = Vec{};
+    } else if constexpr (kTogether == 4) {
+      to[v] = fold<8>(fold<4>(q[0], q[1]), fold<4>(q[2], q[3]));
+    } else if constexpr (kTogether == 2) {
+      to[v] = fold<4>(q[0], q[1]);
+    } else {
+      to[v] = q[0];
     }
   }
 }
 
+// Scores of `fours` keys, a multiple of four: scale * (query[h] . keys[offsets[i]]) for H heads.
+template <int H, int D, typename F, typename T>
+INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* keys, const int64_t* offsets,
+                     int64_t fours, int64_t any_dim, float scale, const NextTile<T>* ahead, float* scores) {
+  constexpr int64_t kWidth = kLanes * F::kDepth;
+  const int64_t dim = D ? D : any_dim, row = stride / F::kDepth;
+  for (int64_t i = 0; i < fours; i += kFour) {
+    Vec acc[H][kFour] = {};
+    const auto step = [&](int64_t d, auto take_key) ALWAYS_INLINE {
+      decltype(take<F>(keys)) key[kFour];
+#pragma GCC unroll 4
+      for (int j = 0; j < kFour; ++j)
+        key[j] = take_key(keys + offsets[i + j] + d);
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) {
+        const auto q = F::lanes(query + h * row + d / F::kDepth);
+#pragma GCC unroll 4
+        for (int j = 0; j < kFour; ++j)
+          acc[h][j] = F::dot(acc[h][j], key[j], q);
+      }
+    };
+    if (ahead)
+#pragma GCC unroll 4
+      for (int j = 0; j < kFour; ++j)
+        prefetch(ahead->keys + ahead->offsets[i + j], dim);
+    int64_t d = 0;
+#pragma GCC unroll 8
+    for (; d + kWidth <= dim; d += kWidth)
+      step(d, [](const T* p) { return take<F>(p); });
+    if (d < dim) step(d, [&](const T* p) { return take_first<F>(p, dim - d); });
+    Vec four[kFourVecs];
+    fold_four<H>(acc, four);
+    for (int v = 0; v < kFourVecs; ++v)
+      store(scores + i * kHeads + v * kLanes, four[v] * scale);
+  }
+}
+
 // N vectors of acc[h] = acc[h] * decay[h] + sum over i of weights[h][i] * values[offsets[i]], for H heads. What the
-// last value may lack to a pair is zeros: another's, even weighed with zero, could be infinite, and the sum NaN.
+// last values may lack to four is zeros: another's, even weighed with zero, could be infinite, and the sum NaN.
 // take_value(p) gives the vector of a value's numbers from p on.
 template <int H, int N, typename F, typename T, typename G>
 INLINE void weigh_part(const typename F::Element* weights, const float* decay, const T* values, const int64_t* offsets,
@@ -89,23 +127,32 @@ INLINE void weigh_part(const typename F::Element* weights, const float* decay, c
   for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
-      a[h][n] = load(acc + h * stride + n * kLanes) * decay[h];
-  for (int64_t i = 0; i < count; i += kDepth) {
-    for (int64_t j = i; ahead && j < i + kDepth; ++j)
-      prefetch(ahead->values + ahead->offsets[j], dim);
+      a[h][n] = load(acc + h * stride + n * kLanes) * decay[h * kFour];
+  const auto four = [&](int64_t i, auto valid) ALWAYS_INLINE {
+    if (ahead)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n += kDepth) {
-      decltype(take<F>(values)) rows[kDepth];
-      for (int j = 0; j < kDepth; ++j)
-        rows[j] = i + j < count ? take_value(values + offsets[i + j] + n * kLanes) : decltype(take<F>(values)){};
-      F::zip(rows);
+      for (int j = 0; j < kFour; ++j)
+        prefetch(ahead->values + ahead->offsets[i + j], dim);
+#pragma GCC unroll 4
+    for (int j = 0; j < kFour; j += kDepth)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n += kDepth) {
+        decltype(take<F>(values)) rows[kDepth];
+        for (int k = 0; k < kDepth; ++k)
+          rows[k] = j + k < valid ? take_value(values + offsets[i + j + k] + n * kLanes) : decltype(take<F>(values)){};
+        F::zip(rows);
 #pragma GCC unroll 2
-      for (int j = 0; j < kDepth; ++j)
+        for (int k = 0; k < kDepth; ++k)
 #pragma GCC unroll 4
-        for (int h = 0; h < H; ++h)
-          a[h][n + j] = F::add(a[h][n + j], rows[j], weights[(h * kKeyTile + i) / kDepth]);
-    }
-  }
+          for (int h = 0; h < H; ++h)
+            a[h][n + k] = F::add(a[h][n + k], rows[k], weights[(h * kFour + j) / kDepth]);
+      }
+    weights += kHeads * kFour / kDepth;
+  };
+  int64_t i = 0;
+  for (; i + kFour <= count; i += kFour)
+    four(i, std::integral_constant<int, kFour>{});
+  if (i < count) four(i, static_cast<int>(count - i));
 #pragma GCC unroll 4
   for (int h = 0; h < H; ++h)
 #pragma GCC unroll 4
@@ -113,11 +160,12 @@ INLINE void weigh_part(const typename F::Element* weights, const float* decay, c
       store(acc + h * stride + n * kLanes, a[h][n]);
 }
 
-template <int H, typename F, typename T>
+template <int H, int D, typename F, typename T>
 INLINE void weigh_values(const typename F::Element* weights, const float* decay, const T* values,
-                         const int64_t* offsets, int64_t count, int64_t dim, const NextTile<T>* ahead, float* acc,
+                         const int64_t* offsets, int64_t count, int64_t any_dim, const NextTile<T>* ahead, float* acc,
                          int64_t stride) {
   constexpr int64_t kWidth = kLanes * F::kDepth;
+  const int64_t dim = D ? D : any_dim;
   const auto whole = [](const T* p) { return take<F>(p); };
   const auto part = [&](auto N, int64_t d, const auto& take_value) ALWAYS_INLINE {
     weigh_part<H, N.value, F>(weights, decay, values + d, offsets, count, d == 0 ? ahead : nullptr, dim, acc + d,
@@ -132,23 +180,33 @@ INLINE void weigh_values(const typename F::Element* weights, const float* decay,
     part(std::integral_constant<int, F::kDepth>{}, d, [&](const T* p) { return take_first<F>(p, dim - d); });
 }
 
-// Turns kKeyTile scores into weights and rescales the running sums; returns the decay of what came before.
-INLINE float soften(float* scores, float& top, float& total) {
-  Vec highest = fill(top), weights = {};
-  for (int i = 0; i < kKeyTile; i += kLanes)
-    highest = max(highest, load(scores + i));
-  float new_top = top;
-  for (int i = 0; i < kLanes; ++i)
-    new_top = std::max(new_top, highest[i]);
-  for (int i = 0; i < kKeyTile; i += kLanes) {
-    const Vec weight = exp2(load(scores + i) - new_top);
-    weights += weight;
-    store(scores + i, weight);
+// Turns the scores of `count` keys into weights, zeros up to a multiple of four, and rescales the running sums; `decay` is
+// of what came before.
+template <typename F>
+INLINE void soften(float* scores, int64_t count, Bundle& bundle, float* decay, typename F::Element* weights) {
+  const int64_t floats = round_up(count, kFour) * kHeads;
+  for (int64_t i = count; i < round_up(count, kFour); ++i)
+    for (int h = 0; h < kHeads; ++h)
+      scores[i / kFour * kHeads * kFour + h * kFour + i % kFour] = -kInfinity;
+#pragma GCC unroll 4
+  for (int v = 0; v < kFourVecs; ++v) {
+    Vec top = bundle.top[v], total = {};
+    for (int64_t i = v * kLanes; i < floats; i += kFourVecs * kLanes)
+      top = max(top, load(scores + i));
+    top = max(top, swapped<1>(top));
+    top = max(top, swapped<2>(top));
+    for (int64_t i = v * kLanes; i < floats; i += kFourVecs * kLanes) {
+      const Vec weight = exp2(load(scores + i) - top);
+      total += weight;
+      float lanes[kLanes];
+      store(lanes, weight);
+      F::elements(lanes, kLanes, weights + i / F::kDepth);
+    }
+    const Vec left = exp2(bundle.top[v] - top);
+    store(decay + v * kLanes, left);
+    bundle.total[v] = bundle.total[v] * left + total;
+    bundle.top[v] = top;
   }
-  const float decay = exp2(fill(top - new_top))[0];
-  total = total * decay + sum(weights);
-  top = new_top;
-  return decay;
 }
 
 // Calls f(number of heads as a constant, first head) until all heads are done.
@@ -167,32 +225,33 @@ INLINE void by_heads(int64_t heads, const F& f) {
   }
 }
 
-// `next`, if there is one, is what this thread does next: its first keys and values are fetched at the end.
-template <typename T>
+// `next`, if there is one, is what this thread does next: its first keys and values are fetched at the end. D is the heads'
+// dimension, or 0 for any.
+template <typename T, int D>
 void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* next, int64_t next_split) {
   using F = FormatOf<T>;
   using Element = typename F::Element;
-  const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group, tile = p.group * kKeyTile;
-  const int64_t unpacked = p.keys.packed() ? kKeyTile * stride : 0;
-  float* memory = scratch(2 * unpacked + g.rows * (2 * stride + 3) + 2 * tile + stride);
+  constexpr int64_t kBlock = kKeyTile * kHeads;  // of scores
+  const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group, dim = D ? D : p.dim;
+  const int64_t unpacked = p.keys.packed() ? kKeyTile * stride : 0, bundles = (p.group + kHeads - 1) / kHeads;
+  constexpr int64_t kBundle = sizeof(Bundle) / sizeof(float);
+  float* memory =
+      scratch(2 * unpacked + kv_heads * bundles * kBundle + 2 * g.rows * stride + 2 * kBlock + kHeads * kFour);
   T* unpacked_keys = reinterpret_cast<T*>(memory);  // first, where lines of the cache begin
   T* unpacked_values = reinterpret_cast<T*>(memory + unpacked);
-  float* acc = memory + 2 * unpacked;
+  Bundle* softmax = reinterpret_cast<Bundle*>(memory + 2 * unpacked);
+  float* acc = memory + 2 * unpacked + kv_heads * bundles * kBundle;
   float* scores = acc + g.rows * stride;
-  float* top = scores + tile;
-  float* total = top + g.rows;
-  float* decay = total + g.rows;
-  float* row_buffer = decay + g.rows;
-  Element* weights = reinterpret_cast<Element*>(row_buffer + stride);
-  Element* query = weights + tile;
+  float* decay = scores + kBlock;
+  Element* weights = reinterpret_cast<Element*>(decay + kHeads * kFour);
+  Element* query = weights + kBlock;
+  for (int64_t i = 0; i < kv_heads * bundles; ++i)
+    for (int v = 0; v < kFourVecs; ++v)
+      softmax[i].top[v] = fill(kLowest), softmax[i].total[v] = Vec{};
   std::fill(acc, scores, 0.0f);
-  std::fill(top, total, kLowest);
-  std::fill(total, decay, 0.0f);
-  std::fill(row_buffer, row_buffer + stride, 0.0f);
-  for (int64_t row = 0; row < g.rows; ++row) {
-    p.read_query(g, row, row_buffer);
-    F::elements(row_buffer, stride, query + row * stride / F::kDepth);
-  }
+  std::memset(query, 0, g.rows * stride / F::kDepth * sizeof *query);
+  for (int64_t row = 0; row < g.rows; ++row)
+    p.template take_query<F>(g, row, query + row * stride / F::kDepth);
 
   const auto first_key = [](const Group& group, int64_t n) { return group.key_begin + n * kDotSplit; };
   const int64_t end = std::min<int64_t>(g.key_end, first_key(g, split + 1));
@@ -209,7 +268,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
   int64_t *offsets = buffers[0], *next_offsets = buffers[1];
   int64_t count = locate(g, first_key(g, split), end, offsets), next_count = 0;
   for (int64_t begin = first_key(g, split); begin < end; begin += kKeyTile, count = next_count) {
-    const int64_t fours = round_up(count, 4);
+    const int64_t fours = round_up(count, kFour);
     int64_t next_kv_head = g.kv_head;
     if (begin + kKeyTile < end) {
       next_count = locate(g, begin + kKeyTile, end, next_offsets);
@@ -218,7 +277,6 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
       next_kv_head = next->kv_head;
     }
     for (int64_t n = 0; n < kv_heads; ++n) {
-      const int64_t h0 = n * p.group;
       const int64_t head = (g.kv_head + n) * p.head_stride;
       const bool last = n + 1 == kv_heads;
       const int64_t next_head = (last ? next_kv_head : g.kv_head + n + 1) * p.head_stride;
@@ -228,34 +286,34 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
       const int64_t* places = in_order;
       NextTile<T> tile{};
       if (p.keys.packed()) {
-        p.keys.unpack(head, offsets, fours, p.dim, stride, unpacked_keys, next_head, ahead_offsets);
-        p.values.unpack(head, offsets, count, p.dim, stride, unpacked_values, next_head, ahead_offsets);
+        p.keys.unpack(head, offsets, fours, dim, stride, unpacked_keys, next_head, ahead_offsets);
+        p.values.unpack(head, offsets, count, dim, stride, unpacked_values, next_head, ahead_offsets);
       } else {
         keys = p.keys.numbers + head;
         values = p.values.numbers + head;
         places = offsets;
         tile = {p.keys.numbers + next_head, p.values.numbers + next_head, ahead_offsets};
       }
-      const NextTile<T>* ahead = tile.offsets ? &tile : nullptr;
+      const NextTile<T>* any_ahead = tile.offsets ? &tile : nullptr;
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        dot_keys<H.value, F>(query + (h0 + h) * stride / F::kDepth, stride, keys, places, fours, p.dim, p.scale,
-                             h == 0 ? ahead : nullptr, scores + h * kKeyTile);
-      });
-      for (int64_t h = 0; h < p.group; ++h) {
-        float* s = scores + h * kKeyTile;
-        std::fill(s + count, s + kKeyTile, -kInfinity);
-        decay[h0 + h] = soften(s, top[h0 + h], total[h0 + h]);
-        F::elements(s, kKeyTile, weights + h * kKeyTile / F::kDepth);
-      }
-      by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
-        weigh_values<H.value, F>(weights + h * kKeyTile / F::kDepth, decay + h0 + h, values, places, count, p.dim,
-                                 h == 0 ? ahead : nullptr, acc + (h0 + h) * stride, stride);
+        const int64_t row = n * p.group + h, bundle = n * bundles + h / kHeads;
+        const NextTile<T>* ahead = h == 0 ? any_ahead : nullptr;
+        dot_keys<H.value, D, F>(query + row * stride / F::kDepth, stride, keys, places, fours, dim, p.scale, ahead, scores);
+        soften<F>(scores, count, softmax[bundle], decay, weights);
+        weigh_values<H.value, D, F>(weights, decay, values, places, count, dim, ahead, acc + row * stride, stride);
       });
     }
     std::swap(offsets, next_offsets);
   }
-  for (int64_t row = 0; row < g.rows; ++row)
-    p.finish(g, split, row, top[row], total[row], acc + row * stride);
+  for (int64_t row = 0; row < g.rows; ++row) {
+    const int64_t h = row % p.group, lane = h % kHeads * kFour;
+    const Bundle& of_row = softmax[row / p.group * bundles + h / kHeads];
+    const float *top = reinterpret_cast<const float*>(of_row.top), *total = reinterpret_cast<const float*>(of_row.total);
+    float sum = 0;
+    for (int i = 0; i < kFour; ++i)
+      sum += total[lane + i];
+    p.finish(g, split, row, top[lane], sum, acc + row * stride);
+  }
 }
 
 }  // namespace softbatch

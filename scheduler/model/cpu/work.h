@@ -92,6 +92,17 @@ struct Problem {
     widen_row(from, dim, to);
   }
 
+  // The same as the products take it: all of its dimensions, up to a whole element.
+  template <typename F>
+  void take_query(const Group& g, int64_t row, typename F::Element* to) const {
+    const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;
+    if constexpr (F::kDepth == 2) {
+      std::memcpy(to, from, dim * sizeof(T));
+    } else {
+      widen_row(from, dim, to);
+    }
+  }
+
   // Offsets in the caches of keys begin ... begin + count - 1 of a sequence, at kv head 0.
   void locate(int64_t sequence, int64_t begin, int64_t count, int64_t* offsets) const {
     const int32_t* table = block_table + sequence * table_stride;
