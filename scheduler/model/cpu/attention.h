@@ -98,7 +98,11 @@ void attend(const Plan& plan, const Problem<T>& p, const F& each) {
     const Group& g = plan.groups[item.group];
     if (!g.dots) return tile_item(p, g, item.split);
     const Item* next = after < count && plan.groups[plan.items[after].group].dots ? &plan.items[after] : nullptr;
-    const auto dot = p.dim == 64 ? dot_item<T, 64> : p.dim == 128 ? dot_item<T, 128> : dot_item<T, 0>;
+    auto dot = dot_item<T, 0>;
+    if constexpr (FormatOf<T>::kDepth == 2) {  // where a step is so short that loops over a head would be felt
+      if (p.dim == 64) dot = dot_item<T, 64>;
+      if (p.dim == 128) dot = dot_item<T, 128>;
+    }
     dot(p, g, item.split, next ? &plan.groups[next->group] : nullptr, next ? next->split : 0);
   });
   if (plan.partials > 0)

@@ -135,9 +135,9 @@ struct Layout<Compact> : Layout<at::BFloat16> {
   class MatrixPanel {
    public:
     INLINE MatrixPanel(const char* panel, int64_t steps, bool once)
-        : reader_(panel), steps_(steps), mask_(once ? 2 * kEarly - 1 : -1) {
+        : reader_(panel), steps_(steps), mask_(once ? kPlaces - 1 : -1) {
       thread_local Buffer<char> memory;
-      memory_ = memory.resize(steps * kMatrixStep);
+      memory_ = memory.resize((once ? std::min(steps, kPlaces) : steps) * kMatrixStep);
       for (int i = 0; i < kEarly; ++i)
         prepare();
     }
@@ -155,6 +155,10 @@ struct Layout<Compact> : Layout<at::BFloat16> {
 
    private:
     static constexpr int kEarly = 2;  // steps, so that what was written has left the store buffer
+    // Of steps, where no more are kept. Not only kEarly: compilers may write the next before they have read this one, as
+    // they do not know that tiles are loaded from memory.
+    static constexpr int64_t kPlaces = 2 * kEarly;
+    static_assert(Plain::kGroup * Plain::kStep == kMatrixStep);
     Reader reader_;
     int64_t steps_, prepared_ = 0;
     int64_t mask_;

@@ -281,7 +281,7 @@ c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const s
   return cache == "float32" ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
 }
 
-bool prefers_12_bits() {
+bool has_12_bits() {
 #if defined(SOFTBATCH_COMPACT)
   return true;
 #else
@@ -299,5 +299,5 @@ TORCH_LIBRARY_FRAGMENT(softbatch, m) {
       .def("add_layer", &DecoderBase::add_layer)
       .def("set_head", &DecoderBase::set_head)
       .def("forward", &DecoderBase::forward);
-  m.def("prefers_12_bits() -> bool", &softbatch::prefers_12_bits);
+  m.def("has_12_bits() -> bool", &softbatch::has_12_bits);
 }

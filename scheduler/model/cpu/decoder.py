@@ -40,7 +40,7 @@ def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
 
 def plain_weights(dtype: torch.dtype) -> str:
     """How weights that are not quantised lie in memory on this machine: the same numbers, whichever it is."""
-    return IN_12_BITS if dtype == torch.bfloat16 and torch.ops.softbatch.prefers_12_bits() else _DTYPES[dtype]
+    return IN_12_BITS if dtype == torch.bfloat16 and torch.ops.softbatch.has_12_bits() else _DTYPES[dtype]
 
 
 def only_in_one_call(named: str, model: Any, instead: str) -> ModelError:

@@ -47,27 +47,24 @@ constexpr int kFour = 4;
 constexpr int kFourVecs = kHeads * kFour / kLanes;  // vectors of such a block
 static_assert(kFourVecs * kLanes == kHeads * kFour);
 
-// A bundle's running softmax. A head has kFour lanes: its maximum is in each of them, its total the sum of them.
+// A bundle's running softmax. A head has kFour lanes: its maximum is in each of them (unless a score is NaN, and then its
+// total is too), its total the sum of them.
 struct Bundle {
   Vec top[kFourVecs], total[kFourVecs];
 };
 
-// The scores of four keys, of which acc[h][j] is to be summed up, for H heads; the other heads' are anything.
+// The scores of four keys, of which acc[h][j] is to be summed up, for H heads; the other heads' are zeros.
 template <int H>
 INLINE void fold_four(const Vec (&acc)[H][kFour], Vec* to) {
   constexpr int kTogether = kLanes / kFour;  // heads in a vector
-  Vec quads[kHeads];
+  Vec quads[kHeads] = {};
 #pragma GCC unroll 4
-  for (int h = 0; h < kHeads; ++h) {
-    const Vec* a = acc[h < H ? h : H - 1];
-    if (h < H || h % kTogether) quads[h] = h < H ? fold<2>(fold<1>(a[0], a[1]), fold<1>(a[2], a[3])) : quads[H - 1];
-  }
+  for (int h = 0; h < H; ++h)
+    quads[h] = fold<2>(fold<1>(acc[h][0], acc[h][1]), fold<1>(acc[h][2], acc[h][3]));
 #pragma GCC unroll 4
   for (int v = 0; v < kFourVecs; ++v) {
     const Vec* q = quads + v * kTogether;
-    if (v * kTogether >= H) {
-      to[v] = Vec{};
-    } else if constexpr (kTogether == 4) {
+    if constexpr (kTogether == 4) {
       to[v] = fold<8>(fold<4>(q[0], q[1]), fold<4>(q[2], q[3]));
     } else if constexpr (kTogether == 2) {
       to[v] = fold<4>(q[0], q[1]);
@@ -77,13 +74,13 @@ INLINE void fold_four(const Vec (&acc)[H][kFour], Vec* to) {
   }
 }
 
-// Scores of `fours` keys, a multiple of four: scale * (query[h] . keys[offsets[i]]) for H heads.
+// Scores of so many keys, a multiple of four: scale * (query[h] . keys[offsets[i]]) for H heads.
 template <int H, int D, typename F, typename T>
 INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* keys, const int64_t* offsets,
-                     int64_t fours, int64_t any_dim, float scale, const NextTile<T>* ahead, float* scores) {
+                     int64_t count, int64_t any_dim, float scale, const NextTile<T>* ahead, float* scores) {
   constexpr int64_t kWidth = kLanes * F::kDepth;
   const int64_t dim = D ? D : any_dim, row = stride / F::kDepth;
-  for (int64_t i = 0; i < fours; i += kFour) {
+  for (int64_t i = 0; i < count; i += kFour) {
     Vec acc[H][kFour] = {};
     const auto step = [&](int64_t d, auto take_key) ALWAYS_INLINE {
       decltype(take<F>(keys)) key[kFour];
@@ -114,7 +111,7 @@ INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* 
   }
 }
 
-// N vectors of acc[h] = acc[h] * decay[h] + sum over i of weights[h][i] * values[offsets[i]], for H heads. What the
+// N vectors of acc[h] = acc[h] * its decay + sum over i of its weight of i * values[offsets[i]], for H heads. What the
 // last values may lack to four is zeros: another's, even weighed with zero, could be infinite, and the sum NaN.
 // take_value(p) gives the vector of a value's numbers from p on.
 template <int H, int N, typename F, typename T, typename G>
@@ -182,14 +179,15 @@ INLINE void weigh_values(const typename F::Element* weights, const float* decay,
 
 // Turns the scores of `count` keys into weights, zeros up to a multiple of four, and rescales the running sums; `decay` is
 // of what came before.
-template <typename F>
+template <int H, typename F>
 INLINE void soften(float* scores, int64_t count, Bundle& bundle, float* decay, typename F::Element* weights) {
-  const int64_t floats = round_up(count, kFour) * kHeads;
-  for (int64_t i = count; i < round_up(count, kFour); ++i)
-    for (int h = 0; h < kHeads; ++h)
+  constexpr int kVecs = (H * kFour + kLanes - 1) / kLanes;  // those that hold a head
+  const int64_t fours = round_up(count, kFour), floats = fours * kHeads;
+  for (int64_t i = count; i < fours; ++i)
+    for (int h = 0; h < H; ++h)
       scores[i / kFour * kHeads * kFour + h * kFour + i % kFour] = -kInfinity;
 #pragma GCC unroll 4
-  for (int v = 0; v < kFourVecs; ++v) {
+  for (int v = 0; v < kVecs; ++v) {
     Vec top = bundle.top[v], total = {};
     for (int64_t i = v * kLanes; i < floats; i += kFourVecs * kLanes)
       top = max(top, load(scores + i));
@@ -215,14 +213,11 @@ INLINE void by_heads(int64_t heads, const F& f) {
   int64_t h = 0;
   for (; h + kHeads <= heads; h += kHeads)
     f(std::integral_constant<int, kHeads>{}, h);
-  switch (heads - h) {
-    case 3:
-      return f(std::integral_constant<int, 3>{}, h);
-    case 2:
-      return f(std::integral_constant<int, 2>{}, h);
-    case 1:
-      return f(std::integral_constant<int, 1>{}, h);
+  if constexpr (kHeads > 2) {
+    if (heads - h == 3) return f(std::integral_constant<int, 3>{}, h);
+    if (heads - h == 2) return f(std::integral_constant<int, 2>{}, h);
   }
+  if (heads - h == 1) f(std::integral_constant<int, 1>{}, h);
 }
 
 // `next`, if there is one, is what this thread does next: its first keys and values are fetched at the end. D is the heads'
@@ -299,7 +294,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
         const int64_t row = n * p.group + h, bundle = n * bundles + h / kHeads;
         const NextTile<T>* ahead = h == 0 ? any_ahead : nullptr;
         dot_keys<H.value, D, F>(query + row * stride / F::kDepth, stride, keys, places, fours, dim, p.scale, ahead, scores);
-        soften<F>(scores, count, softmax[bundle], decay, weights);
+        soften<H.value, F>(scores, count, softmax[bundle], decay, weights);
         weigh_values<H.value, D, F>(weights, decay, values, places, count, dim, ahead, acc + row * stride, stride);
       });
     }

@@ -13,9 +13,10 @@
 
 namespace softbatch {
 
-// The rows of one item, whose activations stay in the L2 cache.
-constexpr int kTilesTogether = 8;               // 112 rows with AVX-512
-constexpr int64_t kBytesTogether = 768 << 10;  // on matrix tiles, whose processors have 2 MiB of it for each core
+// What one item takes of the activations, so that they stay in the L2 cache.
+constexpr int kTilesTogether = 8;              // 112 rows with AVX-512
+constexpr int64_t kBytesTogether = 768 << 10;  // more where it fits; on matrix tiles, whose processors have 2 MiB a core
+constexpr int64_t kItemsEach = 4;              // for each thread at the least, as nobody may wait long for the last
 constexpr int kMostRows = std::max(kTile, kMatrixRows);
 
 // A weight matrix [outputs, inputs], in panels.
@@ -87,13 +88,15 @@ struct Activations {
   std::vector<int64_t> starts_;  // asked for with every row of every panel, where a division would be felt
 };
 
-// How many of x's tiles an item takes: on matrix tiles pairs of them, with about as many in each item.
+// How many of x's tiles an item takes, at least one; matrix tiles are multiplied by twos.
 template <typename W>
-int64_t tiles_together(const Activations<W>& x) {
+int64_t tiles_together(const Activations<W>& x, int64_t panels) {
   if (!uses_matrix_tiles<W>()) return kTilesTogether;
-  const int64_t most = std::max<int64_t>(2, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
-  const int64_t parts = std::max<int64_t>(1, (x.tiles + most - 1) / most);
-  return round_up((x.tiles + parts - 1) / parts, 2);
+  const int64_t fitting =
+      std::max<int64_t>(kTilesTogether, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
+  const int64_t enough = (kItemsEach * at::get_num_threads() + panels - 1) / panels;
+  const int64_t parts = std::max<int64_t>((x.tiles + fitting - 1) / fitting, std::max<int64_t>(enough, 1));
+  return std::max<int64_t>(2, round_up((x.tiles + parts - 1) / parts, 2));
 }
 
 using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
@@ -107,7 +110,7 @@ constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequenc
 template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
-  const int64_t together = std::max<int64_t>(1, tiles_together(x)), parts = (x.tiles + together - 1) / together;
+  const int64_t together = tiles_together(x, weights.panels()), parts = (x.tiles + together - 1) / together;
   const int64_t bytes = Layout<W>::panel_bytes(weights.inputs);
   alignas(64) float sums[2 * kMostRows * kColumns];
   team.for_each_ahead(weights.panels() * parts, false, [&](int64_t item, int64_t after) {

@@ -182,13 +182,12 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   const int64_t stride = p.padded_dim, square = stride * kPanel, panel_size = 2 * square + 3 * kPanel;
   const int64_t padded_rows = round_up(g.rows, kPanel);
   float* memory = scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size +
-                          (1 + kLanes + (p.keys.packed() ? kKeyTile : 0)) * stride);
+                          (kLanes + (p.keys.packed() ? kKeyTile : 0)) * stride);
   Element* keys = reinterpret_cast<Element*>(memory);
   Element* values = keys + kKeyTile * stride;
   float* scores = memory + 2 * kKeyTile * stride;
   float* panels = scores + kKeyTile * kPanel;
-  float* row_buffer = panels + padded_rows / kPanel * panel_size;
-  float* rows = row_buffer + stride;  // as many as a vector has lanes: queries as elements first, results last
+  float* rows = panels + padded_rows / kPanel * panel_size;  // as many as a vector has lanes: queries as elements first, results last
   Element* elements = reinterpret_cast<Element*>(rows);
   T* unpacked = reinterpret_cast<T*>(rows + kLanes * stride);
   const auto panel = [&](int64_t row) {
@@ -206,8 +205,7 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
       // What several sequences share lies before all of their tokens.
       to.last_key[row % kPanel] =
           static_cast<float>(g.members ? g.key_end - 1 : first_position + (g.first + row) / g.heads);
-      p.read_query(g, row, row_buffer);
-      F::elements(row_buffer, stride, elements + (row - first) * stride / F::kDepth);
+      p.template take_query<F>(g, row, elements + (row - first) * stride / F::kDepth);
     }
     for (int64_t k = 0; k < stride / F::kDepth; k += kLanes) {
       Vec lanes[kLanes];

@@ -124,13 +124,6 @@ INLINE Vec fold(Vec a, Vec b) {
   }
 }
 
-// The sums of four vectors, in lanes 0 ... 3.
-INLINE Vec sums(Vec a, Vec b, Vec c, Vec d) {
-  Vec v = fold<2>(fold<1>(a, b), fold<1>(c, d));
-  v = fold<4>(v, v);
-  return fold<8>(v, v);
-}
-
 // Exchanges rows and columns of a square, by ever larger blocks.
 template <int W = 1>
 INLINE void transpose(Vec* rows) {
@@ -149,7 +142,10 @@ INLINE void transpose(Vec* rows) {
   }
 }
 
-INLINE float sum(Vec v) { return sums(v, v, v, v)[0]; }
+INLINE float sum(Vec v) {
+  v = fold<2>(fold<1>(v, v), fold<1>(v, v));
+  return fold<8>(fold<4>(v, v), fold<4>(v, v))[0];
+}
 
 template <int W>
 INLINE Vec swapped(Vec v) {

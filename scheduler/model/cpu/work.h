@@ -86,13 +86,7 @@ struct Problem {
   }
   int64_t head(const Group& g, int64_t row) const { return g.kv_head * group + (g.first + row) % g.heads; }
 
-  // A row's query as float32.
-  void read_query(const Group& g, int64_t row, float* to) const {
-    const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;
-    widen_row(from, dim, to);
-  }
-
-  // The same as the products take it: all of its dimensions, up to a whole element.
+  // A row's query as the products take it: its dimensions, in elements that are zero before where the last is not full.
   template <typename F>
   void take_query(const Group& g, int64_t row, typename F::Element* to) const {
     const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;
