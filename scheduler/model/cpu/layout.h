@@ -48,6 +48,13 @@ struct Ahead {
       __builtin_prefetch(next + line, 0, 2);
     next += step;
   }
+
+  // What so many steps fetch, and no line twice.
+  INLINE void fetch(int64_t steps) {
+    for (int64_t line = 0; line < steps * step; line += 64)
+      __builtin_prefetch(next + line, 0, 2);
+    next += steps * step;
+  }
 };
 
 template <typename W>

@@ -141,8 +141,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
           Ahead share = ahead(i / 2, (tiles + 1) / 2);
           const auto during = [&]() ALWAYS_INLINE {
             columns.prepare();
-            for (int k = 0; k < kMatrixPairs; ++k)
-              share.fetch();
+            share.fetch(kMatrixPairs);
           };
           if (i + 1 < tiles) {
             multiply_matrix_tiles<true, false>(rows_of(t), rows_of(t + 1), step, steps, sums, during);
