@@ -187,7 +187,8 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   Element* values = keys + kKeyTile * stride;
   float* scores = memory + 2 * kKeyTile * stride;
   float* panels = scores + kKeyTile * kPanel;
-  float* rows = panels + padded_rows / kPanel * panel_size;  // as many as a vector has lanes: queries as elements first, results last
+  // As many as a vector has lanes: queries as elements first, results last.
+  float* rows = panels + padded_rows / kPanel * panel_size;
   Element* elements = reinterpret_cast<Element*>(rows);
   T* unpacked = reinterpret_cast<T*>(rows + kLanes * stride);
   const auto panel = [&](int64_t row) {
