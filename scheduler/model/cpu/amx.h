@@ -75,7 +75,8 @@ class MatrixTiles {
 
 // out[r][c] = sum over k of rows[r][k] * b[k][c], kMatrixColumns columns, for sixteen rows, or with `kTwo` for sixteen
 // `others` behind them; with `kAdd`, what is there counts too. b(i) is where step i of `steps` finds its numbers:
-// kMatrixPairs rows of pairs, one number below the other; behind each step during() is called.
+// kMatrixPairs rows of pairs, one number below the other; behind each step during() is called. Rows stream through: those
+// of other rows come next, while b meets them all and should stay in the L1 cache.
 template <bool kTwo, bool kAdd, typename B, typename F>
 INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const B& b, int64_t steps, float* out,
                                   const F& during) {
@@ -99,13 +100,13 @@ INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const B& b
   }
   for (int64_t i = 0; i < steps; ++i, a += rows.step, a2 += others.step) {
     const char* columns = b(i);
-    _tile_loadd(4, a, rows.stride);
+    _tile_stream_loadd(4, a, rows.stride);
     _tile_loadd(6, columns, kRow);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, columns + kMatrixBytes, kRow);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (kTwo) {
-      _tile_loadd(5, a2, others.stride);
+      _tile_stream_loadd(5, a2, others.stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
