@@ -215,6 +215,19 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> No
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+def test_rows_are_divided_among_threads(weights: str) -> None:
+    """More rows than one thread multiplies with a panel that another reads too."""
+    decoder = make_decoder("llama", weights)
+    rows = make_rows([(0, 450), (0, 1), (0, 333)], logits=False)
+    with torch.inference_mode(), in_threads(1):
+        alone = decoder(build_batch(rows, 16, CPU)).clone()
+        assert torch.equal(decoder(build_batch(rows[2:], 16, CPU)), alone[451:])
+        for count in (2, 3, 5):
+            with in_threads(count):
+                assert torch.equal(decoder(build_batch(rows, 16, CPU)), alone)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_logits_of_a_position_are_the_same_whoever_else_wants_any(weights: str) -> None:
     decoder = make_decoder("qwen3", weights)
     rows = make_rows([(0, 20), (0, 3), (0, 1), (0, 9)], logits=False)

@@ -16,6 +16,7 @@ namespace softbatch {
 // What one item takes of the activations, so that they stay in the L2 cache.
 constexpr int kTilesTogether = 8;              // 112 rows with AVX-512
 constexpr int64_t kBytesTogether = 768 << 10;  // more where it fits; on matrix tiles, whose processors have 2 MiB a core
+constexpr int kTilesApart = 12;                // of matrix tiles; so many are worth that a panel is read once more
 constexpr int64_t kItemsEach = 4;              // for each thread at the least, as nobody may wait long for the last
 constexpr int kMostRows = std::max(kTile, kMatrixRows);
 
@@ -88,15 +89,24 @@ struct Activations {
   std::vector<int64_t> starts_;  // asked for with every row of every panel, where a division would be felt
 };
 
-// How many of x's tiles an item takes, at least one; matrix tiles are multiplied by twos.
+// How a product's rows are divided: into groups that different threads should multiply, each by all panels, and these
+// into parts of as many tiles as an item takes.
+struct Division {
+  int64_t groups = 1, parts = 1, together = kTilesTogether;
+};
+
 template <typename W>
-int64_t tiles_together(const Activations<W>& x, int64_t panels) {
-  if (!uses_matrix_tiles<W>()) return kTilesTogether;
+Division divide(const Activations<W>& x, int64_t panels) {
+  const auto among = [](int64_t tiles, int64_t parts) { return (tiles + parts - 1) / parts; };
+  if (!uses_matrix_tiles<W>()) return {1, among(x.tiles, kTilesTogether), kTilesTogether};
+  const int64_t threads = at::get_num_threads(), groups = std::clamp<int64_t>(x.tiles / kTilesApart, 1, threads);
+  const int64_t tiles = among(x.tiles, groups);
   const int64_t fitting =
       std::max<int64_t>(kTilesTogether, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
-  const int64_t enough = (kItemsEach * at::get_num_threads() + panels - 1) / panels;
-  const int64_t parts = std::max<int64_t>((x.tiles + fitting - 1) / fitting, std::max<int64_t>(enough, 1));
-  return std::max<int64_t>(2, round_up((x.tiles + parts - 1) / parts, 2));
+  const int64_t enough = among(kItemsEach * threads, panels * groups);
+  const int64_t parts = std::max<int64_t>({among(tiles, fitting), enough, 1});
+  const int64_t together = std::max<int64_t>(2, round_up(among(tiles, parts), 2));  // matrix tiles go by twos
+  return {groups, among(tiles, together), together};
 }
 
 using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
@@ -110,13 +120,15 @@ constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequenc
 template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
-  const int64_t together = tiles_together(x, weights.panels()), parts = (x.tiles + together - 1) / together;
-  const int64_t bytes = Layout<W>::panel_bytes(weights.inputs);
+  const Division division = divide(x, weights.panels());
+  const int64_t bytes = Layout<W>::panel_bytes(weights.inputs), items_of_group = weights.panels() * division.parts;
+  const int64_t items = division.groups * items_of_group;
   alignas(64) float sums[2 * kMostRows * kColumns];
-  team.for_each_ahead(weights.panels() * parts, false, [&](int64_t item, int64_t after) {
-    const int64_t panel = item / parts, first_tile = item % parts * together;
-    const int64_t panel_after = std::min(after / parts, weights.panels() - 1);
-    const int64_t tiles = std::min(x.tiles - first_tile, together);
+  team.for_each_ahead(items, false, [&](int64_t item, int64_t after) {
+    const auto panel_of = [&](int64_t item) { return item % items_of_group / division.parts; };
+    const int64_t part = item / items_of_group * division.parts + item % division.parts;
+    const int64_t panel = panel_of(item), panel_after = after < items ? panel_of(after) : panel;
+    const int64_t first_tile = part * division.together, tiles = std::min(x.tiles - first_tile, division.together);
     const char* next = weights.panel(panel_after);
     const auto ahead = [&](int64_t share, int64_t shares) {
       return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, Layout<W>::kStep, share, shares);

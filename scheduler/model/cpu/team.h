@@ -2,7 +2,8 @@
 //
 // A step of a small model is some three hundred loops of a few microseconds each: opening a region for each of them
 // would cost as much as the work. Items are handed out one by one, since their costs differ and other processes may
-// hold up a core. A member that waits spins, but yields its core before long: something else may need it.
+// hold up a core; each member has a range of its own first, so that what one loop leaves in a core's cache is where the
+// next one looks for it. A member that waits spins, but yields its core before long: something else may need it.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "amx.h"
 #include "pinned.h"
@@ -24,8 +26,9 @@ class Team {
   // Runs body(team) on every member; loops inside are shared by all of them.
   template <typename F>
   static void run(const F& body) {
-    Team team;
-#pragma omp parallel num_threads(at::in_parallel_region() ? 1 : at::get_num_threads())
+    const int most = at::in_parallel_region() ? 1 : at::get_num_threads();
+    Team team(most);
+#pragma omp parallel num_threads(most)
     {
 #pragma omp single
       team.size_ = omp_get_num_threads();  // fewer than asked for where OMP_THREAD_LIMIT or OMP_DYNAMIC say so
@@ -36,36 +39,73 @@ class Team {
   }
 
   // Calls f(item, the item this member takes next or count) for every item; returns when all are done. With `uneven`
-  // costs the last items are taken only when they begin, so that none waits for its turn behind a long one.
+  // costs items are taken in their order, the last only when they begin, so that none waits for its turn behind a long
+  // one.
   template <typename F>
   void for_each_ahead(int64_t count, bool uneven, const F& f) {
-    const auto take = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
+    Items items(*this, count, uneven ? 1 : size_);
     const int64_t early = uneven ? count - 2 * size_ : count;
-    int64_t item = take();
+    int64_t item = items.take();
     while (item < count) {
-      const int64_t after = item < early ? take() : count;
-      f(item, std::min(after, count));
-      item = item < early ? after : take();
+      const int64_t after = item < early ? items.take() : count;
+      f(item, after);
+      item = item < early ? after : items.take();
     }
     meet();
   }
 
   template <typename F>
   void for_each(int64_t count, const F& f) {
-    for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < count;)
+    Items items(*this, count, size_);
+    for (int64_t item; (item = items.take()) < count;)
       f(item);
     meet();
   }
 
  private:
-  Team() = default;
+  struct alignas(64) Range {
+    std::atomic<int64_t> taken{0};
+  };
 
-  // The last to come sets the counter back and lets everybody go.
+  // What a member takes of a loop's items: first its own range, then what is left of the others'.
+  class Items {
+   public:
+    Items(Team& team, int64_t count, int ranges) : team_(team), count_(count), ranges_(ranges), left_(ranges) {
+      enter(omp_get_thread_num() % ranges);
+    }
+    // The next item, or count.
+    int64_t take() {
+      while (left_ > 0) {
+        const int64_t item = begin_ + team_.ranges_[range_].taken.fetch_add(1, std::memory_order_relaxed);
+        if (item < end_) return item;
+        --left_;
+        enter((range_ + 1) % ranges_);
+      }
+      return count_;
+    }
+
+   private:
+    void enter(int range) {
+      range_ = range;
+      begin_ = count_ * range / ranges_;
+      end_ = count_ * (range + 1) / ranges_;
+    }
+    Team& team_;
+    const int64_t count_;
+    const int ranges_;
+    int left_, range_;
+    int64_t begin_, end_;
+  };
+
+  explicit Team(int most) : ranges_(most) {}
+
+  // The last to come sets the counters back and lets everybody go.
   void meet() {
     const int64_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
+      for (Range& range : ranges_)
+        range.taken.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
       return;
     }
@@ -80,7 +120,7 @@ class Team {
   static constexpr int kSpins = 2000;
 
   int size_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
+  std::vector<Range> ranges_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int64_t> round_{0};
 };
