@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,21 +168,26 @@ def test_what_is_not_finite_does_not_come_out_as_a_number(packing: str, value: f
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_the_decoder_attends_over_the_packed_rows(packing: str, name: str, weights: str) -> None:
     """Decoding, chunks and whole prompts. In float32 it is attention over what was packed, but for the odd number at
-    the border between two codes; what bfloat16 and int8 weights round moves more of them over it."""
+    the border between two codes, of which one batch in ten has enough to be felt; what bfloat16 and int8 weights round
+    moves more of them over it."""
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
     model = wide_model(dtype, name)
     assert runs_in_one_call(model, dtype)
     steps = [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16), (600, 1)]
-    found, rounded = (
-        decoders.run(DecoderForward(model, make_cache(model, dtype, p), weights), steps) for p in (packing, "none")
-    )
-    model = model.float()
-    plain = make_cache(model, torch.float32, "none")
-    expected = decoders.run(TransformersForward(model, plain, through(packing)), steps)
-    exact = decoders.run(TransformersForward(model, plain, reference), steps)
-    packed, rest = distance(exact, expected), distance(rounded, exact)
-    assert packed > 5e-3
-    assert distance(found, expected) < (0.02 * packed if weights == "float32" else rest + 0.6 * packed)
+    in_float32 = deepcopy(model).float()
+    plain = make_cache(in_float32, torch.float32, "none")
+    shares = []
+    for seed in range(3):
+        found, rounded = (
+            decoders.run(DecoderForward(model, make_cache(model, dtype, p), weights), steps, seed)
+            for p in (packing, "none")
+        )
+        expected = decoders.run(TransformersForward(in_float32, plain, through(packing)), steps, seed)
+        exact = decoders.run(TransformersForward(in_float32, plain, reference), steps, seed)
+        packed, rest = distance(exact, expected), distance(rounded, exact)
+        assert packed > 5e-3
+        shares.append(max(distance(found, expected) - (0 if weights == "float32" else rest), 0) / packed)
+    assert sorted(shares)[1] < (0.02 if weights == "float32" else 0.6)
 
 
 @pytest.mark.parametrize("packing", ["none", *PACKINGS])

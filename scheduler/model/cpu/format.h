@@ -40,9 +40,8 @@ struct Format<at::BFloat16> {
   }
   // Two rows of float32 as one of pairs.
   static INLINE Vec interleave(const Vec* rows) {
-    const Bits low = __builtin_convertvector(narrow(rows[0]), Bits);
-    const Bits high = __builtin_convertvector(narrow(rows[1]), Bits);
-    return (Vec)(low | high << 16);
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);  // the second operand's come first
+    return (Vec)braided((Halves)both, std::make_integer_sequence<int, 2 * kLanes>{});
   }
   // Two rows of bfloat16 numbers as pairs of one of each: those of the first half of the columns, then the others.
   static INLINE void zip(Bits* rows) {
@@ -59,6 +58,15 @@ struct Format<at::BFloat16> {
 
  private:
   typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+
+  template <int... I>
+  static INLINE Bits braided(Halves v, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return (Bits)__builtin_shufflevector(v, v, (I / 2 + I % 2 * kLanes)...);
+#else
+    return (Bits)__builtin_shuffle(v, Halves{uint16_t(I / 2 + I % 2 * kLanes)...});
+#endif
+  }
 
   template <int First, int... I>
   static INLINE Bits zipped(Bits a, Bits b, std::integer_sequence<int, I...>) {

@@ -25,7 +25,7 @@ INLINE Bits load_bytes(const uint8_t* p) {
 #else
   uint8_t v __attribute__((vector_size(kLanes)));
   std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(__builtin_convertvector(v, Short), Bits);
+  return widen(__builtin_convertvector(v, Short));
 #endif
 }
 

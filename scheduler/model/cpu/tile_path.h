@@ -109,70 +109,90 @@ struct Panel {
   float* total;
 };
 
-// Attends with one panel over a tile of keys and values, the first of which stands at `position`. The rows of
-// zeros that fill up the tile lie after the last key that any row sees, and are masked like later keys.
+// A tile of keys and values, the first of which stands at `position`, brought into the products' format. The rows of
+// zeros that fill it up lie after the last key that any row sees, and are masked like later keys.
 template <typename T>
-INLINE void panel_step(const Panel& panel, const typename FormatOf<T>::Element* keys,
-                       const typename FormatOf<T>::Element* values, int64_t stride, int64_t position, int64_t count,
-                       int64_t dim, float scale, float* scores) {
+struct Keys {
   using F = FormatOf<T>;
-  const bool on_matrix_tiles = uses_matrix_tiles<T>();
-  const int64_t padded = round_up(count, key_rows<T>());
-  // Two times sixteen rows of a matrix, `apart` elements from one to the next.
-  const auto product = [](auto add, const auto* rows, int64_t apart, const float* b, int64_t depth,
-                          float* out) ALWAYS_INLINE {
+  const typename F::Element *keys, *values;
+  int64_t stride, position, count, dim;
+
+  int64_t padded() const { return round_up(count, key_rows<T>()); }
+
+  // scores[key][row of the panel]
+  INLINE void score(const Panel& panel, float* scores) const {
+    if (uses_matrix_tiles<T>()) {
+      for (int64_t i = 0; i < padded(); i += 2 * kMatrixRows)
+        multiply_tiles<false>(keys + i * (stride / F::kDepth), stride / F::kDepth, panel.query, stride,
+                              scores + i * kPanel);
+    } else {
+      for (int64_t i = 0; i < padded(); i += kTileRows)
+        multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query,
+                    (dim + F::kDepth - 1) / F::kDepth, nullptr, scores + i * kPanel);
+    }
+  }
+
+  // Makes of scores what the values weigh, in the products' format; decay[half of the panel] is for what came before.
+  INLINE void weigh(const Panel& panel, float scale, float* scores, Vec* decay) const {
+    for (int half = 0; half < 2; ++half) {
+      float* s = scores + half * kLanes;
+      float *top = panel.top + half * kLanes, *total = panel.total + half * kLanes;
+      const Vec last = load(panel.last_key + half * kLanes), old_top = load(top);
+      Vec new_top = old_top, weights = {};
+      const auto go = [&](auto masked) ALWAYS_INLINE {
+        const auto unless_later = [&](int64_t i, Vec x, float otherwise) ALWAYS_INLINE {
+          if constexpr (!masked.value) return x;
+          return fill(static_cast<float>(position + i)) > last ? fill(otherwise) : x;
+        };
+        for (int64_t i = 0; i < padded(); ++i)
+          new_top = max(new_top, unless_later(i, load(s + i * kPanel) * scale, -kInfinity));
+        for (int64_t i = 0; i < padded(); i += F::kDepth) {
+          Vec weight[F::kDepth];
+          for (int j = 0; j < F::kDepth; ++j) {
+            weight[j] = unless_later(i + j, exp2(load(s + (i + j) * kPanel) * scale - new_top), 0.0f);
+            weights += weight[j];
+          }
+          store(s + i / F::kDepth * kPanel, F::interleave(weight));
+        }
+      };
+      // Of rows the first sees least.
+      if (static_cast<float>(position + padded() - 1) > panel.last_key[half * kLanes]) {
+        go(std::true_type{});
+      } else {
+        go(std::false_type{});
+      }
+      decay[half] = exp2(old_top - new_top);
+      store(total, load(total) * decay[half] + weights);
+      store(top, new_top);
+    }
+  }
+
+  INLINE void add_values(const Panel& panel, const float* weights, const Vec* decay) const {
+    if (uses_matrix_tiles<T>()) {
+      const bool decays = !same(decay[0], fill(1.0f)) || !same(decay[1], fill(1.0f));
+      for (int64_t i = 0; decays && i < stride * kPanel; i += kPanel) {
+        store(panel.acc + i, load(panel.acc + i) * decay[0]);
+        store(panel.acc + i + kLanes, load(panel.acc + i + kLanes) * decay[1]);
+      }
+      for (int64_t d = 0; d < stride; d += 2 * kMatrixRows)
+        multiply_tiles<true>(values + d * (kKeyTile / 2), kKeyTile / 2, weights, padded(), panel.acc + d * kPanel);
+    } else {
+      for (int64_t d = 0; d < dim; d += kTileRows)
+        multiply<F>(values + d, 1, stride, weights, padded() / F::kDepth, decay, panel.acc + d * kPanel);
+    }
+  }
+
+ private:
+  // Two times sixteen rows of a matrix, `apart` elements from one to the next, times a panel's columns.
+  template <bool kAdd>
+  static INLINE void multiply_tiles(const typename F::Element* rows, int64_t apart, const float* b, int64_t depth,
+                                    float* out) {
     const int64_t bytes = apart * sizeof *rows;
     const auto step = [b](int64_t i) { return reinterpret_cast<const char*>(b) + i * kMatrixStep; };
-    multiply_matrix_tiles<true, add.value>({rows, bytes, kMatrixBytes}, {rows + kMatrixRows * apart, bytes, kMatrixBytes},
-                                           step, depth / kMatrixDepth, out, [] {});
-  };
-  if (on_matrix_tiles) {
-    for (int64_t i = 0; i < padded; i += 2 * kMatrixRows)
-      product(std::false_type{}, keys + i * (stride / F::kDepth), stride / F::kDepth, panel.query, stride,
-              scores + i * kPanel);
-  } else {
-    for (int64_t i = 0; i < padded; i += kTileRows)
-      multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query,
-                  (dim + F::kDepth - 1) / F::kDepth, nullptr, scores + i * kPanel);
+    multiply_matrix_tiles<true, kAdd>({rows, bytes, kMatrixBytes}, {rows + kMatrixRows * apart, bytes, kMatrixBytes},
+                                      step, depth / kMatrixDepth, out, [] {});
   }
-  Vec decay[2];
-  for (int half = 0; half < 2; ++half) {
-    float* s = scores + half * kLanes;
-    float *top = panel.top + half * kLanes, *total = panel.total + half * kLanes;
-    const Vec last = load(panel.last_key + half * kLanes), old_top = load(top);
-    Vec new_top = old_top, weights = {};
-    for (int64_t i = 0; i < padded; ++i) {
-      const Vec score =
-          fill(static_cast<float>(position + i)) > last ? fill(-kInfinity) : load(s + i * kPanel) * scale;
-      new_top = max(new_top, score);
-      store(s + i * kPanel, score);
-    }
-    for (int64_t i = 0; i < padded; i += F::kDepth) {
-      Vec weight[F::kDepth];
-      for (int j = 0; j < F::kDepth; ++j) {
-        weight[j] = exp2(load(s + (i + j) * kPanel) - new_top);
-        weights += weight[j];
-      }
-      store(s + i / F::kDepth * kPanel, F::interleave(weight));
-    }
-    decay[half] = exp2(old_top - new_top);
-    store(total, load(total) * decay[half] + weights);
-    store(top, new_top);
-  }
-  if (on_matrix_tiles) {
-    for (int64_t d = 0; d < stride; d += 2 * kMatrixRows) {
-      float* out = panel.acc + d * kPanel;
-      for (int64_t i = 0; i < 2 * kMatrixRows * kPanel; i += kPanel) {
-        store(out + i, load(out + i) * decay[0]);
-        store(out + i + kLanes, load(out + i + kLanes) * decay[1]);
-      }
-      product(std::true_type{}, values + d * (kKeyTile / 2), kKeyTile / 2, scores, padded, out);
-    }
-  } else {
-    for (int64_t d = 0; d < dim; d += kTileRows)
-      multiply<F>(values + d, 1, stride, scores, padded / F::kDepth, decay, panel.acc + d * kPanel);
-  }
-}
+};
 
 template <typename T>
 void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
@@ -181,12 +201,15 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   static_assert(sizeof(Element) == sizeof(float));
   const int64_t stride = p.padded_dim, square = stride * kPanel, panel_size = 2 * square + 3 * kPanel;
   const int64_t padded_rows = round_up(g.rows, kPanel);
-  float* memory = scratch(2 * kKeyTile * stride + kKeyTile * kPanel + padded_rows / kPanel * panel_size +
+  // Rows whose products follow each other: vectors and matrix tiles wait long for what the other has just written.
+  const int64_t together = uses_matrix_tiles<T>() ? kMaxRows : kPanel;
+  Vec decay[kMaxRows / kPanel][2];
+  float* memory = scratch(2 * kKeyTile * stride + kKeyTile * together + padded_rows / kPanel * panel_size +
                           (kLanes + (p.keys.packed() ? kKeyTile : 0)) * stride);
   Element* keys = reinterpret_cast<Element*>(memory);
   Element* values = keys + kKeyTile * stride;
   float* scores = memory + 2 * kKeyTile * stride;
-  float* panels = scores + kKeyTile * kPanel;
+  float* panels = scores + kKeyTile * together;
   // As many as a vector has lanes: queries as elements first, results last.
   float* rows = panels + padded_rows / kPanel * panel_size;
   Element* elements = reinterpret_cast<Element*>(rows);
@@ -241,8 +264,16 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
       take_keys<F>(p.keys.numbers + head, offsets, count, p.dim, stride, keys);
       take_value_rows(p.values.numbers + head, offsets);
     }
-    for (int64_t row = 0; row < padded_rows; row += kPanel)
-      panel_step<T>(panel(row), keys, values, stride, begin, count, p.dim, p.scale, scores);
+    const Keys<T> tile{keys, values, stride, begin, count, p.dim};
+    for (int64_t first = 0; first < padded_rows; first += together) {
+      const auto each_panel = [&](const auto& f) ALWAYS_INLINE {
+        for (int64_t row = first; row < std::min(first + together, padded_rows); row += kPanel)
+          f(panel(row), scores + (row - first) * kKeyTile, decay[(row - first) / kPanel]);
+      };
+      each_panel([&](const Panel& of, float* s, Vec*) ALWAYS_INLINE { tile.score(of, s); });
+      each_panel([&](const Panel& of, float* s, Vec* d) ALWAYS_INLINE { tile.weigh(of, p.scale, s, d); });
+      each_panel([&](const Panel& of, float* s, Vec* d) ALWAYS_INLINE { tile.add_values(of, s, d); });
+    }
   }
   for (int64_t first = 0; first < g.rows; first += kLanes) {
     const Panel from = panel(first);

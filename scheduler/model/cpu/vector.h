@@ -40,10 +40,18 @@ INLINE Vec load(const float* p) {
   return v;
 }
 
+INLINE Bits widen(Short v) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)v);  // GCC makes four instructions of the conversion
+#else
+  return __builtin_convertvector(v, Bits);
+#endif
+}
+
 INLINE Bits load_shorts(const void* p) {
   Short v;
   std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Bits);
+  return widen(v);
 }
 
 INLINE Vec load(const at::BFloat16* p) { return (Vec)(load_shorts(p) << 16); }
@@ -98,7 +106,19 @@ INLINE void narrow_row(const float* from, int64_t count, T* to) {
     to[i] = static_cast<T>(from[i]);
 }
 
+// b where either is NaN.
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+INLINE bool same(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmpneq_ps_mask((__m512)a, (__m512)b) == 0;
+#else
+  bool all = true;
+  for (int i = 0; i < kLanes; ++i)
+    all &= a[i] == b[i];
+  return all;
+#endif
+}
 
 // Lanes of a and b picked by index: 0 ... kLanes - 1 are a's, the rest b's.
 template <typename F, int... I>
@@ -165,8 +185,7 @@ INLINE Vec magnitude(Vec v) { return (Vec)((Bits)v & 0x7fffffffu); }
 // 2^x for x <= 0 to about 1 ulp; exactly 0 from -127 down, so that a masked key weighs nothing; NaN stays
 // NaN.
 INLINE Vec exp2(Vec x) {
-  const Vec lowest = fill(-127.0f);
-  x = x < lowest ? lowest : x;
+  x = max(fill(-127.0f), x);
   const Vec shifted = x + 0x1.8p23f;  // its low mantissa bits hold round(x)
   const Vec r = x - (shifted - 0x1.8p23f);
   Vec y = fill(1.54035304e-4f);  // ln(2)^k / k!
