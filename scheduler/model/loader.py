@@ -167,7 +167,8 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
         weights = None if quantization == "none" else quantization
         try:
             decoder = DecoderForward(model, kv_cache, weights, release=True)
-            return decoder, f"packed for the decoder in C++, {decoder.weights}"
+            formats = " and ".join(dict.fromkeys((decoder.weights, decoder.weights_of_long_steps)))
+            return decoder, f"packed for the decoder in C++, {formats}"
         except (RuntimeError, MemoryError) as error:
             reason = (str(error).splitlines() or ["not enough memory"])[0]
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error

@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ from scheduler.messages import EngineConfig
 from scheduler.model import interface
 from scheduler.model.attention.reference import reference
 from scheduler.model.batch import Row, build_batch
-from scheduler.model.cpu.decoder import IN_12_BITS, DecoderForward, plain_weights, runs_in_one_call
+from scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, runs_in_one_call
 from scheduler.model.forward import TransformersForward
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.source import ModelError
@@ -282,6 +284,27 @@ def test_12_bits_lose_nothing(name: str, strange: float) -> None:
         expected = run(plain, steps)
         assert expected.isfinite().all()
         assert torch.equal(run(packed, steps), expected)
+
+
+@pytest.mark.parametrize("memory", [1 << 34, 1 << 20])
+def test_long_steps_take_weights_that_need_not_be_taken_apart(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is plenty; each of the two alone gives the same."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory))
+    model = make_model(CONFIGS["llama"], torch.bfloat16)
+    packed = decoder_of(model, IN_12_BITS)
+    assert packed.weights_of_long_steps == IN_12_BITS
+    decoder = DecoderForward(model, make_cache(model, torch.bfloat16))
+    assert decoder.weights == plain_weights(torch.bfloat16)
+    assert decoder.weights_of_long_steps == ("bfloat16" if memory > 1 << 30 else decoder.weights)
+    used = []
+    for name in ("_decoder", "_decoder_of_long_steps"):
+        inner = getattr(decoder, name)
+        forward = partial(lambda name, inner, *inputs: (used.append(name), inner.forward(*inputs))[1], name, inner)
+        monkeypatch.setattr(decoder, name, SimpleNamespace(forward=forward))
+    # The second walks the keys and values that the other of the two has written.
+    for steps in ([(0, LONG_STEP)], [(LONG_STEP, 5), (1, LONG_STEP - 6)], [(3, LONG_STEP - 1)]):
+        assert torch.equal(run(decoder, steps), run(packed, steps))
+    assert used == [f"_decoder{name}" for name in ("_of_long_steps", "_of_long_steps", "", "", "")]
 
 
 TEXT = Path(__file__).parents[2] / "examples" / "manual" / "context.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -19,6 +20,8 @@ ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCa
 _ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 IN_12_BITS = "bfloat16 in 12 bits"
+# Rows from which on a step waits for arithmetic: weights that must be taken apart first are the slower ones then.
+LONG_STEP = 33
 
 
 def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
@@ -65,6 +68,28 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype == dtype
 
 
+def _is_small(model: Any) -> bool:
+    """Whether memory is plenty for one more copy of the weights: a 32nd of the machine's."""
+    copy = sum(linear.weight.nbytes for linear in _linears(model))
+    return bool(copy <= psutil.virtual_memory().total // 32)
+
+
+def _make_decoder(model: Any, kv_cache: KVCache, weights: str) -> Any:
+    config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[0].self_attn
+    return torch.classes.softbatch.Decoder(
+        weights,
+        _DTYPES[kv_cache.dtype],
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        attention.head_dim,
+        config.rms_norm_eps,
+        attention.scaling,
+        rotary.inv_freq,
+        rotary.attention_scaling,
+        kv_cache.format.packing,
+    )
+
+
 def layer_tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """The nine weights and four biases of a layer, in the kernels' order."""
     attention, mlp = layer.self_attn, layer.mlp
@@ -88,51 +113,39 @@ def release_linears(layer: Any) -> None:
 
 class DecoderForward:
     """`Forward` in C++. It has its own copy of the weights, as `weights` says: float32, bfloat16, the same in 12 bits
-    or int8; by default as `plain_weights` has it.
+    or int8; by default as `plain_weights` has it, and if that is 12 bits and memory is plenty, in 16 bits too, for
+    steps of LONG_STEP rows and more: results are the same bit for bit.
 
-    With `release` the model's own go layer by layer, so that they never lie in memory twice; it cannot run any more.
+    With `release` the model's own go layer by layer, so that they never all lie in memory twice; it cannot run any
+    more.
     """
 
     def __init__(self, model: Any, kv_cache: KVCache, weights: str | None = None, release: bool = False) -> None:
-        config, rotary = model.config, model.model.rotary_emb
-        first = model.model.layers[0].self_attn
         self._embed = model.get_input_embeddings()
         self.weights = weights or plain_weights(kv_cache.dtype)
-        self._decoder = torch.classes.softbatch.Decoder(
-            self.weights,
-            _DTYPES[kv_cache.dtype],
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            first.head_dim,
-            config.rms_norm_eps,
-            first.scaling,
-            rotary.inv_freq,
-            rotary.attention_scaling,
-            kv_cache.format.packing,
-        )
+        also = weights is None and self.weights == IN_12_BITS and _is_small(model)
+        self.weights_of_long_steps = _DTYPES[kv_cache.dtype] if also else self.weights
+        formats = dict.fromkeys((self.weights, self.weights_of_long_steps))
+        decoders = {name: _make_decoder(model, kv_cache, name) for name in formats}
         for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
             attention = layer.self_attn
             weights_of_layer, biases = layer_tensors(layer)
-            self._decoder.add_layer(
-                weights_of_layer,
-                [
-                    *biases,
-                    getattr(getattr(attention, "q_norm", None), "weight", None),
-                    getattr(getattr(attention, "k_norm", None), "weight", None),
-                ],
-                keys,
-                values,
-            )
+            norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
+            for decoder in decoders.values():
+                decoder.add_layer(weights_of_layer, [*biases, *norms], keys, values)
             if release:
                 release_linears(layer)
-        self._decoder.set_head(model.model.norm.weight, model.lm_head.weight, model.lm_head.bias)
+        for decoder in decoders.values():
+            decoder.set_head(model.model.norm.weight, model.lm_head.weight, model.lm_head.bias)
+        self._decoder, self._decoder_of_long_steps = decoders[self.weights], decoders[self.weights_of_long_steps]
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
         inputs = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             inputs[first : first + embeddings.shape[0]] = embeddings
         attention = batch.attention
-        logits: torch.Tensor = self._decoder.forward(
+        decoder = self._decoder if inputs.shape[0] < LONG_STEP else self._decoder_of_long_steps
+        logits: torch.Tensor = decoder.forward(
             inputs,
             batch.positions,
             attention.query_start,
