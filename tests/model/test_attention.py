@@ -370,10 +370,13 @@ def test_layers_may_lie_in_one_tensor(kernel: AttentionBackend) -> None:
     case.assert_near(out, case.expected())
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
-def test_scores_of_any_size(kernel: AttentionBackend, scale: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, -0.125, 30.0])
+def test_scores_of_any_size(kernel: AttentionBackend, scale: float, dtype: torch.dtype) -> None:
     """30 · q·k reaches several hundred: exp() without the running maximum would overflow."""
-    case = replace(make_case([(1, 600), (50, 300), (1, 5)], head_dim=64), scale=scale)
+    case = replace(make_case([(1, 600), (50, 300), (1, 5)], head_dim=64, dtype=dtype), scale=scale)
+    if dtype == torch.bfloat16:
+        return case.check(kernel)
     expected = case.expected()
     for backend in (kernel, reference):
         torch.testing.assert_close(case.run(backend).double(), expected, rtol=1e-3, atol=1e-3)

@@ -218,7 +218,7 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> No
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_rows_are_divided_among_threads(weights: str) -> None:
-    """More rows than one thread multiplies with a panel that another reads too."""
+    """On matrix tiles they are, from 24 tiles on: each thread multiplies its own by all panels."""
     decoder = make_decoder("llama", weights)
     rows = make_rows([(0, 450), (0, 1), (0, 333)], logits=False)
     with torch.inference_mode(), in_threads(1):
@@ -286,16 +286,19 @@ def test_12_bits_lose_nothing(name: str, strange: float) -> None:
         assert torch.equal(run(packed, steps), expected)
 
 
-@pytest.mark.parametrize("memory", [1 << 34, 1 << 20])
-def test_long_steps_take_weights_that_need_not_be_taken_apart(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("total", "available", "plenty"), [(34, 33, True), (20, 20, False), (34, 18, False)])
+def test_long_steps_take_weights_that_need_not_be_taken_apart(
+    total: int, available: int, plenty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where memory is plenty; each of the two alone gives the same."""
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory))
+    memory = SimpleNamespace(total=1 << total, available=1 << available)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     model = make_model(CONFIGS["llama"], torch.bfloat16)
     packed = decoder_of(model, IN_12_BITS)
     assert packed.weights_of_long_steps == IN_12_BITS
     decoder = DecoderForward(model, make_cache(model, torch.bfloat16))
     assert decoder.weights == plain_weights(torch.bfloat16)
-    assert decoder.weights_of_long_steps == ("bfloat16" if memory > 1 << 30 else decoder.weights)
+    assert decoder.weights_of_long_steps == ("bfloat16" if plenty else decoder.weights)
     used = []
     for name in ("_decoder", "_decoder_of_long_steps"):
         inner = getattr(decoder, name)
@@ -379,13 +382,36 @@ def test_bad_metadata_is_refused_before_anything_is_written() -> None:
     assert all(tensor.isnan().all() for tensor in (*cache.keys, *cache.values))
 
 
-def test_fewer_threads_than_asked_for() -> None:
-    """What OpenMP grants may be less than what torch says: nobody may wait for a thread that never came."""
-    code = (
-        "from tests.model.test_decoder import CONFIGS, test_float32_equals_transformers as t; t('llama'); print('done')"
-    )
-    environment = os.environ | {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "4"}
+@pytest.mark.parametrize(
+    ("test", "argument"), [("float32_equals_transformers", "llama"), ("rows_are_divided_among_threads", "bfloat16")]
+)
+def test_fewer_threads_than_asked_for(test: str, argument: str) -> None:
+    """What OpenMP grants may be less than what torch says: nobody may wait for a thread that never came, and no row
+    be left to it."""
+    code = f"from tests.model.test_decoder import test_{test} as t; t({argument!r}); print('done')"
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["done"], found.stderr
+
+
+def test_threads_need_not_agree_on_how_many_they_are() -> None:
+    """torch's number belongs to each thread, and new threads have what was set last by any: here 1, as for the engine
+    whose reader of soft prompts keeps to itself."""
+    code = """
+import threading, torch
+from tests.model.test_decoder import *
+decoder, rows = make_decoder("llama", "bfloat16"), make_rows([(0, 500)])
+torch.set_num_threads(3)
+thread = threading.Thread(target=torch.set_num_threads, args=(1,))
+thread.start()
+thread.join()
+with torch.inference_mode():
+    found = decoder(build_batch(rows, 16, CPU)).clone()
+    torch.set_num_threads(1)
+    assert torch.equal(decoder(build_batch(rows, 16, CPU)), found)
+print("done")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert found.stdout.split() == ["done"], found.stderr
 
 

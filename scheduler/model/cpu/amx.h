@@ -13,6 +13,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <type_traits>
 
 namespace softbatch {
@@ -75,8 +76,8 @@ class MatrixTiles {
 
 // out[r][c] = sum over k of rows[r][k] * b[k][c], kMatrixColumns columns, for sixteen rows, or with `kTwo` for sixteen
 // `others` behind them; with `kAdd`, what is there counts too. b(i) is where step i of `steps` finds its numbers:
-// kMatrixPairs rows of pairs, one number below the other; behind each step during() is called. Rows stream through: those
-// of other rows come next, while b meets them all and should stay in the L1 cache.
+// kMatrixPairs rows of pairs, one number below the other; behind each step during() is called. Rows stream through,
+// so that b, which meets many of them, stays in the L1 cache; where they are few that does no harm.
 template <bool kTwo, bool kAdd, typename B, typename F>
 INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const B& b, int64_t steps, float* out,
                                   const F& during) {

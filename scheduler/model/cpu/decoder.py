@@ -68,10 +68,11 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype == dtype
 
 
-def _is_small(model: Any) -> bool:
-    """Whether memory is plenty for one more copy of the weights: a 32nd of the machine's."""
-    copy = sum(linear.weight.nbytes for linear in _linears(model))
-    return bool(copy <= psutil.virtual_memory().total // 32)
+def _has_room_for_a_copy(model: Any) -> bool:
+    """Whether one more copy of the weights would hardly be felt: a 32nd of the machine's memory, an eighth of what is
+    free."""
+    copy, memory = sum(linear.weight.nbytes for linear in _linears(model)), psutil.virtual_memory()
+    return bool(copy <= min(memory.total // 32, memory.available // 8))
 
 
 def _make_decoder(model: Any, kv_cache: KVCache, weights: str) -> Any:
@@ -116,14 +117,14 @@ class DecoderForward:
     or int8; by default as `plain_weights` has it, and if that is 12 bits and memory is plenty, in 16 bits too, for
     steps of LONG_STEP rows and more: results are the same bit for bit.
 
-    With `release` the model's own go layer by layer, so that they never all lie in memory twice; it cannot run any
+    With `release` the model's own go layer by layer, so that they never all lie beside their copies; it cannot run any
     more.
     """
 
     def __init__(self, model: Any, kv_cache: KVCache, weights: str | None = None, release: bool = False) -> None:
         self._embed = model.get_input_embeddings()
         self.weights = weights or plain_weights(kv_cache.dtype)
-        also = weights is None and self.weights == IN_12_BITS and _is_small(model)
+        also = weights is None and self.weights == IN_12_BITS and _has_room_for_a_copy(model)
         self.weights_of_long_steps = _DTYPES[kv_cache.dtype] if also else self.weights
         formats = dict.fromkeys((self.weights, self.weights_of_long_steps))
         decoders = {name: _make_decoder(model, kv_cache, name) for name in formats}

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <utility>
 #include <vector>
@@ -16,8 +17,9 @@ namespace softbatch {
 // What one item takes of the activations, so that they stay in the L2 cache.
 constexpr int kTilesTogether = 8;              // 112 rows with AVX-512
 constexpr int64_t kBytesTogether = 768 << 10;  // more where it fits; on matrix tiles, whose processors have 2 MiB a core
-constexpr int kTilesApart = 12;                // of matrix tiles; so many are worth that a panel is read once more
 constexpr int64_t kItemsEach = 4;              // for each thread at the least, as nobody may wait long for the last
+// Threads multiply rows of their own, and read every panel for them, from so many matrix tiles a thread on.
+constexpr int kTilesOfThread = 12;
 constexpr int kMostRows = std::max(kTile, kMatrixRows);
 
 // A weight matrix [outputs, inputs], in panels.
@@ -90,23 +92,25 @@ struct Activations {
 };
 
 // How a product's rows are divided: into groups that different threads should multiply, each by all panels, and these
-// into parts of as many tiles as an item takes.
+// into parts, of which an item takes one. A part is of whole units, as matrix tiles are multiplied by twos.
 struct Division {
-  int64_t groups = 1, parts = 1, together = kTilesTogether;
+  int64_t tiles, unit, groups, parts;
+
+  int64_t first_tile(int64_t part) const {
+    const int64_t units = (tiles + unit - 1) / unit;
+    return std::min(tiles, units * part / (groups * parts) * unit);
+  }
 };
 
 template <typename W>
-Division divide(const Activations<W>& x, int64_t panels) {
-  const auto among = [](int64_t tiles, int64_t parts) { return (tiles + parts - 1) / parts; };
-  if (!uses_matrix_tiles<W>()) return {1, among(x.tiles, kTilesTogether), kTilesTogether};
-  const int64_t threads = at::get_num_threads(), groups = std::clamp<int64_t>(x.tiles / kTilesApart, 1, threads);
-  const int64_t tiles = among(x.tiles, groups);
+Division divide(const Activations<W>& x, int64_t panels, int64_t threads) {
+  const auto among = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  if (!uses_matrix_tiles<W>()) return {x.tiles, 1, 1, among(x.tiles, kTilesTogether)};
+  const int64_t groups = std::clamp<int64_t>(x.tiles / kTilesOfThread, 1, threads), tiles = among(x.tiles, groups);
   const int64_t fitting =
       std::max<int64_t>(kTilesTogether, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
   const int64_t enough = among(kItemsEach * threads, panels * groups);
-  const int64_t parts = std::max<int64_t>({among(tiles, fitting), enough, 1});
-  const int64_t together = std::max<int64_t>(2, round_up(among(tiles, parts), 2));  // matrix tiles go by twos
-  return {groups, among(tiles, together), together};
+  return {x.tiles, 2, groups, std::min(std::max(among(tiles, fitting), enough), among(tiles, 2))};
 }
 
 using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
@@ -120,7 +124,7 @@ constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequenc
 template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
-  const Division division = divide(x, weights.panels());
+  const Division division = divide(x, weights.panels(), team.size());
   const int64_t bytes = Layout<W>::panel_bytes(weights.inputs), items_of_group = weights.panels() * division.parts;
   const int64_t items = division.groups * items_of_group;
   alignas(64) float sums[2 * kMostRows * kColumns];
@@ -128,7 +132,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
     const auto panel_of = [&](int64_t item) { return item % items_of_group / division.parts; };
     const int64_t part = item / items_of_group * division.parts + item % division.parts;
     const int64_t panel = panel_of(item), panel_after = after < items ? panel_of(after) : panel;
-    const int64_t first_tile = part * division.together, tiles = std::min(x.tiles - first_tile, division.together);
+    const int64_t first_tile = division.first_tile(part), tiles = division.first_tile(part + 1) - first_tile;
     const char* next = weights.panel(panel_after);
     const auto ahead = [&](int64_t share, int64_t shares) {
       return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, Layout<W>::kStep, share, shares);

@@ -143,9 +143,6 @@ class Objective final : public ObjectiveBase {
     return alpha * nll + share * kLog2 * (sum(kl) + rest);
   }
 
-  // exp2 takes no more than 0, where rounding may end up above.
-  static INLINE Vec min_zero(Vec x) { return x > 0.0f ? Vec{} : x; }
-
   const int64_t vocab_, size_;
   Arena arena_;
   Packed<W> head_, back_;

@@ -11,7 +11,6 @@
 #include <omp.h>
 #include <sched.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -37,6 +36,8 @@ class Team {
       body(team);
     }
   }
+
+  int size() const { return size_; }
 
   // Calls f(item, the item this member takes next or count) for every item; returns when all are done. With `uneven`
   // costs items are taken in their order, the last only when they begin, so that none waits for its turn behind a long
@@ -75,11 +76,11 @@ class Team {
     }
     // The next item, or count.
     int64_t take() {
-      while (left_ > 0) {
-        const int64_t item = begin_ + team_.ranges_[range_].taken.fetch_add(1, std::memory_order_relaxed);
+      for (; left_ > 0; --left_, enter((range_ + 1) % ranges_)) {
+        std::atomic<int64_t>& taken = team_.ranges_[range_].taken;
+        if (begin_ + taken.load(std::memory_order_relaxed) >= end_) continue;  // nobody waits for a line to change it
+        const int64_t item = begin_ + taken.fetch_add(1, std::memory_order_relaxed);
         if (item < end_) return item;
-        --left_;
-        enter((range_ + 1) % ranges_);
       }
       return count_;
     }

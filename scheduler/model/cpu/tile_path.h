@@ -115,18 +115,17 @@ template <typename T>
 struct Keys {
   using F = FormatOf<T>;
   const typename F::Element *keys, *values;
-  int64_t stride, position, count, dim;
-
-  int64_t padded() const { return round_up(count, key_rows<T>()); }
+  int64_t stride, position, dim;
+  int64_t padded;  // keys, the rows of zeros among them
 
   // scores[key][row of the panel]
   INLINE void score(const Panel& panel, float* scores) const {
     if (uses_matrix_tiles<T>()) {
-      for (int64_t i = 0; i < padded(); i += 2 * kMatrixRows)
+      for (int64_t i = 0; i < padded; i += 2 * kMatrixRows)
         multiply_tiles<false>(keys + i * (stride / F::kDepth), stride / F::kDepth, panel.query, stride,
                               scores + i * kPanel);
     } else {
-      for (int64_t i = 0; i < padded(); i += kTileRows)
+      for (int64_t i = 0; i < padded; i += kTileRows)
         multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query,
                     (dim + F::kDepth - 1) / F::kDepth, nullptr, scores + i * kPanel);
     }
@@ -141,22 +140,23 @@ struct Keys {
       Vec new_top = old_top, weights = {};
       const auto go = [&](auto masked) ALWAYS_INLINE {
         const auto unless_later = [&](int64_t i, Vec x, float otherwise) ALWAYS_INLINE {
-          if constexpr (!masked.value) return x;
+          if constexpr (!decltype(masked)::value) return x;
           return fill(static_cast<float>(position + i)) > last ? fill(otherwise) : x;
         };
-        for (int64_t i = 0; i < padded(); ++i)
+        for (int64_t i = 0; i < padded; ++i)
           new_top = max(new_top, unless_later(i, load(s + i * kPanel) * scale, -kInfinity));
-        for (int64_t i = 0; i < padded(); i += F::kDepth) {
+        for (int64_t i = 0; i < padded; i += F::kDepth) {
           Vec weight[F::kDepth];
           for (int j = 0; j < F::kDepth; ++j) {
-            weight[j] = unless_later(i + j, exp2(load(s + (i + j) * kPanel) * scale - new_top), 0.0f);
+            const Vec above = load(s + (i + j) * kPanel) * scale - new_top;  // 0 at the most, but for how it is rounded
+            weight[j] = unless_later(i + j, exp2(min_zero(above)), 0.0f);
             weights += weight[j];
           }
           store(s + i / F::kDepth * kPanel, F::interleave(weight));
         }
       };
-      // Of rows the first sees least.
-      if (static_cast<float>(position + padded() - 1) > panel.last_key[half * kLanes]) {
+      // Of rows the first sees least; what comes of lanes that hold none is never read.
+      if (static_cast<float>(position + padded - 1) > panel.last_key[half * kLanes]) {
         go(std::true_type{});
       } else {
         go(std::false_type{});
@@ -175,10 +175,10 @@ struct Keys {
         store(panel.acc + i + kLanes, load(panel.acc + i + kLanes) * decay[1]);
       }
       for (int64_t d = 0; d < stride; d += 2 * kMatrixRows)
-        multiply_tiles<true>(values + d * (kKeyTile / 2), kKeyTile / 2, weights, padded(), panel.acc + d * kPanel);
+        multiply_tiles<true>(values + d * (kKeyTile / 2), kKeyTile / 2, weights, padded, panel.acc + d * kPanel);
     } else {
       for (int64_t d = 0; d < dim; d += kTileRows)
-        multiply<F>(values + d, 1, stride, weights, padded() / F::kDepth, decay, panel.acc + d * kPanel);
+        multiply<F>(values + d, 1, stride, weights, padded / F::kDepth, decay, panel.acc + d * kPanel);
     }
   }
 
@@ -264,7 +264,7 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
       take_keys<F>(p.keys.numbers + head, offsets, count, p.dim, stride, keys);
       take_value_rows(p.values.numbers + head, offsets);
     }
-    const Keys<T> tile{keys, values, stride, begin, count, p.dim};
+    const Keys<T> tile{keys, values, stride, begin, p.dim, round_up(count, key_rows<T>())};
     for (int64_t first = 0; first < padded_rows; first += together) {
       const auto each_panel = [&](const auto& f) ALWAYS_INLINE {
         for (int64_t row = first; row < std::min(first + together, padded_rows); row += kPanel)

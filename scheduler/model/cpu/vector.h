@@ -182,6 +182,9 @@ INLINE float largest(Vec v) {
 
 INLINE Vec magnitude(Vec v) { return (Vec)((Bits)v & 0x7fffffffu); }
 
+// What exp2 takes where rounding may end up above 0; NaN stays NaN.
+INLINE Vec min_zero(Vec x) { return x > 0.0f ? Vec{} : x; }
+
 // 2^x for x <= 0 to about 1 ulp; exactly 0 from -127 down, so that a masked key weighs nothing; NaN stays
 // NaN.
 INLINE Vec exp2(Vec x) {
