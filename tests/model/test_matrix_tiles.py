@@ -66,13 +66,13 @@ class TestWithoutPermission:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_the_way_that_is_taken_is_another(self) -> None:
-        """Sums are rounded otherwise, so the two can be told apart; and they are near each other."""
+        """Sums are rounded otherwise, so the two can be told apart; and both are near those of float32."""
         import torch
 
-        with_tiles, without = (run(program + LOGITS) for program in ("", REFUSE))
-        assert with_tiles.returncode == without.returncode == 0, with_tiles.stderr + without.stderr
-        first, second = (
-            torch.frombuffer(bytearray.fromhex(done.stdout), dtype=torch.float32) for done in (with_tiles, without)
-        )
+        programs = (LOGITS, REFUSE + LOGITS, LOGITS.replace('"bfloat16"', '"float32"'))
+        done = [run(program) for program in programs]
+        assert [one.returncode for one in done] == [0, 0, 0], "".join(one.stderr for one in done)
+        first, second, exact = (torch.frombuffer(bytearray.fromhex(one.stdout), dtype=torch.float32) for one in done)
         assert not torch.equal(first, second)
-        assert (first - second).norm() < 0.02 * (first - first.mean()).norm()
+        for rounded in (first, second):
+            assert (rounded - exact).norm() < 0.025 * (exact - exact.mean()).norm()
