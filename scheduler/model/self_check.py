@@ -11,8 +11,8 @@ from scheduler.model.batch import Row
 from scheduler.model.interface import ATTENTION_NAME
 from scheduler.model.runner import Runner
 
-LENGTH = 60
-CHUNKS = (40, 19, 1)  # a long step, a short one, a decoding one
+LENGTH = 24
+CHUNKS = (17, 6, 1)  # the last is a decoding step
 
 
 def _tokens(vocab: int) -> list[int]:
