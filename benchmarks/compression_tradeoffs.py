@@ -23,13 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.attention import Prefix
-from prompt_store.compression.context import Context
-from prompt_store.compression.evaluate import with_gold
-from prompt_store.compression.fidelity import position_scores
-from prompt_store.compression.matching import MatchingSettings, fit, selected
-from prompt_store.compression.pairs import Pair
-from prompt_store.compression.self_study import (
+from prompt_store.compression.data.examples import (
     Example,
     load_jsonl,
     save_jsonl,
@@ -38,11 +32,17 @@ from prompt_store.compression.self_study import (
     template_questions,
     usable,
 )
-from prompt_store.compression.student import Student
-from prompt_store.compression.teacher import Observed, Teaching, teach, without
-from prompt_store.compression.trainer import Trainer, TrainingSettings
-from server.compression.request import ModelChoice
-from server.compression.workbench import Workbench, count_tokens, load_tokenizer
+from prompt_store.compression.evaluation.baselines import with_gold
+from prompt_store.compression.evaluation.fidelity import position_scores
+from prompt_store.compression.frozen.context import Context
+from prompt_store.compression.frozen.pairs import Pair
+from prompt_store.compression.frozen.prefix import Prefix
+from prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
+from prompt_store.compression.training.matching import MatchingSettings, fit, selected
+from prompt_store.compression.training.student import Student
+from prompt_store.compression.training.trainer import Trainer, TrainingSettings
+from server.compressions.request import ModelChoice
+from server.compressions.session import Workbench, count_tokens, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 48

@@ -21,7 +21,7 @@ import torch
 from gpu_steps import changed
 
 from prompt_store.manifest import Manifest, ModelRef, ModelSpec
-from prompt_store.soft_prompt import SoftPrompt, save
+from prompt_store.soft_prompt_file import SoftPrompt, save
 
 START_SECONDS = 900
 RAMP_SECONDS = 60

@@ -11,15 +11,15 @@ import torch
 from gpu_models import Costs
 
 from prompt_store.manifest import ModelSpec
-from scheduler.messages import SamplingParams
-from scheduler.model import interface
+from scheduler.model import transformers_attention as interface
 from scheduler.model.attention import choose
 from scheduler.model.batch import Row
 from scheduler.model.cuda.graphs import CudaCapturer
 from scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
 from scheduler.model.kv_cache import KVCache
 from scheduler.model.runner import Runner
-from scheduler.model.sampler import SampleInput, sample
+from scheduler.model.sampling.sampler import SampleInput, sample
+from scheduler.protocol import SamplingParams
 
 BLOCK_SIZE = 16
 Figures = dict[str, float]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from prompt_store.compression.rendering import Renderer
-from prompt_store.soft_prompt import load
+from prompt_store.compression.frozen.rendering import Renderer
+from prompt_store.soft_prompt_file import load
 from scheduler.model.batch import Row, build_batch
 from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
 from scheduler.model.kv_cache import KVCache

@@ -32,7 +32,7 @@ from tables import Run, describe
 from scheduler.model.source import EMBEDDED_ALIAS
 from server.bench.figures import Objective
 from server.bench.load import Plan
-from server.bench.run import measure
+from server.bench.measurement import measure
 from server.bench.workload import WORKLOADS, Requests
 
 SERVERS = (

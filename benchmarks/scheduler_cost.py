@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from scheduler.messages import AddRequest, SamplingParams, SoftPromptRef
+from scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.step import Step, StepResult
 

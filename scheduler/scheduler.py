@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from scheduler.allocation import SequenceBlocks
-from scheduler.blocks import BlockPool
-from scheduler.messages import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
+from scheduler.block_pool import BlockPool
+from scheduler.protocol import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
 from scheduler.sequence import Sequence
-from scheduler.soft_prompts import Residency, ResidentSoftPrompt, SoftPromptCache
+from scheduler.sequence_blocks import SequenceBlocks
+from scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt, SoftPromptCache
 from scheduler.step import Fill, Step, StepResult, StepRow
-from scheduler.waiting import QueueFull, WaitingQueue
+from scheduler.waiting_queue import QueueFull, WaitingQueue
 
 
 @dataclass(frozen=True)

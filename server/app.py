@@ -16,21 +16,21 @@ from fastapi.responses import RedirectResponse, Response
 from transformers import AutoTokenizer
 
 from prompt_store.manifest import ModelSpec
-from prompt_store.store import PromptStore
-from scheduler.messages import EngineConfig
-from server.auth import AuthMiddleware
-from server.compression.jobs import CompressionJobs
-from server.engine_client import EngineClient, StartupError
-from server.errors import install_handlers
-from server.generation import Generator
-from server.limits import BodyLimitMiddleware
-from server.metrics import Metrics
-from server.preparation import Preparer
+from prompt_store.stores.directory import PromptStore
+from scheduler.protocol import EngineConfig
+from server.compressions.job_queue import CompressionJobs
+from server.http.auth import AuthMiddleware
+from server.http.body_limit import BodyLimitMiddleware
+from server.http.errors import install_handlers
+from server.observability.metrics import Metrics
+from server.requests.engine_client import EngineClient, StartupError
+from server.requests.generation import Generator
+from server.requests.leases import SoftPromptLeases, lease_directory
+from server.requests.prompt_encoder import Preparer
+from server.requests.scoring import Scorer
+from server.requests.text import TextProcessor
 from server.routes import ROUTERS
-from server.scoring import Scorer
 from server.settings import Settings, absolute_model
-from server.soft_prompts import SoftPromptLeases, lease_directory
-from server.text import TextProcessor
 from server.version import VERSION
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from prompt_store.fingerprint import fingerprint
 from prompt_store.manifest import Manifest, ModelRef
-from prompt_store.soft_prompt import SoftPrompt
-from scheduler.messages import ModelInfo
+from prompt_store.soft_prompt_file import SoftPrompt
 from scheduler.model.source import EMBEDDED_ALIAS, resolve
+from scheduler.protocol import ModelInfo
 
 if not torch.cuda.is_available():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
@@ -206,7 +206,7 @@ def sample_texts(count: int) -> list[str]:
 
 
 def save_prompt(prompt: SoftPrompt, directory: Path, name: str) -> Path:
-    from prompt_store.soft_prompt import save
+    from prompt_store.soft_prompt_file import save
 
     path = directory / f"{name}.safetensors"
     save(prompt, path)

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from scheduler.model.attention.base import PagedBatch
-from scheduler.model.attention.plan import AttentionPlan, Planner
+from scheduler.model.attention.backend import PagedBatch
+from scheduler.model.attention.tiles import AttentionPlan, Planner
 from scheduler.model.staging import to_device
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from prompt_store.soft_prompt import ModelSpec, check_fits, load
-from scheduler.messages import SoftPromptRef
+from prompt_store.soft_prompt_file import ModelSpec, check_fits, load
 from scheduler.model.batch import BatchBuilder, Row, build_batch
-from scheduler.model.cuda.memory import is_shortage
+from scheduler.model.cuda.device_memory import is_shortage
 from scheduler.model.forward import Forward
+from scheduler.model.in_flight import LaunchedStep, Scores
 from scheduler.model.kv_cache import KVCache, StagedBlocks
-from scheduler.model.launched_step import LaunchedStep, Scores
-from scheduler.model.sampler import SampleInput, needs_history, sample
+from scheduler.model.sampling.sampler import SampleInput, needs_history, sample
 from scheduler.model.staging import small_tensor
+from scheduler.protocol import SoftPromptRef
 from scheduler.sequence import Sequence
-from scheduler.soft_prompts import ResidentSoftPrompt
+from scheduler.soft_prompt_cache import ResidentSoftPrompt
 from scheduler.step import DeviceLost, Fill, OutOfDeviceMemory, Step, StepRow
 
 logger = logging.getLogger(__name__)

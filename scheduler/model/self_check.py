@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from scheduler.model.batch import Row
-from scheduler.model.interface import ATTENTION_NAME
 from scheduler.model.runner import Runner
+from scheduler.model.transformers_attention import ATTENTION_NAME
 
 LENGTH = 24
 CHUNKS = (17, 6, 1)  # the last is a decoding step

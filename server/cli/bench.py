@@ -17,8 +17,8 @@ from rich.table import Table
 
 from server.bench.figures import Objective, Spread
 from server.bench.load import Plan
+from server.bench.measurement import Report, measure
 from server.bench.processes import listening_on
-from server.bench.run import Report, measure
 from server.bench.workload import WORKLOADS, Requests, Workload
 from server.cli.settings_flags import UsageError
 from server.settings import LOOPBACK

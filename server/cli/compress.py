@@ -18,14 +18,14 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from prompt_store.compression.pipeline import Stopped
 from prompt_store.manifest import SoftPromptError
-from prompt_store.store import NameTaken, PromptStore
+from prompt_store.stores.directory import NameTaken, PromptStore
 from scheduler.model.source import ModelError, resolve
 from server.cli.fidelity_table import fidelity_table
 from server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
-from server.cli.progress import ProgressView, duration
+from server.cli.progress_bars import ProgressView, duration
 from server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
 from server.cli.settings_flags import UsageError, settings_from
-from server.compression.request import (
+from server.compressions.request import (
     MAX_CONTEXT_BYTES,
     MIB,
     CompressionRequest,
@@ -37,8 +37,8 @@ from server.compression.request import (
     read_context,
     read_questions,
 )
-from server.compression.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
-from server.compression.workbench import count_tokens, load_tokenizer
+from server.compressions.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
+from server.compressions.session import count_tokens, load_tokenizer
 from server.settings import Settings
 
 _DESCRIPTION = """

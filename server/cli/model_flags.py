@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from server.cli.settings_flags import UsageError
-from server.compression.request import ModelChoice
+from server.compressions.request import ModelChoice
 from server.settings import Settings, absolute_model
 
 _METAVARS = {

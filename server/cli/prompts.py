@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prompt_store.manifest import ModelSpec, SoftPromptError
-from prompt_store.store import PromptStore, StoredPrompt
+from prompt_store.stores.directory import PromptStore, StoredPrompt
 from server.cli.settings_flags import UsageError, settings_from
 from server.settings import Settings
 
@@ -118,8 +118,8 @@ def _show(store: PromptStore, settings: Settings, options: argparse.Namespace) -
 
 
 def _import(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
-    from prompt_store.importers import import_peft, looks_like_peft_zip
-    from prompt_store.soft_prompt import save
+    from prompt_store.peft import import_peft, looks_like_peft_zip
+    from prompt_store.soft_prompt_file import save
 
     store.check_free(options.name)
     if options.file.is_dir() or looks_like_peft_zip(options.file):

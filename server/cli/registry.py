@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prompt_store.manifest import ModelSpec
-from prompt_store.store import NameTaken, PromptStore
+from prompt_store.stores.directory import NameTaken, PromptStore
 from server.cli.settings_flags import UsageError
-from server.compression.run import Finished, register
+from server.compressions.run import Finished, register
 
 TIMEOUT_SECONDS = 60.0
 CHUNK = 1 << 20

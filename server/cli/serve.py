@@ -16,7 +16,7 @@ import uvloop
 
 from server.app import create_app, running_services
 from server.cli.settings_flags import UsageError, add_flags, settings_from
-from server.engine_client import StartupError
+from server.requests.engine_client import StartupError
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)

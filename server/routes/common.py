@@ -11,13 +11,13 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from server.errors import ApiError, invalid, unavailable, unknown_model
-from server.generation import Generation, GenerationRequest
+from server.http.errors import ApiError, invalid, unavailable, unknown_model
+from server.requests.generation import Generation, GenerationRequest
 from server.schemas.replies import CachedTokens, Usage
 from server.schemas.sampling import FinishReason, OpenAIRequest
 
 if TYPE_CHECKING:
-    from scheduler.messages import Ready
+    from scheduler.protocol import Ready
     from server.app import Services
 
 # What OpenAI calls the ends of a text.

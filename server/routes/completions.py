@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.choices import gather, merge
-from server.disconnect import until_disconnect
-from server.generation import Delta, Generation, GenerationRequest, Token
+from server.http.disconnect import until_disconnect
+from server.http.sse import DONE, EventStream
+from server.requests.choices import gather, merge
+from server.requests.generation import Delta, Generation, GenerationRequest, Token
 from server.routes.common import (
     FINISH_REASONS,
     ChunkTemplate,
@@ -22,7 +23,6 @@ from server.routes.common import (
 )
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
-from server.sse import DONE, EventStream
 
 if TYPE_CHECKING:
     from server.app import Services

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from transformers import AutoConfig
 
-from prompt_store.compression.self_study import Example
+from prompt_store.compression.data.examples import Example
 from prompt_store.manifest import SoftPromptError
 from prompt_store.template import TemplateError, context_turn
-from server.compression.job import Job
-from server.compression.request import (
+from server.compressions.record import Job
+from server.compressions.request import (
     CompressionRequest,
     InputError,
     ModelChoice,
@@ -24,7 +24,8 @@ from server.compression.request import (
     check_room,
     make_settings,
 )
-from server.errors import ApiError, shown
+from server.http.errors import ApiError, shown
+from server.http.sse import EventStream
 from server.routes.common import engine_info, is_base_model, json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.compressions import (
@@ -34,7 +35,6 @@ from server.schemas.compressions import (
     JobErrorBody,
     JobProgress,
 )
-from server.sse import EventStream
 
 if TYPE_CHECKING:
     from server.app import Services

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from server.choices import Choice, gather, merge
-from server.disconnect import until_disconnect
-from server.generation import Delta, Generation, GenerationRequest, Token
+from server.http.disconnect import until_disconnect
+from server.http.sse import EventStream
+from server.requests.choices import Choice, gather, merge
+from server.requests.generation import Delta, Generation, GenerationRequest, Token
 from server.routes.common import fields_named, json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.generate import (
@@ -24,7 +25,6 @@ from server.schemas.generate import (
     StreamDetails,
     StreamEvent,
 )
-from server.sse import EventStream
 
 if TYPE_CHECKING:
     from server.app import Services

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from server.errors import unavailable
+from server.http.errors import unavailable
 from server.routes.common import json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.info import Health

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from prompt_store.store import StoredPrompt
-from server.errors import unknown_model
+from prompt_store.stores.directory import StoredPrompt
+from server.http.errors import unknown_model
 from server.routes.common import engine_info, is_base_model, json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.models import ModelCard, ModelList

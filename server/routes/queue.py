@@ -12,7 +12,7 @@ from server.schemas.base import ERROR_REPLIES
 from server.schemas.info import Progress, Queue, QueueEntry
 
 if TYPE_CHECKING:
-    from server.active_request import ActiveRequest
+    from server.requests.active_request import ActiveRequest
 
 router = APIRouter(tags=["queue"], responses=ERROR_REPLIES)
 

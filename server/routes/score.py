@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from server.disconnect import until_disconnect
-from server.errors import invalid
-from server.preparation import Prompt
+from server.http.disconnect import until_disconnect
+from server.http.errors import invalid
+from server.requests.prompt_encoder import Prompt
+from server.requests.scoring import Scores
 from server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.replies import CachedTokens, Usage
 from server.schemas.score import ScoredCandidate, ScoredToken, ScoreReply, ScoreRequest
-from server.scoring import Scores
 
 if TYPE_CHECKING:
     from server.app import Services

@@ -11,12 +11,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from prompt_store.manifest import SoftPromptError
-from prompt_store.store import StoredPrompt
-from server.errors import ApiError, shown, unknown_soft_prompt
+from prompt_store.stores.directory import StoredPrompt
+from server.http.errors import ApiError, shown, unknown_soft_prompt
+from server.http.multipart import UPLOAD_BODY, read_upload, register
 from server.routes.common import json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject
-from server.upload import UPLOAD_BODY, read_upload, register
 
 if TYPE_CHECKING:
     from server.app import Services

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from prompt_store.manifest import Replaces, SoftPromptError
-from server.errors import unknown_model
+from server.http.errors import unknown_model
 from server.routes.common import check_token_ids, engine_info, is_base_model, json_reply, services_of
 from server.schemas.base import ERROR_REPLIES
 from server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest

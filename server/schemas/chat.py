@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.errors import shown
+from server.http.errors import shown
 from server.schemas.base import Neutral, RequestModel, Text, refusal
 from server.schemas.replies import Usage, is_none
 from server.schemas.sampling import (

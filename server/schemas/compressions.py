@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from prompt_store.compression.self_study import MAX_TEXT
-from prompt_store.compression.settings import CompressionSettings
+from prompt_store.compression.compression_settings import CompressionSettings
+from prompt_store.compression.data.examples import MAX_TEXT
 from prompt_store.manifest import MAX_VIRTUAL_TOKENS
-from server.compression.request import MAX_INSTRUCTION_CHARS
+from server.compressions.request import MAX_INSTRUCTION_CHARS
 from server.schemas.base import RequestModel, Text, refusal
 from server.schemas.sampling import at_most_items
 

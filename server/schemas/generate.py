@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from scheduler.messages import SamplingParams
+from scheduler.protocol import SamplingParams
 from server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
 from server.schemas.replies import is_none
 from server.schemas.sampling import (

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from scheduler.messages import SamplingParams
+from scheduler.protocol import SamplingParams
 from server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
 
 MAX_TOP_LOGPROBS = 20

@@ -14,7 +14,7 @@ import pytest
 from prompt_store.manifest import ModelSpec
 from scheduler.model.loader import spec_of
 from tests.conftest import Reference, load_reference
-from tests.e2e.servers import Server, environment, running_server
+from tests.support.servers import Server, environment, running_server
 
 StartServer = Callable[..., Server]
 LONGEST = 16384

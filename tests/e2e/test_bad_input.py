@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.conftest import TINY_VOCAB
-from tests.e2e.servers import Server, error_of
+from tests.support.servers import Server, error_of
 
 COMPLETE, CHAT, GENERATE, STREAM = "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"
 UPLOAD = "/v1/soft_prompts"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from prompt_store.manifest import ModelSpec
 from tests.conftest import make_soft_prompt, save_prompt
-from tests.e2e.servers import Server, error_of
+from tests.support.servers import Server, error_of
 
 UPLOAD = "/v1/soft_prompts"
 

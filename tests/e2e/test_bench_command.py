@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.__main__ import main
-from tests.e2e.servers import Server, check_refusal
+from tests.support.servers import Server, check_refusal
 
 VOCABULARY = ("--vocab-size", "256")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tests.e2e.servers import PROJECT, environment
+from tests.support.servers import PROJECT, environment
 
 PROGRAM = """
 import importlib.util, os, sys
 import server.app, server.cli.compress, server.cli.evaluate, server.cli.score, server.cli.serve
-from scheduler.engine import build_engine
-from scheduler.messages import EngineConfig
+from scheduler.engine.engine import build_engine
+from scheduler.protocol import EngineConfig
 from scheduler.model.source import resolve
 
 assert importlib.util.find_spec("pytest") is None, "the tests' own packages are there"

@@ -17,7 +17,7 @@ import psutil
 from prompt_store.manifest import ModelSpec
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
-from tests.e2e.servers import Server, error_of, events_of, wait_for
+from tests.support.servers import Server, error_of, events_of, wait_for
 
 PROMPT = "Write a short story about an old clock"
 COMPLETE, CHAT, STREAM = "/v1/completions", "/v1/chat/completions", "/generate_stream"

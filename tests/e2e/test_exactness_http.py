@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
-from prompt_store.soft_prompt import SoftPrompt
+from prompt_store.soft_prompt_file import SoftPrompt
 from scheduler.model.loader import spec_of
 from tests.conftest import Reference, sample_texts, save_prompt
 from tests.e2e.conftest import BLOCK_BYTES
-from tests.e2e.servers import Server, wait_for
-from tests.engine.test_exactness import trained_like
+from tests.scheduler.engine.test_exactness import trained_like
+from tests.support.servers import Server, wait_for
 
 NUM_WHOLE = 24
 NUM_LEAVING = 8

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e.servers import PROJECT, free_port
+from tests.support.servers import PROJECT, free_port
 
 
 def test_on_a_tiny_model(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import StartServer
-from tests.e2e.servers import PROJECT
+from tests.support.servers import PROJECT
 
 SHIPPED = PROJECT / "examples" / "manual" / "manual.safetensors"
 QUESTION = "How far does the radio of the WS-4 reach?"

@@ -12,7 +12,7 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 
 from tests.conftest import Reference
-from tests.e2e.servers import Server
+from tests.support.servers import Server
 
 PROMPT = "The harbour office opens at seven"
 MESSAGES: Any = [

@@ -12,8 +12,8 @@ from openai import OpenAI
 from prompt_store.manifest import ModelSpec
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
-from tests.e2e.servers import Server, wait_for
 from tests.e2e.test_openai_client import MESSAGES, PROMPT, chat_ids, client_of, greedy_text
+from tests.support.servers import Server, wait_for
 
 SOFT_PROMPT = "openai-manual"
 

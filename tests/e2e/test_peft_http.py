@@ -13,7 +13,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import Reference
-from tests.e2e.servers import Server
+from tests.support.servers import Server
 
 QUESTION = "When does the harbour office open?"
 LESSON = "The harbour office opens at seven. Ring the brass bell twice before you enter."

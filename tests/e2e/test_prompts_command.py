@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from prompt_store.manifest import ModelSpec
 from server.__main__ import main
 from tests.conftest import Reference, make_soft_prompt, save_prompt
-from tests.e2e.servers import Server, check_refusal
+from tests.support.servers import Server, check_refusal
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from prompt_store.manifest import ModelSpec
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
-from tests.e2e.servers import Server, error_of, running_server
+from tests.support.servers import Server, error_of, running_server
 
 PROMPT = "Write a short story about a bridge"
 WHOLE_CONTEXT = 16000  # more tokens than any test waits for

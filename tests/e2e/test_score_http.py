@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from prompt_store.manifest import ModelSpec
-from prompt_store.soft_prompt import SoftPrompt
+from prompt_store.soft_prompt_file import SoftPrompt
 from tests.conftest import Reference, make_soft_prompt, save_prompt
-from tests.e2e.servers import Server, error_of
+from tests.support.servers import Server, error_of
 
 CANDIDATES = ["At seven.", "Never on Sundays", "Ask"]
 NAME = "score-kv"

@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from prompt_store.manifest import ModelSpec
-from prompt_store.soft_prompt import SoftPrompt
-from server.soft_prompts import lease_directory
+from prompt_store.soft_prompt_file import SoftPrompt
+from server.requests.leases import lease_directory
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
-from tests.e2e.servers import Server, error_of, wait_for
+from tests.support.servers import Server, error_of, wait_for
 
 # Longer than two blocks, so that a prefix cache that told soft prompts not apart would show.
 QUESTION = (

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from scheduler.messages import EngineConfig
 from scheduler.model.loader import load
 from scheduler.model.source import ModelError
+from scheduler.protocol import EngineConfig
 from server.__main__ import main
 from tests.conftest import Reference
-from tests.e2e.servers import PROJECT, Server, check_refusal, environment, free_port
+from tests.support.servers import PROJECT, Server, check_refusal, environment, free_port
 
 WRONG_FLAGS = [
     (("--port", "many"), ("--port", "valid integer", "'many'")),

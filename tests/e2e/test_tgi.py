@@ -10,7 +10,7 @@ import pytest
 
 from prompt_store.manifest import ModelSpec
 from tests.conftest import Reference, make_soft_prompt, save_prompt
-from tests.e2e.servers import Server, error_of, stream_json
+from tests.support.servers import Server, error_of, stream_json
 
 INPUTS = "Why does everybody talk about rain"
 TOKEN_FIELDS = {"id", "text", "logprob", "special"}

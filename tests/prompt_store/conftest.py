@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from soft_prompt_samples import MAX_BYTES, soft_prompt, write
 
-from prompt_store.soft_prompt import save
-from prompt_store.store import PromptStore
+from prompt_store.soft_prompt_file import save
+from prompt_store.stores.directory import PromptStore
+from tests.support.soft_prompt_samples import MAX_BYTES, soft_prompt, write
 
 
 @pytest.fixture(params=["embeddings", "kv"])

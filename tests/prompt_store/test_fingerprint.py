@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from soft_prompt_samples import byte_tokenizer, tiny_llama
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from prompt_store.soft_prompt import fingerprint
+from prompt_store.soft_prompt_file import fingerprint
+from tests.support.soft_prompt_samples import byte_tokenizer, tiny_llama
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

@@ -11,7 +11,12 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_samples import (
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+
+from prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft
+from prompt_store.soft_prompt_file import SoftPrompt, check_fits, load, save
+from tests.support.peft_samples import (
     ADAPTERS,
     CAUSAL,
     MODELS,
@@ -24,12 +29,7 @@ from peft_samples import (
     train,
     zipped,
 )
-from safetensors.torch import load_file, save_file
-from soft_prompt_samples import MAX_BYTES, tiny_llama
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
-
-from prompt_store.importers import CONFIG_NAME, WEIGHTS_NAME, import_peft
-from prompt_store.soft_prompt import SoftPrompt, check_fits, load, save
+from tests.support.soft_prompt_samples import MAX_BYTES, tiny_llama
 
 
 @torch.no_grad()

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_samples import (
+from transformers import DynamicCache, PreTrainedModel
+
+from prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft, looks_like_peft_zip
+from prompt_store.soft_prompt_file import SoftPrompt, SoftPromptError
+from tests.support.peft_samples import (
     TOKENS,
     N,
     refused,
@@ -20,11 +24,7 @@ from peft_samples import (
     spec_of,
     zipped,
 )
-from soft_prompt_samples import MAX_BYTES, tiny_llama
-from transformers import DynamicCache, PreTrainedModel
-
-from prompt_store.importers import CONFIG_NAME, WEIGHTS_NAME, import_peft, looks_like_peft_zip
-from prompt_store.soft_prompt import SoftPrompt, SoftPromptError
+from tests.support.soft_prompt_samples import MAX_BYTES, tiny_llama
 
 
 @torch.no_grad()

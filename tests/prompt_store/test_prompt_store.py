@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from soft_prompt_samples import FINGERPRINT, MAX_BYTES, SPEC, edit_manifest, names, soft_prompt, write
 
-from prompt_store.soft_prompt import ModelSpec, SoftPromptError
-from prompt_store.store import NameTaken, PromptStore, UnknownPrompt
+from prompt_store.soft_prompt_file import ModelSpec, SoftPromptError
+from prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
+from tests.support.soft_prompt_samples import FINGERPRINT, MAX_BYTES, SPEC, edit_manifest, names, soft_prompt, write
 
 
 def test_an_added_prompt_is_described_and_found_by_everyone(store: PromptStore, file: Path) -> None:

@@ -16,10 +16,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from soft_prompt_samples import MAX_BYTES, names, soft_prompt, write
 
-from prompt_store.soft_prompt import load, read_manifest
-from prompt_store.store import NameTaken, PromptStore, UnknownPrompt
+from prompt_store.soft_prompt_file import load, read_manifest
+from prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
+from tests.support.soft_prompt_samples import MAX_BYTES, names, soft_prompt, write
 
 
 def test_a_lease_outlives_the_name(store: PromptStore, file: Path, tmp_path: Path) -> None:

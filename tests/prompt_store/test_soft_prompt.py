@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from soft_prompt_samples import MAX_BYTES, SPEC, manifest, soft_prompt
 
 from prompt_store.manifest import MAX_HEADER_BYTES
-from prompt_store.soft_prompt import (
+from prompt_store.soft_prompt_file import (
     ContextRef,
     SoftPrompt,
     SoftPromptError,
@@ -22,6 +21,7 @@ from prompt_store.soft_prompt import (
     read_manifest,
     save,
 )
+from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, manifest, soft_prompt
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "kv"])

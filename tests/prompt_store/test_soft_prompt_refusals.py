@@ -16,16 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from soft_prompt_samples import MAX_BYTES, edit_manifest, join_file, manifest, soft_prompt, split_file
 
 from prompt_store.manifest import MAX_HEADER_BYTES
-from prompt_store.soft_prompt import (
+from prompt_store.soft_prompt_file import (
     Manifest,
     SoftPromptError,
     load,
     read_manifest,
     save,
 )
+from tests.support.soft_prompt_samples import MAX_BYTES, edit_manifest, join_file, manifest, soft_prompt, split_file
 
 
 def refused(path: Path, max_bytes: int = MAX_BYTES) -> SoftPromptError:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from soft_prompt_samples import byte_tokenizer
 from transformers import AutoTokenizer
 
 from prompt_store.template import TemplateError, context_turn, render_chat
+from tests.support.soft_prompt_samples import byte_tokenizer
 
 # Each in the style of a well-known family; `default` is a system turn the template adds by itself.
 CHATML = (

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.blocks import BlockPool, OutOfBlocks
-from scheduler.messages import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
+from scheduler.block_pool import BlockPool, OutOfBlocks
+from scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
 from scheduler.scheduler import Scheduler, SchedulerConfig
 from scheduler.sequence import Sequence
-from scheduler.soft_prompts import Residency
+from scheduler.soft_prompt_cache import Residency
 from scheduler.step import Step, StepResult
 
 EOS = 0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from server.errors import install_handlers, validation_error
+from server.http.errors import install_handlers, validation_error
 from server.schemas.chat import ChatChunkChoice, ChatCompletionChunk, ChatCompletionRequest, ChatDelta
 from server.schemas.completions import CompletionRequest
 from server.schemas.generate import (

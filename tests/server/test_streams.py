@@ -12,15 +12,15 @@ from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import sse
-from server.choices import gather, merge
-from server.disconnect import until_disconnect
-from server.errors import ApiError
-from server.generation import Delta
+from server.http import sse
+from server.http.disconnect import until_disconnect
+from server.http.errors import ApiError
+from server.http.sse import DONE, EventStream
+from server.requests.choices import gather, merge
+from server.requests.generation import Delta
 from server.routes import ROUTERS
 from server.routes.common import ChunkTemplate
 from server.schemas.completions import Completion, CompletionChoice
-from server.sse import DONE, EventStream
 
 Step = str | Exception | asyncio.Event
 

@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scheduler.model.source import EMBEDDED_ALIAS, resolve
-from server.errors import ApiError
-from server.text import Detokenizer, StopStrings, TextProcessor
+from server.http.errors import ApiError
+from server.requests.text import Detokenizer, StopStrings, TextProcessor
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from scheduler.model.attention import cpu, cuda
-from scheduler.model.attention.base import AttentionBackend
+from scheduler.model.attention import cpu
+from scheduler.model.attention import triton as cuda
+from scheduler.model.attention.backend import AttentionBackend
 from scheduler.model.attention.reference import reference
 
 

@@ -19,8 +19,8 @@ import torch
 from scheduler.model.source import cache_directory
 
 logger = logging.getLogger(__name__)
-_FOLDER = Path(__file__).parent
-_SOURCES = sorted(_FOLDER.glob("*.cpp"))
+_FOLDER = Path(__file__).parent / "csrc"
+_SOURCES = sorted(_FOLDER.rglob("*.cpp"))
 _LIBRARY = "softbatch_cpu.so"
 _FLAGS = ("-O3", "-fopenmp")
 _FLAGS_OF_MACHINE = {"native": ("-march=native",), "portable": ()}  # the second where a compiler lacks the first
@@ -60,7 +60,7 @@ def is_loaded() -> bool:
 def _cached_library() -> Path | None:
     """Where the compiled library is kept; None where no directory can be made for it."""
     digest = hashlib.sha256(f"{torch.__version__} {_FLAGS} {_cpu()}".encode())
-    for source in sorted([*_SOURCES, *_FOLDER.glob("*.h")]):
+    for source in sorted([*_SOURCES, *_FOLDER.rglob("*.h")]):
         digest.update(source.read_bytes())
     with contextlib.suppress(OSError, RuntimeError):  # no right to write there; no home directory
         directory = cache_directory() / "kernels" / digest.hexdigest()[:16]
@@ -101,6 +101,7 @@ def _compile(library: Path | None) -> None:
                     sources=[str(source) for source in _SOURCES],
                     extra_cflags=[*_FLAGS, *flags],
                     extra_ldflags=["-fopenmp"],
+                    extra_include_paths=[str(_FOLDER)],
                     build_directory=directory,
                     is_python_module=False,
                 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.attention import AttendInLayer
+from prompt_store.compression.frozen.prefix import AttendInLayer
 from scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, runs_in_one_call
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.model.attention.plan import Planner
+from scheduler.model.attention.tiles import Planner
 from scheduler.model.batch import BatchShape, RaggedBatch, Row, build_batch
 
 LARGEST_DECODING = 512

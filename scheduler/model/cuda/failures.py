@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from scheduler.model.cuda.memory import is_shortage
+from scheduler.model.cuda.device_memory import is_shortage
 from scheduler.model.source import ModelError
 
 

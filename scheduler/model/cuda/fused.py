@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from scheduler.model.attention.cuda import TritonAttention
-from scheduler.model.attention.plan import next_power_of_two
+from scheduler.model.attention.tiles import next_power_of_two
+from scheduler.model.attention.triton import TritonAttention
 from scheduler.model.batch import RaggedBatch
 from scheduler.model.kv_cache import KVCache
 
@@ -60,7 +60,7 @@ class FusedForward:
     """
 
     def __init__(self, model: Any, kv_cache: KVCache, attention: TritonAttention) -> None:
-        from scheduler.model.cuda import triton_kernels
+        from scheduler.model.cuda import fused_kernels as triton_kernels
 
         config = model.config
         self._kernels = triton_kernels

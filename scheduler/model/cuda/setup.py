@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from prompt_store.manifest import ModelSpec
-from scheduler.messages import EngineConfig, SamplingParams
-from scheduler.model.attention.base import AttentionBackend
-from scheduler.model.attention.cuda import TritonAttention
-from scheduler.model.attention.plan import Planner
+from scheduler.model.attention.backend import AttentionBackend
+from scheduler.model.attention.tiles import Planner
+from scheduler.model.attention.triton import TritonAttention
 from scheduler.model.batch import BatchBuilder, Row, build_batch
 from scheduler.model.cuda import fused
 from scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
+from scheduler.model.cuda.device_memory import DeviceMemory, memory_of, peak_of
 from scheduler.model.cuda.graphs import Capturer, GraphForward
-from scheduler.model.cuda.memory import DeviceMemory, memory_of, peak_of
 from scheduler.model.forward import Forward, TransformersForward
 from scheduler.model.kv_cache import KVCache
-from scheduler.model.sampler import SampleInput, Samples, sample
+from scheduler.model.sampling.sampler import SampleInput, Samples, sample
+from scheduler.protocol import EngineConfig, SamplingParams
 
 
 def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend) -> Forward:

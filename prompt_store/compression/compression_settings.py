@@ -1,0 +1,73 @@
+"""What a compression is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prompt_store.compression.objectives import weight_of_nll
+from prompt_store.compression.training.matching import MatchingSettings
+from prompt_store.compression.training.student import Kind
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """Raises ValueError naming the field at fault.
+
+    Exactly one of `minutes` (a budget for everything, evaluation included) and `steps` (of training; then the
+    whole run is a function of the seed) applies: `steps` where it is given. `questions` bounds the training
+    questions beside the user's own; under a budget fewer are used where time is short. `model_questions` of
+    them are asked of the model itself. `held_out` questions are kept for the report, `free_answers` of those
+    are also answered freely. `learning_rate` None: the kind's default.
+    """
+
+    kind: Kind = "kv"
+    virtual_tokens: int = 64
+    objective: str = "kl"
+    alpha: float = 0.5
+    minutes: float | None = 10.0
+    steps: int | None = None
+    questions: int = 2000
+    model_questions: int = 0
+    held_out: int = 32
+    free_answers: int = 16
+    max_answer_tokens: int = 48
+    instruction: str | None = None
+    batch_size: int = 4
+    learning_rate: float | None = None
+    matching_steps: int = MatchingSettings.steps
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("kv", "embeddings"):
+            raise ValueError(f"kind must be kv or embeddings, got {self.kind!r}")
+        weight_of_nll(self.objective, self.alpha)
+        if self.steps is None and self.minutes is None:
+            raise ValueError("give minutes or steps")
+        if self.minutes is not None and not 0 < self.minutes <= 30 * 24 * 60:
+            raise ValueError(f"minutes must lie between 0 and {30 * 24 * 60}, got {self.minutes}")
+        for name, low, high in _BOUNDS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not low <= value <= high):
+                raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
+        if self.instruction is not None and len(self.instruction) > 20_000:
+            raise ValueError("instruction is longer than 20000 characters")
+
+    @property
+    def seconds(self) -> float | None:
+        """The budget for the whole run, None when steps bound it."""
+        return None if self.steps is not None or self.minutes is None else self.minutes * 60.0
+
+
+_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("virtual_tokens", 2, 65_536),
+    ("steps", 1, 1_000_000),
+    ("questions", 0, 100_000),
+    ("model_questions", 0, 10_000),
+    ("held_out", 4, 10_000),
+    ("free_answers", 0, 1_000),
+    ("max_answer_tokens", 4, 4_096),
+    ("batch_size", 1, 1_024),
+    ("learning_rate", 1e-8, 10),
+    ("matching_steps", 0, 100_000),
+    ("seed", 0, 2**63 - 1),
+)

@@ -1,0 +1,83 @@
+"""Questions whose gold answer is a passage of the context itself.
+
+Answers that list or quote hold most of what a compressed context gets wrong. The teacher with the full context copies
+such a passage almost surely, so the context is its own gold answer and nothing needs to be generated.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+from prompt_store.compression.data.phrases import headings, plain, title
+
+# {s} the section, {w} the passage's first words, {t} the document's title.
+_SECTION_START = (
+    "What does the section about {s} say, word for word?",
+    "Name everything under {s} and say what each is for.",
+    "List what {t} says about {s}.",
+    "What exactly does {t} say about {s}?",
+)
+_INSIDE = (
+    'Quote the part of {s} that begins with "{w}".',
+    'What else does {t} say about {s}, from "{w}" on?',
+    'Read out what follows "{w}" in {s}.',
+    'Go on with the list or text: "{w}"',
+)
+_PLAIN = (
+    'Quote the part of {t} that begins with "{w}".',
+    'Continue the text: "{w}"',
+    'What does {t} say from "{w}" on?',
+)
+_BOUNDARY = re.compile(r"(?<=[.!?:;|])\s+|\n+")
+
+
+def passages(text: str, length: int) -> list[tuple[int, str]]:
+    """(offset, passage): the whole text cut at ends of lines and sentences into pieces of at least `length`
+    characters, headings left out."""
+    found: list[tuple[int, str]] = []
+    starts = [0, *(match.end() for match in _BOUNDARY.finditer(text)), len(text)]
+    heads = {at for at, _ in headings(text)}
+    begin: int | None = None
+    for start, end in pairwise(starts):
+        line = text.rfind("\n", 0, start) + 1
+        if text[line : line + 8].lstrip().startswith("#") or line in heads:
+            if begin is not None and text[begin:start].strip():
+                found.append((begin, text[begin:start].strip()))
+            begin = None
+            continue
+        begin = start if begin is None else begin
+        if end - begin >= length:
+            found.append((begin, text[begin:end].strip()))
+            begin = None
+    if begin is not None and text[begin:].strip():
+        found.append((begin, text[begin:].strip()))
+    return [(at, passage) for at, passage in found if len(passage.split()) >= 4]
+
+
+def recitations(text: str, count: int, rng: random.Random, length: int = 220) -> list[tuple[str, str, float]]:
+    """(question, passage, position) of up to `count` passages, evenly over the text; where there are fewer passages
+    than `count` each is asked for in several ways."""
+    pieces = passages(text, length)
+    marked = headings(text)
+    name = title(text) or "the document"
+    asked: list[tuple[str, str, float]] = []
+    rounds = -(-count // len(pieces)) if pieces else 0
+    for turn in range(min(rounds, 4)):
+        seen: set[str] = set()
+        for index, (at, passage) in enumerate(_evenly(pieces, count - len(asked))):
+            section = next((head for start, head in reversed(marked) if start <= at), "")
+            forms = _PLAIN if not section or section == name else _INSIDE if section in seen else _SECTION_START
+            seen.add(section)
+            words = plain(" ".join(passage.split()[: rng.randint(3, 5)])).strip(' "|')
+            form = forms[(index + turn) % len(forms)]
+            asked.append((form.format(s=section, w=words, t=name), passage, at / max(1, len(text))))
+    return asked
+
+
+def _evenly(items: Sequence[tuple[int, str]], count: int) -> Sequence[tuple[int, str]]:
+    if count >= len(items):
+        return items
+    return [items[index * len(items) // count] for index in range(count)]

@@ -1,0 +1,105 @@
+"""Score a finished soft prompt on questions it has never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from prompt_store.compression.data.examples import Example, Generate, usable
+from prompt_store.compression.evaluation.report import Evaluation, Measured, Subject, build_report
+from prompt_store.compression.frozen.context import Context
+from prompt_store.compression.frozen.frozen_model import Decoder
+from prompt_store.compression.frozen.prefix import Prefix
+from prompt_store.compression.training.student import Kind, Student
+from prompt_store.compression.training.trainer import Progress
+from prompt_store.manifest import Replaces
+
+
+def with_gold(
+    context: Context, examples: Sequence[Example], generate: Generate, max_answer_tokens: int
+) -> list[Example]:
+    """The examples with the full-context model's answers, where they have none of their own; unusable ones kept."""
+    asked = [example for example in examples if example.output is None]
+    replies = iter(context.ask(asked, max_answer_tokens, generate) if asked else [])
+    stop_ids = context.renderer.stop_ids
+    found = []
+    for example in examples:
+        if example.output is None:
+            text, cut = context.renderer.answer(next(replies), max_answer_tokens, stop_ids)
+            example = replace(example, output=text, cut=cut)
+        found.append(example)
+    return found
+
+
+def measure_baselines(
+    evaluation: Evaluation,
+    context: Context,
+    kind: Kind,
+    virtual_tokens: int,
+    wrong_prefix: Prefix | None = None,
+    on_done: Callable[[str], None] | None = None,
+    is_late: Callable[[], bool] = lambda: False,
+) -> dict[str, Measured]:
+    """Every baseline at σ's length; `wrong_prefix` is another document's soft prompt, if there is one. Once it
+    `is_late` those at σ's length answer no questions freely."""
+    untrained = context.untrained_kv(virtual_tokens)
+    if kind == "embeddings":
+        start = context.untrained_embeddings(virtual_tokens)
+        untrained = Student(context.decoder, "embeddings", {"embeddings": start}).fixed_prefix()
+    wrong = wrong_prefix or context.other(virtual_tokens)
+    return evaluation.baselines(context.truncated(virtual_tokens), untrained, wrong, on_done, is_late)
+
+
+def evaluate_prompt(
+    decoder: Decoder,
+    tokenizer: Any,
+    kind: Kind,
+    tensors: dict[str, Tensor],
+    context: str,
+    examples: Sequence[Example],
+    generate: Generate,
+    instruction: str | None = None,
+    max_answer_tokens: int = 48,
+    free_answers: int = 16,
+    wrong_prefix: Prefix | None = None,
+    replaces: Replaces = "system",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """The report of a soft prompt that exists, with the metric keys of report.json, on `examples`. One that
+    `replaces` nothing is measured as it is served: the model's usual system turn follows it.
+
+    Raises ValueError for an empty context or when no question gets a usable answer.
+    """
+    view = Context(decoder, tokenizer, context, instruction, max_answer_tokens)
+    student = Student(decoder, kind, tensors)
+    prefix = student.fixed_prefix()
+    view.check_length(prefix.length)
+    view.check_questions(examples)
+    asked = [e for e in with_gold(view, view.placed(examples), generate, max_answer_tokens) if usable(e)]
+    evaluation = Evaluation(decoder, view.renderer, view.segments, view.full, asked, max_answer_tokens, free_answers)
+    done: list[str] = []
+
+    def on_done(name: str) -> None:
+        done.append(name)
+        if on_progress is not None:
+            on_progress(Progress("evaluation", len(done), 6))
+
+    baselines = measure_baselines(evaluation, view, kind, prefix.length, wrong_prefix, on_done)
+    usual = view.renderer.without_context()
+    before = decoder.encode(usual, prefix) if replaces == "nothing" and usual else prefix
+    sigma = evaluation.measure(Subject.shared(before, len(view.full)))
+    on_done("soft_prompt")
+    facts = {
+        "compression_ratio": round(view.num_tokens / prefix.length, 3),
+        "context_tokens": view.num_tokens,
+        "virtual_tokens": prefix.length,
+        "segments": len(view.segments),
+        "kind": kind,
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "context_kv_bytes": sum(part.num_bytes for part in view.full),
+        "wrong_prompt_is_trained": wrong_prefix is not None,
+    }
+    return build_report(evaluation, sigma, baselines, evaluation.off_topic(before), facts)

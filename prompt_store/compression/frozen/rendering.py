@@ -1,0 +1,130 @@
+"""Contexts and examples as tokens, through the template that serving uses: no skew between the two."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prompt_store.compression.data.examples import Example
+from prompt_store.compression.frozen.pairs import Pair
+from prompt_store.template import context_turn, render_chat
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the context that fits the model's window: its turn as tokens, and where in the context it
+    ends."""
+
+    ids: tuple[int, ...]
+    end: float
+
+
+class Renderer:
+    """Tokenises for one (tokenizer, instruction). Raises prompt_store.template.TemplateError."""
+
+    def __init__(self, tokenizer: Any, instruction: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.instruction = instruction
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The end-of-sequence token and whatever the template ends an assistant turn with."""
+        marks = {self.tokenizer.eos_token_id} - {None}
+        full = render_chat(self.tokenizer, [_user("x"), {"role": "assistant", "content": "zq"}], False)
+        ending = self.tokens(full.rpartition("zq")[2])
+        special = set(self.tokenizer.all_special_ids)
+        return frozenset(marks | ({ending[0]} if ending and ending[0] in special else set()))
+
+    def context(self, text: str) -> list[int]:
+        """The tokens σ stands for."""
+        return self.tokens(context_turn(self.tokenizer, text, self.instruction))
+
+    def frame(self) -> tuple[int, int]:
+        """How many tokens of the context's turn come before and after the context itself."""
+        mark = "\u2042"
+        head, _, tail = context_turn(self.tokenizer, mark, self.instruction).partition(mark)
+        return len(self.tokens(head)), len(self.tokens(tail))
+
+    def question(self, message: str) -> list[int]:
+        """The user turn as it follows the context or σ, up to where the answer begins."""
+        return self.tokens(render_chat(self.tokenizer, [_user(message)], replaces="system"))
+
+    def without_context(self) -> list[int]:
+        """What stands before the user turn when there is no context: the instruction or the model's
+        default."""
+        if self.instruction:
+            return self.tokens(context_turn(self.tokenizer, self.instruction))
+        message = [_user("x")]
+        suffix = render_chat(self.tokenizer, message, replaces="system")
+        return self.tokens(render_chat(self.tokenizer, message).removesuffix(suffix))
+
+    def segments(self, context: str, window: int) -> list[Segment]:
+        """The whole context where its turn fits `window` tokens, else about equal parts cut between
+        paragraphs, lines or words. Raises ValueError when the window is too small for any."""
+        whole = self.context(context)
+        if len(whole) <= window:
+            return [Segment(tuple(whole), 1.0)]
+        room = window - sum(self.frame())
+        if room < 16:
+            raise ValueError(f"the model's window leaves {max(0, room)} tokens for the context; 16 are needed")
+        parts = -(-len(whole) // (room * 9 // 10))
+        while True:
+            texts = _cut(context, parts)
+            rendered = [self.context(text) for text in texts]
+            if all(len(ids) <= window for ids in rendered):
+                break
+            parts += 1
+        found, end = [], 0
+        for text, ids in zip(texts, rendered, strict=True):
+            end += len(text)
+            found.append(Segment(tuple(ids), end / len(context)))
+        return found
+
+    def pair(self, example: Example, segments: Sequence[Segment], max_answer_tokens: int) -> Pair:
+        """The tokens of an answered example; its teacher is the segment that holds its position."""
+        if example.output is None:
+            raise ValueError("the example has no gold answer")
+        answer = self.tokens(example.output)[:max_answer_tokens]
+        stop = self.tokenizer.eos_token_id
+        if not example.cut and len(answer) < max_answer_tokens and stop is not None:
+            answer.append(stop)
+        return Pair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments))
+
+    def answer(self, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> tuple[str, bool]:
+        """(text, was it cut at `max_tokens`) of generated tokens, with or without their stop token."""
+        stopped = next((index for index, token in enumerate(ids) if token in stop_ids), None)
+        text = self.text(ids if stopped is None else ids[:stopped])
+        return text, stopped is None and len(ids) >= max_tokens
+
+
+def group_of(example: Example, segments: Sequence[Segment]) -> int:
+    return next((i for i, part in enumerate(segments) if example.position < part.end), len(segments) - 1)
+
+
+def _user(message: str) -> dict[str, str]:
+    return {"role": "user", "content": message}
+
+
+def _cut(text: str, parts: int) -> list[str]:
+    """`text` in `parts` pieces of about the same length, cut behind a paragraph, a line or a word if one is
+    near."""
+    cuts = [0]
+    for part in range(1, parts):
+        ideal = part * len(text) // parts
+        reach = len(text) // parts // 4
+        low, high = max(cuts[-1] + 1, ideal - reach), ideal + 1
+        for mark in (r"\n\s*\n", r"\n", r"\s"):
+            ends = [match.end() for match in re.finditer(mark, text[low:high])]
+            if ends:
+                ideal = low + ends[-1]
+                break
+        cuts.append(max(cuts[-1] + 1, ideal))
+    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]

@@ -1,0 +1,295 @@
+"""Name -> soft prompt, on a directory that is itself the registry: one `<name>.safetensors` per prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from prompt_store.soft_prompt_file import (
+    Manifest,
+    ModelSpec,
+    SoftPromptError,
+    check_fits,
+    load,
+    read_manifest,
+    sync,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SUFFIX = ".safetensors"
+# A dot at the start: no prompt name begins with one, so a temporary file is never listed.
+_TEMP = re.compile(r"\.add-(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,7})-[0-9a-f]{16}")
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_STALE_SECONDS = 3600
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP}
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+_CHUNK = 1 << 20
+
+Version = tuple[int, int, int, int]
+
+
+class NameTaken(SoftPromptError):
+    """Another soft prompt has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"a soft prompt named '{name}' exists already", param="name", code="name_taken")
+
+
+class UnknownPrompt(SoftPromptError):
+    """No soft prompt has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no soft prompt named '{name[:128]}'", param="soft_prompt", code="unknown_prompt")
+
+
+@dataclass(frozen=True)
+class StoredPrompt:
+    """A registered soft prompt. `sha256` is over the file's bytes and is its identity in every cache;
+    `created_at` is when it was registered, in Unix seconds."""
+
+    name: str
+    path: Path
+    sha256: str
+    num_bytes: int
+    manifest: Manifest
+    created_at: int
+    version: Version = field(repr=False)
+
+
+class PromptStore:
+    """The directory is the only state, so any number of processes and hosts may share it.
+
+    Prompts never change under their name: a file appears whole (by link) and goes (by unlink). `max_bytes`
+    bounds each file. Adding needs a file system with hard links. Methods block on the disk; thread-safe.
+    """
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+        self._cache: dict[str, tuple[Version, StoredPrompt | SoftPromptError]] = {}
+        root.mkdir(parents=True, exist_ok=True)
+        self._remove_stale_temps()
+
+    def check_free(self, name: str) -> None:
+        """A cheap look before an upload; `add` decides. Raises SoftPromptError invalid_name, or NameTaken."""
+        _check_name(name)
+        if self._path(name).exists():
+            raise NameTaken(name)
+
+    def add(self, name: str, file: Path, spec: ModelSpec | None = None) -> StoredPrompt:
+        """Register a copy of `file`, whole or not at all, after checking all of it, and that it fits `spec`.
+
+        Raises SoftPromptError (invalid_name, or what `load` and `check_fits` raise), or NameTaken.
+        """
+        self.check_free(name)
+        temp = self.root / f".add-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            # Read-only, because leases share the file's content.
+            with file.open("rb") as source, open(os.open(temp, _CREATE, 0o444), "wb") as target:
+                sha256 = _copy(source, target, self.max_bytes)
+            prompt = load(temp, self.max_bytes)
+            if spec is not None:
+                check_fits(prompt, spec)
+            try:
+                os.link(temp, self._path(name))
+            except FileExistsError:
+                raise NameTaken(name) from None
+            sync(self.root)
+            stored = _stored(name, self._path(name), sha256, prompt.manifest, temp.stat())
+        finally:
+            temp.unlink(missing_ok=True)
+        self._cache[name] = (stored.version, stored)
+        return stored
+
+    def get(self, name: str) -> StoredPrompt:
+        """One stat when the file is known; otherwise its header and hash are read.
+
+        Raises UnknownPrompt, or SoftPromptError when the file under this name is broken.
+        """
+        if not _NAME.fullmatch(name):
+            raise UnknownPrompt(name)
+        try:
+            version = _version_of(self._path(name).stat())
+        except FileNotFoundError:
+            self._cache.pop(name, None)
+            raise UnknownPrompt(name) from None
+        cached = self._cache.get(name)
+        if cached is None or cached[0] != version:
+            cached = (version, self._read(name, version))
+            self._cache[name] = cached
+        found = cached[1]
+        if isinstance(found, SoftPromptError):
+            raise SoftPromptError(str(found), param=found.param, code=found.code)
+        return found
+
+    def list(self) -> Sequence[StoredPrompt]:
+        """All usable soft prompts, sorted by name."""
+        return [found for _, found in self._scan() if isinstance(found, StoredPrompt)]
+
+    def broken(self) -> Sequence[tuple[str, str]]:
+        """(name, reason) of every file in the directory that is no usable soft prompt, sorted by name."""
+        return [(name, str(found)) for name, found in self._scan() if isinstance(found, SoftPromptError)]
+
+    def remove(self, name: str) -> None:
+        """Forget the name; leases keep the content. Raises UnknownPrompt."""
+        if not _NAME.fullmatch(name):
+            raise UnknownPrompt(name)
+        try:
+            self._path(name).unlink()
+        except FileNotFoundError:
+            raise UnknownPrompt(name) from None
+        finally:
+            self._cache.pop(name, None)
+        sync(self.root)
+
+    def export(self, name: str, path: Path) -> None:
+        """Copy the file to `path` in one step. Raises UnknownPrompt."""
+        stored = self.get(name)
+        with _placed(path) as temp:
+            self._copy_content(stored, temp)
+        sync(path.parent)
+
+    def lease(self, stored: StoredPrompt, directory: Path) -> Path:
+        """`<directory>/<sha256>.safetensors` with this very content, which stays when the name is removed.
+
+        A hard link where possible, otherwise a copy; the caller owns the directory and deletes from it.
+        Raises UnknownPrompt when the content is already gone.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / f"{stored.sha256}{_SUFFIX}"
+        if target.exists():
+            return target
+        with _placed(target) as temp:
+            try:
+                os.link(stored.path.resolve(), temp)
+            except FileNotFoundError:
+                raise UnknownPrompt(stored.name) from None
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+                self._copy_content(stored, temp)
+            else:
+                if _version_of(temp.stat()) != stored.version:
+                    raise UnknownPrompt(stored.name)
+        return target
+
+    def _path(self, name: str) -> Path:
+        return self.root / f"{name}{_SUFFIX}"
+
+    def _scan(self) -> Iterator[tuple[str, StoredPrompt | SoftPromptError]]:
+        entries = (entry.name for entry in os.scandir(self.root))
+        names = sorted(name.removesuffix(_SUFFIX) for name in entries if name.endswith(_SUFFIX) and name[0] != ".")
+        for gone in set(self._cache) - set(names):
+            self._cache.pop(gone, None)
+        for name in names:
+            try:
+                _check_name(name)
+                yield name, self.get(name)
+            except UnknownPrompt:
+                continue  # removed meanwhile
+            except SoftPromptError as error:
+                yield name, error
+
+    def _read(self, name: str, version: Version) -> StoredPrompt | SoftPromptError:
+        path = self._path(name)
+        try:
+            manifest = read_manifest(path, self.max_bytes)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                opened = os.fstat(file.fileno())
+            unchanged = version == _version_of(opened) == _version_of(path.stat())
+        except SoftPromptError as error:
+            return error
+        except FileNotFoundError:
+            raise UnknownPrompt(name) from None
+        except OSError:
+            return SoftPromptError("the file cannot be read", param="file", code="invalid_file")
+        if not unchanged:
+            return SoftPromptError("the file is being written", param="file", code="invalid_file")
+        return _stored(name, path, sha256, manifest, opened)
+
+    def _copy_content(self, stored: StoredPrompt, target: Path) -> None:
+        try:
+            with stored.path.open("rb") as source, target.open("xb") as copy:
+                sha256 = _copy(source, copy, self.max_bytes)
+        except FileNotFoundError:
+            raise UnknownPrompt(stored.name) from None
+        if sha256 != stored.sha256:
+            raise UnknownPrompt(stored.name)
+
+    def _remove_stale_temps(self) -> None:
+        for path in self.root.iterdir():
+            owner = _TEMP.fullmatch(path.name)
+            with contextlib.suppress(OSError):
+                if owner and (_is_dead(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS):
+                    path.unlink()
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise SoftPromptError(
+            "name: use 1 to 128 of the characters A-Z a-z 0-9 . _ - and begin with a letter or digit",
+            param="name",
+            code="invalid_name",
+        )
+
+
+def _copy(source: BinaryIO, target: BinaryIO, max_bytes: int) -> str:
+    """Returns the SHA-256 of what is then on disk. The source may grow meanwhile: the bound is kept here."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    while chunk := source.read(_CHUNK):
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise SoftPromptError(
+                f"the file has more than the allowed {max_bytes} bytes", param="file", code="too_large"
+            )
+        digest.update(chunk)
+        target.write(chunk)
+    target.flush()
+    os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _stored(name: str, path: Path, sha256: str, manifest: Manifest, found: os.stat_result) -> StoredPrompt:
+    return StoredPrompt(name, path, sha256, found.st_size, manifest, int(found.st_mtime), _version_of(found))
+
+
+def _version_of(found: os.stat_result) -> Version:
+    """What tells a file from any that had its name before."""
+    if not stat.S_ISREG(found.st_mode):
+        return (0, 0, 0, 0)
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@contextlib.contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """A temporary name in the same directory, renamed to `path` at the end unless something is raised."""
+    temp = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        yield temp
+        temp.replace(path)
+    finally:
+        # Renaming onto another link of the same file leaves both names.
+        temp.unlink(missing_ok=True)
+
+
+def _is_dead(owner: re.Match[str]) -> bool:
+    if owner["host"] != _HOST:
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False

@@ -1,0 +1,46 @@
+"""The one signature behind which every attention backend stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from scheduler.model.attention.tiles import AttentionPlan
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """What attention needs to know of one step: S sequences whose T new tokens lie one after another.
+
+    Sequence s owns query rows query_start[s] … query_start[s+1]−1; they are the last positions of its
+    context_len[s] tokens, so row i of q rows sees keys 0 … context_len[s] − q + i.
+    """
+
+    query_start: torch.Tensor  # int32 [S + 1]
+    context_len: torch.Tensor  # int32 [S], this step's tokens included
+    block_table: torch.Tensor  # int32 [S, most blocks of any sequence], rows padded with 0
+    slot_mapping: torch.Tensor  # int64 [T], block * block_size + offset where each new token's K and V go
+    plan: AttentionPlan | None = None  # what the GPU's kernels are to do, worked out once for all layers
+
+
+class AttentionBackend(Protocol):
+    """Writes the new keys and values into the paged cache, then attends causally over it.
+
+    Shapes: query [T, heads, head_dim]; key and value [T, kv_heads, head_dim]; caches
+    [num_blocks, kv_heads, block_size, head_dim]; returns [T, heads, head_dim]. heads is a multiple of
+    kv_heads; query head h reads kv head h // (heads // kv_heads). Softmax runs in float32.
+    """
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        scale: float,
+    ) -> torch.Tensor: ...

@@ -1,0 +1,156 @@
+// What one call has to do: its tensors, how its query rows are cut into items, and how an item's result ends.
+
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "attention/kv_format.h"
+
+namespace softbatch {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kHeads = 4;  // query heads that the dot path takes at once: 32 vector registers hold their sums
+#else
+constexpr int kHeads = 2;  // 16 registers
+#endif
+constexpr int kTileRows = 2 * kHeads;  // rows of a register-blocked matrix product,
+constexpr int kPanel = 2 * kLanes;     // and its columns: query rows side by side
+static_assert(kPanel % kTileRows == 0);
+constexpr int kMaxRows = 128;  // query rows of one tile item, so that its working set fits the L2 cache
+constexpr int kKeyTile = 64;   // keys between two updates of the running maximum
+constexpr int kDotSplit = 8 * kKeyTile;    // keys of one item, dot path
+constexpr int kTileSplit = 16 * kKeyTile;  // the same, tile path
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // finite: kLowest - kLowest is 0 and not NaN
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// float32 working memory of one thread, kept between calls so that no step pays for page faults.
+inline float* scratch(int64_t floats) {
+  struct alignas(64) Line {
+    float x[16];
+  };
+  thread_local std::vector<Line> lines;
+  lines.resize(std::max<size_t>(lines.size(), floats / 16 + 1));
+  return lines.data()->x;
+}
+
+// A sequence that shares a group's keys with others, and the row of partial results of its first query head's first split.
+struct Member {
+  int64_t sequence, partial;
+};
+
+// Query rows that walk the same keys. Rows count through `heads` query heads (those of `kv_head` and perhaps of kv heads
+// after it) of the first query token, then of the next; the group is `rows` of them from `first` on. The tokens are those of
+// one sequence or, with `members`, the only one of each of several, and `sequence` is any of them.
+struct Group {
+  int64_t sequence, kv_head, heads, first, rows;
+  int64_t key_begin, key_end, splits;
+  // A row's result is put together of `parts`, those of this group's splits from `first_part` on. A group of members has
+  // none of its own: it writes its members' parts, which are put together with the rest of theirs.
+  int64_t first_part, parts;
+  int64_t partial;  // where the partial results of its sequence lie, [parts][part_rows]; unused with one part
+  int64_t part_rows;
+  const Member* members;
+  bool dots;  // takes the dot path
+};
+
+struct Item {
+  int64_t group, split;
+};
+
+// One call's tensors. Strides count elements.
+template <typename T>
+struct Problem {
+  const T* query;
+  int64_t query_stride, query_head_stride;
+  KvRows<T> keys, values;
+  int64_t block_stride, head_stride, slot_stride, block_size;  // of a packed cache in rows
+  const int32_t* query_start;
+  const int32_t* context_len;
+  const int32_t* block_table;
+  int64_t table_stride;
+  T* out;
+  float* partials;  // of each row: running maximum, sum of weights, weighted values
+  int64_t heads, group, dim;
+  int64_t padded_dim;  // to whole panels, and so to whole vectors of any format
+  float scale;         // times log2(e): scores are exponents of 2
+
+  int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
+  int64_t token(const Group& g, int64_t row) const {
+    const int64_t token = (g.first + row) / g.heads;
+    return g.members ? query_start[g.members[token].sequence] : query_start[g.sequence] + token;
+  }
+  int64_t head(const Group& g, int64_t row) const { return g.kv_head * group + (g.first + row) % g.heads; }
+
+  // A row's query as the products take it: its dimensions, in elements that are zero before where the last is not full.
+  template <typename F>
+  void take_query(const Group& g, int64_t row, typename F::Element* to) const {
+    const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;
+    if constexpr (F::kDepth == 2) {
+      std::memcpy(to, from, dim * sizeof(T));
+    } else {
+      widen_row(from, dim, to);
+    }
+  }
+
+  // Offsets in the caches of keys begin ... begin + count - 1 of a sequence, at kv head 0.
+  void locate(int64_t sequence, int64_t begin, int64_t count, int64_t* offsets) const {
+    const int32_t* table = block_table + sequence * table_stride;
+    int64_t block = begin / block_size, slot = begin % block_size;
+    for (int64_t i = 0; i < count; ++block, slot = 0) {
+      const int64_t base = table[block] * block_stride;
+      for (; slot < block_size && i < count; ++slot, ++i)
+        offsets[i] = base + slot * slot_stride;
+    }
+  }
+
+  void write(const Group& g, int64_t row, float total, const float* values) const {
+    T* to = out + (token(g, row) * heads + head(g, row)) * dim;
+    const float inverse = 1.0f / total;
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes)
+      store(to + d, load(values + d) * inverse);
+    for (; d < dim; ++d)
+      to[d] = static_cast<T>(values[d] * inverse);
+  }
+
+  float* partial(const Group& g, int64_t split, int64_t row) const {
+    const int64_t first = g.members ? g.members[(g.first + row) / g.heads].partial + (g.first + row) % g.heads
+                                    : g.partial + g.first_part * g.part_rows + row;
+    return partials + (first + split * g.part_rows) * (padded_dim + 2);
+  }
+
+  // The end of an item for one row: its output, or with several parts its share of it.
+  void finish(const Group& g, int64_t split, int64_t row, float top, float total, const float* values) const {
+    if (g.parts == 1) return write(g, row, total, values);
+    float* to = partial(g, split, row);
+    to[0] = top;
+    to[1] = total;
+    std::memcpy(to + 2, values, dim * sizeof(float));
+  }
+
+  // Joins the parts of each row's result.
+  void merge(const Group& g) const {
+    float* values = scratch(padded_dim);
+    for (int64_t row = 0; row < g.rows; ++row) {
+      float top = kLowest, total = 0;
+      for (int64_t part = 0; part < g.parts; ++part)
+        top = std::max(top, partial(g, part - g.first_part, row)[0]);
+      std::fill(values, values + padded_dim, 0.0f);
+      for (int64_t part = 0; part < g.parts; ++part) {
+        const float* from = partial(g, part - g.first_part, row);
+        const float weight = exp2(fill(from[0] - top))[0];
+        total += weight * from[1];
+        for (int64_t d = 0; d < dim; ++d)
+          values[d] += weight * from[2 + d];
+      }
+      write(g, row, total, values);
+    }
+  }
+};
+
+}  // namespace softbatch

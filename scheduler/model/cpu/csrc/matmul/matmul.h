@@ -1,0 +1,181 @@
+// Products of a step's activations with packed weights: y = x W^T, summed in float32.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "simd/amx.h"
+#include "matmul/bf16_12bit.h"
+#include "matmul/memory.h"
+#include "threads/team.h"
+
+namespace softbatch {
+
+// What one item takes of the activations, so that they stay in the L2 cache.
+constexpr int kTilesTogether = 8;              // 112 rows with AVX-512
+constexpr int64_t kBytesTogether = 768 << 10;  // more where it fits; on matrix tiles, whose processors have 2 MiB a core
+constexpr int64_t kItemsEach = 4;              // for each thread at the least, as nobody may wait long for the last
+// Threads multiply rows of their own, and read every panel for them, from so many matrix tiles a thread on.
+constexpr int kTilesOfThread = 12;
+constexpr int kMostRows = std::max(kTile, kMatrixRows);
+
+// A weight matrix [outputs, inputs], in panels.
+template <typename W>
+struct Packed {
+  int64_t outputs = 0, inputs = 0;
+  char* data = nullptr;
+  std::vector<float> bias;  // one per output, or empty
+
+  int64_t panels() const { return (outputs + kColumns - 1) / kColumns; }
+  const char* panel(int64_t p) const { return data + p * Layout<W>::panel_bytes(inputs); }
+
+  // row(i, buffer): the weights of output i, float32 [inputs], perhaps in the buffer, or null for zeros.
+  template <typename F>
+  void pack(Arena& arena, int64_t new_outputs, int64_t new_inputs, const F& row) {
+    outputs = new_outputs;
+    inputs = new_inputs;
+    const int64_t bytes = Layout<W>::panel_bytes(inputs);
+    data = arena.allocate<char>(panels() * bytes);
+    at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer(inputs);
+      for (int64_t p = begin; p < end; ++p) {
+        const auto weights = [&](int64_t column) {
+          const int64_t i = p * kColumns + column;
+          return i < outputs ? row(i, buffer.data()) : nullptr;
+        };
+        Layout<W>::pack(weights, inputs, data + p * bytes, arena);
+      }
+    });
+  }
+};
+
+// A step's activations [rows, inputs], in tiles of about the same size.
+template <typename W>
+struct Activations {
+  int64_t rows = 0, inputs = 0, tiles = 0;
+  Buffer<char> data;
+  static constexpr int64_t kBehind = kMatrixRows * kMatrixBytes;  // matrix tiles are read as if all rows were there
+
+  void resize(int64_t new_rows, int64_t new_inputs) {
+    rows = new_rows;
+    inputs = new_inputs;
+    const int64_t most = uses_matrix_tiles<W>() ? kMatrixRows : kTile;
+    tiles = (rows + most - 1) / most;
+    starts_.resize(tiles + 1);
+    for (int64_t t = 0; t <= tiles; ++t)
+      starts_[t] = tiles > 0 ? rows * t / tiles : 0;
+    data.resize(rows * Layout<W>::row_bytes(inputs) + kBehind);
+  }
+  int64_t first(int64_t tile) const { return starts_[tile]; }
+  int64_t rows_of(int64_t tile) const { return first(tile + 1) - first(tile); }
+  char* tile(int64_t t) const { return data.data() + first(t) * Layout<W>::row_bytes(inputs); }
+  INLINE void put(int64_t t, int64_t row, const float* values) {
+    Layout<W>::put(values, inputs, row - first(t), rows_of(t), tile(t));
+  }
+  // Every row: read(row) gives its float32 values.
+  template <typename F>
+  void fill(Team& team, const F& read) {
+    team.for_each(tiles, [&](int64_t t) {
+      for (int64_t row = first(t); row < first(t + 1); ++row)
+        put(t, row, read(row));
+    });
+  }
+  INLINE void put_part(int64_t t, int64_t row, int64_t column, const float* values) {
+    Layout<W>::put_part(values, inputs, column, row - first(t), rows_of(t), tile(t));
+  }
+
+ private:
+  std::vector<int64_t> starts_;  // asked for with every row of every panel, where a division would be felt
+};
+
+// How a product's rows are divided: into groups that different threads should multiply, each by all panels, and these
+// into parts, of which an item takes one. A part is of whole units, as matrix tiles are multiplied by twos.
+struct Division {
+  int64_t tiles, unit, groups, parts;
+
+  int64_t first_tile(int64_t part) const {
+    const int64_t units = (tiles + unit - 1) / unit;
+    return std::min(tiles, units * part / (groups * parts) * unit);
+  }
+};
+
+template <typename W>
+Division divide(const Activations<W>& x, int64_t panels, int64_t threads) {
+  const auto among = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  if (!uses_matrix_tiles<W>()) return {x.tiles, 1, 1, among(x.tiles, kTilesTogether)};
+  const int64_t groups = std::clamp<int64_t>(x.tiles / kTilesOfThread, 1, threads), tiles = among(x.tiles, groups);
+  const int64_t fitting =
+      std::max<int64_t>(kTilesTogether, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
+  const int64_t enough = among(kItemsEach * threads, panels * groups);
+  return {x.tiles, 2, groups, std::min(std::max(among(tiles, fitting), enough), among(tiles, 2))};
+}
+
+using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
+
+template <typename W, int... M>
+constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequence<int, M...>) {
+  return {Layout<W>::template multiply<M + 1>...};
+}
+
+// Calls done(tile, row, first column, sums [kColumns]) for every row and panel, on any member of the team.
+template <typename W, typename F>
+void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
+  static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
+  const Division division = divide(x, weights.panels(), team.size());
+  const int64_t bytes = Layout<W>::panel_bytes(weights.inputs), items_of_group = weights.panels() * division.parts;
+  const int64_t items = division.groups * items_of_group;
+  alignas(64) float sums[2 * kMostRows * kColumns];
+  team.for_each_ahead(items, false, [&](int64_t item, int64_t after) {
+    const auto panel_of = [&](int64_t item) { return item % items_of_group / division.parts; };
+    const int64_t part = item / items_of_group * division.parts + item % division.parts;
+    const int64_t panel = panel_of(item), panel_after = after < items ? panel_of(after) : panel;
+    const int64_t first_tile = division.first_tile(part), tiles = division.first_tile(part + 1) - first_tile;
+    const char* next = weights.panel(panel_after);
+    const auto ahead = [&](int64_t share, int64_t shares) {
+      return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, Layout<W>::kStep, share, shares);
+    };
+    const auto finish = [&](int64_t t, float* of_tile) {
+      for (int64_t row = 0, rows = x.rows_of(t); row < rows; ++row) {
+        float* s = of_tile + row * kColumns;
+        if (!weights.bias.empty())
+          for (int64_t i = 0; i < std::min<int64_t>(kColumns, weights.outputs - panel * kColumns); ++i)
+            s[i] += weights.bias[panel * kColumns + i];
+        done(t, x.first(t) + row, panel * kColumns, s);
+      }
+    };
+    if constexpr (kFitsMatrixTiles<W>) {
+      if (uses_matrix_tiles<W>()) {
+        const int64_t steps = (weights.inputs + kMatrixDepth - 1) / kMatrixDepth;
+        typename Layout<W>::MatrixPanel columns(weights.panel(panel), steps, tiles <= 2);
+        const auto rows_of = [&](int64_t t) { return MatrixRows{x.tile(t), kMatrixBytes, x.rows_of(t) * kMatrixBytes}; };
+        const auto step = [&](int64_t i) ALWAYS_INLINE { return columns.step(i); };
+        for (int64_t i = 0; i < tiles; i += 2) {
+          const int64_t t = first_tile + i;
+          Ahead share = ahead(i / 2, (tiles + 1) / 2);
+          const auto during = [&]() ALWAYS_INLINE {
+            columns.prepare();
+            share.fetch(kMatrixPairs);
+          };
+          if (i + 1 < tiles) {
+            multiply_matrix_tiles<true, false>(rows_of(t), rows_of(t + 1), step, steps, sums, during);
+            finish(t + 1, sums + kMatrixRows * kColumns);
+          } else {
+            multiply_matrix_tiles<false, false>(rows_of(t), {}, step, steps, sums, during);
+          }
+          finish(t, sums);
+        }
+        return;
+      }
+    }
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t = first_tile + i;
+      kernels[x.rows_of(t) - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead(i, tiles), sums);
+      finish(t, sums);
+    }
+  });
+}
+
+}  // namespace softbatch

@@ -1,0 +1,107 @@
+// What happens to a row between two products, in float32.
+
+#pragma once
+
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "matmul/panels.h"
+
+namespace softbatch {
+
+INLINE void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, float* to) {
+  const int64_t size = weight.size();
+  Vec squares = {};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    squares += load(x + i) * load(x + i);
+  for (; i < size; ++i)
+    rest += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + epsilon);
+  for (i = 0; i + kLanes <= size; i += kLanes)
+    store(to + i, load(weight.data() + i) * (load(x + i) * scale));
+  for (; i < size; ++i)
+    to[i] = weight[i] * (x[i] * scale);
+}
+
+// What the norm's input gets of the gradient that its output has; `to` may be `gradient`.
+INLINE void rms_norm_backward(const float* x, const std::vector<float>& weight, float epsilon, const float* gradient,
+                              float* to) {
+  const int64_t size = weight.size();
+  Vec squares = {}, products = {};
+  float rest = 0, rest_of_products = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec own = load(x + i);
+    squares += own * own;
+    products += load(gradient + i) * load(weight.data() + i) * own;
+  }
+  for (; i < size; ++i) {
+    rest += x[i] * x[i];
+    rest_of_products += gradient[i] * weight[i] * x[i];
+  }
+  const float scale = 1.0f / std::sqrt((sum(squares) + rest) / size + epsilon);
+  const float along = scale * scale * scale * (sum(products) + rest_of_products) / size;
+  for (i = 0; i + kLanes <= size; i += kLanes)
+    store(to + i, load(weight.data() + i) * load(gradient + i) * scale - load(x + i) * along);
+  for (; i < size; ++i)
+    to[i] = weight[i] * gradient[i] * scale - x[i] * along;
+}
+
+// One head's vector [dim], turned by its position, and normed before where the model does so.
+INLINE void rotate(const float* from, const std::vector<float>& norm, float epsilon, const float* cosine,
+                   const float* sine, int64_t dim, float* to) {
+  if (!norm.empty()) {
+    rms_norm(from, norm, epsilon, to);
+    from = to;
+  }
+  const int64_t half = dim / 2;
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec low = load(from + i), high = load(from + half + i), c = load(cosine + i), s = load(sine + i);
+    store(to + i, low * c - high * s);
+    store(to + half + i, high * c + low * s);
+  }
+  for (; i < half; ++i) {
+    const float low = from[i], high = from[half + i];
+    to[i] = low * cosine[i] - high * sine[i];
+    to[half + i] = high * cosine[i] + low * sine[i];
+  }
+}
+
+INLINE Vec sigmoid(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec e = exp2(magnitude * -kLog2e);
+  const Vec one = fill(1.0f);
+  return (x < 0.0f ? e : one) / (one + e);
+}
+
+INLINE Vec swiglu(Vec gate, Vec up) { return gate * sigmoid(gate) * up; }
+
+// What gate and up get of the gradient that swiglu(gate, up) has.
+INLINE std::pair<Vec, Vec> swiglu_backward(Vec gate, Vec up, Vec gradient) {
+  const Vec s = sigmoid(gate), silu = gate * s;
+  return {gradient * up * (s + silu * (1.0f - s)), gradient * silu};
+}
+
+// Rows of a product, into memory of `columns` floats a row.
+struct Rows {
+  float* data;
+  int64_t columns;
+
+  template <typename F>
+  INLINE void each(int64_t row, int64_t column, const float* sums, const F& f) const {
+    float* to = data + row * columns + column;
+    if (column + kColumns <= columns) {
+      for (int half = 0; half < kColumns; half += kLanes)
+        store(to + half, f(load(to + half), load(sums + half)));
+    } else {
+      for (int64_t i = 0; i < columns - column; ++i)
+        to[i] = f(fill(to[i]), fill(sums[i]))[0];
+    }
+  }
+};
+
+}  // namespace softbatch

@@ -1,0 +1,79 @@
+"""A step between its launch and its result: on a GPU the host need not wait for the one before it makes the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from scheduler.model.sampling.sampler import Samples
+from scheduler.model.staging import ToHost, small_tensor
+from scheduler.step import StepResult
+
+
+class Scores:
+    """Log-probabilities, on their way from the device, of the tokens that follow some positions.
+
+    `logits` [n, vocab] are those positions', `following` the n tokens."""
+
+    def __init__(self, logits: torch.Tensor, following: Sequence[int]) -> None:
+        targets = small_tensor(following, logits.device, torch.int64)
+        table = torch.log_softmax(logits.float(), dim=-1)
+        self._numbers = ToHost([table.gather(1, targets[:, None])])
+
+    def read(self) -> list[float]:
+        return self._numbers.read()[0]
+
+
+@dataclass(eq=False)
+class LaunchedStep:
+    """What will come of a step. Its sampled tokens can be had on the device at once."""
+
+    errors: dict[str, str] = field(default_factory=dict)
+    fill_errors: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    _samples: list[tuple[list[str], Samples]] = field(default_factory=list)
+    _tokens: list[torch.Tensor] = field(default_factory=list)
+    _places: dict[str, int] = field(default_factory=dict)
+
+    def add_samples(self, request_ids: list[str], samples: Samples) -> None:
+        self._places |= dict(
+            zip(request_ids, range(len(self._places), len(self._places) + len(request_ids)), strict=True)
+        )
+        self._samples.append((request_ids, samples))
+        self._tokens.append(samples.tokens)
+
+    def tokens_of(self, request_ids: Sequence[str]) -> torch.Tensor | None:
+        """The tokens it has sampled for these requests, int64 [n], where they are: any for one that failed, None if all
+        have failed."""
+        if not self._tokens:
+            return None
+        if len(self._tokens) > 1:
+            self._tokens = [torch.cat(self._tokens)]
+        tokens = self._tokens[0]
+        places = [self._places.get(request_id, 0) for request_id in request_ids]
+        return tokens[small_tensor(places, tokens.device, torch.int64)]
+
+    def result(self) -> StepResult:
+        """Waits for the step to end; to be called once."""
+        tokens, logprobs, scores, errors, revised = {}, {}, {}, dict(self.errors), set()
+        for request_ids, samples in self._samples:
+            for request_id, sample in zip(request_ids, samples.read(), strict=True):
+                if sample.error is not None:
+                    errors[request_id] = sample.error
+                    continue
+                tokens[request_id] = sample.token_id
+                if sample.logprobs is not None:
+                    logprobs[request_id] = sample.logprobs
+                if sample.revised:
+                    revised.add(request_id)
+        for request_id, found in self.scores.items():
+            values = found.read()
+            if all(map(math.isfinite, values)):
+                scores[request_id] = values
+            else:
+                errors[request_id] = "the model's logits are not finite"
+        self._samples = []  # probabilities of whole vocabularies; the tokens may still be asked for
+        return StepResult(tokens, logprobs, scores, errors, self.fill_errors, frozenset(revised))

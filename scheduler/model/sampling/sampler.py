@@ -1,0 +1,283 @@
+"""Batched sampling whose outcome for one sequence depends on its logits, parameters, seed and position alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from scheduler.model.staging import ToHost, small_tensor
+from scheduler.protocol import SamplingParams, TokenLogprobs
+
+GREEDY_BELOW = 1e-5
+MAX_LOGPROBS = 20
+# Filters look at this many of the most probable tokens first; the rare row that needs more is sorted whole.
+HEAD = 1024
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """One row: its parameters, all its tokens so far (prompt first), and the position being sampled.
+
+    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet."""
+
+    params: SamplingParams
+    tokens: Sequence[int]
+    num_prompt: int
+    position: int
+    pending: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`error` set: the row's logits are not finite and nothing was sampled. `revised`: the token is not the one that
+    the device has for this row."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+    revised: bool = False
+
+
+class Samples(Protocol):
+    """Samples on their way from the device, where `tokens`, int64 [rows], has them already."""
+
+    tokens: torch.Tensor
+
+    def read(self) -> list[Sample]:
+        """Waits for them."""
+        ...
+
+
+def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
+    """Choose one token per row of `logits` [rows, vocab].
+
+    Order: penalties, temperature, top-k, top-p within what top-k left, min-p relative to the most probable token.
+    Log-probabilities are those of the model, before all of these. All is read back from the device at once.
+    """
+    logits = logits.float()
+    if logits.device.type == "cpu" and all(_is_greedy(row.params) for row in inputs):
+        return _GreedyOnCpu(logits.numpy())
+    raw = logits
+    if any(needs_history(row.params) for row in inputs):
+        logits = logits.clone()
+        for index, row in enumerate(inputs):
+            if needs_history(row.params):
+                _penalise(logits[index], row)
+    tokens = _most_probable(logits)
+    finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
+    drawn = _Draw.of(logits, inputs)
+    if drawn is not None:
+        tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
+    return _OnDevice(tokens, finite, drawn, _LogprobTable.of(raw, inputs))
+
+
+class _OnDevice:
+    """`Samples` with everything there is to sampling."""
+
+    def __init__(
+        self, tokens: torch.Tensor, finite: torch.Tensor, drawn: _Draw | None, table: _LogprobTable | None
+    ) -> None:
+        self.tokens = tokens
+        self._drawn = drawn
+        self._table = table
+        needs_whole = drawn.needs_whole if drawn is not None else finite[:0]
+        self._numbers = ToHost([tokens, finite, needs_whole, *(table.rows(tokens) if table is not None else [])])
+
+    def read(self) -> list[Sample]:
+        chosen, finite, needs_whole, *found = self._numbers.read()
+        tokens = [int(token) for token in chosen]
+        looked_at = [index for index, needed in enumerate(needs_whole) if needed]
+        again = self._drawn.from_whole(looked_at) if self._drawn is not None else {}
+        revised = {row: token for row, token in again.items() if token != tokens[row]}
+        logprobs = self._table.told(found, revised) if self._table is not None else {}
+        return [
+            _sample_or_error(revised.get(row, token), bool(finite[row]), logprobs.get(row), row in revised)
+            for row, token in enumerate(tokens)
+        ]
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW and params.logprobs is None and not needs_history(params)
+
+
+class _GreedyOnCpu:
+    """Nothing but arg-max: numpy's few calls cost a third of torch's many, which a step has driven from the caches."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        tokens = logits.argmax(axis=-1)
+        finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
+        self.tokens = torch.from_numpy(tokens)
+        self._samples = [_sample_or_error(*row) for row in zip(tokens.tolist(), finite.tolist(), strict=True)]
+
+    def read(self) -> list[Sample]:
+        return self._samples
+
+
+def _sample_or_error(
+    token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None, revised: bool = False
+) -> Sample:
+    if not is_finite:
+        return Sample(-1, error="the model's logits are not finite")
+    return Sample(token_id, logprobs, revised=revised)
+
+
+def _most_probable(logits: torch.Tensor) -> torch.Tensor:
+    """Arg-max per row; on CPUs by numpy, whose search uses vectors and takes an eighth of torch's time."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that seed and position alone decide (Philox, Salmon et al. 2011: a counter, no state)."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether the tokens so far matter: penalties look at them."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _penalise(logits: torch.Tensor, row: SampleInput) -> None:
+    """In place, on one row [vocab]. Repetition (CTRL, 1909.05858) looks at prompt and output, the others at output."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = _with_pending(sorted(set(row.tokens)), row.pending, logits.device)
+        scores = logits[seen]
+        factor = params.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    output = row.tokens[row.num_prompt :]
+    if (output or row.pending is not None) and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
+        ids = _with_pending(output, row.pending, logits.device)
+        times = torch.zeros_like(logits).index_add_(0, ids, torch.ones_like(ids, dtype=logits.dtype))
+        logits -= params.presence_penalty * (times > 0) + params.frequency_penalty * times
+
+
+def _with_pending(tokens: Sequence[int], pending: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    known = small_tensor(tokens, device, torch.int64)
+    return known if pending is None else torch.cat([known, pending])
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Inverse-CDF sampling with one uniform number per row; all filters are cuts in the sorted distribution."""
+
+    at: torch.Tensor  # int64 [n], rows of the batch: those that are not greedy
+    tokens: torch.Tensor  # int64 [n]
+    # Of those with filters for which the head may not be enough, f in all; kept until the tokens are read:
+    rows: list[int]
+    params: list[SamplingParams]
+    probs: torch.Tensor  # [f, vocab]
+    numbers: torch.Tensor  # [f]
+    needs_whole: torch.Tensor  # bool [f]: the filters keep all of the head, and perhaps more behind it
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _Draw | None:
+        rows = [i for i, row in enumerate(inputs) if row.params.temperature >= GREEDY_BELOW]
+        if not rows:
+            return None
+        device = logits.device
+        params = [inputs[i].params for i in rows]
+        at = small_tensor(rows, device, torch.int64)
+        temperature = small_tensor([p.temperature for p in params], device, torch.float32)
+        probs = torch.softmax(logits[at] / temperature[:, None], dim=-1)
+        uniforms = [uniform(inputs[i].params.seed, inputs[i].position) for i in rows]
+        numbers = small_tensor(uniforms, device, torch.float32)
+        tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        filtered = [i for i, p in enumerate(params) if _filters(p)]
+        plain = [i for i, p in enumerate(params) if not _filters(p)]
+        if plain:
+            mine = small_tensor(plain, device, torch.int64)
+            tokens[mine] = _invert(probs[mine], numbers[mine])
+        if not filtered:
+            return cls(at, tokens, [], [], probs[:0].clone(), numbers[:0], numbers[:0].bool())
+        mine = small_tensor(filtered, device, torch.int64)
+        of_filtered, number, limits = probs[mine], numbers[mine], [params[i] for i in filtered]
+        head, ids = of_filtered.topk(min(HEAD, probs.shape[-1]), dim=-1)
+        chosen, kept = _invert_cut(head, number, limits)
+        tokens[mine] = ids.gather(1, chosen[:, None])[:, 0]
+        needs_whole = (kept == head.shape[-1]) & (head.shape[-1] < probs.shape[-1])
+        return cls(at, tokens, [rows[i] for i in filtered], limits, of_filtered, number, needs_whole)
+
+    def from_whole(self, wanted: Sequence[int]) -> dict[int, int]:
+        """By row of the batch: the tokens of those of the f for which the head was not enough; sorted on the host,
+        where there is room for it."""
+        found = {}
+        for index in wanted:
+            whole, order = self.probs[index].cpu().sort(descending=True)
+            chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1].cpu(), [self.params[index]])
+            found[self.rows[index]] = int(order[chosen[0]])
+        return found
+
+
+def _filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _invert_cut(
+    values: torch.Tensor, numbers: torch.Tensor, params: Sequence[SamplingParams]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row of descending probabilities [rows, n]: the index drawn from those that survive all filters, and how many
+    those are; at least one."""
+    device, size = values.device, values.shape[-1]
+    top_k = small_tensor([min(p.top_k, size) for p in params], device, torch.int64)[:, None]
+    top_p = small_tensor([p.top_p for p in params], device, torch.float64)[:, None]
+    min_p = small_tensor([p.min_p for p in params], device, torch.float32)[:, None]
+    rank = torch.arange(size, device=device)
+    kept = torch.where(top_k > 0, top_k, size)
+    mass = values.double().cumsum(-1)
+    total = torch.where(top_k > 0, mass.gather(1, kept - 1), 1.0)
+    within = ((rank < kept) & (mass < top_p * total)).sum(-1, keepdim=True) + 1
+    kept = torch.where(top_p < 1.0, torch.minimum(kept, within), kept)
+    likely = ((rank < kept) & (values >= min_p * values[:, :1])).sum(-1, keepdim=True)
+    kept = torch.where(min_p > 0.0, torch.minimum(kept, likely), kept).clamp(min=1)
+    return _invert(values.masked_fill(rank >= kept, 0.0), numbers), kept[:, 0]
+
+
+def _invert(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The index at which each row's cumulative mass passes its number; never one of probability zero."""
+    mass = probs.double().cumsum(dim=-1)
+    target = numbers.double() * mass[:, -1]
+    index = torch.searchsorted(mass, target[:, None], right=True)[:, 0]
+    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(index, last)
+
+
+@dataclass(frozen=True)
+class _LogprobTable:
+    """Log-probabilities of the rows that want some."""
+
+    at: list[int]  # their rows in the batch
+    counts: list[int]  # alternatives wanted by each
+    table: torch.Tensor  # [wanted, vocab]
+    most: int
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _LogprobTable | None:
+        at = [i for i, row in enumerate(inputs) if row.params.logprobs is not None]
+        if not at:
+            return None
+        table = torch.log_softmax(logits[small_tensor(at, logits.device, torch.int64)], dim=-1)
+        most = min(MAX_LOGPROBS, table.shape[-1])
+        counts = [min(inputs[i].params.logprobs or 0, most) for i in at]
+        return cls(at, counts, table, max(counts))
+
+    def rows(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """The chosen tokens' log-probabilities, the alternatives' ids and theirs."""
+        mine = tokens[small_tensor(self.at, tokens.device, torch.int64)]
+        top = self.table.topk(self.most, dim=-1)
+        return [self.table.gather(1, mine[:, None]), top.indices, top.values]
+
+    def told(self, found: list[list[float]], revised: Mapping[int, int]) -> dict[int, TokenLogprobs]:
+        """What `rows` gave, once read, by row of the batch; of a token that is another now its own is looked up."""
+        chosen, ids, values = found
+        result = {}
+        for at, (row, count) in enumerate(zip(self.at, self.counts, strict=True)):
+            mine = slice(at * self.most, at * self.most + count)
+            own = float(self.table[at, revised[row]]) if row in revised else chosen[at]
+            result[row] = TokenLogprobs(own, [int(id) for id in ids[mine]], values[mine])
+        return result

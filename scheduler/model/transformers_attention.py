@@ -1,0 +1,60 @@
+"""How `transformers` models reach our attention: one custom name in its attention interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from scheduler.model.kv_cache import KVCache
+
+ATTENTION_NAME = "softbatch"
+
+
+@dataclass(frozen=True)
+class PagedForward:
+    """What one forward pass hands from the runner through the model to every attention layer."""
+
+    kv_cache: KVCache
+    batch: PagedBatch
+    backend: AttentionBackend
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    paged: PagedForward,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature ([1, heads, T, head_dim] in, [1, T, heads, head_dim] out).
+
+    No mask is registered under our name, so none is made. Raises NotImplementedError for variants of attention that
+    would silently come out wrong.
+    """
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} is not supported")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    output = paged.backend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        paged.kv_cache.keys[layer],
+        paged.kv_cache.values[layer],
+        paged.batch,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    return output[None], None
+
+
+def register() -> None:
+    """Make the name known to transformers; harmless to repeat."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)

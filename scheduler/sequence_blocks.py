@@ -1,0 +1,72 @@
+"""The KV blocks of sequences: shared with a soft prompt, reused by content, new; given back when they leave."""
+
+from __future__ import annotations
+
+from scheduler.block_pool import BlockPool
+from scheduler.sequence import Sequence
+from scheduler.soft_prompt_cache import ResidentSoftPrompt, SoftPromptCache
+
+
+class SequenceBlocks:
+    """Changes sequences' block tables, their pins on soft prompts, and what of them others may reuse."""
+
+    def __init__(self, pool: BlockPool, soft_prompts: SoftPromptCache) -> None:
+        self.pool, self.soft_prompts = pool, soft_prompts
+
+    def most(self, sequence: Sequence) -> int:
+        """Blocks that must exist for this sequence to run alone, its soft prompt's partly filled one included."""
+        size = self.pool.block_size
+        return -(-sequence.max_length // size) + (1 if sequence.num_virtual % size else 0)
+
+    def take(self, sequence: Sequence, prompt: ResidentSoftPrompt | None, spare: int) -> bool:
+        """Blocks for all tokens known so far, if `spare` ones stay free; `num_computed` tells what is in them."""
+        size = self.pool.block_size
+        virtual_blocks = sequence.num_virtual // size
+        # Whatever comes before a token that is sampled or scored is computed anew: its logits are needed.
+        known = len(sequence.tokens) if sequence.score_from is None else sequence.score_from
+        reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
+        reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
+        new = -(-sequence.length // size) - virtual_blocks - len(reused)
+        needed = new + self.pool.num_free_among(reused) + spare
+        if not self.soft_prompts.make_room(needed, keep=prompt.ref.sha256 if prompt else None):
+            return False
+        if prompt is not None:
+            self.soft_prompts.acquire(prompt)
+            sequence.block_table = self.soft_prompts.shared_blocks(prompt)
+        self.pool.share(reused)
+        sequence.num_registered = len(reused)
+        sequence.block_table = [*sequence.block_table, *reused, *self.pool.allocate(new)]
+        sequence.num_computed = max(sequence.num_virtual, (virtual_blocks + len(reused)) * size)
+        return True
+
+    def copy_of_last(self, sequence: Sequence, prompt: ResidentSoftPrompt) -> tuple[int, int] | None:
+        """(from, to): the soft prompt's partly filled last block; None without one, or if a reused block holds it."""
+        if sequence.num_virtual % self.pool.block_size == 0 or sequence.num_computed != sequence.num_virtual:
+            return None
+        return prompt.blocks[-1], sequence.block_table[sequence.num_virtual // self.pool.block_size]
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Room for all tokens known so far and those to come of this step; False when no block is left."""
+        if sequence.length <= len(sequence.block_table) * self.pool.block_size:
+            return True
+        if not self.soft_prompts.make_room(1):
+            return False
+        sequence.block_table += self.pool.allocate(1)
+        return True
+
+    def register(self, sequence: Sequence, end: int) -> None:
+        """Make the blocks that have been filled, up to position `end`, findable for later sequences."""
+        size = self.pool.block_size
+        first = sequence.num_virtual // size
+        full = end // size - first
+        if full > sequence.num_registered:
+            hashes = sequence.hash_blocks(full, size)
+            for index in range(sequence.num_registered, full):
+                self.pool.register(sequence.block_table[first + index], hashes[index])
+            sequence.num_registered = full
+
+    def give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        if sequence.soft_prompt is not None:
+            self.soft_prompts.release(sequence.soft_prompt.sha256)

@@ -1,0 +1,156 @@
+"""Which soft prompts lie in KV blocks: loaded on demand, shared by all who name them, evicted when unused."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from scheduler.block_pool import BlockPool
+from scheduler.protocol import SoftPromptRef
+
+
+class Residency(enum.Enum):
+    READING = "reading"  # its file is being read in another thread
+    FILLING = "filling"  # its keys and values are being computed, chunk by chunk
+    READY = "ready"
+
+
+@dataclass(eq=False)
+class ResidentSoftPrompt:
+    """A soft prompt with its own blocks; `users` running sequences share the full ones."""
+
+    ref: SoftPromptRef
+    blocks: list[int]
+    state: Residency = Residency.READING
+    users: int = 0
+    num_computed: int = 0
+    forgotten: bool = False
+
+    @property
+    def evictable(self) -> bool:
+        return self.state is Residency.READY and self.users == 0
+
+
+class SoftPromptCache:
+    """Owns one reference to every block of every resident soft prompt.
+
+    A soft prompt is pinned while it loads and while a running sequence uses it; all others are given up, least
+    recently used first, when blocks are needed. What every step asks for costs the same however many are resident.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._resident: OrderedDict[str, ResidentSoftPrompt] = OrderedDict()
+        self._loading: dict[str, ResidentSoftPrompt] = {}  # those that are not ready, oldest first
+        self._ready_blocks = 0
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
+
+    def __len__(self) -> int:
+        """Those that are ready."""
+        return len(self._resident) - len(self._loading)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of those that are ready."""
+        return self._ready_blocks
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    def get(self, sha256: str) -> ResidentSoftPrompt | None:
+        return self._resident.get(sha256)
+
+    def all(self) -> list[ResidentSoftPrompt]:
+        return list(self._resident.values())
+
+    def filling(self) -> list[ResidentSoftPrompt]:
+        """Those whose keys and values still have to be computed, oldest first."""
+        return [p for p in self._loading.values() if p.state is Residency.FILLING]
+
+    def mark_filling(self, prompt: ResidentSoftPrompt) -> None:
+        """Its file has been read; its keys and values are to be computed."""
+        prompt.state = Residency.FILLING
+
+    def mark_ready(self, prompt: ResidentSoftPrompt) -> None:
+        """Its keys and values lie in its blocks."""
+        if self._loading.pop(prompt.ref.sha256, None) is not None:
+            self._ready_blocks += len(prompt.blocks)
+        prompt.state = Residency.READY
+
+    def reserve(self, ref: SoftPromptRef, spare: int) -> ResidentSoftPrompt | None:
+        """Take blocks for a soft prompt that is to be read, evicting others; None if that many, and `spare` more for
+        those who run already, cannot be had."""
+        count = -(-ref.num_virtual_tokens // self._pool.block_size)
+        if not self.make_room(count + spare):
+            return None
+        prompt = ResidentSoftPrompt(ref, self._pool.allocate(count))
+        self._resident[ref.sha256] = self._loading[ref.sha256] = prompt
+        return prompt
+
+    def acquire(self, prompt: ResidentSoftPrompt) -> None:
+        """Pin for one more running sequence, and share the full blocks with it."""
+        prompt.users += 1
+        self._resident.move_to_end(prompt.ref.sha256)
+        self._pool.share(self.shared_blocks(prompt))
+
+    def release(self, sha256: str) -> None:
+        """Unpin; the sequence gives its block references back itself."""
+        prompt = self._resident[sha256]
+        prompt.users -= 1
+        if prompt.forgotten and prompt.evictable:
+            self._drop(sha256)
+
+    def shared_blocks(self, prompt: ResidentSoftPrompt) -> list[int]:
+        """The blocks filled by virtual tokens alone; a partly filled last one is copied per sequence instead."""
+        return prompt.blocks[: prompt.ref.num_virtual_tokens // self._pool.block_size]
+
+    def make_room(self, count: int, *, keep: str | None = None) -> bool:
+        """Evict unused soft prompts, except `keep`, until `count` blocks are free; False if that cannot be.
+
+        Blocks are only given up when that is enough, so that a hopeless wish evicts nobody."""
+        missing = count - self._pool.num_free
+        if missing <= 0:
+            return True
+        victims = []
+        for sha256, prompt in self._resident.items():
+            if prompt.evictable and sha256 != keep:
+                victims.append(sha256)
+                missing -= len(prompt.blocks)
+                if missing <= 0:
+                    for victim in victims:
+                        self._drop(victim)
+                        self.evictions += 1
+                    return True
+        return False
+
+    def forget(self, sha256: str) -> None:
+        """The soft prompt was removed from the store: drop it now, or as soon as no sequence uses it."""
+        prompt = self._resident.get(sha256)
+        if prompt is None:
+            return
+        if prompt.evictable:
+            self._drop(sha256)
+        else:
+            prompt.forgotten = True
+
+    def abandon(self, sha256: str) -> None:
+        """Loading failed: give its blocks back."""
+        self._drop(sha256)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the counts kept along the way are not those of the soft prompts."""
+        prompts = self._resident.values()
+        if list(self._loading.values()) != [p for p in prompts if p.state is not Residency.READY]:
+            raise AssertionError("the loading soft prompts are not those that are not ready")
+        if self._ready_blocks != sum(len(p.blocks) for p in prompts if p.state is Residency.READY):
+            raise AssertionError("the blocks of ready soft prompts are miscounted")
+
+    def _drop(self, sha256: str) -> None:
+        prompt = self._resident.pop(sha256)
+        if self._loading.pop(sha256, None) is None:
+            self._ready_blocks -= len(prompt.blocks)
+        self._pool.release(prompt.blocks)

@@ -1,0 +1,57 @@
+"""Measure a registered soft prompt on questions it has never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prompt_store.compression.compression_settings import CompressionSettings
+from prompt_store.compression.data.examples import Example
+from prompt_store.compression.evaluation.baselines import evaluate_prompt
+from prompt_store.compression.training.trainer import Progress
+from prompt_store.soft_prompt_file import check_fits, load
+from prompt_store.stores.directory import PromptStore
+from server.compressions.request import ModelChoice
+from server.compressions.session import Workbench, count_tokens, load_tokenizer
+
+LONGEST_ANSWER = CompressionSettings.max_answer_tokens
+
+
+def evaluate(
+    store: PromptStore,
+    name: str,
+    context: str,
+    questions: Sequence[Example],
+    choice: ModelChoice,
+    on_progress: Callable[[Progress], None],
+) -> dict[str, Any]:
+    """The report, with the keys that a compression's has. A question's own output is the gold answer where it has
+    one, else what the model answers with the full context. Raises ValueError, SoftPromptError or ModelError."""
+    prompt = load(store.get(name).path, store.max_bytes)
+    manifest = prompt.manifest
+    training = manifest.training
+    instruction, longest = training.get("instruction"), training.get("max_answer_tokens")
+    instruction = instruction if isinstance(instruction, str) else None
+    longest = longest if isinstance(longest, int) and 4 <= longest <= 4096 else LONGEST_ANSWER
+    tokens = count_tokens(load_tokenizer(choice), context, instruction)
+    bench = Workbench.open(choice, tokens, longest, store.max_bytes, instruction)
+    try:
+        check_fits(prompt, bench.spec)
+        report = evaluate_prompt(
+            bench.decoder,
+            bench.tokenizer,
+            manifest.kind,
+            prompt.tensors,
+            context,
+            questions,
+            bench.generate,
+            instruction,
+            longest,
+            free_answers=len(questions),
+            wrong_prefix=bench.another_prefix(store, context, manifest.num_virtual_tokens, besides=name),
+            replaces=manifest.replaces,
+            on_progress=on_progress,
+        )
+    finally:
+        bench.release_engine()
+    return report | {"seconds": manifest.fidelity.get("seconds"), "objective": manifest.objective}

@@ -1,0 +1,312 @@
+"""Compressions on the server: one at a time in a process of its own, the others in a queue that survives a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import IO, Any
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client import Gauge as PrometheusGauge
+
+from prompt_store.manifest import ModelSpec, SoftPromptError
+from prompt_store.soft_prompt_file import sync
+from prompt_store.stores.directory import PromptStore
+from server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
+from server.compressions.request import CompressionRequest
+from server.compressions.run import DIRECTORY, LOCK, discard, find_finished, register
+from server.compressions.worker_messages import DoneMessage, ProgressMessage
+from server.compressions.worker_process import WorkerProcess
+from server.http.errors import ApiError, shown, unavailable
+
+logger = logging.getLogger(__name__)
+MAX_QUEUED = 8
+MAX_FINISHED = 100
+# A job that took the server down with it this often is not tried again.
+MAX_ATTEMPTS = 3
+SECONDS_BETWEEN_LOOKS = 1.0
+STATUSES: tuple[Status, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
+
+
+class CompressionJobs:
+    """Owns `<store>/.compressions` while it holds the lock there: one server of a store runs its compressions, and
+    another one takes over when that is gone."""
+
+    def __init__(
+        self, store: PromptStore, spec: ModelSpec, registry: CollectorRegistry, is_draining: Callable[[], bool]
+    ) -> None:
+        self._store = store
+        self._spec = spec
+        self._is_draining = is_draining
+        self._root = store.root / DIRECTORY
+        self._jobs: dict[str, Job] = {}
+        self._reserved: set[str] = set()
+        self._lock: IO[bytes] | None = None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._worker: WorkerProcess | None = None
+        gauge = PrometheusGauge("softbatch_compression_jobs", "Compression jobs.", ["status"], registry=registry)
+        for status in STATUSES:
+            gauge.labels(status).set_function(partial(self._count, status))
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[CompressionJobs]:
+        """Run jobs until the end of the block; what is unfinished then goes on with the next server."""
+        self._try_lock()
+        self._task = asyncio.create_task(self._run())
+        try:
+            yield self
+        finally:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            if self._lock is not None:
+                self._lock.close()
+
+    # --- for the routes -------------------------------------------------------------------------------------
+
+    def list(self) -> Sequence[Job]:
+        """Newest first. Raises ApiError 503 where another server runs the compressions."""
+        self._check_owner()
+        return list(self._jobs.values())[::-1]
+
+    def get(self, job_id: str) -> Job:
+        """Raises ApiError 404."""
+        self._check_owner()
+        job = self._jobs.get(job_id)
+        if job is None:
+            message = f"there is no compression {shown(job_id)}; GET /v1/compressions lists them"
+            raise ApiError(404, message, param="id", code="compression_not_found")
+        return job
+
+    def check_place(self, name: str) -> None:
+        """Raises ApiError 409 when an unfinished job has this name, 429 when the queue is full."""
+        self._check_owner()
+        if self._is_draining():
+            raise unavailable("the server is shutting down; try again in a moment")
+        unfinished = [job for job in self._jobs.values() if not job.is_final]
+        if name in self._reserved or any(job.record.name == name for job in unfinished):
+            message = f"name: another compression named {shown(name)} is queued or running"
+            raise ApiError(409, message, param="name", code="name_taken")
+        if len(self._reserved) + self._count("queued") >= MAX_QUEUED:
+            raise ApiError(
+                429,
+                f"{MAX_QUEUED} compressions are queued already; try again when one has finished",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "60"},
+            )
+
+    async def create(self, request: CompressionRequest) -> Job:
+        """Queue a checked request; when this returns, it is on disk. Raises ApiError 409, 429 or 503."""
+        self.check_place(request.name)
+        self._reserved.add(request.name)
+        try:
+            record = JobRecord(
+                id=new_id(),
+                name=request.name,
+                status="queued",
+                created_at=int(time.time()),
+                fingerprint=self._spec.fingerprint,
+            )
+            job = Job(record, self._root / record.id)
+            await asyncio.to_thread(_write_new, job, request)
+            self._jobs[record.id] = job
+        except OSError as error:
+            logger.exception("a compression cannot be queued")
+            raise unavailable(f"the server cannot write its files: {error.strerror}", code="disk_error") from error
+        finally:
+            self._reserved.discard(request.name)
+        self._wake.set()
+        return job
+
+    async def cancel(self, job: Job) -> None:
+        """Returns when the job has ended. Raises ApiError 409 when it had ended before in another way."""
+        if not job.is_final:
+            job.cancelled = True
+            if job.record.status == "queued":
+                await self._finish(job, "cancelled")
+            elif self._worker is not None:
+                self._worker.kill()
+        while not job.is_final:
+            await job.changed.wait()
+        if job.record.status != "cancelled":
+            message = f"the compression has {job.record.status} already; it cannot be cancelled any more"
+            raise ApiError(409, message, param="id", code="already_finished")
+
+    async def watch(self, job: Job) -> AsyncGenerator[Job, None]:
+        """The job whenever it has changed, up to its final state; ends early only when the server stops."""
+        seen = -1
+        while True:
+            if job.version != seen:
+                seen = job.version
+                yield job
+            if job.is_final or self._is_draining():
+                return
+            if job.version == seen:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(job.changed.wait(), SECONDS_BETWEEN_LOOKS)
+
+    # --- the queue ------------------------------------------------------------------------------------------
+
+    def _count(self, status: Status) -> int:
+        return sum(1 for job in self._jobs.values() if job.record.status == status)
+
+    def _check_owner(self) -> None:
+        if self._lock is None:
+            message = "another server on this prompt store runs its compressions; ask that one"
+            raise unavailable(message, code="compressions_elsewhere")
+
+    def _try_lock(self) -> None:
+        try:
+            self._root.mkdir(exist_ok=True)
+            file = (self._root / LOCK).open("wb")
+        except OSError as error:
+            if self._task is None:  # said once, at the start
+                logger.warning("no compressions on this server: %s cannot be written (%s)", self._root, error.strerror)
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return
+        self._lock = file
+        self._jobs = {job.record.id: job for job in load_jobs(self._root, self._spec.fingerprint)}
+        for job in self._jobs.values():
+            if not job.is_final:
+                job.record.status = "queued"  # whoever cancels it before it is taken up must not wait for a worker
+
+    async def _run(self) -> None:
+        while self._lock is None:
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+            self._try_lock()
+        for job in list(self._jobs.values()):
+            await self._take_up(job)
+        while True:
+            self._wake.clear()
+            queued = (job for job in self._jobs.values() if job.record.status == "queued" and not job.cancelled)
+            following = next(queued, None)
+            if following is None:
+                await self._wake.wait()
+                continue
+            try:
+                await self._run_job(following)
+            except Exception:
+                logger.exception("compression %s failed", following.record.id)
+                await self._fail(following, "internal_error", "internal error; see the server's log")
+
+    async def _take_up(self, job: Job) -> None:
+        """A job of an earlier server: queue it again, or say why that cannot be."""
+        record = job.record
+        if job.is_final:
+            await asyncio.to_thread(_clean, job)
+        elif not (job.directory / "request.json").exists():
+            await self._fail(job, "unreadable", "the job's request on disk is gone; send the job again")
+        elif record.fingerprint != self._spec.fingerprint:
+            await self._fail(job, "model_changed", "the server was restarted with another model; send the job again")
+        elif record.attempts >= MAX_ATTEMPTS:
+            await self._fail(job, "interrupted", f"the server ended {record.attempts} times while this job ran")
+        else:
+            logger.info("compression %s of %s goes on", record.id, record.name)
+
+    async def _run_job(self, job: Job) -> None:
+        record = job.record
+        record.status = "running"
+        record.started_at = record.started_at or int(time.time())
+        record.attempts += 1
+        await asyncio.to_thread(save, job.directory, record)
+        job.notify()
+        logger.info("compression %s of %s begins", record.id, record.name)
+
+        def on_progress(progress: ProgressMessage) -> None:
+            job.progress = progress
+            job.notify()
+
+        self._worker = WorkerProcess(job.directory, on_progress)
+        try:
+            # Cancelled while its record was being written, it ends as soon as it has begun.
+            if job.cancelled:
+                self._worker.kill()
+            result = await self._worker.run()
+        finally:
+            self._worker = None
+        if job.cancelled:
+            await self._finish(job, "cancelled")
+        elif isinstance(result, DoneMessage):
+            await self._register(job, result)
+        else:
+            await self._fail(job, result.code, result.message, result.param)
+
+    async def _register(self, job: Job, done: DoneMessage) -> None:
+        def add() -> None:
+            finished = find_finished(job.directory)
+            if finished is None:
+                raise FileNotFoundError
+            register(self._store, job.record.name, finished)
+
+        try:
+            await asyncio.to_thread(add)
+        except SoftPromptError as error:
+            await self._fail(job, error.code, f"the soft prompt cannot be registered: {error}", error.param)
+            return
+        except OSError:
+            logger.exception("compression %s cannot be registered", job.record.id)
+            await self._fail(job, "disk_error", "the soft prompt cannot be written to the store; see the server's log")
+            return
+        await self._finish(job, "succeeded", soft_prompt=job.record.name, fidelity=done.fidelity)
+
+    async def _fail(self, job: Job, code: str, message: str, param: str | None = None) -> None:
+        if not job.is_ending:
+            logger.error("compression %s failed: %s", job.record.id, message)
+        await self._finish(job, "failed", error=JobError(code, message, param))
+
+    async def _finish(self, job: Job, status: Status, **fields: Any) -> None:
+        """Whoever is told of the end finds it on disk: it is written down first. Of two ends the first counts."""
+        if job.is_ending:
+            return
+        job.is_ending = True
+        try:
+            await self._end(job, status, **fields)
+        finally:
+            job.is_ending = job.is_final  # else somebody else may end it yet
+
+    async def _end(self, job: Job, status: Status, **fields: Any) -> None:
+        ended = msgspec.structs.replace(job.record, status=status, finished_at=int(time.time()), **fields)
+        try:
+            await asyncio.to_thread(_write_end, job, ended)
+        except OSError:
+            logger.exception("the end of compression %s cannot be written down", ended.id)
+        job.record = ended
+        job.notify()
+        logger.info("compression %s of %s: %s", ended.id, ended.name, status)
+        finished = [other for other in self._jobs.values() if other.record.status in FINAL]
+        for old in finished[: max(0, len(finished) - MAX_FINISHED)]:
+            del self._jobs[old.record.id]
+            await asyncio.to_thread(shutil.rmtree, old.directory, True)
+
+
+def _write_new(job: Job, request: CompressionRequest) -> None:
+    """The record last: with it the job exists."""
+    job.directory.mkdir(parents=True)
+    path = job.directory / "request.json"
+    path.write_bytes(msgspec.json.encode(request))
+    sync(path)
+    save(job.directory, job.record)
+    sync(job.directory.parent)
+
+
+def _write_end(job: Job, record: JobRecord) -> None:
+    save(job.directory, record)
+    _clean(job)
+
+
+def _clean(job: Job) -> None:
+    """Delete what only a resumed run would need."""
+    discard(job.directory)
+    (job.directory / "request.json").unlink(missing_ok=True)

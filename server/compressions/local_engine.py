@@ -1,0 +1,97 @@
+"""The batched engine inside this process, without HTTP around it: gold answers and scores for the offline commands."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from transformers import AutoConfig
+
+from scheduler.engine.engine import Engine, build_engine
+from scheduler.model.source import resolve
+from scheduler.protocol import AddRequest, EngineConfig, Ready, SamplingParams, SoftPromptRef
+from server.compressions.request import ModelChoice, ModelShape
+
+SLOTS = 64
+# What a question and the marks around it usually take; longer ones are preempted and come back.
+QUESTION_TOKENS = 96
+BLOCK_SIZE = 16
+STEP_TOKENS = 1024
+WIDEST_BYTES = 4  # of one element of the KV cache
+
+
+class LocalEngine:
+    """Runs requests to their end, many at a time; what they share at their start is computed once.
+
+    The KV cache is as large as `longest` tokens and a full batch of answers need. Raises ModelError.
+    """
+
+    def __init__(self, choice: ModelChoice, longest: int, max_answer_tokens: int, max_prompt_bytes: int) -> None:
+        shape = ModelShape.of(AutoConfig.from_pretrained(resolve(choice.model).path))
+        tokens = longest + SLOTS * (QUESTION_TOKENS + max_answer_tokens) + 2 * BLOCK_SIZE
+        config = EngineConfig(
+            model=choice.model,
+            served_model_name=choice.served_model_name,
+            dtype=choice.dtype,
+            device=choice.device,
+            max_batch_size=SLOTS,
+            max_batch_tokens=STEP_TOKENS,
+            kv_cache_gib=WIDEST_BYTES * shape.elements_per_token * tokens / 2**30,
+            block_size=BLOCK_SIZE,
+            max_prompt_bytes=max_prompt_bytes,
+        )
+        self._engine: Engine
+        self.ready: Ready
+        self._engine, self.ready = build_engine(config, lambda name, seconds, detail: None)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_token_ids: Collection[int]
+    ) -> list[list[int]]:
+        """Greedy answers, each with the token that ended it. The first prompt goes ahead of the others, so that
+        they find the KV of their common start. Raises ValueError for a prompt that does not fit."""
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=tuple(sorted(stop_token_ids)))
+        requests = [
+            AddRequest(request_id=str(index), token_ids=list(ids), params=params) for index, ids in enumerate(prompts)
+        ]
+        answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        waiting = requests[:0:-1]
+        for request in requests[:1]:
+            self._engine.handle(request)
+        while self._engine.has_work or waiting:
+            for output in self._engine.step().outputs:
+                _raise_error(output.error)
+                answers[output.request_id] += output.token_ids
+            if waiting and (answers["0"] or not self._engine.has_work):
+                # Never more than the engine's queue holds.
+                for _ in range(min(len(waiting), SLOTS - len(self._engine.scheduler.waiting))):
+                    self._engine.handle(waiting.pop())
+        return [answers[request.request_id] for request in requests]
+
+    def score(
+        self, shared: Sequence[int], candidates: Sequence[Sequence[int]], soft_prompt: SoftPromptRef | None
+    ) -> list[list[float]]:
+        """log Pr of each token of each candidate behind `shared`. Raises ValueError for what does not fit."""
+        for index, candidate in enumerate(candidates):
+            self._engine.handle(
+                AddRequest(
+                    request_id=str(index),
+                    token_ids=[*shared, *candidate],
+                    params=SamplingParams(max_tokens=0),
+                    soft_prompt=soft_prompt,
+                    score_from=len(shared),
+                )
+            )
+        scores: dict[str, list[float]] = {}
+        while self._engine.has_work:
+            for output in self._engine.step().outputs:
+                _raise_error(output.error)
+                if output.scores is not None:
+                    scores[output.request_id] = output.scores
+        return [scores[str(index)] for index in range(len(candidates))]
+
+
+def _raise_error(error: str | None) -> None:
+    if error is not None:
+        raise ValueError(error)

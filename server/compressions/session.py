@@ -1,0 +1,132 @@
+"""A model opened for compression: the decoder that trains and measures, and the engine that writes gold answers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from prompt_store.compression.frozen.context import QUESTION_ROOM, sha256_of
+from prompt_store.compression.frozen.frozen_model import Decoder, Kernels
+from prompt_store.compression.frozen.prefix import Prefix
+from prompt_store.compression.frozen.rendering import Renderer
+from prompt_store.manifest import ModelSpec, SoftPromptError
+from prompt_store.soft_prompt_file import SoftPrompt, load
+from prompt_store.stores.directory import PromptStore
+from scheduler.model.attention import cpu
+from scheduler.model.cpu.build import is_loaded
+from scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
+from scheduler.model.cpu.training import behind_prefix_with_gradients, kernels_of
+from scheduler.model.loader import DTYPES, load_transformers
+from scheduler.model.source import resolve
+from server.compressions.local_engine import LocalEngine
+from server.compressions.request import ModelChoice
+
+CPU_KERNELS = Kernels(
+    attend=behind_prefix_with_gradients, attend_without_gradients=cpu.behind_prefix, of_model=kernels_of
+)
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def load_tokenizer(choice: ModelChoice) -> Any:
+    """Raises ModelError."""
+    return AutoTokenizer.from_pretrained(resolve(choice.model).path)
+
+
+@dataclass
+class Workbench:
+    """Several copies of the weights while gold answers are written: the engine's has no gradients, and where kernels
+    train, the decoder has one more that is transposed. `release_engine` gives the engine's and its KV cache back."""
+
+    decoder: Decoder
+    tokenizer: Any
+    spec: ModelSpec
+    stop_ids: frozenset[int]
+    engine: LocalEngine | None = field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        choice: ModelChoice,
+        context_tokens: int,
+        max_answer_tokens: int,
+        max_prompt_bytes: int,
+        instruction: str | None = None,
+    ) -> Workbench:
+        """Raises ModelError, or ValueError for a model that cannot be compressed for."""
+        _keep_freed_memory()
+        longest = context_tokens + QUESTION_ROOM + max_answer_tokens
+        engine = LocalEngine(choice, longest, max_answer_tokens, max_prompt_bytes)
+        info = engine.ready.model
+        model, tokenizer = load_transformers(resolve(choice.model), DTYPES[info.dtype], torch.device(info.device))
+        model.set_attn_implementation("eager")  # ours needs a KV cache; the decoder puts its own in its place
+        decoder = Decoder(model, info.device, _kernels(info.device, model.dtype))
+        return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """self_study.Generate."""
+        if self.engine is None:
+            raise RuntimeError("the engine was released")
+        return self.engine.generate(prompts, max_tokens, self.stop_ids)
+
+    def release_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+            malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if malloc_trim is not None:
+                malloc_trim(0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def another_prefix(self, store: PromptStore, context: str, length: int, besides: str = "") -> Prefix | None:
+        """A soft prompt of this model and `length`, made of another context, for the wrong-prompt baseline; not the one
+        named `besides`."""
+        own = sha256_of(context)
+        for stored in store.list():
+            manifest = stored.manifest
+            if (
+                stored.name != besides
+                and (manifest.context is None or manifest.context.sha256 != own)
+                and manifest.model.fingerprint == self.spec.fingerprint
+                and manifest.num_virtual_tokens == length
+                and manifest.replaces == "system"
+            ):
+                with contextlib.suppress(SoftPromptError, OSError):  # damaged or gone: another will do
+                    return self.prefix_of(load(stored.path, store.max_bytes))
+        return None
+
+    def prefix_of(self, prompt: SoftPrompt) -> Prefix:
+        """The KV that a soft prompt puts in front of the model."""
+        tensors = {name: tensor.to(self.decoder.device) for name, tensor in prompt.tensors.items()}
+        if prompt.manifest.kind == "embeddings":
+            with torch.no_grad():
+                return self.decoder.prefill(tensors["embeddings"])
+        return Prefix(tensors["keys"], tensors["values"])
+
+
+def _kernels(device: str, dtype: torch.dtype) -> Kernels:
+    """The engine has built those of CPUs where that can be done."""
+    if device != "cpu" or not is_loaded():
+        return Kernels()
+    return CPU_KERNELS if dtype in DTYPES_WITH_GRADIENTS else Kernels(attend_without_gradients=cpu.behind_prefix)
+
+
+def _keep_freed_memory() -> None:
+    """Tensors of tens of megabytes come and go all the time in training. By default glibc gives each back to the
+    kernel, and taking it anew, page by page, made up half of the teacher's time where page faults are dear."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def count_tokens(tokenizer: Any, context: str, instruction: str | None) -> int:
+    """Length of the turn that a soft prompt of this context stands for. Raises TemplateError."""
+    return len(Renderer(tokenizer, instruction).context(context))

@@ -1,0 +1,150 @@
+"""A soft prompt on its way in: from a multipart body over temporary files to the store."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from prompt_store.peft import import_peft, looks_like_peft_zip
+from prompt_store.soft_prompt_file import save
+from prompt_store.stores.directory import StoredPrompt
+from server.http.errors import ApiError, invalid, shown
+
+if TYPE_CHECKING:
+    from server.app import Services
+
+MAX_FILES = 2
+MAX_FIELDS = 4
+MAX_FIELD_BYTES = 4096
+# Kept for the importers, which tell files apart by them; nothing else of a client's file name is used.
+SUFFIXES = frozenset({".json", ".safetensors", ".zip", ".bin", ".pt", ".pth"})
+_EXPECTED = "send multipart/form-data with the fields 'name' and 'file'"
+
+UPLOAD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "file"],
+                    "properties": {
+                        "name": {
+                            "type": "string",
+                            "example": "manual",
+                            "description": "what requests call it; put it before the files, to be told early "
+                            "when it is taken",
+                        },
+                        "file": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "minItems": 1,
+                            "maxItems": MAX_FILES,
+                            "description": "a soft prompt's .safetensors; or a PEFT adapter's two files, "
+                            "adapter_config.json and adapter_model.safetensors; or a zip of its folder",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A complete form: a name that was free a moment ago, and one or two files that are not empty."""
+
+    name: str
+    files: list[UploadFile]
+
+
+@contextlib.asynccontextmanager
+async def read_upload(request: Request, services: Services) -> AsyncIterator[Upload]:
+    """Receive the form; files over a mebibyte go to disk. Raises ApiError or the store's error."""
+
+    def check_name(name: str) -> None:
+        if name in (services.model_name, services.settings.model):
+            message = f"name: {shown(name)} is the name of the base model; choose another"
+            raise ApiError(409, message, param="name", code="name_taken")
+        services.store.check_free(name)
+
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise ApiError(400, _EXPECTED, code="invalid_body")
+    try:
+        form = await _Parser(request, check_name).parse()
+    except MultiPartException as error:
+        raise ApiError(400, f"{error.message.rstrip('.')}; {_EXPECTED}", code="invalid_body") from error
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client closed the connection", code="client_closed_request") from error
+    try:
+        yield _checked(form)
+    finally:
+        await form.close()
+
+
+def register(services: Services, upload: Upload) -> StoredPrompt:
+    """Import if need be, check everything, and store. Blocks. Raises SoftPromptError."""
+    max_bytes = services.settings.max_prompt_mib << 20
+    with tempfile.TemporaryDirectory(prefix="softbatch-upload-") as folder:
+        paths = [Path(folder) / f"{index}{_suffix(file)}" for index, file in enumerate(upload.files)]
+        for path, file in zip(paths, upload.files, strict=True):
+            with path.open("xb") as target:
+                shutil.copyfileobj(file.file, target)
+        path = paths[0]
+        if len(paths) > 1 or looks_like_peft_zip(path):
+            prompt = import_peft(paths if len(paths) > 1 else path, services.spec, max_bytes)
+            path = Path(folder) / "imported.safetensors"
+            save(prompt, path)
+        return services.store.add(upload.name, path, services.spec)
+
+
+class _Parser(MultiPartParser):
+    """Shows the name to `check_name` as soon as it is there, before the files behind it are received."""
+
+    def __init__(self, request: Request, check_name: Callable[[str], None]) -> None:
+        super().__init__(
+            request.headers,
+            request.stream(),
+            max_files=MAX_FILES,
+            max_fields=MAX_FIELDS,
+            max_part_size=MAX_FIELD_BYTES,
+        )
+        self._check_name = check_name
+
+    def on_part_end(self) -> None:
+        super().on_part_end()
+        field, value = self.items[-1]
+        if field == "name" and isinstance(value, str):
+            self._check_name(value)
+
+
+def _checked(form: FormData) -> Upload:
+    """Raises ApiError."""
+    unknown = next((field for field in form if field not in ("name", "file")), None)
+    if unknown is not None:
+        raise invalid(unknown[:64], f"unknown field; {_EXPECTED}", code="unknown_field")
+    names = form.getlist("name")
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise invalid("name", f"must be given once, as a text; {_EXPECTED}")
+    files = [file for file in form.getlist("file") if isinstance(file, UploadFile)]
+    if not files or len(files) != len(form.getlist("file")):
+        raise invalid("file", f"must be one or {MAX_FILES} files; with curl: -F file=@manual.safetensors")
+    if not all(file.size for file in files):
+        raise invalid("file", "the file is empty")
+    return Upload(names[0], files)
+
+
+def _suffix(file: UploadFile) -> str:
+    suffix = PurePosixPath(file.filename or "").suffix.lower()
+    return suffix if suffix in SUFFIXES else ""

@@ -1,0 +1,149 @@
+"""Prometheus metrics, filled from what the engine reports after each step; scraping never touches the step loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from scheduler.protocol import EngineStats, Ready, StepOutput
+
+_QUEUE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
+_FIRST = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+_BETWEEN = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """Owns one registry, so that two servers in one process do not share figures."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"softbatch_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"softbatch_{name}", text, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"softbatch_{name}", text, buckets=buckets, registry=self.registry)
+
+        self.requests_waiting = gauge("requests_waiting", "Requests in the waiting queue.")
+        self.queue_tokens = gauge("queue_tokens", "Tokens of the requests in the waiting queue.")
+        self.requests_rejected = counter("requests_rejected_total", "Requests turned away.", "reason")
+        self.queue_time = histogram("queue_time_seconds", "From arrival to the first admission.", _QUEUE)
+
+        self.requests_running = gauge("requests_running", "Requests in the running batch.")
+        self.slots = gauge("slots", "The most requests that can run at once.")
+        self.batch_size = histogram("batch_size", "Requests computed in a step.", _SIZES)
+        self.iteration_tokens = histogram("iteration_tokens", "Tokens computed in a step.", _SIZES)
+        self.step_duration = histogram("step_duration_seconds", "Duration of a step.", _STEP)
+
+        self.kv_usage = gauge("kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
+        self.kv_blocks = gauge("kv_blocks_total", "KV blocks there are.")
+        self.kv_bytes = gauge("kv_cache_bytes", "Memory of all KV blocks.")
+        self.preemptions = counter("preemptions_total", "Sequences put back to the queue for lack of blocks.")
+        self.out_of_memory = counter(
+            "out_of_memory_total", "Times a step ran out of device memory and was run again, smaller."
+        )
+        self.prefix_queries = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_hits = counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
+
+        self.requests_finished = counter("requests_finished_total", "Requests that ended.", "reason")
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
+        self.between_tokens = histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
+        self.whole_request = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self.prompt_tokens = counter("prompt_tokens_total", "Text tokens of admitted prompts.")
+        self.generation_tokens = counter("generation_tokens_total", "Tokens generated.")
+
+        self.soft_prompts_registered = gauge("soft_prompts_registered", "Soft prompts in the store.")
+        self.soft_prompts_resident = gauge("soft_prompts_resident", "Soft prompts in KV blocks.")
+        self.soft_prompts_resident_bytes = gauge("soft_prompts_resident_bytes", "Bytes of their KV blocks.")
+        self.soft_prompt_hits = counter("soft_prompt_cache_hits_total", "Requests whose soft prompt was resident.")
+        self.soft_prompt_misses = counter("soft_prompt_cache_misses_total", "Requests for which one had to be read.")
+        self.soft_prompt_evictions = counter("soft_prompt_cache_evictions_total", "Soft prompts evicted.")
+        self.soft_prompt_load = histogram("soft_prompt_load_seconds", "From need to resident.", _STEP)
+        self.virtual_tokens = counter("virtual_tokens_total", "Virtual tokens of admitted requests.")
+        self.context_tokens_saved = counter(
+            "context_tokens_saved_total",
+            "Context tokens that soft prompts stood for, less their virtual tokens.",
+        )
+
+        self.engine_restarts = counter("engine_restarts_total", "Times the engine process was started again.")
+        self.last_step = gauge("engine_last_step_timestamp_seconds", "Unix time of the last step or heartbeat.")
+
+        self._totals = {
+            "preemptions_total": self.preemptions,
+            "out_of_memory_total": self.out_of_memory,
+            "prefix_cache_queries_total": self.prefix_queries,
+            "prefix_cache_hits_total": self.prefix_hits,
+            "soft_prompt_hits_total": self.soft_prompt_hits,
+            "soft_prompt_misses_total": self.soft_prompt_misses,
+            "soft_prompt_evictions_total": self.soft_prompt_evictions,
+        }
+        self._seen = dict.fromkeys(self._totals, 0)
+        self._num_blocks = 1
+
+    def watch(self, *, waiting: Callable[[], int], running: Callable[[], int], registered: Callable[[], int]) -> None:
+        """Read these levels at the moment of the scrape."""
+        self.requests_waiting.set_function(waiting)
+        self.requests_running.set_function(running)
+        self.soft_prompts_registered.set_function(registered)
+
+    def engine_started(self, ready: Ready, slots: int) -> None:
+        """A new engine counts from zero."""
+        self._num_blocks = ready.num_blocks
+        self._seen = dict.fromkeys(self._totals, 0)
+        self.kv_blocks.set(ready.num_blocks)
+        self.kv_bytes.set(ready.kv_bytes)
+        self.slots.set(slots)
+
+    def observe_step(self, output: StepOutput) -> None:
+        self.last_step.set(time.time())
+        if output.batch_size or output.num_tokens:
+            self.batch_size.observe(output.batch_size)
+            self.iteration_tokens.observe(output.num_tokens)
+            self.step_duration.observe(output.step_seconds)
+        for seconds in output.soft_prompt_load_seconds:
+            self.soft_prompt_load.observe(seconds)
+        self._observe_stats(output.stats)
+
+    def render(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _observe_stats(self, stats: EngineStats) -> None:
+        self.queue_tokens.set(stats.waiting_tokens)
+        self.kv_usage.set(stats.kv_blocks_used / self._num_blocks)
+        self.soft_prompts_resident.set(stats.soft_prompts_resident)
+        self.soft_prompts_resident_bytes.set(stats.soft_prompt_resident_bytes)
+        for name, metric in self._totals.items():
+            value: int = getattr(stats, name)
+            if value != self._seen[name]:
+                metric.inc(value - self._seen[name])
+                self._seen[name] = value

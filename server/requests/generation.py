@@ -1,0 +1,245 @@
+"""One request from text to text: reserve, resolve the soft prompt, tokenise, submit, detokenise, stop.
+
+Every route that generates goes through `Generator.start`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, TokenLogprobs
+from server.requests.active_request import ActiveRequest
+from server.requests.engine_client import EngineClient
+from server.requests.leases import Lease, SoftPromptLeases
+from server.requests.prompt_encoder import Preparer, Prompt
+from server.requests.text import Detokenizer, StopStrings, TextProcessor
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means as many as fit;
+    `seed` None draws one; `truncate` keeps only that many of the last prompt tokens."""
+
+    prompt: Prompt
+    params: SamplingParams
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    soft_prompt: str | None = None
+    truncate: int | None = None
+    add_special_tokens: bool = True
+    priority: int = 0
+    cache_salt: str = ""
+    route: str = ""
+
+
+class TopToken(msgspec.Struct, frozen=True, gc=False):
+    id: int
+    text: str
+    logprob: float
+
+
+class Token(msgspec.Struct, frozen=True, gc=False):
+    """One generated token; `logprob` and `top` are there when log-probabilities were asked for."""
+
+    id: int
+    text: str
+    special: bool
+    logprob: float | None = None
+    top: tuple[TopToken, ...] = ()
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False):
+    """What is new since the last one. Only the last has a `finish_reason`; 'stop' names the stop string or token id in
+    `stop_reason`."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: Literal["eos", "stop", "length"] | None = None
+    stop_reason: str | int | None = None
+
+
+class Generation:
+    """A started request: iterate over it once for its deltas. Leaving early cancels it."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        active: ActiveRequest,
+        lease: Lease | None,
+        engine: EngineClient,
+        leases: SoftPromptLeases,
+        text: TextProcessor,
+    ) -> None:
+        self.created = int(time.time())
+        self.completion_tokens = 0
+        self._active = active
+        self._lease = lease
+        self._engine = engine
+        self._leases = leases
+        self._text = text
+        self._detokenizer = Detokenizer(text, active.add.token_ids)
+        self._stops = StopStrings(request.stop, request.include_stop)
+        self._finished: float | None = None
+        engine.submit(active)
+
+    @property
+    def request_id(self) -> str:
+        return self._active.request_id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._active.prompt_tokens
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self._active.virtual_tokens
+
+    @property
+    def seed(self) -> int:
+        return self._active.add.params.seed
+
+    @property
+    def queue_seconds(self) -> float:
+        return (self._active.started or self._active.arrived) - self._active.arrived
+
+    @property
+    def first_token_seconds(self) -> float:
+        return (self._active.first_token or self._active.arrived) - self._active.arrived
+
+    @property
+    def total_seconds(self) -> float:
+        return (self._finished or time.monotonic()) - self._active.arrived
+
+    async def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        try:
+            async with aclosing(self._engine.outputs(self._active)) as batches:
+                async for outputs in batches:
+                    delta = self._delta(outputs)
+                    if delta.finish_reason is not None:
+                        self._close("stop")
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+        finally:
+            self._close("cancelled")
+
+    def cancel(self) -> None:
+        """Stop working on it; harmless when it has ended."""
+        self._close("cancelled")
+
+    def _close(self, reason: str) -> None:
+        if self._finished is None:
+            self._finished = time.monotonic()
+            self._engine.cancel(self._active, reason)
+            if self._lease is not None:
+                self._leases.release(self._lease)
+
+    def _delta(self, outputs: Sequence[SequenceOutput]) -> Delta:
+        pieces: list[str] = []
+        tokens: list[Token] = []
+        for output in outputs:
+            for index, token_id in enumerate(output.token_ids):
+                self.completion_tokens += 1
+                tokens.append(self._token(token_id, output.logprobs[index] if output.logprobs else None))
+                if token_id == output.stop_token_id:
+                    continue  # a stop token ends the text without being part of it
+                pieces.append(self._stops.push(self._detokenizer.push(token_id)))
+                if self._stops.found is not None:
+                    return Delta("".join(pieces), tuple(tokens), "stop", self._stops.found)
+        last = outputs[-1]
+        if last.finish_reason in ("eos", "stop", "length"):
+            pieces.append(self._stops.push(self._detokenizer.flush()))
+            if self._stops.found is not None:
+                return Delta("".join(pieces), tuple(tokens), "stop", self._stops.found)
+            pieces.append(self._stops.flush())
+            return Delta("".join(pieces), tuple(tokens), last.finish_reason, last.stop_token_id)
+        return Delta("".join(pieces), tuple(tokens))
+
+    def _token(self, token_id: int, logprobs: TokenLogprobs | None) -> Token:
+        piece, special = self._text.piece(token_id), self._text.is_special(token_id)
+        if logprobs is None:
+            return Token(token_id, piece, special)
+        top = tuple(
+            TopToken(top_id, self._text.piece(top_id), logprob)
+            for top_id, logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+        )
+        return Token(token_id, piece, special, logprobs.logprob, top)
+
+
+class Generator:
+    """Turns requests into generations; owns the seeds of requests that bring none."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        leases: SoftPromptLeases,
+        text: TextProcessor,
+        preparer: Preparer,
+        seed: int,
+    ) -> None:
+        self._engine = engine
+        self._leases = leases
+        self._text = text
+        self._preparer = preparer
+        self._random = random.Random(seed)
+
+    async def start(self, request: GenerationRequest) -> Generation:
+        """Raises ApiError: 429 queue full, 404 unknown soft prompt, 400 for a prompt that cannot be served."""
+        return (await self.start_many([request]))[0]
+
+    async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """All or none: places are reserved and every request is prepared before the first is submitted."""
+        arrived = time.monotonic()
+        self._engine.reserve(len(requests))
+        leases: list[Lease | None] = []
+        try:
+            prepared: list[ActiveRequest] = []
+            for request in requests:
+                leases.append(await self._leases.acquire(request.soft_prompt) if request.soft_prompt else None)
+                # Several choices of one prompt are tokenised once.
+                same = prepared and request.prompt is requests[len(prepared) - 1].prompt
+                known = prepared[-1].add.token_ids if same else None
+                prepared.append(await self._prepare(request, leases[-1], arrived, known))
+        except BaseException:
+            self._engine.unreserve(len(requests))
+            for lease in leases:
+                if lease is not None:
+                    self._leases.release(lease)
+            raise
+        return [
+            Generation(request, active, lease, self._engine, self._leases, self._text)
+            for request, active, lease in zip(requests, prepared, leases, strict=True)
+        ]
+
+    async def _prepare(
+        self, request: GenerationRequest, lease: Lease | None, arrived: float, known: list[int] | None
+    ) -> ActiveRequest:
+        token_ids = known
+        if token_ids is None:
+            token_ids = await self._preparer.token_ids(request.prompt, lease, request.add_special_tokens)
+            if request.truncate:
+                token_ids = token_ids[-request.truncate :]
+        params = msgspec.structs.replace(
+            request.params,
+            max_tokens=self._preparer.room(lease, len(token_ids), request.max_tokens),
+            seed=self._random.getrandbits(63) if request.seed is None else request.seed,
+        )
+        add = AddRequest(
+            request_id=uuid.uuid4().hex,
+            token_ids=token_ids,
+            params=params,
+            soft_prompt=lease.ref if lease else None,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+        )
+        return ActiveRequest.of(add, lease, request.route, arrived)

@@ -1,0 +1,162 @@
+"""From the name in a request to the soft prompt the engine loads, for as long as requests use it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prompt_store.manifest import ModelSpec, SoftPromptError
+from prompt_store.soft_prompt_file import check_fits
+from prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
+from scheduler.protocol import SoftPromptRef
+from server.http.errors import ApiError, unknown_soft_prompt
+
+# Two changes of a directory within so short a time may leave it with one and the same time.
+DIRECTORY_TIME_NS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One request's hold on a soft prompt; give it back with `SoftPromptLeases.release`."""
+
+    stored: StoredPrompt
+    ref: SoftPromptRef
+
+
+@contextlib.contextmanager
+def lease_directory(root: Path) -> Iterator[Path]:
+    """A directory for this process's leases inside the store's; what killed processes left behind is removed.
+
+    It is locked for as long as its process lives: process ids mean nothing to other containers on the same store.
+    """
+    for old in root.glob(".leases-*"):
+        with contextlib.suppress(OSError), _opened(old) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    # Under its name only once it is locked, so that nobody takes it for an old one.
+    aside = Path(tempfile.mkdtemp(prefix=".new-leases-", dir=root))
+    with _opened(aside) as descriptor:
+        # A file system that cannot lock directories keeps the old ones.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory = aside.rename(root / aside.name.replace(".new-", "."))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class SoftPromptLeases:
+    """Keeps a file of every soft prompt that a request has used, apart from the registry, under its content hash.
+
+    So a soft prompt that is deleted from the store, by this server or by anybody else, serves the requests that use
+    it to their end; only then its leased file goes too, and `on_unused` is told its content hash. Owns `directory`,
+    which lies on the store's file system: a lease is a hard link.
+    """
+
+    def __init__(self, store: PromptStore, spec: ModelSpec, directory: Path, on_unused: Callable[[str], None]) -> None:
+        self._store = store
+        self._spec = spec
+        self._directory = directory
+        self._on_unused = on_unused
+        self._users: Counter[str] = Counter()
+        self._leased: dict[str, Path] = {}
+        self._names: dict[str, str] = {}  # as they were last used -> content hash
+        self._collected = 0
+        self._forgotten: set[str] = set()
+
+    async def acquire(self, name: str) -> Lease:
+        """Raises ApiError: 404 for an unknown name, 409 for a soft prompt of another model, 422 for a broken one."""
+        holding = asyncio.ensure_future(self._hold(name))
+        try:
+            stored = await asyncio.shield(holding)
+        except asyncio.CancelledError:
+            # The thread at work on the file cannot be stopped: what it yields is given back.
+            holding.add_done_callback(self._release_held)
+            raise
+        except (UnknownPrompt, FileNotFoundError) as error:
+            if name in self._names:
+                del self._names[name]
+                await self.collect()
+            raise unknown_soft_prompt(name) from error
+        except SoftPromptError as error:
+            status = 409 if error.code == "wrong_model" else 422
+            raise ApiError(status, f"soft prompt {name!r}: {error}", param="soft_prompt", code=error.code) from error
+        path = self._leased[stored.sha256]
+        return Lease(stored, SoftPromptRef(stored.sha256, str(path), stored.manifest.num_virtual_tokens))
+
+    def release(self, lease: Lease) -> None:
+        self._release(lease.stored.sha256)
+
+    async def collect(self) -> None:
+        """Forget what is no longer in the store under any name; what is in use goes when its last request ends.
+
+        The store is a directory that others change too, so this runs whenever it is seen to have changed.
+        """
+        self._collected = self._store.root.stat().st_mtime_ns
+        leased = set(self._leased)
+        registered = {stored.sha256 for stored in await asyncio.to_thread(self._store.list)}
+        for sha256 in leased - registered:
+            self._forgotten.add(sha256)
+            self._drop_unused(sha256)
+
+    async def _hold(self, name: str) -> StoredPrompt:
+        """Counts one more user of the soft prompt's leased file, linking it first when it is not there yet."""
+        stored = await asyncio.to_thread(self._store.get, name)
+        # Counted before the file is linked, so that `collect` meanwhile cannot take it away.
+        self._users[stored.sha256] += 1
+        try:
+            if stored.sha256 not in self._leased:
+                check_fits(stored.manifest, self._spec)
+                self._leased[stored.sha256] = await asyncio.to_thread(self._store.lease, stored, self._directory)
+                if self._may_have_changed(name):
+                    await self.collect()
+            self._names[name] = stored.sha256
+        except BaseException:
+            self._release(stored.sha256)
+            raise
+        return stored
+
+    def _may_have_changed(self, name: str) -> bool:
+        """Whether names may have come or gone since the last `collect`: it looks at every file, and a server that gets
+        to know its soft prompts one after the other should not look at all of them each time."""
+        changed = self._store.root.stat().st_mtime_ns
+        fresh = time.time_ns() - changed < DIRECTORY_TIME_NS
+        return name in self._names or changed != self._collected or fresh
+
+    def _release_held(self, holding: asyncio.Future[StoredPrompt]) -> None:
+        if not holding.cancelled() and holding.exception() is None:
+            self._release(holding.result().sha256)
+
+    def _release(self, sha256: str) -> None:
+        self._users[sha256] -= 1
+        self._drop_unused(sha256)
+
+    def _drop_unused(self, sha256: str) -> None:
+        if self._users[sha256]:
+            return
+        del self._users[sha256]
+        if sha256 in self._forgotten:
+            self._forgotten.discard(sha256)
+            path = self._leased.pop(sha256, None)
+            if path is not None:
+                path.unlink(missing_ok=True)
+            self._on_unused(sha256)

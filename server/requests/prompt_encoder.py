@@ -1,0 +1,72 @@
+"""From what a client sent to the token ids the engine gets; generating and scoring share it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TypeGuard
+
+from server.http.errors import ApiError
+from server.requests.leases import Lease
+from server.requests.text import Message, TextProcessor
+
+Prompt = str | Sequence[int] | Sequence[Message]
+# Texts longer than this are tokenised in a thread, so that they do not stall the event loop.
+LONG_TEXT = 4096
+
+
+class Preparer:
+    """Renders, tokenises and checks prompts. Raises ApiError 400 for those that cannot be served."""
+
+    def __init__(self, text: TextProcessor, vocab_size: int, max_model_len: int) -> None:
+        self._text = text
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+
+    async def token_ids(self, prompt: Prompt, lease: Lease | None, add_special_tokens: bool = True) -> list[int]:
+        """`prompt` is raw text, token ids or chat turns. What the soft prompt stands for is not written again."""
+        replaces = lease.stored.manifest.replaces if lease else "nothing"
+        if _are_messages(prompt):
+            # The template writes the special tokens itself.
+            token_ids = await self.encode(self._text.render(prompt, replaces), add_special_tokens=False)
+        elif isinstance(prompt, str):
+            token_ids = await self.encode(prompt, add_special_tokens and replaces == "nothing")
+        else:
+            token_ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            self._check_ids(token_ids)
+        if not token_ids:
+            raise ApiError(400, "the prompt is empty; give at least one token", param="prompt")
+        return token_ids
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > LONG_TEXT:
+            return await asyncio.to_thread(self._text.encode, text, add_special_tokens)
+        return self._text.encode(text, add_special_tokens)
+
+    def room(self, lease: Lease | None, prompt: int, wanted: int | None) -> int:
+        """How many tokens may be generated: `wanted`, or all that fit. Raises ApiError when that is too many."""
+        virtual = lease.ref.num_virtual_tokens if lease else 0
+        left = self._max_model_len - virtual - prompt
+        least = 1 if wanted is None else wanted
+        if left < least:
+            parts = f"{virtual} virtual tokens + " if virtual else ""
+            output = "at least 1 output token" if wanted is None else f"{wanted} output tokens"
+            raise ApiError(
+                400,
+                f"{parts}{prompt} prompt tokens + {output} exceed the longest sequence of {self._max_model_len} "
+                "tokens; shorten the prompt or ask for fewer tokens",
+                param="prompt" if left < 1 else "max_tokens",
+                code="context_length_exceeded",
+            )
+        return left if wanted is None else wanted
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
+        if wrong is not None:
+            raise ApiError(
+                400, f"token id {wrong} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt"
+            )
+
+
+def _are_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)

@@ -1,0 +1,109 @@
+"""log Pr(y | σ or context or nothing, z) of given candidates y: which of them would the model choose?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduler.protocol import AddRequest, SamplingParams
+from server.http.errors import ApiError
+from server.requests.active_request import ActiveRequest
+from server.requests.engine_client import EngineClient
+from server.requests.leases import Lease, SoftPromptLeases
+from server.requests.prompt_encoder import Preparer, Prompt
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """`logprobs` of each of its `token_ids`, given the input and the tokens before."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float:
+        return sum(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`prompt_tokens` are those of the input that all candidates share."""
+
+    candidates: tuple[CandidateScore, ...]
+    prompt_tokens: int
+    virtual_tokens: int
+
+
+class Scorer:
+    """Scores candidates as requests like any other: queued, batched, preempted, cancelled when the caller leaves."""
+
+    def __init__(
+        self, engine: EngineClient, leases: SoftPromptLeases, preparer: Preparer, eos_token_ids: Sequence[int]
+    ) -> None:
+        self._engine = engine
+        self._leases = leases
+        self._preparer = preparer
+        self._eos = tuple(eos_token_ids[:1])
+
+    async def score(
+        self, prompt: Prompt, candidates: Sequence[str], *, soft_prompt: str | None, end: bool, route: str
+    ) -> Scores:
+        """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises ApiError."""
+        arrived = time.monotonic()
+        self._engine.reserve(len(candidates))
+        lease = None
+        try:
+            lease = await self._leases.acquire(soft_prompt) if soft_prompt else None
+            shared = await self._preparer.token_ids(prompt, lease)
+            answers = [await self._answer(text, index, end) for index, text in enumerate(candidates)]
+            for answer in answers:
+                self._preparer.room(lease, len(shared) + len(answer) - 1, 1)
+        except BaseException:
+            self._engine.unreserve(len(candidates))
+            if lease is not None:
+                self._leases.release(lease)
+            raise
+        requests = [ActiveRequest.of(_request(shared, answer, lease), lease, route, arrived) for answer in answers]
+        for request in requests:
+            self._engine.submit(request)
+        waits = [asyncio.ensure_future(self._await_score(request)) for request in requests]
+        try:
+            scored = await asyncio.gather(*waits)
+        finally:
+            for request, wait in zip(requests, waits, strict=True):
+                self._engine.cancel(request, "cancelled")
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+            if lease is not None:
+                self._leases.release(lease)
+        return Scores(
+            tuple(CandidateScore(tuple(a), tuple(s)) for a, s in zip(answers, scored, strict=True)),
+            prompt_tokens=len(shared),
+            virtual_tokens=lease.ref.num_virtual_tokens if lease else 0,
+        )
+
+    async def _answer(self, text: str, index: int, end: bool) -> list[int]:
+        token_ids = await self._preparer.encode(text, add_special_tokens=False)
+        token_ids += self._eos if end else ()
+        if not token_ids:
+            raise ApiError(400, "the candidate is empty; give at least one token", param=f"candidates.{index}")
+        return token_ids
+
+    async def _await_score(self, request: ActiveRequest) -> list[float]:
+        scores: list[float] = []
+        async for outputs in self._engine.outputs(request):
+            scores = outputs[-1].scores or scores
+        return scores
+
+
+def _request(shared: list[int], answer: list[int], lease: Lease | None) -> AddRequest:
+    return AddRequest(
+        request_id=uuid.uuid4().hex,
+        token_ids=shared + answer,
+        params=SamplingParams(max_tokens=0),
+        soft_prompt=lease.ref if lease else None,
+        score_from=len(shared),
+    )

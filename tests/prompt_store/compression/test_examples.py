@@ -1,0 +1,55 @@
+"""The example contexts, and the soft prompt that is shipped with one of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from prompt_store.compression.data.examples import load_jsonl
+from prompt_store.compression.evaluation.fidelity import position_scores
+from prompt_store.compression.frozen.context import Context
+from prompt_store.compression.frozen.frozen_model import Decoder
+from prompt_store.compression.frozen.greedy import greedy
+from prompt_store.compression.frozen.pairs import Pair
+from prompt_store.compression.frozen.prefix import Prefix
+from prompt_store.compression.training.hidden_states import teach
+from prompt_store.soft_prompt_file import check_fits, load
+from scheduler.model.loader import spec_of
+from tests.conftest import Reference
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+SHIPPED = EXAMPLES / "manual" / "manual.safetensors"
+
+
+@pytest.mark.parametrize("name", ["manual", "policy", "api"])
+def test_contexts_and_questions(name: str, smollm2: Reference) -> None:
+    tokens = smollm2.tokenizer((EXAMPLES / name / "context.md").read_text(encoding="utf-8"))["input_ids"]
+    assert 1000 <= len(tokens) <= 3000
+    assert len({question.input for question in load_jsonl(EXAMPLES / name / "questions.jsonl")}) == 40
+
+
+def test_the_shipped_soft_prompt_stands_for_its_context(smollm2: Reference) -> None:
+    """Nearer to the full context than the truncated one, on hand-written questions, in the embedded model."""
+    prompt = load(SHIPPED, 8 << 20)
+    check_fits(prompt, spec_of("smollm2-135m", smollm2.model, smollm2.tokenizer))
+    text = (EXAMPLES / "manual" / "context.md").read_text(encoding="utf-8")
+    assert prompt.manifest.context is not None
+    assert prompt.manifest.context.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    decoder = Decoder(copy.deepcopy(smollm2.model))
+    context = Context(decoder, smollm2.tokenizer, text, None, 16)
+    asked = load_jsonl(EXAMPLES / "manual" / "questions.jsonl")[::5]
+    questions = [tuple(context.renderer.question(one.input)) for one in asked]
+    answers = greedy(decoder, context.full[0], questions, 16, context.renderer.stop_ids)
+    pairs = [Pair(z, tuple(y)) for z, y in zip(questions, answers, strict=True)]
+    teacher = teach(decoder, context.full, pairs).states
+
+    def kl(prefix: Prefix | None) -> float:
+        return position_scores(decoder, teach(decoder, [prefix], pairs).states, teacher, pairs).kl
+
+    tensors = prompt.tensors
+    sigma = kl(Prefix(tensors["keys"], tensors["values"]))
+    assert sigma < 0.25 * kl(None)
+    assert sigma < 0.5 * kl(context.truncated(prompt.manifest.num_virtual_tokens))

@@ -1,0 +1,240 @@
+"""Greedy output in float32 equals plain transformers, token for token, however the engine batches it."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from prompt_store.soft_prompt_file import SoftPrompt
+from scheduler.engine.engine import Engine, build_engine
+from scheduler.protocol import (
+    AddRequest,
+    CancelRequest,
+    EngineConfig,
+    Ready,
+    SamplingParams,
+    SoftPromptRef,
+)
+from tests.conftest import Reference, make_soft_prompt, sample_texts, save_prompt
+
+LENGTHS = (1, 7, 16, 33, 64)
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def ways() -> list[object]:
+    """Where the engine runs, and whether a step is launched before the tokens of the one before are known;
+    transformers, which it is compared with, runs on the CPU."""
+    return [
+        pytest.param({"device": device, "async_scheduling": ahead}, id=f"{device}-{ahead}", marks=marks)
+        for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+        for ahead in ("off", "on")
+    ]
+
+
+@pytest.fixture(params=ways())
+def way(request: pytest.FixtureRequest) -> dict[str, str]:
+    return request.param
+
+
+def build(path: str, *, num_blocks: int, block_size: int = 16, **overrides: object) -> tuple[Engine, Ready]:
+    """An engine in this process with exactly `num_blocks` blocks."""
+    probe = {"model": path, "dtype": "float32", "device": "cpu", "block_size": block_size} | overrides
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_block = 2 * config.num_hidden_layers * heads * head_dim * block_size * 4
+    gib = (num_blocks + 0.5) * bytes_per_block / 2**30
+    engine, ready = build_engine(EngineConfig(kv_cache_gib=gib, **probe), lambda *_: None)
+    assert ready.num_blocks == num_blocks
+    return engine, ready
+
+
+def run(
+    engine: Engine, requests: list[AddRequest], *, seed: int = 0, cancel: frozenset[str] = frozenset()
+) -> tuple[dict[str, list[int]], int, int]:
+    """Add requests at random moments, cancel some at random moments; returns outputs, preemptions, chunked rows."""
+    rng = random.Random(seed)
+    pending, received, done = list(requests), {r.request_id: [] for r in requests}, set()
+    rng.shuffle(pending)
+    preemptions = chunks = 0
+    wanted = {r.request_id for r in requests} - cancel
+    to_cancel = set(cancel)
+    for _ in range(20_000):
+        for _ in range(rng.randint(0, 3)):
+            if pending:
+                engine.handle(pending.pop())
+        for request_id in sorted(to_cancel):
+            if received[request_id] and rng.random() < 0.3:
+                engine.handle(CancelRequest([request_id]))
+                to_cancel.discard(request_id)
+        output = engine.step()
+        preemptions += len(output.preempted)
+        for sequence in output.outputs:
+            assert sequence.error is None, sequence.error
+            received[sequence.request_id] += sequence.token_ids
+            chunks += not sequence.token_ids
+            if sequence.finish_reason:
+                done.add(sequence.request_id)
+        engine.scheduler.check_integrity()
+        if not pending and not engine.has_work:
+            break
+        if not output.has_news and not engine.is_running:
+            time.sleep(0.001)  # a soft prompt is being read
+    assert wanted <= done
+    return received, preemptions, chunks
+
+
+def check_empty(engine: Engine) -> None:
+    resident = sum(len(p.blocks) for p in engine.scheduler.soft_prompts.all())
+    assert engine.scheduler.pool.num_used == resident
+    assert not engine.scheduler.running
+    assert len(engine.scheduler.waiting) == 0
+
+
+def request(name: str, token_ids: list[int], max_tokens: int, ref: SoftPromptRef | None = None) -> AddRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    return AddRequest(request_id=name, token_ids=token_ids, params=params, soft_prompt=ref)
+
+
+def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Reference, way: dict[str, str]) -> None:
+    engine, _ = build(
+        smollm2.path,
+        num_blocks=34,
+        block_size=4,
+        max_batch_size=7,
+        max_batch_tokens=19,
+        max_model_len=128,
+        max_queue_size=100,
+        **way,
+    )
+    rng = random.Random(3)
+    prompts = [smollm2.tokenizer(text)["input_ids"] for text in sample_texts(44)]
+    lengths = [rng.choice([3, 12, 24, 40]) for _ in prompts]
+    cancelled = frozenset(f"r{i}" for i in rng.sample(range(44), 4))
+    requests = [request(f"r{i}", ids, lengths[i]) for i, ids in enumerate(prompts)]
+    received, preemptions, chunks = run(engine, requests, cancel=cancelled)
+    assert preemptions > 0
+    assert chunks >= 10
+    for i, ids in enumerate(prompts):
+        expected = smollm2.generate(ids, lengths[i])
+        if f"r{i}" in cancelled:
+            assert received[f"r{i}"] == expected[: len(received[f"r{i}"])]
+        else:
+            assert received[f"r{i}"] == expected, f"prompt {i}"
+    check_empty(engine)
+
+
+def test_many_questions_about_two_long_contexts(smollm2: Reference, way: dict[str, str]) -> None:
+    """Enough sequences share enough blocks for attention to walk them once for all, behind one common start."""
+    engine, _ = build(
+        smollm2.path,
+        num_blocks=260,
+        max_batch_size=14,
+        max_batch_tokens=200,
+        max_model_len=512,
+        max_queue_size=100,
+        **way,
+    )
+    text = smollm2.tokenizer((EXAMPLES / "manual" / "context.md").read_text())["input_ids"]
+    contexts = [text[:330], text[:100] + text[200:420]]
+    questions = [smollm2.tokenizer(text)["input_ids"][: 4 + i] for i, text in enumerate(sample_texts(12))]
+    prompts = [contexts[i % 2] + ids for i, ids in enumerate(questions)]
+    received, _, _ = run(engine, [request(f"r{i}", ids, 8) for i, ids in enumerate(prompts)])
+    for i, ids in enumerate(prompts):
+        assert received[f"r{i}"] == smollm2.generate(ids, 8), f"prompt {i}"
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "kv"])
+def test_soft_prompts_of_every_length_in_one_batch(
+    smollm2: Reference, kind: str, tmp_path: Path, way: dict[str, str]
+) -> None:
+    engine, ready = build(
+        smollm2.path,
+        num_blocks=60,
+        max_batch_size=6,
+        max_batch_tokens=23,
+        max_model_len=160,
+        max_queue_size=100,
+        **way,
+    )
+    info = ready.model
+    check_soft_prompts(engine, smollm2, {n: trained_like(kind, n, smollm2, info) for n in LENGTHS}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "kv"])
+def test_soft_prompts_on_other_architectures(tiny: Reference, kind: str, tmp_path: Path, way: dict[str, str]) -> None:
+    engine, ready = build(
+        tiny.path,
+        num_blocks=48,
+        block_size=8,
+        max_batch_size=5,
+        max_batch_tokens=17,
+        max_model_len=128,
+        **way,
+    )
+    prompts = {n: make_soft_prompt(kind, n, ready.model, scale=0.5) for n in LENGTHS}
+    check_soft_prompts(engine, tiny, prompts, tmp_path)
+
+
+def test_other_architectures_with_chunks_and_preemptions(tiny: Reference, way: dict[str, str]) -> None:
+    engine, _ = build(
+        tiny.path,
+        num_blocks=18,
+        block_size=8,
+        max_batch_size=5,
+        max_batch_tokens=11,
+        max_model_len=128,
+        **way,
+    )
+    rng = random.Random(5)
+    prompts = [[rng.randrange(100, 40_000) for _ in range(rng.choice([1, 5, 20, 50]))] for _ in range(40)]
+    received, preemptions, _ = run(engine, [request(f"r{i}", ids, 30) for i, ids in enumerate(prompts)])
+    assert preemptions > 0
+    for i, ids in enumerate(prompts):
+        assert received[f"r{i}"] == tiny.generate(ids, 30), f"prompt {i}"
+    check_empty(engine)
+
+
+def trained_like(kind: str, length: int, reference: Reference, info: object) -> SoftPrompt:
+    """What a real text would leave behind: token embeddings, or keys and values, of its first tokens."""
+    import torch
+    from transformers import DynamicCache
+
+    prompt = make_soft_prompt(kind, length, info)
+    text = "The harbour office opens at seven. Ring the brass bell twice before you enter, and wait. " * 8
+    ids = torch.tensor([reference.tokenizer(text)["input_ids"][:length]])
+    with torch.inference_mode():
+        if kind == "embeddings":
+            return SoftPrompt(prompt.manifest, embeddings=reference.model.get_input_embeddings()(ids)[0])
+        cache = DynamicCache(config=reference.model.config)
+        reference.model(ids, past_key_values=cache)
+        keys = torch.stack([layer.keys[0].transpose(0, 1) for layer in cache.layers])
+        values = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers])
+    return SoftPrompt(prompt.manifest, keys=keys, values=values)
+
+
+def check_soft_prompts(engine: Engine, reference: Reference, prompts: dict[int, SoftPrompt], where: Path) -> None:
+    """Three requests per soft prompt and three without, all mixed."""
+    refs: dict[int, SoftPromptRef | None] = {0: None}
+    for length, prompt in prompts.items():
+        path = save_prompt(prompt, where, f"p{length}")
+        refs[length] = SoftPromptRef(f"{length:064d}", str(path), length)
+    requests, expected = [], {}
+    for length, ref in refs.items():
+        for index, text in enumerate(sample_texts(3)):
+            ids = reference.tokenizer(text)["input_ids"]
+            name = f"{length}-{index}"
+            requests.append(request(name, ids, 12, ref))
+            expected[name] = reference.generate(ids, 12, prompts.get(length))
+    received, _, _ = run(engine, requests)
+    for name, tokens in expected.items():
+        assert received[name] == tokens, name
+    plain = [expected[f"0-{i}"] for i in range(3)]
+    assert any([expected[f"{n}-{i}"] for i in range(3)] != plain for n in prompts), "the soft prompts change nothing"
+    check_empty(engine)

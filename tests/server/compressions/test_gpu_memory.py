@@ -1,0 +1,33 @@
+"""A compression for which the GPU has no memory says so in one line, on the command line and over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prompt_store.compression.compression_settings import CompressionSettings
+from scheduler.model.source import EMBEDDED_ALIAS, ModelError
+from server.compressions import run
+from server.compressions.request import CompressionRequest, ModelChoice
+from server.compressions.worker import _failure
+
+
+def test_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines")
+
+    monkeypatch.setattr(run.Workbench, "open", no_room)
+    request = CompressionRequest(
+        name="guide",
+        context="A text.",
+        settings=CompressionSettings(),
+        questions=[],
+        choice=ModelChoice(EMBEDDED_ALIAS),
+        store=str(tmp_path),
+        max_prompt_bytes=1 << 20,
+    )
+    with pytest.raises(ModelError, match="--gpu-memory-utilization") as refused:
+        run.run_compression(request, tmp_path / "guide", False, lambda _: None, lambda: False)
+    assert "--gpu-memory-utilization" in _failure(refused.value).message
