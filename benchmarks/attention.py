@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from scheduler.model.attention import cpu
-from scheduler.model.attention.backend import AttentionBackend, PagedBatch
-from scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.attention import cpu
+from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.reference import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

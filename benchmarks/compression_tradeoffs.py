@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.data.examples import (
+from softbatch.prompt_store.compression.data.examples import (
     Example,
     load_jsonl,
     save_jsonl,
@@ -32,17 +32,17 @@ from prompt_store.compression.data.examples import (
     template_questions,
     usable,
 )
-from prompt_store.compression.evaluation.baselines import with_gold
-from prompt_store.compression.evaluation.fidelity import position_scores
-from prompt_store.compression.frozen.context import Context
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
-from prompt_store.compression.training.matching import MatchingSettings, fit, selected
-from prompt_store.compression.training.student import Student
-from prompt_store.compression.training.trainer import Trainer, TrainingSettings
-from server.compressions.request import ModelChoice
-from server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.prompt_store.compression.evaluation.baselines import with_gold
+from softbatch.prompt_store.compression.evaluation.fidelity import position_scores
+from softbatch.prompt_store.compression.frozen.context import Context
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
+from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
+from softbatch.prompt_store.compression.training.student import Student
+from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
+from softbatch.server.compressions.request import ModelChoice
+from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 48

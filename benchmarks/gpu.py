@@ -28,9 +28,9 @@ from gpu_serving import Load, Server, hot, save_soft_prompts, throughput
 from gpu_steps import Steps, against_floor, copy_bandwidth, generate_batch, matmul_rate
 from gpu_targets import MODEL, table
 
-from prompt_store.manifest import ModelSpec
-from scheduler.model.loader import load_transformers, spec_of
-from scheduler.model.source import resolve
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model.loader import load_transformers, spec_of
+from softbatch.scheduler.model.source import resolve
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from gpu_steps import changed
 
-from prompt_store.manifest import Manifest, ModelRef, ModelSpec
-from prompt_store.soft_prompt_file import SoftPrompt, save
+from softbatch.prompt_store.manifest import Manifest, ModelRef, ModelSpec
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, save
 
 START_SECONDS = 900
 RAMP_SECONDS = 60
@@ -46,7 +46,7 @@ class Server:
     def __init__(self, model: Path, store: Path, port: int, flags: list[str]) -> None:
         self.port = port
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", str(port)]
+        command = [sys.executable, "-m", "softbatch", "serve", "--model", str(model), "--port", str(port)]
         self._process = subprocess.Popen([*command, "--prompt-store", str(store), *flags], stderr=self._log)
         deadline = time.monotonic() + START_SECONDS
         while True:

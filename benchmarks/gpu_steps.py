@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from gpu_models import Costs
 
-from prompt_store.manifest import ModelSpec
-from scheduler.model import transformers_attention as interface
-from scheduler.model.attention import choose
-from scheduler.model.batch import Row
-from scheduler.model.cuda.graphs import CudaCapturer
-from scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.runner import Runner
-from scheduler.model.sampling.sampler import SampleInput, sample
-from scheduler.protocol import SamplingParams
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model import transformers_attention as interface
+from softbatch.scheduler.model.attention import choose
+from softbatch.scheduler.model.batch import Row
+from softbatch.scheduler.model.cuda.graphs import CudaCapturer
+from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.runner import Runner
+from softbatch.scheduler.model.sampling.sampler import SampleInput, sample
+from softbatch.scheduler.protocol import SamplingParams
 
 BLOCK_SIZE = 16
 Figures = dict[str, float]

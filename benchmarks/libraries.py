@@ -28,7 +28,7 @@ from library_process import GENERATE_BATCH, LIBRARIES, Library
 from machine import machine
 from peers import Unavailable
 
-from scheduler.model.source import EMBEDDED_ALIAS, resolve
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 
 
 @dataclass(frozen=True)

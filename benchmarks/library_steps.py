@@ -13,8 +13,8 @@ from step_worker import Measure, Options, serve, steps
 
 def load_softbatch(options: Options) -> tuple[str, Measure]:
     """Scheduler and model as `softbatch serve` builds them, without the front end."""
-    from scheduler.engine.engine import build_engine
-    from scheduler.protocol import AddRequest, EngineConfig, SamplingParams
+    from softbatch.scheduler.engine.engine import build_engine
+    from softbatch.scheduler.protocol import AddRequest, EngineConfig, SamplingParams
 
     config = EngineConfig(
         model=options["model"],

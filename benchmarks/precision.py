@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from prompt_store.compression.frozen.rendering import Renderer
-from prompt_store.soft_prompt_file import load
-from scheduler.model.batch import Row, build_batch
-from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.loader import load_transformers
-from scheduler.model.source import EMBEDDED_ALIAS, resolve
+from softbatch.prompt_store.compression.frozen.rendering import Renderer
+from softbatch.prompt_store.soft_prompt_file import load
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.loader import load_transformers
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TOKENS, CHUNK, BLOCK, ANSWER = 1024, 256, 16, 32

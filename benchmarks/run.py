@@ -29,11 +29,11 @@ from servers import Launch, Server, llama, softbatch, vllm
 from soft_prompts import register
 from tables import Run, describe
 
-from scheduler.model.source import EMBEDDED_ALIAS
-from server.bench.figures import Objective
-from server.bench.load import Plan
-from server.bench.measurement import measure
-from server.bench.workload import WORKLOADS, Requests
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS
+from softbatch.server.bench.figures import Objective
+from softbatch.server.bench.load import Plan
+from softbatch.server.bench.measurement import measure
+from softbatch.server.bench.workload import WORKLOADS, Requests
 
 SERVERS = (
     "softbatch",

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
-from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.step import Step, StepResult
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
+from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.step import Step, StepResult
 
 RUNNING = (1, 4, 16, 64, 128, 256)
 WAITING = (0, 100, 1_000, 10_000)

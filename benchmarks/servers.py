@@ -21,7 +21,7 @@ import psutil
 from machine import has_matrix_tiles
 from peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
 
-from scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
 
 START_SECONDS = 600.0
 CORES = os.cpu_count() or 1
@@ -39,7 +39,7 @@ class Launch:
 
 def softbatch(port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto") -> Launch:
     """With the flags a user would choose for this load."""
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "softbatch", "serve", "--port", str(port), "--dtype", "bfloat16"]
     command += ["--max-batch-size", "64", "--prompt-store", str(store)]
     command += ["--quantization", quantization, "--kv-cache-dtype", kv_cache_dtype]
     formats = [quantization] * (quantization != "none") + [f"kv-{kv_cache_dtype}"] * (kv_cache_dtype != "auto")

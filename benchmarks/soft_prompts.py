@@ -18,7 +18,7 @@ BATCH = 16
 
 def register(root: Path, count: int, context_tokens: int, vocab_size: int) -> None:
     """Put `context-0` to `context-{count-1}` into the prompt store at `root`, as far as they are not there."""
-    from prompt_store.stores.directory import PromptStore
+    from softbatch.prompt_store.stores.directory import PromptStore
 
     store = PromptStore(root, 256 << 20)
     present = {stored.name for stored in store.list()}
@@ -31,12 +31,12 @@ def register(root: Path, count: int, context_tokens: int, vocab_size: int) -> No
 def _make(store: object, indices: list[int], num_tokens: int, vocab_size: int) -> None:
     import torch
 
-    from prompt_store.manifest import ContextRef, Manifest, ModelRef
-    from prompt_store.soft_prompt_file import SoftPrompt, save
-    from prompt_store.stores.directory import PromptStore
-    from scheduler.model.loader import load_transformers, spec_of
-    from scheduler.model.source import EMBEDDED_ALIAS, resolve
-    from server.bench.workload import context_tokens
+    from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef
+    from softbatch.prompt_store.soft_prompt_file import SoftPrompt, save
+    from softbatch.prompt_store.stores.directory import PromptStore
+    from softbatch.scheduler.model.loader import load_transformers, spec_of
+    from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
+    from softbatch.server.bench.workload import context_tokens
 
     assert isinstance(store, PromptStore)
     source = resolve(EMBEDDED_ALIAS)

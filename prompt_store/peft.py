@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from prompt_store.manifest import (
+from softbatch.prompt_store.manifest import (
     MAX_VIRTUAL_TOKENS,
     Manifest,
     ModelRef,
     ModelSpec,
     SoftPromptError,
 )
-from prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prompt_store.fingerprint import fingerprint
-from prompt_store.manifest import (
+from softbatch.prompt_store.fingerprint import fingerprint
+from softbatch.prompt_store.manifest import (
     MAX_HEADER_BYTES,
     ContextRef,
     Manifest,

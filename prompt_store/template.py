@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from prompt_store.manifest import Replaces
+from softbatch.prompt_store.manifest import Replaces
 
 Messages = Sequence[Mapping[str, Any]]
 Placement = Literal["turn", "user", "nowhere"]

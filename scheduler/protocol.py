@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.manifest import ModelSpec
 
 FinishReason = Literal["eos", "stop", "length", "error", "cancelled"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from scheduler.block_pool import BlockPool
-from scheduler.protocol import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
-from scheduler.sequence import Sequence
-from scheduler.sequence_blocks import SequenceBlocks
-from scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt, SoftPromptCache
-from scheduler.step import Fill, Step, StepResult, StepRow
-from scheduler.waiting_queue import QueueFull, WaitingQueue
+from softbatch.scheduler.block_pool import BlockPool
+from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
+from softbatch.scheduler.sequence import Sequence
+from softbatch.scheduler.sequence_blocks import SequenceBlocks
+from softbatch.scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt, SoftPromptCache
+from softbatch.scheduler.step import Fill, Step, StepResult, StepRow
+from softbatch.scheduler.waiting_queue import QueueFull, WaitingQueue
 
 
 @dataclass(frozen=True)

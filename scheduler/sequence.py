@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-from scheduler.protocol import AddRequest, FinishReason
+from softbatch.scheduler.protocol import AddRequest, FinishReason
 
 
 class Sequence:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scheduler.block_pool import BlockPool
-from scheduler.sequence import Sequence
-from scheduler.soft_prompt_cache import ResidentSoftPrompt, SoftPromptCache
+from softbatch.scheduler.block_pool import BlockPool
+from softbatch.scheduler.sequence import Sequence
+from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt, SoftPromptCache
 
 
 class SequenceBlocks:

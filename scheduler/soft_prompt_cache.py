@@ -6,8 +6,8 @@ import enum
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from scheduler.block_pool import BlockPool
-from scheduler.protocol import SoftPromptRef
+from softbatch.scheduler.block_pool import BlockPool
+from softbatch.scheduler.protocol import SoftPromptRef
 
 
 class Residency(enum.Enum):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scheduler.protocol import SoftPromptRef, TokenLogprobs
-from scheduler.sequence import Sequence
-from scheduler.soft_prompt_cache import ResidentSoftPrompt
+from softbatch.scheduler.protocol import SoftPromptRef, TokenLogprobs
+from softbatch.scheduler.sequence import Sequence
+from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
 
 
 class StepRow(NamedTuple):

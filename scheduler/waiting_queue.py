@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from scheduler.sequence import Sequence
+from softbatch.scheduler.sequence import Sequence
 
 
 class QueueFull(Exception):

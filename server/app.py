@@ -15,23 +15,23 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
 from transformers import AutoTokenizer
 
-from prompt_store.manifest import ModelSpec
-from prompt_store.stores.directory import PromptStore
-from scheduler.protocol import EngineConfig
-from server.compressions.job_queue import CompressionJobs
-from server.http.auth import AuthMiddleware
-from server.http.body_limit import BodyLimitMiddleware
-from server.http.errors import install_handlers
-from server.observability.metrics import Metrics
-from server.requests.engine_client import EngineClient, StartupError
-from server.requests.generation import Generator
-from server.requests.leases import SoftPromptLeases, lease_directory
-from server.requests.prompt_encoder import Preparer
-from server.requests.scoring import Scorer
-from server.requests.text import TextProcessor
-from server.routes import ROUTERS
-from server.settings import Settings, absolute_model
-from server.version import VERSION
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.scheduler.protocol import EngineConfig
+from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.http.auth import AuthMiddleware
+from softbatch.server.http.body_limit import BodyLimitMiddleware
+from softbatch.server.http.errors import install_handlers
+from softbatch.server.observability.metrics import Metrics
+from softbatch.server.requests.engine_client import EngineClient, StartupError
+from softbatch.server.requests.generation import Generator
+from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
+from softbatch.server.requests.prompt_encoder import Preparer
+from softbatch.server.requests.scoring import Scorer
+from softbatch.server.requests.text import TextProcessor
+from softbatch.server.routes import ROUTERS
+from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.version import VERSION
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
 
-from prompt_store.fingerprint import fingerprint
-from prompt_store.manifest import Manifest, ModelRef
-from prompt_store.soft_prompt_file import SoftPrompt
-from scheduler.model.source import EMBEDDED_ALIAS, resolve
-from scheduler.protocol import ModelInfo
+from softbatch.prompt_store.fingerprint import fingerprint
+from softbatch.prompt_store.manifest import Manifest, ModelRef
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
+from softbatch.scheduler.protocol import ModelInfo
 
 if not torch.cuda.is_available():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
@@ -206,7 +206,7 @@ def sample_texts(count: int) -> list[str]:
 
 
 def save_prompt(prompt: SoftPrompt, directory: Path, name: str) -> Path:
-    from prompt_store.soft_prompt_file import save
+    from softbatch.prompt_store.soft_prompt_file import save
 
     path = directory / f"{name}.safetensors"
     save(prompt, path)

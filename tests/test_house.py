@@ -19,9 +19,9 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.removeprefix("softbatch.").split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
+            names.add(node.module.removeprefix("softbatch.").split(".")[0])
     return names
 
 
@@ -38,7 +38,9 @@ def test_the_scheduler_imports_no_torch() -> None:
     assert files
     for path in files:
         assert not imported(path) & {"torch", "transformers"}, path
-    code = "import sys, scheduler.engine.engine, scheduler.scheduler; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, softbatch.scheduler.engine.engine, softbatch.scheduler.scheduler; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -56,6 +58,8 @@ def test_every_package_is_installed() -> None:
     """An editable install finds packages that a real one would miss."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {
-        str(path.parent.relative_to(ROOT)).replace("/", ".") for name in ABOVE for path in (ROOT / name).rglob("*.py")
+        f"softbatch.{path.parent.relative_to(ROOT)}".replace("/", ".")
+        for name in ABOVE
+        for path in (ROOT / name).rglob("*.py")
     }
-    assert set(listed) == found
+    assert set(listed) == {"softbatch", *found}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prompt_store.compression.objectives import weight_of_nll
-from prompt_store.compression.training.matching import MatchingSettings
-from prompt_store.compression.training.student import Kind
+from softbatch.prompt_store.compression.objectives import weight_of_nll
+from softbatch.prompt_store.compression.training.matching import MatchingSettings
+from softbatch.prompt_store.compression.training.student import Kind
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.data.examples import (
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import (
     Example,
     Generate,
     load_jsonl,
@@ -31,8 +31,8 @@ from prompt_store.compression.data.examples import (
     template_questions,
     usable,
 )
-from prompt_store.compression.evaluation.baselines import measure_baselines, with_gold
-from prompt_store.compression.evaluation.report import (
+from softbatch.prompt_store.compression.evaluation.baselines import measure_baselines, with_gold
+from softbatch.prompt_store.compression.evaluation.report import (
     Evaluation,
     Measured,
     Subject,
@@ -43,15 +43,15 @@ from prompt_store.compression.evaluation.report import (
     thinned,
     write_report,
 )
-from prompt_store.compression.frozen.context import Context, sha256_of
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
-from prompt_store.compression.training.matching import MatchingSettings, fit, selected
-from prompt_store.compression.training.student import Student
-from prompt_store.compression.training.trainer import Progress, Trainer, TrainingResult, TrainingSettings
-from prompt_store.compression.work_directory import JobDirectory, load_states, save_states
+from softbatch.prompt_store.compression.frozen.context import Context, sha256_of
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
+from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
+from softbatch.prompt_store.compression.training.student import Student
+from softbatch.prompt_store.compression.training.trainer import Progress, Trainer, TrainingResult, TrainingSettings
+from softbatch.prompt_store.compression.work_directory import JobDirectory, load_states, save_states
 
 # Shares of a time budget after which a phase takes what it has and goes on.
 HELD_OUT_SHARE = 0.05

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from prompt_store.soft_prompt_file import (
+from softbatch.prompt_store.soft_prompt_file import (
     Manifest,
     ModelSpec,
     SoftPromptError,

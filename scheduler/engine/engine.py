@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import zmq
 
-from scheduler.engine.soft_prompt_loader import Reading, SoftPromptReader
-from scheduler.protocol import (
+from softbatch.scheduler.engine.soft_prompt_loader import Reading, SoftPromptReader
+from softbatch.scheduler.protocol import (
     AddRequest,
     CancelRequest,
     EngineConfig,
@@ -31,12 +31,12 @@ from scheduler.protocol import (
     StartupPhase,
     StepOutput,
 )
-from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt
-from scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
+from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt
+from softbatch.scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:
-    from scheduler.model.runner import StagedSoftPrompt
+    from softbatch.scheduler.model.runner import StagedSoftPrompt
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
@@ -249,7 +249,7 @@ class Engine:
 
 def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
     """Load the model and put an engine around it. Raises ModelError."""
-    from scheduler.model.loader import load
+    from softbatch.scheduler.model.loader import load
 
     loaded = load(config, report)
     kv = loaded.kv_cache
@@ -296,7 +296,7 @@ class EngineProcess:
 
     def run(self) -> int:
         """Serve until the front end goes away. Returns the exit status."""
-        from scheduler.model.source import ModelError
+        from softbatch.scheduler.model.source import ModelError
 
         try:
             engine, ready = build_engine(self._config, self._report)
@@ -368,7 +368,7 @@ def _exit_with_front_end() -> None:
 
 
 def main() -> int:
-    """`python -m scheduler.engine.engine CONFIG`; CONFIG is an EngineConfig as JSON; standard input is the lifeline."""
+    """`python -m softbatch.scheduler.engine.engine CONFIG`, an EngineConfig as JSON; standard input is the lifeline."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
     # Ctrl-C and service managers signal the whole group: the front end decides, and it still has requests to finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

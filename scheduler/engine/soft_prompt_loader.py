@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from scheduler.protocol import SoftPromptRef
+from softbatch.scheduler.protocol import SoftPromptRef
 
 T = TypeVar("T")  # what a file becomes
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from scheduler.model.attention.backend import PagedBatch
-from scheduler.model.attention.tiles import AttentionPlan, Planner
-from scheduler.model.staging import to_device
+from softbatch.scheduler.model.attention.backend import PagedBatch
+from softbatch.scheduler.model.attention.tiles import AttentionPlan, Planner
+from softbatch.scheduler.model.staging import to_device
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 import torch
 
-from scheduler.model.attention.backend import AttentionBackend
-from scheduler.model.batch import RaggedBatch
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.transformers_attention import PagedForward
+from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.transformers_attention import PagedForward
 
 
 class Forward(Protocol):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from scheduler.model.sampling.sampler import Samples
-from scheduler.model.staging import ToHost, small_tensor
-from scheduler.step import StepResult
+from softbatch.scheduler.model.sampling.sampler import Samples
+from softbatch.scheduler.model.staging import ToHost, small_tensor
+from softbatch.scheduler.step import StepResult
 
 
 class Scores:

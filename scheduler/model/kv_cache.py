@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.model.staging import small_tensor
+from softbatch.scheduler.model.staging import small_tensor
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 import psutil
 import torch
 
-from prompt_store.manifest import ModelSpec
-from scheduler.model.attention.backend import AttentionBackend
-from scheduler.model.cpu.decoder import only_in_one_call, runs_in_one_call
-from scheduler.model.cuda.device_memory import DeviceMemory, is_shortage
-from scheduler.model.cuda.setup import measure_memory
-from scheduler.model.kv_cache import KVCache, RowFormat
-from scheduler.model.source import ModelError
-from scheduler.protocol import EngineConfig
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.cpu.decoder import only_in_one_call, runs_in_one_call
+from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, is_shortage
+from softbatch.scheduler.model.cuda.setup import measure_memory
+from softbatch.scheduler.model.kv_cache import KVCache, RowFormat
+from softbatch.scheduler.model.source import ModelError
+from softbatch.scheduler.protocol import EngineConfig
 
 CPU_KV_CACHE_GIB = 1.0
 

@@ -13,25 +13,25 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from prompt_store.fingerprint import fingerprint
-from prompt_store.manifest import ModelSpec
-from scheduler.model import transformers_attention as interface
-from scheduler.model.attention import choose
-from scheduler.model.attention.backend import AttentionBackend
-from scheduler.model.cpu.decoder import DecoderForward, only_in_one_call, runs_in_one_call
-from scheduler.model.cuda.device_memory import is_shortage
-from scheduler.model.cuda.failures import failures_told
-from scheduler.model.cuda.fused import FusedForward
-from scheduler.model.cuda.graphs import CudaCapturer
-from scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
-from scheduler.model.forward import Forward, TransformersForward
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.kv_cache_sizing import make_cache
-from scheduler.model.onednn_linear import pack_linears
-from scheduler.model.runner import Runner
-from scheduler.model.self_check import eager_logits, self_check
-from scheduler.model.source import ModelError, ModelSource, resolve
-from scheduler.protocol import EngineConfig, ModelInfo
+from softbatch.prompt_store.fingerprint import fingerprint
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model import transformers_attention as interface
+from softbatch.scheduler.model.attention import choose
+from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.cpu.decoder import DecoderForward, only_in_one_call, runs_in_one_call
+from softbatch.scheduler.model.cuda.device_memory import is_shortage
+from softbatch.scheduler.model.cuda.failures import failures_told
+from softbatch.scheduler.model.cuda.fused import FusedForward
+from softbatch.scheduler.model.cuda.graphs import CudaCapturer
+from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
+from softbatch.scheduler.model.forward import Forward, TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.kv_cache_sizing import make_cache
+from softbatch.scheduler.model.onednn_linear import pack_linears
+from softbatch.scheduler.model.runner import Runner
+from softbatch.scheduler.model.self_check import eager_logits, self_check
+from softbatch.scheduler.model.source import ModelError, ModelSource, resolve
+from softbatch.scheduler.protocol import EngineConfig, ModelInfo
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from prompt_store.soft_prompt_file import ModelSpec, check_fits, load
-from scheduler.model.batch import BatchBuilder, Row, build_batch
-from scheduler.model.cuda.device_memory import is_shortage
-from scheduler.model.forward import Forward
-from scheduler.model.in_flight import LaunchedStep, Scores
-from scheduler.model.kv_cache import KVCache, StagedBlocks
-from scheduler.model.sampling.sampler import SampleInput, needs_history, sample
-from scheduler.model.staging import small_tensor
-from scheduler.protocol import SoftPromptRef
-from scheduler.sequence import Sequence
-from scheduler.soft_prompt_cache import ResidentSoftPrompt
-from scheduler.step import DeviceLost, Fill, OutOfDeviceMemory, Step, StepRow
+from softbatch.prompt_store.soft_prompt_file import ModelSpec, check_fits, load
+from softbatch.scheduler.model.batch import BatchBuilder, Row, build_batch
+from softbatch.scheduler.model.cuda.device_memory import is_shortage
+from softbatch.scheduler.model.forward import Forward
+from softbatch.scheduler.model.in_flight import LaunchedStep, Scores
+from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
+from softbatch.scheduler.model.sampling.sampler import SampleInput, needs_history, sample
+from softbatch.scheduler.model.staging import small_tensor
+from softbatch.scheduler.protocol import SoftPromptRef
+from softbatch.scheduler.sequence import Sequence
+from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
+from softbatch.scheduler.step import DeviceLost, Fill, OutOfDeviceMemory, Step, StepRow
 
 logger = logging.getLogger(__name__)
 _FILL_FAILED = "the model failed on this soft prompt"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from scheduler.model.batch import Row
-from scheduler.model.runner import Runner
-from scheduler.model.transformers_attention import ATTENTION_NAME
+from softbatch.scheduler.model.batch import Row
+from softbatch.scheduler.model.runner import Runner
+from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME
 
 LENGTH = 24
 CHUNKS = (17, 6, 1)  # the last is a decoding step

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from scheduler.model.attention.backend import AttentionBackend, PagedBatch
-from scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.kv_cache import KVCache
 
 ATTENTION_NAME = "softbatch"
 

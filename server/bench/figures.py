@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from server.bench.client import Exchange
-from server.bench.load import Window
+from softbatch.server.bench.client import Exchange
+from softbatch.server.bench.load import Window
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from server.bench.client import Client, Exchange
-from server.bench.workload import Requests
+from softbatch.server.bench.client import Client, Exchange
+from softbatch.server.bench.workload import Requests
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import uvloop
 
-from server.bench.client import Client, Target
-from server.bench.figures import Figures, Objective, figures_of
-from server.bench.load import Load, Plan
-from server.bench.processes import Cost, ProcessTree, machine_cpu_seconds
-from server.bench.workload import Requests
+from softbatch.server.bench.client import Client, Target
+from softbatch.server.bench.figures import Figures, Objective, figures_of
+from softbatch.server.bench.load import Load, Plan
+from softbatch.server.bench.processes import Cost, ProcessTree, machine_cpu_seconds
+from softbatch.server.bench.workload import Requests
 
 PATH = "/v1/completions"
 

@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.figures import Objective, Spread
-from server.bench.load import Plan
-from server.bench.measurement import Report, measure
-from server.bench.processes import listening_on
-from server.bench.workload import WORKLOADS, Requests, Workload
-from server.cli.settings_flags import UsageError
-from server.settings import LOOPBACK
+from softbatch.server.bench.figures import Objective, Spread
+from softbatch.server.bench.load import Plan
+from softbatch.server.bench.measurement import Report, measure
+from softbatch.server.bench.processes import listening_on
+from softbatch.server.bench.workload import WORKLOADS, Requests, Workload
+from softbatch.server.cli.settings_flags import UsageError
+from softbatch.server.settings import LOOPBACK
 
 _WORKLOADS = "; ".join(
     f"{w.name}: {w.input_tokens} tokens in, {w.output_tokens} out"

@@ -16,16 +16,16 @@ from rich.console import Console
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from prompt_store.compression.pipeline import Stopped
-from prompt_store.manifest import SoftPromptError
-from prompt_store.stores.directory import NameTaken, PromptStore
-from scheduler.model.source import ModelError, resolve
-from server.cli.fidelity_table import fidelity_table
-from server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
-from server.cli.progress_bars import ProgressView, duration
-from server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
-from server.cli.settings_flags import UsageError, settings_from
-from server.compressions.request import (
+from softbatch.prompt_store.compression.pipeline import Stopped
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
+from softbatch.scheduler.model.source import ModelError, resolve
+from softbatch.server.cli.fidelity_table import fidelity_table
+from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
+from softbatch.server.cli.progress_bars import ProgressView, duration
+from softbatch.server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
+from softbatch.server.cli.settings_flags import UsageError, settings_from
+from softbatch.server.compressions.request import (
     MAX_CONTEXT_BYTES,
     MIB,
     CompressionRequest,
@@ -37,9 +37,9 @@ from server.compressions.request import (
     read_context,
     read_questions,
 )
-from server.compressions.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
-from server.compressions.session import count_tokens, load_tokenizer
-from server.settings import Settings
+from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
+from softbatch.server.compressions.session import count_tokens, load_tokenizer
+from softbatch.server.settings import Settings
 
 _DESCRIPTION = """
 Learn a soft prompt that stands for CONTEXT, measure how faithful it is, and register it under NAME. Everything

@@ -10,17 +10,17 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from prompt_store.compression.evaluation.report import write_report
-from prompt_store.compression.frozen.context import sha256_of
-from prompt_store.manifest import SoftPromptError
-from prompt_store.stores.directory import PromptStore
-from scheduler.model.source import ModelError
-from server.cli.fidelity_table import fidelity_table
-from server.cli.model_flags import add_model_flags, check_report, choice_of
-from server.cli.progress_bars import ProgressView
-from server.cli.settings_flags import UsageError, settings_from
-from server.compressions.evaluation_run import evaluate
-from server.compressions.request import InputError, read_context, read_questions
+from softbatch.prompt_store.compression.evaluation.report import write_report
+from softbatch.prompt_store.compression.frozen.context import sha256_of
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.scheduler.model.source import ModelError
+from softbatch.server.cli.fidelity_table import fidelity_table
+from softbatch.server.cli.model_flags import add_model_flags, check_report, choice_of
+from softbatch.server.cli.progress_bars import ProgressView
+from softbatch.server.cli.settings_flags import UsageError, settings_from
+from softbatch.server.compressions.evaluation_run import evaluate
+from softbatch.server.compressions.request import InputError, read_context, read_questions
 
 
 def add_parser(commands: Any) -> None:

@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from server.cli.settings_flags import UsageError
-from server.compressions.request import ModelChoice
-from server.settings import Settings, absolute_model
+from softbatch.server.cli.settings_flags import UsageError
+from softbatch.server.compressions.request import ModelChoice
+from softbatch.server.settings import Settings, absolute_model
 
 _METAVARS = {
     "model": "TEXT",

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prompt_store.manifest import ModelSpec, SoftPromptError
-from prompt_store.stores.directory import PromptStore, StoredPrompt
-from server.cli.settings_flags import UsageError, settings_from
-from server.settings import Settings
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
+from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
+from softbatch.server.cli.settings_flags import UsageError, settings_from
+from softbatch.server.settings import Settings
 
 
 def add_parser(commands: Any) -> None:
@@ -118,8 +118,8 @@ def _show(store: PromptStore, settings: Settings, options: argparse.Namespace) -
 
 
 def _import(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
-    from prompt_store.peft import import_peft, looks_like_peft_zip
-    from prompt_store.soft_prompt_file import save
+    from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
+    from softbatch.prompt_store.soft_prompt_file import save
 
     store.check_free(options.name)
     if options.file.is_dir() or looks_like_peft_zip(options.file):
@@ -146,8 +146,8 @@ def _remove(store: PromptStore, settings: Settings, options: argparse.Namespace)
 def _spec_of(model: str) -> ModelSpec:
     import torch
 
-    from scheduler.model.loader import load_transformers, spec_of
-    from scheduler.model.source import ModelError, resolve
+    from softbatch.scheduler.model.loader import load_transformers, spec_of
+    from softbatch.scheduler.model.source import ModelError, resolve
 
     try:
         source = resolve(model)

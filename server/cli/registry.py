@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from prompt_store.manifest import ModelSpec
-from prompt_store.stores.directory import NameTaken, PromptStore
-from server.cli.settings_flags import UsageError
-from server.compressions.run import Finished, register
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
+from softbatch.server.cli.settings_flags import UsageError
+from softbatch.server.compressions.run import Finished, register
 
 TIMEOUT_SECONDS = 60.0
 CHUNK = 1 << 20

@@ -15,20 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from prompt_store.manifest import Replaces, SoftPromptError
-from prompt_store.soft_prompt_file import check_fits
-from prompt_store.stores.directory import PromptStore
-from prompt_store.template import render_chat
-from scheduler.model.source import ModelError
-from scheduler.protocol import SoftPromptRef
-from server.cli.model_flags import add_model_flags, add_server_flags, choice_of
-from server.cli.registry import Client
-from server.cli.settings_flags import UsageError, settings_from
-from server.compressions.local_engine import LocalEngine
-from server.compressions.request import InputError, read_context
-from server.compressions.session import load_tokenizer
-from server.schemas.score import MAX_CANDIDATES
-from server.settings import Settings
+from softbatch.prompt_store.manifest import Replaces, SoftPromptError
+from softbatch.prompt_store.soft_prompt_file import check_fits
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.template import render_chat
+from softbatch.scheduler.model.source import ModelError
+from softbatch.scheduler.protocol import SoftPromptRef
+from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, choice_of
+from softbatch.server.cli.registry import Client
+from softbatch.server.cli.settings_flags import UsageError, settings_from
+from softbatch.server.compressions.local_engine import LocalEngine
+from softbatch.server.compressions.request import InputError, read_context
+from softbatch.server.compressions.session import load_tokenizer
+from softbatch.server.schemas.score import MAX_CANDIDATES
+from softbatch.server.settings import Settings
 
 
 @dataclass(frozen=True)

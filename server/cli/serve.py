@@ -14,10 +14,10 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from server.app import create_app, running_services
-from server.cli.settings_flags import UsageError, add_flags, settings_from
-from server.requests.engine_client import StartupError
-from server.settings import Settings
+from softbatch.server.app import create_app, running_services
+from softbatch.server.cli.settings_flags import UsageError, add_flags, settings_from
+from softbatch.server.requests.engine_client import StartupError
+from softbatch.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from server.settings import Settings
+from softbatch.server.settings import Settings
 
 
 class UsageError(Exception):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.data.examples import Example
-from prompt_store.compression.evaluation.baselines import evaluate_prompt
-from prompt_store.compression.training.trainer import Progress
-from prompt_store.soft_prompt_file import check_fits, load
-from prompt_store.stores.directory import PromptStore
-from server.compressions.request import ModelChoice
-from server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.evaluation.baselines import evaluate_prompt
+from softbatch.prompt_store.compression.training.trainer import Progress
+from softbatch.prompt_store.soft_prompt_file import check_fits, load
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.server.compressions.request import ModelChoice
+from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
 
 LONGEST_ANSWER = CompressionSettings.max_answer_tokens
 

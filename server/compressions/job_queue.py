@@ -16,15 +16,15 @@ import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client import Gauge as PrometheusGauge
 
-from prompt_store.manifest import ModelSpec, SoftPromptError
-from prompt_store.soft_prompt_file import sync
-from prompt_store.stores.directory import PromptStore
-from server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
-from server.compressions.request import CompressionRequest
-from server.compressions.run import DIRECTORY, LOCK, discard, find_finished, register
-from server.compressions.worker_messages import DoneMessage, ProgressMessage
-from server.compressions.worker_process import WorkerProcess
-from server.http.errors import ApiError, shown, unavailable
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
+from softbatch.prompt_store.soft_prompt_file import sync
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
+from softbatch.server.compressions.request import CompressionRequest
+from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, register
+from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
+from softbatch.server.compressions.worker_process import WorkerProcess
+from softbatch.server.http.errors import ApiError, shown, unavailable
 
 logger = logging.getLogger(__name__)
 MAX_QUEUED = 8

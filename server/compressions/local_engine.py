@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from transformers import AutoConfig
 
-from scheduler.engine.engine import Engine, build_engine
-from scheduler.model.source import resolve
-from scheduler.protocol import AddRequest, EngineConfig, Ready, SamplingParams, SoftPromptRef
-from server.compressions.request import ModelChoice, ModelShape
+from softbatch.scheduler.engine.engine import Engine, build_engine
+from softbatch.scheduler.model.source import resolve
+from softbatch.scheduler.protocol import AddRequest, EngineConfig, Ready, SamplingParams, SoftPromptRef
+from softbatch.server.compressions.request import ModelChoice, ModelShape
 
 SLOTS = 64
 # What a question and the marks around it usually take; longer ones are preempted and come back.

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from prompt_store.compression.work_directory import replace_file
-from prompt_store.soft_prompt_file import sync
-from server.compressions.worker_messages import ProgressMessage
+from softbatch.prompt_store.compression.work_directory import replace_file
+from softbatch.prompt_store.soft_prompt_file import sync
+from softbatch.server.compressions.worker_messages import ProgressMessage
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.data.examples import DataError, Example, load_jsonl
-from prompt_store.compression.frozen.context import QUESTION_ROOM
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl
+from softbatch.prompt_store.compression.frozen.context import QUESTION_ROOM
 
 MIB = 1 << 20
 MAX_CONTEXT_BYTES = 8 * MIB

@@ -21,18 +21,18 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 
-from prompt_store.compression.evaluation.report import write_report
-from prompt_store.compression.objectives import Objective
-from prompt_store.compression.pipeline import Compression, Outcome, identity_of
-from prompt_store.compression.training.student import Kind
-from prompt_store.compression.training.trainer import Progress
-from prompt_store.compression.work_directory import replace_file, seconds_spent
-from prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
-from prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
-from prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
-from scheduler.model.source import ModelError, resolve
-from server.compressions.request import CompressionRequest, InputError
-from server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.prompt_store.compression.evaluation.report import write_report
+from softbatch.prompt_store.compression.objectives import Objective
+from softbatch.prompt_store.compression.pipeline import Compression, Outcome, identity_of
+from softbatch.prompt_store.compression.training.student import Kind
+from softbatch.prompt_store.compression.training.trainer import Progress
+from softbatch.prompt_store.compression.work_directory import replace_file, seconds_spent
+from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
+from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
+from softbatch.scheduler.model.source import ModelError, resolve
+from softbatch.server.compressions.request import CompressionRequest, InputError
+from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
 
 DIRECTORY = ".compressions"
 LOCK = "lock"  # in it, of the server that runs the compressions; and in each one's directory

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from prompt_store.compression.frozen.context import QUESTION_ROOM, sha256_of
-from prompt_store.compression.frozen.frozen_model import Decoder, Kernels
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.frozen.rendering import Renderer
-from prompt_store.manifest import ModelSpec, SoftPromptError
-from prompt_store.soft_prompt_file import SoftPrompt, load
-from prompt_store.stores.directory import PromptStore
-from scheduler.model.attention import cpu
-from scheduler.model.cpu.build import is_loaded
-from scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
-from scheduler.model.cpu.training import behind_prefix_with_gradients, kernels_of
-from scheduler.model.loader import DTYPES, load_transformers
-from scheduler.model.source import resolve
-from server.compressions.local_engine import LocalEngine
-from server.compressions.request import ModelChoice
+from softbatch.prompt_store.compression.frozen.context import QUESTION_ROOM, sha256_of
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import Renderer
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, load
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.scheduler.model.attention import cpu
+from softbatch.scheduler.model.cpu.build import is_loaded
+from softbatch.scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
+from softbatch.scheduler.model.cpu.training import behind_prefix_with_gradients, kernels_of
+from softbatch.scheduler.model.loader import DTYPES, load_transformers
+from softbatch.scheduler.model.source import resolve
+from softbatch.server.compressions.local_engine import LocalEngine
+from softbatch.server.compressions.request import ModelChoice
 
 CPU_KERNELS = Kernels(
     attend=behind_prefix_with_gradients, attend_without_gradients=cpu.behind_prefix, of_model=kernels_of

@@ -1,5 +1,8 @@
-"""`python -m server.compressions.worker DIRECTORY`: the compression that DIRECTORY/request.json asks for, at the lowest
-priority, so that serving beside it keeps its speed. Reports on standard output; standard input is its lifeline."""
+"""`python -m softbatch.server.compressions.worker DIRECTORY`: the compression that DIRECTORY/request.json asks for.
+
+It runs at the lowest priority, so that serving beside it keeps its speed. It reports on standard output; standard input
+is its lifeline.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from server.compressions.request import CompressionRequest, InputError
-from server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
+from softbatch.server.compressions.request import CompressionRequest, InputError
+from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
 
 logger = logging.getLogger(__name__)
 NICENESS = 19
@@ -70,8 +73,8 @@ def _run(directory: Path, report: Reporter) -> WorkerMessage:
     report(ProgressMessage("loading", 0, 1))
     import torch
 
-    from prompt_store.compression.training.trainer import Progress
-    from server.compressions.run import locked, run_compression, summary
+    from softbatch.prompt_store.compression.training.trainer import Progress
+    from softbatch.server.compressions.run import locked, run_compression, summary
 
     # One processor stays free for serving.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))
@@ -88,7 +91,7 @@ def _run(directory: Path, report: Reporter) -> WorkerMessage:
 
 def _failure(error: Exception) -> FailedMessage:
     """What is said of an error: its own words where they are meant for the user."""
-    from scheduler.model.source import ModelError
+    from softbatch.scheduler.model.source import ModelError
 
     if isinstance(error, ValueError | ModelError | FloatingPointError):
         return FailedMessage("compression_failed", str(error)[:1000])

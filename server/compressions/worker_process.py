@@ -10,9 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
+import softbatch
+from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
 MAX_LINE = 1 << 20
 
 
@@ -30,7 +31,7 @@ class WorkerProcess:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "server.compressions.worker",
+            "softbatch.server.compressions.worker",
             str(self._directory),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

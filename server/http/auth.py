@@ -8,7 +8,7 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.http.errors import ApiError, error_response
+from softbatch.server.http.errors import ApiError, error_response
 
 
 class AuthMiddleware:

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.errors import ApiError, error_response
+from softbatch.server.http.errors import ApiError, error_response
 
 MIB = 1 << 20
 MAX_JSON_BYTES = 8 * MIB

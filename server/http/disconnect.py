@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from server.http.errors import ApiError
+from softbatch.server.http.errors import ApiError
 
 T = TypeVar("T")
 

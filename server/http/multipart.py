@@ -15,13 +15,13 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from prompt_store.peft import import_peft, looks_like_peft_zip
-from prompt_store.soft_prompt_file import save
-from prompt_store.stores.directory import StoredPrompt
-from server.http.errors import ApiError, invalid, shown
+from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
+from softbatch.prompt_store.soft_prompt_file import save
+from softbatch.prompt_store.stores.directory import StoredPrompt
+from softbatch.server.http.errors import ApiError, invalid, shown
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 MAX_FILES = 2
 MAX_FIELDS = 4

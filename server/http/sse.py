@@ -11,8 +11,8 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.http.errors import ApiError, error_json, internal_error
-from server.requests.generation import Generation
+from softbatch.server.http.errors import ApiError, error_json, internal_error
+from softbatch.server.requests.generation import Generation
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scheduler.protocol import AddRequest, SequenceOutput
-from server.http.errors import ApiError
-from server.requests.leases import Lease
+from softbatch.scheduler.protocol import AddRequest, SequenceOutput
+from softbatch.server.http.errors import ApiError
+from softbatch.server.requests.leases import Lease
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from server.requests.generation import Delta, Generation, Token
+from softbatch.server.requests.generation import Delta, Generation, Token
 
 
 @dataclass

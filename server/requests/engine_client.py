@@ -15,7 +15,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from scheduler.protocol import (
+import softbatch
+from softbatch.scheduler.protocol import (
     CancelRequest,
     EngineConfig,
     EngineInput,
@@ -28,12 +29,12 @@ from scheduler.protocol import (
     StartupPhase,
     StepOutput,
 )
-from server.http.errors import ApiError
-from server.observability.metrics import Metrics
-from server.requests.active_request import ActiveRequest
+from softbatch.server.http.errors import ApiError
+from softbatch.server.observability.metrics import Metrics
+from softbatch.server.requests.active_request import ActiveRequest
 
 logger = logging.getLogger(__name__)
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
 MAX_FAILED_RESTARTS = 5
 # A step may take long on a slow machine; silence longer than this means that no step is being made.
 SILENCE_SECONDS = 30.0
@@ -119,7 +120,7 @@ class EngineClient:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "scheduler.engine.engine",
+            "softbatch.scheduler.engine.engine",
             msgspec.json.encode(config).decode(),
             stdin=asyncio.subprocess.PIPE,
             cwd=PROJECT,

@@ -15,12 +15,12 @@ from typing import Literal
 
 import msgspec
 
-from scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, TokenLogprobs
-from server.requests.active_request import ActiveRequest
-from server.requests.engine_client import EngineClient
-from server.requests.leases import Lease, SoftPromptLeases
-from server.requests.prompt_encoder import Preparer, Prompt
-from server.requests.text import Detokenizer, StopStrings, TextProcessor
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, TokenLogprobs
+from softbatch.server.requests.active_request import ActiveRequest
+from softbatch.server.requests.engine_client import EngineClient
+from softbatch.server.requests.leases import Lease, SoftPromptLeases
+from softbatch.server.requests.prompt_encoder import Preparer, Prompt
+from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
 
 @dataclass(frozen=True)

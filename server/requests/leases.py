@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prompt_store.manifest import ModelSpec, SoftPromptError
-from prompt_store.soft_prompt_file import check_fits
-from prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
-from scheduler.protocol import SoftPromptRef
-from server.http.errors import ApiError, unknown_soft_prompt
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
+from softbatch.prompt_store.soft_prompt_file import check_fits
+from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
+from softbatch.scheduler.protocol import SoftPromptRef
+from softbatch.server.http.errors import ApiError, unknown_soft_prompt
 
 # Two changes of a directory within so short a time may leave it with one and the same time.
 DIRECTORY_TIME_NS = 2_000_000_000

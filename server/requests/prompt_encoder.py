@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from server.http.errors import ApiError
-from server.requests.leases import Lease
-from server.requests.text import Message, TextProcessor
+from softbatch.server.http.errors import ApiError
+from softbatch.server.requests.leases import Lease
+from softbatch.server.requests.text import Message, TextProcessor
 
 Prompt = str | Sequence[int] | Sequence[Message]
 # Texts longer than this are tokenised in a thread, so that they do not stall the event loop.

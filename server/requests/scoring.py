@@ -8,12 +8,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.protocol import AddRequest, SamplingParams
-from server.http.errors import ApiError
-from server.requests.active_request import ActiveRequest
-from server.requests.engine_client import EngineClient
-from server.requests.leases import Lease, SoftPromptLeases
-from server.requests.prompt_encoder import Preparer, Prompt
+from softbatch.scheduler.protocol import AddRequest, SamplingParams
+from softbatch.server.http.errors import ApiError
+from softbatch.server.requests.active_request import ActiveRequest
+from softbatch.server.requests.engine_client import EngineClient
+from softbatch.server.requests.leases import Lease, SoftPromptLeases
+from softbatch.server.requests.prompt_encoder import Preparer, Prompt
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from prompt_store.manifest import Replaces
-from prompt_store.template import TemplateError, render_chat
-from server.http.errors import ApiError
+from softbatch.prompt_store.manifest import Replaces
+from softbatch.prompt_store.template import TemplateError, render_chat
+from softbatch.server.http.errors import ApiError
 
 PROMPT_TAIL = 8
 Message = dict[str, str]

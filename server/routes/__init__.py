@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.routes import (
+from softbatch.server.routes import (
     chat,
     completions,
     compressions,

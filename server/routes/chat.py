@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.http.disconnect import until_disconnect
-from server.http.sse import DONE, EventStream
-from server.requests.choices import gather, merge
-from server.requests.generation import Generation, GenerationRequest, Token
-from server.routes.common import (
+from softbatch.server.http.disconnect import until_disconnect
+from softbatch.server.http.sse import DONE, EventStream
+from softbatch.server.requests.choices import gather, merge
+from softbatch.server.requests.generation import Generation, GenerationRequest, Token
+from softbatch.server.routes.common import (
     FINISH_REASONS,
     ChunkTemplate,
     json_reply,
@@ -21,8 +21,8 @@ from server.routes.common import (
     start_all,
     usage_of,
 )
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.chat import (
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
@@ -36,7 +36,7 @@ from server.schemas.chat import (
 )
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 ROUTE = "/v1/chat/completions"

@@ -11,14 +11,14 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from server.http.errors import ApiError, invalid, unavailable, unknown_model
-from server.requests.generation import Generation, GenerationRequest
-from server.schemas.replies import CachedTokens, Usage
-from server.schemas.sampling import FinishReason, OpenAIRequest
+from softbatch.server.http.errors import ApiError, invalid, unavailable, unknown_model
+from softbatch.server.requests.generation import Generation, GenerationRequest
+from softbatch.server.schemas.replies import CachedTokens, Usage
+from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
 
 if TYPE_CHECKING:
-    from scheduler.protocol import Ready
-    from server.app import Services
+    from softbatch.scheduler.protocol import Ready
+    from softbatch.server.app import Services
 
 # What OpenAI calls the ends of a text.
 FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}

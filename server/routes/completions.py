@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.http.disconnect import until_disconnect
-from server.http.sse import DONE, EventStream
-from server.requests.choices import gather, merge
-from server.requests.generation import Delta, Generation, GenerationRequest, Token
-from server.routes.common import (
+from softbatch.server.http.disconnect import until_disconnect
+from softbatch.server.http.sse import DONE, EventStream
+from softbatch.server.requests.choices import gather, merge
+from softbatch.server.requests.generation import Delta, Generation, GenerationRequest, Token
+from softbatch.server.routes.common import (
     FINISH_REASONS,
     ChunkTemplate,
     json_reply,
@@ -21,11 +21,11 @@ from server.routes.common import (
     start_all,
     usage_of,
 )
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 ROUTE = "/v1/completions"

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from transformers import AutoConfig
 
-from prompt_store.compression.data.examples import Example
-from prompt_store.manifest import SoftPromptError
-from prompt_store.template import TemplateError, context_turn
-from server.compressions.record import Job
-from server.compressions.request import (
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.template import TemplateError, context_turn
+from softbatch.server.compressions.record import Job
+from softbatch.server.compressions.request import (
     CompressionRequest,
     InputError,
     ModelChoice,
@@ -24,11 +24,11 @@ from server.compressions.request import (
     check_room,
     make_settings,
 )
-from server.http.errors import ApiError, shown
-from server.http.sse import EventStream
-from server.routes.common import engine_info, is_base_model, json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.compressions import (
+from softbatch.server.http.errors import ApiError, shown
+from softbatch.server.http.sse import EventStream
+from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.compressions import (
     CompressionJob,
     CompressionJobList,
     CompressionRequestBody,
@@ -37,7 +37,7 @@ from server.schemas.compressions import (
 )
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(prefix="/v1/compressions", tags=["compressions"], responses=ERROR_REPLIES)
 # A report quotes texts of the context and of the model: nothing in it may run or be fetched.

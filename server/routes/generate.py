@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from server.http.disconnect import until_disconnect
-from server.http.sse import EventStream
-from server.requests.choices import Choice, gather, merge
-from server.requests.generation import Delta, Generation, GenerationRequest, Token
-from server.routes.common import fields_named, json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.generate import (
+from softbatch.server.http.disconnect import until_disconnect
+from softbatch.server.http.sse import EventStream
+from softbatch.server.requests.choices import Choice, gather, merge
+from softbatch.server.requests.generation import Delta, Generation, GenerationRequest, Token
+from softbatch.server.routes.common import fields_named, json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.generate import (
     CompatGenerateRequest,
     GenerateDetails,
     GeneratedToken,
@@ -27,7 +27,7 @@ from server.schemas.generate import (
 )
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 # What the fields of a generation are called here.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from server.http.errors import unavailable
-from server.routes.common import json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.info import Health
+from softbatch.server.http.errors import unavailable
+from softbatch.server.routes.common import json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.info import Health
 
 router = APIRouter(prefix="/health", tags=["health"], responses=ERROR_REPLIES)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from server.routes.common import engine_info, json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.info import Info, Version
-from server.version import VERSION
+from softbatch.server.routes.common import engine_info, json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.info import Info, Version
+from softbatch.server.version import VERSION
 
 router = APIRouter(tags=["server"], responses=ERROR_REPLIES)
 

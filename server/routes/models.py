@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from prompt_store.stores.directory import StoredPrompt
-from server.http.errors import unknown_model
-from server.routes.common import engine_info, is_base_model, json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.models import ModelCard, ModelList
+from softbatch.prompt_store.stores.directory import StoredPrompt
+from softbatch.server.http.errors import unknown_model
+from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.models import ModelCard, ModelList
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERROR_REPLIES)
 STARTED_AT = int(time.time())

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from server.routes.common import json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.info import Progress, Queue, QueueEntry
+from softbatch.server.routes.common import json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.info import Progress, Queue, QueueEntry
 
 if TYPE_CHECKING:
-    from server.requests.active_request import ActiveRequest
+    from softbatch.server.requests.active_request import ActiveRequest
 
 router = APIRouter(tags=["queue"], responses=ERROR_REPLIES)
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from server.http.disconnect import until_disconnect
-from server.http.errors import invalid
-from server.requests.prompt_encoder import Prompt
-from server.requests.scoring import Scores
-from server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.replies import CachedTokens, Usage
-from server.schemas.score import ScoredCandidate, ScoredToken, ScoreReply, ScoreRequest
+from softbatch.server.http.disconnect import until_disconnect
+from softbatch.server.http.errors import invalid
+from softbatch.server.requests.prompt_encoder import Prompt
+from softbatch.server.requests.scoring import Scores
+from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.replies import CachedTokens, Usage
+from softbatch.server.schemas.score import ScoredCandidate, ScoredToken, ScoreReply, ScoreRequest
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(tags=["score"], responses=ERROR_REPLIES)
 ROUTE = "/v1/score"

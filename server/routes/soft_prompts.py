@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
-from prompt_store.manifest import SoftPromptError
-from prompt_store.stores.directory import StoredPrompt
-from server.http.errors import ApiError, shown, unknown_soft_prompt
-from server.http.multipart import UPLOAD_BODY, read_upload, register
-from server.routes.common import json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.stores.directory import StoredPrompt
+from softbatch.server.http.errors import ApiError, shown, unknown_soft_prompt
+from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
+from softbatch.server.routes.common import json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(prefix="/v1/soft_prompts", tags=["soft prompts"], responses=ERROR_REPLIES)
 # Anything else that is wrong with a soft prompt is 422.

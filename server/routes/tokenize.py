@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from prompt_store.manifest import Replaces, SoftPromptError
-from server.http.errors import unknown_model
-from server.routes.common import check_token_ids, engine_info, is_base_model, json_reply, services_of
-from server.schemas.base import ERROR_REPLIES
-from server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
+from softbatch.prompt_store.manifest import Replaces, SoftPromptError
+from softbatch.server.http.errors import unknown_model
+from softbatch.server.routes.common import check_token_ids, engine_info, is_base_model, json_reply, services_of
+from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
 
 if TYPE_CHECKING:
-    from server.app import Services
+    from softbatch.server.app import Services
 
 router = APIRouter(tags=["tokens"], responses=ERROR_REPLIES)
 

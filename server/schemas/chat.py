@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from server.http.errors import shown
-from server.schemas.base import Neutral, RequestModel, Text, refusal
-from server.schemas.replies import Usage, is_none
-from server.schemas.sampling import (
+from softbatch.server.http.errors import shown
+from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
+from softbatch.server.schemas.replies import Usage, is_none
+from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     FinishReason,

@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-from server.schemas.base import MAX_INT32, Neutral, refusal
-from server.schemas.replies import Usage
-from server.schemas.sampling import MAX_TOP_LOGPROBS, UNSUPPORTED, FinishReason, OpenAIRequest, TokenCount
+from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
+from softbatch.server.schemas.replies import Usage
+from softbatch.server.schemas.sampling import MAX_TOP_LOGPROBS, UNSUPPORTED, FinishReason, OpenAIRequest, TokenCount
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 64

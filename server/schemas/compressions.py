@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.data.examples import MAX_TEXT
-from prompt_store.manifest import MAX_VIRTUAL_TOKENS
-from server.compressions.request import MAX_INSTRUCTION_CHARS
-from server.schemas.base import RequestModel, Text, refusal
-from server.schemas.sampling import at_most_items
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import MAX_TEXT
+from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
+from softbatch.server.compressions.request import MAX_INSTRUCTION_CHARS
+from softbatch.server.schemas.base import RequestModel, Text, refusal
+from softbatch.server.schemas.sampling import at_most_items
 
 MAX_QUESTIONS = 10_000
 MAX_MINUTES = 24 * 60

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from scheduler.protocol import SamplingParams
-from server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
-from server.schemas.replies import is_none
-from server.schemas.sampling import (
+from softbatch.scheduler.protocol import SamplingParams
+from softbatch.server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
+from softbatch.server.schemas.replies import is_none
+from softbatch.server.schemas.sampling import (
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
     SEED_MASK,

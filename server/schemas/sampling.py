@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from scheduler.protocol import SamplingParams
-from server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
+from softbatch.scheduler.protocol import SamplingParams
+from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16

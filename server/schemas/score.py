@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.schemas.base import RequestModel, Text, refusal
-from server.schemas.chat import Messages
-from server.schemas.replies import Usage
-from server.schemas.sampling import ModelName, at_most_items
+from softbatch.server.schemas.base import RequestModel, Text, refusal
+from softbatch.server.schemas.chat import Messages
+from softbatch.server.schemas.replies import Usage
+from softbatch.server.schemas.sampling import ModelName, at_most_items
 
 MAX_CANDIDATES = 256
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from prompt_store.manifest import Manifest
-from server.schemas.replies import is_none
+from softbatch.prompt_store.manifest import Manifest
+from softbatch.server.schemas.replies import is_none
 
 
 class SoftPromptObject(BaseModel):

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, model_validator
 
-from server.schemas.base import Neutral, RequestModel, refusal
-from server.schemas.chat import Messages
-from server.schemas.completions import token_ids
-from server.schemas.sampling import ModelName, at_most_items
+from softbatch.server.schemas.base import Neutral, RequestModel, refusal
+from softbatch.server.schemas.chat import Messages
+from softbatch.server.schemas.completions import token_ids
+from softbatch.server.schemas.sampling import ModelName, at_most_items
 
 MAX_TEXT_CHARS = 1 << 20
 MAX_TOKENS = 1 << 18

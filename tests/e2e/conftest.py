@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.manifest import ModelSpec
-from scheduler.model.loader import spec_of
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model.loader import spec_of
 from tests.conftest import Reference, load_reference
 from tests.support.servers import Server, environment, running_server
 

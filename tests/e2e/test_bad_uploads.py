@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 
-from prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.manifest import ModelSpec
 from tests.conftest import make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.__main__ import main
+from softbatch.server.cli.main import main
 from tests.support.servers import Server, check_refusal
 
 VOCABULARY = ("--vocab-size", "256")

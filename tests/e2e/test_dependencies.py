@@ -14,10 +14,11 @@ from tests.support.servers import PROJECT, environment
 
 PROGRAM = """
 import importlib.util, os, sys
-import server.app, server.cli.compress, server.cli.evaluate, server.cli.score, server.cli.serve
-from scheduler.engine.engine import build_engine
-from scheduler.protocol import EngineConfig
-from scheduler.model.source import resolve
+import softbatch.server.app
+from softbatch.server.cli import compress, evaluate, score, serve
+from softbatch.scheduler.engine.engine import build_engine
+from softbatch.scheduler.protocol import EngineConfig
+from softbatch.scheduler.model.source import resolve
 
 assert importlib.util.find_spec("pytest") is None, "the tests' own packages are there"
 cache = os.environ.get("XDG_CACHE_HOME")

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
-from prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.manifest import ModelSpec
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
 from tests.support.servers import Server, error_of, events_of, wait_for

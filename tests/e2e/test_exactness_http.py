@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from prompt_store.soft_prompt_file import SoftPrompt
-from scheduler.model.loader import spec_of
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.model.loader import spec_of
 from tests.conftest import Reference, sample_texts, save_prompt
 from tests.e2e.conftest import BLOCK_BYTES
 from tests.scheduler.engine.test_exactness import trained_like

@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.manifest import ModelSpec
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
 from tests.e2e.test_openai_client import MESSAGES, PROMPT, chat_ids, client_of, greedy_text

@@ -10,8 +10,8 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from prompt_store.manifest import ModelSpec
-from server.__main__ import main
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.server.cli.main import main
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, check_refusal
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from prompt_store.manifest import ModelSpec
-from prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prompt_store.manifest import ModelSpec
-from prompt_store.soft_prompt_file import SoftPrompt
-from server.requests.leases import lease_directory
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.server.requests.leases import lease_directory
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
 from tests.support.servers import Server, error_of, wait_for

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from scheduler.model.loader import load
-from scheduler.model.source import ModelError
-from scheduler.protocol import EngineConfig
-from server.__main__ import main
+from softbatch.scheduler.model.loader import load
+from softbatch.scheduler.model.source import ModelError
+from softbatch.scheduler.protocol import EngineConfig
+from softbatch.server.cli.main import main
 from tests.conftest import Reference
 from tests.support.servers import PROJECT, Server, check_refusal, environment, free_port
 
@@ -124,7 +124,7 @@ def test_starts_that_fail_in_the_engine(tiny_flags: tuple[str, ...], sliding_mod
     }
     running = {
         flags: subprocess.Popen(
-            [sys.executable, "-m", "server", "serve", *tiny_flags, *flags, "--port", str(free_port())],
+            [sys.executable, "-m", "softbatch", "serve", *tiny_flags, *flags, "--port", str(free_port())],
             cwd=PROJECT,
             env=environment(SOFTBATCH_PROMPT_STORE=str(tmp_path / "store")),
             stdin=subprocess.DEVNULL,

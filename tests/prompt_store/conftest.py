@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.soft_prompt_file import save
-from prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.soft_prompt_file import save
+from softbatch.prompt_store.stores.directory import PromptStore
 from tests.support.soft_prompt_samples import MAX_BYTES, soft_prompt, write
 
 

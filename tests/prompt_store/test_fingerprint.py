@@ -10,7 +10,7 @@ import torch
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from prompt_store.soft_prompt_file import fingerprint
+from softbatch.prompt_store.soft_prompt_file import fingerprint
 from tests.support.soft_prompt_samples import byte_tokenizer, tiny_llama
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft
-from prompt_store.soft_prompt_file import SoftPrompt, check_fits, load, save
+from softbatch.prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, check_fits, load, save
 from tests.support.peft_samples import (
     ADAPTERS,
     CAUSAL,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft, looks_like_peft_zip
-from prompt_store.soft_prompt_file import SoftPrompt, SoftPromptError
+from softbatch.prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft, looks_like_peft_zip
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, SoftPromptError
 from tests.support.peft_samples import (
     TOKENS,
     N,

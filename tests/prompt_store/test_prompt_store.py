@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.soft_prompt_file import ModelSpec, SoftPromptError
-from prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
+from softbatch.prompt_store.soft_prompt_file import ModelSpec, SoftPromptError
+from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
 from tests.support.soft_prompt_samples import FINGERPRINT, MAX_BYTES, SPEC, edit_manifest, names, soft_prompt, write
 
 

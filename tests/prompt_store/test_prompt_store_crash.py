@@ -10,8 +10,8 @@ import signal
 import time
 from pathlib import Path
 
-from prompt_store.soft_prompt_file import SoftPrompt, load, save
-from prompt_store.stores.directory import PromptStore, UnknownPrompt
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, load, save
+from softbatch.prompt_store.stores.directory import PromptStore, UnknownPrompt
 from tests.support.prompt_store_writer import MAX_BYTES, add_many
 from tests.support.soft_prompt_samples import SPEC, manifest, soft_prompt
 
@@ -26,7 +26,7 @@ def test_sigkill_during_adds_leaves_nothing_partial(tmp_path: Path) -> None:
     save(SoftPrompt(manifest(n=len(large)), embeddings=large), uploads[1])
     # Forked from a fresh server process: this one's torch threads would not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prompt_store.stores.directory"])
+    context.set_forkserver_preload(["softbatch.prompt_store.stores.directory"])
     moments = random.Random(0)
     left_behind = 0
     seen_alive: set[str] = set()

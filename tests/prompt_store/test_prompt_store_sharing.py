@@ -17,8 +17,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from prompt_store.soft_prompt_file import load, read_manifest
-from prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
+from softbatch.prompt_store.soft_prompt_file import load, read_manifest
+from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
 from tests.support.soft_prompt_samples import MAX_BYTES, names, soft_prompt, write
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prompt_store.manifest import MAX_HEADER_BYTES
-from prompt_store.soft_prompt_file import (
+from softbatch.prompt_store.manifest import MAX_HEADER_BYTES
+from softbatch.prompt_store.soft_prompt_file import (
     ContextRef,
     SoftPrompt,
     SoftPromptError,

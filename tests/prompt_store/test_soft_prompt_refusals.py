@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from prompt_store.manifest import MAX_HEADER_BYTES
-from prompt_store.soft_prompt_file import (
+from softbatch.prompt_store.manifest import MAX_HEADER_BYTES
+from softbatch.prompt_store.soft_prompt_file import (
     Manifest,
     SoftPromptError,
     load,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from prompt_store.template import TemplateError, context_turn, render_chat
+from softbatch.prompt_store.template import TemplateError, context_turn, render_chat
 from tests.support.soft_prompt_samples import byte_tokenizer
 
 # Each in the style of a well-known family; `default` is a system turn the template adds by itself.

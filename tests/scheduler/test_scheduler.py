@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.block_pool import BlockPool, OutOfBlocks
-from scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
-from scheduler.scheduler import Scheduler, SchedulerConfig
-from scheduler.sequence import Sequence
-from scheduler.soft_prompt_cache import Residency
-from scheduler.step import Step, StepResult
+from softbatch.scheduler.block_pool import BlockPool, OutOfBlocks
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
+from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.sequence import Sequence
+from softbatch.scheduler.soft_prompt_cache import Residency
+from softbatch.scheduler.step import Step, StepResult
 
 EOS = 0
 

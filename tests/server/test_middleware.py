@@ -11,9 +11,9 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
-from server.http.auth import AuthMiddleware
-from server.http.body_limit import MIB, BodyLimitMiddleware
-from server.http.errors import (
+from softbatch.server.http.auth import AuthMiddleware
+from softbatch.server.http.body_limit import MIB, BodyLimitMiddleware
+from softbatch.server.http.errors import (
     ApiError,
     error_json,
     install_handlers,
@@ -230,13 +230,13 @@ class TestErrors:
     def test_a_bug_shows_nothing_but_an_id_that_the_log_has_too(
         self, client: TestClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with caplog.at_level(logging.ERROR, logger="server.http.errors"):
+        with caplog.at_level(logging.ERROR, logger="softbatch.server.http.errors"):
             reply = client.get("/broken")
         error = error_of(reply, 500)
         assert error["type"] == "server_error"
         assert "secret" not in reply.text
         assert "ZeroDivision" not in reply.text
-        [record] = [record for record in caplog.records if record.name == "server.http.errors"]
+        [record] = [record for record in caplog.records if record.name == "softbatch.server.http.errors"]
         request_id = error["message"].split()[2].rstrip(";")
         assert len(request_id) == 16
         assert request_id in record.getMessage()

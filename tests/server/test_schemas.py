@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from server.http.errors import install_handlers, validation_error
-from server.schemas.chat import ChatChunkChoice, ChatCompletionChunk, ChatCompletionRequest, ChatDelta
-from server.schemas.completions import CompletionRequest
-from server.schemas.generate import (
+from softbatch.server.http.errors import install_handlers, validation_error
+from softbatch.server.schemas.chat import ChatChunkChoice, ChatCompletionChunk, ChatCompletionRequest, ChatDelta
+from softbatch.server.schemas.completions import CompletionRequest
+from softbatch.server.schemas.generate import (
     CompatGenerateRequest,
     GenerateParameters,
     GenerateRequest,
     GenerateStreamRequest,
 )
-from server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

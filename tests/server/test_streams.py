@@ -12,15 +12,15 @@ from fastapi import FastAPI, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http import sse
-from server.http.disconnect import until_disconnect
-from server.http.errors import ApiError
-from server.http.sse import DONE, EventStream
-from server.requests.choices import gather, merge
-from server.requests.generation import Delta
-from server.routes import ROUTERS
-from server.routes.common import ChunkTemplate
-from server.schemas.completions import Completion, CompletionChoice
+from softbatch.server.http import sse
+from softbatch.server.http.disconnect import until_disconnect
+from softbatch.server.http.errors import ApiError
+from softbatch.server.http.sse import DONE, EventStream
+from softbatch.server.requests.choices import gather, merge
+from softbatch.server.requests.generation import Delta
+from softbatch.server.routes import ROUTERS
+from softbatch.server.routes.common import ChunkTemplate
+from softbatch.server.schemas.completions import Completion, CompletionChoice
 
 Step = str | Exception | asyncio.Event
 

@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from scheduler.model.source import EMBEDDED_ALIAS, resolve
-from server.http.errors import ApiError
-from server.requests.text import Detokenizer, StopStrings, TextProcessor
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
+from softbatch.server.http.errors import ApiError
+from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
 
 @pytest.fixture(scope="module")

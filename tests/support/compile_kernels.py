@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scheduler.model.attention import triton_kernels as attention_kernels
-from scheduler.model.attention.triton import TritonAttention
-from scheduler.model.batch import Row, build_batch
-from scheduler.model.cuda import fused
-from scheduler.model.cuda import fused_kernels as decoder_kernels
-from scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.attention import triton_kernels as attention_kernels
+from softbatch.scheduler.model.attention.triton import TritonAttention
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cuda import fused
+from softbatch.scheduler.model.cuda import fused_kernels as decoder_kernels
+from softbatch.scheduler.model.kv_cache import KVCache
 
 MULTIPROCESSORS, SHARED_MEMORY = 132, 232_448  # of an H100 or H200
 TARGET = GPUTarget("cuda", 90, 32)

@@ -21,8 +21,8 @@ from peft import (
 )
 from transformers import PreTrainedModel
 
-from prompt_store.peft import CONFIG_NAME, import_peft
-from prompt_store.soft_prompt_file import ModelSpec, SoftPromptError
+from softbatch.prompt_store.peft import CONFIG_NAME, import_peft
+from softbatch.prompt_store.soft_prompt_file import ModelSpec, SoftPromptError
 from tests.support.soft_prompt_samples import FINGERPRINT, MAX_BYTES, tiny_llama
 
 N = 7

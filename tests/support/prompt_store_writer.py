@@ -5,7 +5,7 @@ from __future__ import annotations
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.directory import PromptStore
 
 MAX_BYTES = 1 << 26
 

@@ -106,7 +106,7 @@ class Server:
 
     def engine(self) -> psutil.Process:
         children = psutil.Process(self.process.pid).children()
-        engines = [child for child in children if "scheduler.engine.engine" in child.cmdline()]
+        engines = [child for child in children if "softbatch.scheduler.engine.engine" in child.cmdline()]
         assert len(engines) == 1, engines
         return engines[0]
 
@@ -156,7 +156,7 @@ def _start(directory: Path, flags: Sequence[str], env: Mapping[str, str], store:
         log = directory / f"server-{attempt}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "server", "serve", "--port", str(port), "--prompt-store", str(store), *flags],
+                [sys.executable, "-m", "softbatch", "serve", "--port", str(port), "--prompt-store", str(store), *flags],
                 cwd=PROJECT,
                 env=environment(TMPDIR=str(temp), **env),
                 stdin=subprocess.DEVNULL,

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prompt_store.soft_prompt_file import Manifest, ModelRef, ModelSpec, SoftPrompt, save
-from prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.soft_prompt_file import Manifest, ModelRef, ModelSpec, SoftPrompt, save
+from softbatch.prompt_store.stores.directory import PromptStore
 
 FINGERPRINT = "ab" * 32
 SPEC = ModelSpec("tiny", FINGERPRINT, hidden_size=32, num_layers=3, num_kv_heads=2, head_dim=8)

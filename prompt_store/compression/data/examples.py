@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prompt_store.compression.data.phrases import plain, sentences, title
-from prompt_store.compression.data.questions import GENERAL, questions_from
-from prompt_store.compression.data.recitation import recitations
+from softbatch.prompt_store.compression.data.phrases import plain, sentences, title
+from softbatch.prompt_store.compression.data.questions import GENERAL, questions_from
+from softbatch.prompt_store.compression.data.recitation import recitations
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from prompt_store.compression.data.phrases import Sentence, headings, key_phrases, plain, sentences, title
+from softbatch.prompt_store.compression.data.phrases import Sentence, headings, key_phrases, plain, sentences, title
 
 # kind -> templates; {p} a key phrase, {o} another one from nearby, {s} a section, {q} a quoted fragment.
 _PHRASE: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from prompt_store.compression.data.phrases import headings, plain, title
+from softbatch.prompt_store.compression.data.phrases import headings, plain, title
 
 # {s} the section, {w} the passage's first words, {t} the document's title.
 _SECTION_START = (

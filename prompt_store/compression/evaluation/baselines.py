@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from prompt_store.compression.data.examples import Example, Generate, usable
-from prompt_store.compression.evaluation.report import Evaluation, Measured, Subject, build_report
-from prompt_store.compression.frozen.context import Context
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.training.student import Kind, Student
-from prompt_store.compression.training.trainer import Progress
-from prompt_store.manifest import Replaces
+from softbatch.prompt_store.compression.data.examples import Example, Generate, usable
+from softbatch.prompt_store.compression.evaluation.report import Evaluation, Measured, Subject, build_report
+from softbatch.prompt_store.compression.frozen.context import Context
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.training.student import Kind, Student
+from softbatch.prompt_store.compression.training.trainer import Progress
+from softbatch.prompt_store.manifest import Replaces
 
 
 def with_gold(

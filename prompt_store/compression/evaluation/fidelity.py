@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.objectives import kl, nll
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.objectives import kl, nll
 
 RANKED = 20
 CHUNK = 256

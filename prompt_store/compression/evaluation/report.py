@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.data.examples import Example
-from prompt_store.compression.evaluation.fidelity import (
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.evaluation.fidelity import (
     Scores,
     answer_scores,
     position_scores,
     position_table,
     scores_of,
 )
-from prompt_store.compression.evaluation.page import render_page
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.greedy import greedy
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.frozen.rendering import Renderer, Segment
-from prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.evaluation.page import render_page
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.greedy import greedy
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment
+from softbatch.prompt_store.compression.training.hidden_states import teach
 
 BASELINES = ("no_context", "truncated", "untrained", "wrong_prompt", "full_context")
 OFF_TOPIC = (

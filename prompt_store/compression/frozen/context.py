@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.data.examples import Example, Generate, words_of
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.frozen.rendering import Renderer, Segment, group_of
-from prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix, truncated_ids
+from softbatch.prompt_store.compression.data.examples import Example, Generate, words_of
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment, group_of
+from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix, truncated_ids
 
 # What a user turn may take beside the answer.
 QUESTION_ROOM = 384

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prompt_store.compression.frozen.prefix import (
+from softbatch.prompt_store.compression.frozen.prefix import (
     ATTENTION_NAME,
     Attend,
     AttendInLayer,
@@ -28,7 +28,7 @@ from prompt_store.compression.frozen.prefix import (
     attend,
     attend_in_layer,
 )
-from prompt_store.compression.objectives import objective_from_hidden
+from softbatch.prompt_store.compression.objectives import objective_from_hidden
 
 
 class ModelKernels(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.prefix import DecodeCache, LayerTrace, Prefix
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.prefix import DecodeCache, LayerTrace, Prefix
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

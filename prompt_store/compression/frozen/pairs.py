@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.greedy import pad
-from prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.greedy import pad
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prompt_store.compression.data.examples import Example
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.template import context_turn, render_chat
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.template import context_turn, render_chat
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Segment:
 
 
 class Renderer:
-    """Tokenises for one (tokenizer, instruction). Raises prompt_store.template.TemplateError."""
+    """Tokenises for one (tokenizer, instruction). Raises softbatch.prompt_store.template.TemplateError."""
 
     def __init__(self, tokenizer: Any, instruction: str | None = None) -> None:
         self.tokenizer = tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
 
 
 def chosen_positions(total: int, count: int, head: int, tail: int, chunks: int = 8) -> list[int]:

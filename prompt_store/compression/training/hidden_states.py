@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.pairs import Batch, Pair, collate
-from prompt_store.compression.frozen.prefix import LayerTrace, Prefix
-from prompt_store.compression.frozen.untrained_start import moved
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.pairs import Batch, Pair, collate
+from softbatch.prompt_store.compression.frozen.prefix import LayerTrace, Prefix
+from softbatch.prompt_store.compression.frozen.untrained_start import moved
 
 
 @dataclass(frozen=True)

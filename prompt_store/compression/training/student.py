@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
 
 Kind = Literal["embeddings", "kv"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from scheduler.model.attention import cpu
-from scheduler.model.attention import triton as cuda
-from scheduler.model.attention.backend import AttentionBackend
-from scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.attention import cpu
+from softbatch.scheduler.model.attention import triton as cuda
+from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.attention.reference import reference
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionBackend]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from scheduler.model.attention.tiles import AttentionPlan
+    from softbatch.scheduler.model.attention.tiles import AttentionPlan
 
 
 @dataclass(frozen=True)

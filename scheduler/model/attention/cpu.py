@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from scheduler.model.attention.backend import AttentionBackend, PagedBatch
-from scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from scheduler.model.attention.backend import PagedBatch
+from softbatch.scheduler.model.attention.backend import PagedBatch
 
 _MAX_ROWS = 256  # query rows whose scores are held at once
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from scheduler.model.attention.backend import PagedBatch
-from scheduler.model.attention.tiles import (
+from softbatch.scheduler.model.attention.backend import PagedBatch
+from softbatch.scheduler.model.attention.tiles import (
     MIN_DOT,
     AttentionPlan,
     Planner,
@@ -30,7 +30,7 @@ _MERGE_PARTS = 16  # parts that one program reads at once
 def build(device: torch.device, log: logging.Logger = logger) -> TritonAttention | None:
     """The backend for this device; None, after one warning, where Triton is missing."""
     try:
-        from scheduler.model.attention import triton_kernels
+        from softbatch.scheduler.model.attention import triton_kernels
     except ImportError as error:
         log.warning("no Triton here (%s): attention runs in plain torch, several times slower", error)
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scheduler.model.source import cache_directory
+from softbatch.scheduler.model.source import cache_directory
 
 logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "csrc"

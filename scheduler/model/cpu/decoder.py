@@ -9,10 +9,10 @@ import psutil
 import torch
 from torch import nn
 
-from scheduler.model.batch import RaggedBatch
-from scheduler.model.cpu.build import build
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.source import ModelError
+from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.cpu.build import build
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.source import ModelError
 
 # Their layers are RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; biases and norms of heads may be there.
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})

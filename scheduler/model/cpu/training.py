@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.prefix import AttendInLayer
-from scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, runs_in_one_call
+from softbatch.prompt_store.compression.frozen.prefix import AttendInLayer
+from softbatch.scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, runs_in_one_call
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.model.attention.tiles import Planner
-from scheduler.model.batch import BatchShape, RaggedBatch, Row, build_batch
+from softbatch.scheduler.model.attention.tiles import Planner
+from softbatch.scheduler.model.batch import BatchShape, RaggedBatch, Row, build_batch
 
 LARGEST_DECODING = 512
 # Prefill chunks among decoding rows. Beyond, the GPU is busy for longer than it takes to launch its kernels one by one.

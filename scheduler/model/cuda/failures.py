@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from scheduler.model.cuda.device_memory import is_shortage
-from scheduler.model.source import ModelError
+from softbatch.scheduler.model.cuda.device_memory import is_shortage
+from softbatch.scheduler.model.source import ModelError
 
 
 @contextmanager

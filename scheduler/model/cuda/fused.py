@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from scheduler.model.attention.tiles import next_power_of_two
-from scheduler.model.attention.triton import TritonAttention
-from scheduler.model.batch import RaggedBatch
-from scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.attention.tiles import next_power_of_two
+from softbatch.scheduler.model.attention.triton import TritonAttention
+from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.kv_cache import KVCache
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Their frequencies are the same at every length.
@@ -60,7 +60,7 @@ class FusedForward:
     """
 
     def __init__(self, model: Any, kv_cache: KVCache, attention: TritonAttention) -> None:
-        from scheduler.model.cuda import fused_kernels as triton_kernels
+        from softbatch.scheduler.model.cuda import fused_kernels as triton_kernels
 
         config = model.config
         self._kernels = triton_kernels

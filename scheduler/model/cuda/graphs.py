@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from scheduler.model.batch import BatchShape, RaggedBatch
-from scheduler.model.cuda.buckets import BucketedBatches
-from scheduler.model.forward import Forward
+from softbatch.scheduler.model.batch import BatchShape, RaggedBatch
+from softbatch.scheduler.model.cuda.buckets import BucketedBatches
+from softbatch.scheduler.model.forward import Forward
 
 logger = logging.getLogger(__name__)
 Replay = Callable[[], torch.Tensor]

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from prompt_store.manifest import ModelSpec
-from scheduler.model.attention.backend import AttentionBackend
-from scheduler.model.attention.tiles import Planner
-from scheduler.model.attention.triton import TritonAttention
-from scheduler.model.batch import BatchBuilder, Row, build_batch
-from scheduler.model.cuda import fused
-from scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
-from scheduler.model.cuda.device_memory import DeviceMemory, memory_of, peak_of
-from scheduler.model.cuda.graphs import Capturer, GraphForward
-from scheduler.model.forward import Forward, TransformersForward
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.sampling.sampler import SampleInput, Samples, sample
-from scheduler.protocol import EngineConfig, SamplingParams
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.attention.tiles import Planner
+from softbatch.scheduler.model.attention.triton import TritonAttention
+from softbatch.scheduler.model.batch import BatchBuilder, Row, build_batch
+from softbatch.scheduler.model.cuda import fused
+from softbatch.scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
+from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, memory_of, peak_of
+from softbatch.scheduler.model.cuda.graphs import Capturer, GraphForward
+from softbatch.scheduler.model.forward import Forward, TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
+from softbatch.scheduler.protocol import EngineConfig, SamplingParams
 
 
 def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend) -> Forward:

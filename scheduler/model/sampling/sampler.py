@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from scheduler.model.staging import ToHost, small_tensor
-from scheduler.protocol import SamplingParams, TokenLogprobs
+from softbatch.scheduler.model.staging import ToHost, small_tensor
+from softbatch.scheduler.protocol import SamplingParams, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 MAX_LOGPROBS = 20

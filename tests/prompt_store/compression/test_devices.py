@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.pipeline import Compression, Stopped
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.pipeline import Compression, Stopped
 from tests.conftest import Reference
 from tests.prompt_store.compression.test_pipeline import CONTEXT, SMALL, engine
 

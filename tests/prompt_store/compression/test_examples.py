@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.compression.data.examples import load_jsonl
-from prompt_store.compression.evaluation.fidelity import position_scores
-from prompt_store.compression.frozen.context import Context
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.greedy import greedy
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.training.hidden_states import teach
-from prompt_store.soft_prompt_file import check_fits, load
-from scheduler.model.loader import spec_of
+from softbatch.prompt_store.compression.data.examples import load_jsonl
+from softbatch.prompt_store.compression.evaluation.fidelity import position_scores
+from softbatch.prompt_store.compression.frozen.context import Context
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.greedy import greedy
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.soft_prompt_file import check_fits, load
+from softbatch.scheduler.model.loader import spec_of
 from tests.conftest import Reference
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_store.compression.objectives import kl, mixed, nll, objective_from_hidden, weight_of_nll
+from softbatch.prompt_store.compression.objectives import kl, mixed, nll, objective_from_hidden, weight_of_nll
 
 
 def logits(seed: int, positions: int = 5, vocab: int = 11) -> torch.Tensor:

@@ -13,21 +13,21 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.data.examples import Example, load_jsonl
-from prompt_store.compression.evaluation.baselines import evaluate_prompt
-from prompt_store.compression.evaluation.fidelity import answer_scores, position_scores, token_f1
-from prompt_store.compression.evaluation.page import render_page
-from prompt_store.compression.evaluation.report import break_even, thinned
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.greedy import greedy
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.frozen.rendering import Renderer, group_of
-from prompt_store.compression.pipeline import Compression, Stopped
-from prompt_store.compression.training.student import Student
-from prompt_store.compression.training.trainer import Progress
-from prompt_store.template import context_turn, render_chat
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import Example, load_jsonl
+from softbatch.prompt_store.compression.evaluation.baselines import evaluate_prompt
+from softbatch.prompt_store.compression.evaluation.fidelity import answer_scores, position_scores, token_f1
+from softbatch.prompt_store.compression.evaluation.page import render_page
+from softbatch.prompt_store.compression.evaluation.report import break_even, thinned
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.greedy import greedy
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import Renderer, group_of
+from softbatch.prompt_store.compression.pipeline import Compression, Stopped
+from softbatch.prompt_store.compression.training.student import Student
+from softbatch.prompt_store.compression.training.trainer import Progress
+from softbatch.prompt_store.template import context_turn, render_chat
 from tests.conftest import Reference
 
 METRICS = {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompt_store.compression.data.examples import (
+from softbatch.prompt_store.compression.data.examples import (
     DataError,
     Deduplicator,
     Example,
@@ -24,8 +24,8 @@ from prompt_store.compression.data.examples import (
     template_questions,
     usable,
 )
-from prompt_store.compression.data.phrases import headings, key_phrases, sentences, title
-from prompt_store.compression.data.recitation import passages
+from softbatch.prompt_store.compression.data.phrases import headings, key_phrases, sentences, title
+from softbatch.prompt_store.compression.data.recitation import passages
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 CONTEXT = (EXAMPLES / "manual" / "context.md").read_text(encoding="utf-8")

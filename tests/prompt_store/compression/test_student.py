@@ -12,14 +12,19 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from prompt_store.compression.frozen.frozen_model import Decoder, Kernels
-from prompt_store.compression.frozen.greedy import greedy
-from prompt_store.compression.frozen.pairs import Pair, answer_states, collate
-from prompt_store.compression.frozen.prefix import Prefix, attend
-from prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix, rotated, truncated_ids
-from prompt_store.compression.objectives import objective_from_hidden
-from prompt_store.compression.training.hidden_states import Observed, teach
-from prompt_store.compression.training.matching import (
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
+from softbatch.prompt_store.compression.frozen.greedy import greedy
+from softbatch.prompt_store.compression.frozen.pairs import Pair, answer_states, collate
+from softbatch.prompt_store.compression.frozen.prefix import Prefix, attend
+from softbatch.prompt_store.compression.frozen.untrained_start import (
+    chosen_positions,
+    moved_prefix,
+    rotated,
+    truncated_ids,
+)
+from softbatch.prompt_store.compression.objectives import objective_from_hidden
+from softbatch.prompt_store.compression.training.hidden_states import Observed, teach
+from softbatch.prompt_store.compression.training.matching import (
     LayerView,
     MatchingSettings,
     _fill_gradients,
@@ -28,12 +33,12 @@ from prompt_store.compression.training.matching import (
     selected,
     with_best_values,
 )
-from prompt_store.compression.training.student import Student
-from scheduler.model.attention import cpu
-from scheduler.model.cpu.training import CpuModelKernels
-from scheduler.model.loader import load_transformers
-from scheduler.model.source import resolve
-from server.compressions.session import CPU_KERNELS
+from softbatch.prompt_store.compression.training.student import Student
+from softbatch.scheduler.model.attention import cpu
+from softbatch.scheduler.model.cpu.training import CpuModelKernels
+from softbatch.scheduler.model.loader import load_transformers
+from softbatch.scheduler.model.source import resolve
+from softbatch.server.compressions.session import CPU_KERNELS
 from tests.conftest import Reference
 
 PAIRS = [
@@ -289,7 +294,7 @@ def test_attention_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     decoder = double_llama()
     prefix = decoder.encode(list(range(3, 20)))
     whole = teach(decoder, [prefix], PAIRS, 4).states
-    monkeypatch.setattr("prompt_store.compression.frozen.prefix.MAX_WEIGHTS", 1)
+    monkeypatch.setattr("softbatch.prompt_store.compression.frozen.prefix.MAX_WEIGHTS", 1)
     for state, expected in zip(teach(decoder, [prefix], PAIRS, 4).states, whole, strict=True):
         assert torch.allclose(state, expected, rtol=1e-12)
 

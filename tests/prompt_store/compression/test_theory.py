@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.greedy import greedy
-from prompt_store.compression.frozen.pairs import Pair
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.frozen.rendering import Renderer
-from prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix
-from prompt_store.compression.training.hidden_states import teach
-from prompt_store.compression.training.student import Student
-from prompt_store.compression.training.trainer import Trainer, TrainingSettings
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.greedy import greedy
+from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import Renderer
+from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix
+from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.training.student import Student
+from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
 from tests.conftest import Reference
 
 CONTEXT = (

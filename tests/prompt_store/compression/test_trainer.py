@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.pairs import Pair, batches_from, collate, epoch_batches
-from prompt_store.compression.training.hidden_states import teach
-from prompt_store.compression.training.schedule import learning_rate_factor
-from prompt_store.compression.training.student import Student
-from prompt_store.compression.training.trainer import Progress, Trainer, TrainingSettings
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.pairs import Pair, batches_from, collate, epoch_batches
+from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
+from softbatch.prompt_store.compression.training.student import Student
+from softbatch.prompt_store.compression.training.trainer import Progress, Trainer, TrainingSettings
 from tests.prompt_store.compression.test_student import double_llama, random_prefix
 
 PAIRS = [Pair(tuple(range(3, 5 + n % 4)), tuple(range(20 + n, 24 + n + n % 3))) for n in range(20)]
@@ -156,7 +156,7 @@ def test_a_crash_between_the_two_files_leaves_the_old_checkpoint(
     kept = trainer.student.tensors()
     trainer._step([0, 1])
     trainer.state.step += 1
-    import prompt_store.compression.training.trainer as module
+    import softbatch.prompt_store.compression.training.trainer as module
 
     real = module.replace_file
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scheduler.engine.engine import build_engine
-from scheduler.protocol import AddRequest, EngineConfig, SamplingParams
+from softbatch.scheduler.engine.engine import build_engine
+from softbatch.scheduler.protocol import AddRequest, EngineConfig, SamplingParams
 from tests.conftest import Reference, sample_texts
 
 TOKENS = 24

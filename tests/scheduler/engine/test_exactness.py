@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.soft_prompt_file import SoftPrompt
-from scheduler.engine.engine import Engine, build_engine
-from scheduler.protocol import (
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.engine.engine import Engine, build_engine
+from softbatch.scheduler.protocol import (
     AddRequest,
     CancelRequest,
     EngineConfig,

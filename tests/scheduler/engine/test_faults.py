@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_store.soft_prompt_file import save
-from scheduler.engine.engine import Engine
-from scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
-from scheduler.step import DeviceLost
+from softbatch.prompt_store.soft_prompt_file import save
+from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
+from softbatch.scheduler.step import DeviceLost
 from tests.conftest import load_reference, make_soft_prompt, save_prompt
 from tests.scheduler.engine.test_exactness import build, check_empty
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scheduler.engine.engine import build_engine
-from scheduler.model.source import ModelError
-from scheduler.model.staging import ToHost
-from scheduler.protocol import AddRequest, EngineConfig, SamplingParams, SoftPromptRef
+from softbatch.scheduler.engine.engine import build_engine
+from softbatch.scheduler.model.source import ModelError
+from softbatch.scheduler.model.staging import ToHost
+from softbatch.scheduler.protocol import AddRequest, EngineConfig, SamplingParams, SoftPromptRef
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 
 pytestmark = pytest.mark.gpu

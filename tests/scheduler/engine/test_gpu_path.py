@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from scheduler.engine.engine import Engine
-from scheduler.model.attention.triton import build as build_attention
-from scheduler.model.batch import RaggedBatch
-from scheduler.model.cuda.device_memory import DeviceMemory
-from scheduler.model.cuda.fused import FusedForward
-from scheduler.model.cuda.graphs import CudaCapturer, GraphForward
-from scheduler.model.cuda.setup import largest_step, make_forward, make_planner, with_graphs
-from scheduler.model.forward import TransformersForward
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.loader import load_transformers, spec_of
-from scheduler.model.runner import Runner
-from scheduler.model.source import resolve
-from scheduler.protocol import EngineConfig, ModelInfo, SoftPromptRef
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.model.attention.triton import build as build_attention
+from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.cuda.device_memory import DeviceMemory
+from softbatch.scheduler.model.cuda.fused import FusedForward
+from softbatch.scheduler.model.cuda.graphs import CudaCapturer, GraphForward
+from softbatch.scheduler.model.cuda.setup import largest_step, make_forward, make_planner, with_graphs
+from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.loader import load_transformers, spec_of
+from softbatch.scheduler.model.runner import Runner
+from softbatch.scheduler.model.source import resolve
+from softbatch.scheduler.protocol import EngineConfig, ModelInfo, SoftPromptRef
+from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
 from tests.conftest import load_reference, make_soft_prompt, save_prompt
 from tests.scheduler.engine.test_exactness import check_empty, request, run
 from tests.scheduler.model.test_graphs import CallAgain

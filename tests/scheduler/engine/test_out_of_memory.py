@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from scheduler.model.batch import RaggedBatch
-from scheduler.model.kv_cache import StagedBlocks
-from scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
-from scheduler.step import OutOfDeviceMemory, Step
+from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.kv_cache import StagedBlocks
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
+from softbatch.scheduler.step import OutOfDeviceMemory, Step
 from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
 from tests.scheduler.engine.test_exactness import build, check_empty
 from tests.scheduler.test_scheduler import FakeRunner, make_scheduler, request
@@ -192,4 +192,4 @@ def test_one_alone_is_halved_until_a_token_is_left() -> None:
 
 
 def test_the_signal_needs_no_torch() -> None:
-    assert OutOfDeviceMemory.__module__ == "scheduler.step"
+    assert OutOfDeviceMemory.__module__ == "softbatch.scheduler.step"

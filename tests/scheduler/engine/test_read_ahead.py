@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from scheduler.engine.engine import Engine
-from scheduler.protocol import AddRequest, CancelRequest, EngineStats, ModelInfo, SamplingParams, SoftPromptRef
+from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.protocol import (
+    AddRequest,
+    CancelRequest,
+    EngineStats,
+    ModelInfo,
+    SamplingParams,
+    SoftPromptRef,
+)
 from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
 from tests.scheduler.engine.test_exactness import build, check_empty
 from tests.scheduler.engine.test_faults import drain, tokens_of

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from scheduler.engine.engine import Engine
-from scheduler.model import runner
-from scheduler.model.batch import RaggedBatch
-from scheduler.model.in_flight import LaunchedStep
-from scheduler.model.runner import Runner
-from scheduler.model.sampling.sampler import SampleInput, Samples, sample
-from scheduler.protocol import AddRequest, CancelRequest, SamplingParams, SequenceOutput, SoftPromptRef
-from scheduler.step import Step, StepResult
+from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.model import runner
+from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.in_flight import LaunchedStep
+from softbatch.scheduler.model.runner import Runner
+from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
+from softbatch.scheduler.protocol import AddRequest, CancelRequest, SamplingParams, SequenceOutput, SoftPromptRef
+from softbatch.scheduler.step import Step, StepResult
 from tests.conftest import load_reference, make_soft_prompt, save_prompt
 from tests.scheduler.engine.test_exactness import build, check_empty
 from tests.scheduler.engine.test_faults import drain, make_request, tokens_of

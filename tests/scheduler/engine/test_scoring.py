@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_store.soft_prompt_file import SoftPrompt
-from scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
 from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.scheduler.engine.test_exactness import build, check_empty
 

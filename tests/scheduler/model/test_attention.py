@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from prompt_store.compression.frozen.prefix import attend
-from scheduler.model.attention import choose, cpu
-from scheduler.model.attention.backend import AttentionBackend, PagedBatch
-from scheduler.model.attention.reference import reference
-from scheduler.model.cpu.build import _cached_library
+from softbatch.prompt_store.compression.frozen.prefix import attend
+from softbatch.scheduler.model.attention import choose, cpu
+from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.cpu.build import _cached_library
 from tests.conftest import in_threads
 
 ROOT = Path(__file__).parents[3]
@@ -499,7 +499,7 @@ START = """
 import logging, sys
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 import torch
-from scheduler.model.attention import choose
+from softbatch.scheduler.model.attention import choose
 name, backend = choose(torch.device("cpu"), torch.float32)
 print(name)
 if name == "cpu":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.model.attention.tiles import Planner, make_planner
+from softbatch.scheduler.model.attention.tiles import Planner, make_planner
 
 
 def planner(heads: int = 32, kv_heads: int = 8, dtype: torch.dtype = torch.bfloat16) -> Planner:

@@ -31,15 +31,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from scheduler.engine.engine import build_engine
-from scheduler.model import transformers_attention as interface
-from scheduler.model.attention.reference import reference
-from scheduler.model.batch import Row, build_batch
-from scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, runs_in_one_call
-from scheduler.model.forward import TransformersForward
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.source import ModelError
-from scheduler.protocol import EngineConfig
+from softbatch.scheduler.engine.engine import build_engine
+from softbatch.scheduler.model import transformers_attention as interface
+from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, runs_in_one_call
+from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.source import ModelError
+from softbatch.scheduler.protocol import EngineConfig
 from tests.conftest import Reference, in_threads
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from scheduler.model.attention.triton import build
-from scheduler.model.batch import Row, build_batch
-from scheduler.model.cuda import fused
-from scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.attention.triton import build
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cuda import fused
+from softbatch.scheduler.model.kv_cache import KVCache
 from tests.conftest import TINY_CONFIGS
 from tests.support import triton_device
 

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from scheduler.model.cuda.failures import failures_told
-from scheduler.model.source import ModelError
+from softbatch.scheduler.model.cuda.failures import failures_told
+from softbatch.scheduler.model.source import ModelError
 
 SHORT, TOOLS = "too little free memory", "python3-dev"
 KNOWN: dict[str, tuple[Exception, str]] = {

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scheduler.model import transformers_attention as interface
-from scheduler.model.attention.reference import reference
-from scheduler.model.attention.tiles import Planner
-from scheduler.model.attention.triton import TritonAttention, build
-from scheduler.model.batch import Row, build_batch
-from scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
-from scheduler.model.cuda.graphs import Capturer, CudaCapturer, GraphForward, Replay
-from scheduler.model.forward import TransformersForward
-from scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model import transformers_attention as interface
+from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.attention.tiles import Planner
+from softbatch.scheduler.model.attention.triton import TritonAttention, build
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
+from softbatch.scheduler.model.cuda.graphs import Capturer, CudaCapturer, GraphForward, Replay
+from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
 from tests.conftest import TINY_CONFIGS
 from tests.support import triton_device
 

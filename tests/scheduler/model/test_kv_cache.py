@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.kv_cache import KVCache
 
 LAYERS, BLOCKS, KV_HEADS, HEAD_DIM = 3, 9, 2, 4
 

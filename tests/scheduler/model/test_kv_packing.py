@@ -16,19 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from prompt_store.soft_prompt_file import SoftPrompt
-from scheduler.engine.engine import build_engine
-from scheduler.model import loader
-from scheduler.model import transformers_attention as interface
-from scheduler.model.attention.backend import AttentionBackend, PagedBatch
-from scheduler.model.attention.reference import reference
-from scheduler.model.batch import Row, build_batch
-from scheduler.model.cpu.build import build as build_kernels
-from scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
-from scheduler.model.forward import TransformersForward
-from scheduler.model.kv_cache import KVCache
-from scheduler.model.source import ModelError
-from scheduler.protocol import EngineConfig, SoftPromptRef
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.engine.engine import build_engine
+from softbatch.scheduler.model import loader
+from softbatch.scheduler.model import transformers_attention as interface
+from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
+from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.source import ModelError
+from softbatch.scheduler.protocol import EngineConfig, SoftPromptRef
 from tests.conftest import Reference, in_threads, make_soft_prompt, sample_texts, save_prompt
 from tests.scheduler.engine.test_exactness import check_empty, request, run
 from tests.scheduler.model import test_decoder as decoders

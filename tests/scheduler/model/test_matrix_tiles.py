@@ -31,9 +31,9 @@ assert libc.syscall(ARCH_PRCTL, REQUEST, 18) == -1 and ctypes.get_errno() == EPE
 """
 LOGITS = """
 import torch
-from scheduler.engine.engine import build_engine
-from scheduler.protocol import EngineConfig
-from scheduler.model.batch import Row
+from softbatch.scheduler.engine.engine import build_engine
+from softbatch.scheduler.protocol import EngineConfig
+from softbatch.scheduler.model.batch import Row
 
 engine, _ = build_engine(EngineConfig(model="smollm2-135m", dtype="bfloat16", kv_cache_gib=0.01), lambda *_: None)
 logits = engine._runner.forward([Row(0, list(range(300, 340)), list(range(4)), range(40))])

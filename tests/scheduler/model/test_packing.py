@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from scheduler.model.onednn_linear import PackedLinear, pack_linears
+from softbatch.scheduler.model.onednn_linear import PackedLinear, pack_linears
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 

@@ -19,10 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from scheduler.model.sampling.sampler import Sample, SampleInput, uniform
-from scheduler.model.sampling.sampler import sample as launch
-from scheduler.model.staging import ToHost
-from scheduler.protocol import SamplingParams
+from softbatch.scheduler.model.sampling.sampler import Sample, SampleInput, uniform
+from softbatch.scheduler.model.sampling.sampler import sample as launch
+from softbatch.scheduler.model.staging import ToHost
+from softbatch.scheduler.protocol import SamplingParams
 
 VOCAB = 3000  # more than the sampler's head of 1,024
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.model.source import ModelError, _embedded_gguf, resolve
+from softbatch.scheduler.model.source import ModelError, _embedded_gguf, resolve
 
 
 @pytest.mark.parametrize("content", ["text", "cut off"])

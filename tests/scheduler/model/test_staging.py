@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from scheduler.model.staging import ToHost, pack, small_tensor, to_device, unpack
+from softbatch.scheduler.model.staging import ToHost, pack, small_tensor, to_device, unpack
 
 ARRAYS = {
     "a": np.arange(5, dtype=np.int64),

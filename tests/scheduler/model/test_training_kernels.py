@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
-from prompt_store.compression.frozen.prefix import attend as attend_in_torch
-from prompt_store.compression.objectives import mixed, objective_from_hidden
-from scheduler.model.cpu.build import build
-from scheduler.model.cpu.decoder import plain_weights
-from scheduler.model.cpu.training import CpuModelKernels, behind_prefix_with_gradients, kernels_of, objective
+from softbatch.prompt_store.compression.frozen.prefix import attend as attend_in_torch
+from softbatch.prompt_store.compression.objectives import mixed, objective_from_hidden
+from softbatch.scheduler.model.cpu.build import build
+from softbatch.scheduler.model.cpu.decoder import plain_weights
+from softbatch.scheduler.model.cpu.training import CpuModelKernels, behind_prefix_with_gradients, kernels_of, objective
 from tests.conftest import in_threads
 from tests.scheduler.model.test_decoder import CONFIGS, make_model
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.model.attention import choose
-from scheduler.model.attention.backend import PagedBatch
-from scheduler.model.attention.reference import reference
-from scheduler.model.attention.tiles import AttentionPlan
-from scheduler.model.attention.triton import DTYPES, TritonAttention, build, plan_of
+from softbatch.scheduler.model.attention import choose
+from softbatch.scheduler.model.attention.backend import PagedBatch
+from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.attention.tiles import AttentionPlan
+from softbatch.scheduler.model.attention.triton import DTYPES, TritonAttention, build, plan_of
 from tests.scheduler.model.test_attention import NAN, RAGGED, Case, make_case
 from tests.support import triton_device
 

@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 
-from server.bench.client import Exchange
-from server.bench.figures import Objective, figures_of, percentile
-from server.bench.load import Window, poisson_gaps
-from server.bench.workload import WORKLOADS, Requests, context_tokens
+from softbatch.server.bench.client import Exchange
+from softbatch.server.bench.figures import Objective, figures_of, percentile
+from softbatch.server.bench.load import Window, poisson_gaps
+from softbatch.server.bench.workload import WORKLOADS, Requests, context_tokens
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.__main__ import main
+from softbatch.server.cli.main import main
 
 CONTEXT = (
     "# Harbour office\n\nThe harbour office opens at seven. Ring the brass bell twice before you enter.\n"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from prompt_store.compression.data.examples import Example
-from prompt_store.manifest import Manifest, ModelRef
-from prompt_store.soft_prompt_file import SoftPrompt, save
-from prompt_store.stores.directory import PromptStore
-from server.compressions.request import InputError, ModelShape, check_room, read_questions
-from server.compressions.run import locked
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.manifest import Manifest, ModelRef
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, save
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.server.compressions.request import InputError, ModelShape, check_room, read_questions
+from softbatch.server.compressions.run import locked
 from tests.server.compressions.conftest import CONTEXT, Run
 from tests.support.servers import running_server
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_store.compression.data.examples import load_jsonl
-from prompt_store.compression.frozen.frozen_model import Kernels
-from prompt_store.compression.pipeline import identity_of
-from prompt_store.soft_prompt_file import load
-from prompt_store.stores.directory import PromptStore
-from scheduler.model.attention import cpu
-from server.__main__ import main
-from server.compressions.local_engine import LocalEngine
-from server.compressions.request import ModelChoice, make_settings, read_questions
-from server.compressions.session import CPU_KERNELS, Workbench
+from softbatch.prompt_store.compression.data.examples import load_jsonl
+from softbatch.prompt_store.compression.frozen.frozen_model import Kernels
+from softbatch.prompt_store.compression.pipeline import identity_of
+from softbatch.prompt_store.soft_prompt_file import load
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.scheduler.model.attention import cpu
+from softbatch.server.cli.main import main
+from softbatch.server.compressions.local_engine import LocalEngine
+from softbatch.server.compressions.request import ModelChoice, make_settings, read_questions
+from softbatch.server.compressions.session import CPU_KERNELS, Workbench
 from tests.conftest import load_reference
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.support.servers import PROJECT, environment, wait_for
@@ -178,7 +178,11 @@ def test_stopped_and_killed_it_goes_on_to_the_same_soft_prompt(
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "server", *arguments], cwd=PROJECT, env=environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "softbatch", *arguments],
+        cwd=PROJECT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

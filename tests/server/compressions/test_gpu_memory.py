@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompt_store.compression.compression_settings import CompressionSettings
-from scheduler.model.source import EMBEDDED_ALIAS, ModelError
-from server.compressions import run
-from server.compressions.request import CompressionRequest, ModelChoice
-from server.compressions.worker import _failure
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError
+from softbatch.server.compressions import run
+from softbatch.server.compressions.request import CompressionRequest, ModelChoice
+from softbatch.server.compressions.worker import _failure
 
 
 def test_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

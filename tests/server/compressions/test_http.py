@@ -13,13 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
-from prompt_store.compression.frozen.frozen_model import Decoder
-from prompt_store.compression.frozen.greedy import greedy
-from prompt_store.compression.frozen.prefix import Prefix
-from prompt_store.compression.frozen.rendering import Renderer
-from prompt_store.soft_prompt_file import load
-from server.__main__ import main
-from server.compressions.job_queue import MAX_ATTEMPTS, MAX_QUEUED
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.greedy import greedy
+from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import Renderer
+from softbatch.prompt_store.soft_prompt_file import load
+from softbatch.server.cli.main import main
+from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_QUEUED
 from tests.conftest import load_reference
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.support.servers import Server, error_of, events_of, running_server, wait_for
@@ -73,7 +73,7 @@ def create(server: Server, name: str, **fields: Any) -> str:
 
 def workers(server: Server) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "server.compressions.worker" in child.cmdline()]
+    return [child for child in children if "softbatch.server.compressions.worker" in child.cmdline()]
 
 
 def wait_phase(server: Server, job_id: str, phase: str) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from prompt_store.manifest import ModelSpec
-from prompt_store.stores.directory import PromptStore
-from server.compressions.job_queue import CompressionJobs
-from server.compressions.record import Job, JobRecord, load_jobs, new_id, save
-from server.compressions.run import DIRECTORY
-from server.http.errors import ApiError
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.compressions.record import Job, JobRecord, load_jobs, new_id, save
+from softbatch.server.compressions.run import DIRECTORY
+from softbatch.server.http.errors import ApiError
 
 SPEC = ModelSpec("tiny", "0" * 64, 64, 3, 2, 8)
 

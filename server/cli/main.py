@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
-from server.version import VERSION
+from softbatch.server.version import VERSION
 
 _DESCRIPTION = """
 Language model serving with continuous batching and compressed prompts: compress a long context once into a soft
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # torch's larger allocations, the KV cache above all, in huge pages: attention reads it from end to end.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from server.cli import bench, compress, evaluate, prompts, score, serve
+    from softbatch.server.cli import bench, compress, evaluate, prompts, score, serve
 
     parser = argparse.ArgumentParser(
         prog="softbatch",
@@ -54,7 +53,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
