@@ -14,9 +14,10 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from softbatch.server.app import create_app, running_services
+from softbatch.server.app import create_app
 from softbatch.server.cli.settings_flags import UsageError, add_flags, settings_from
 from softbatch.server.requests.engine_client import StartupError
+from softbatch.server.services import running_services
 from softbatch.server.settings import Settings
 
 logger = logging.getLogger(__name__)

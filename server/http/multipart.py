@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
@@ -19,9 +19,7 @@ from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
 from softbatch.prompt_store.soft_prompt_file import save
 from softbatch.prompt_store.stores.directory import StoredPrompt
 from softbatch.server.http.errors import ApiError, invalid, shown
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 MAX_FILES = 2
 MAX_FIELDS = 4

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import ApiError, invalid, unavailable, unknown_model
 from softbatch.server.requests.generation import Generation, GenerationRequest
 from softbatch.server.schemas.replies import CachedTokens, Usage
 from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
-
-if TYPE_CHECKING:
-    from softbatch.scheduler.protocol import Ready
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 # What OpenAI calls the ends of a text.
 FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -29,7 +27,7 @@ def services_of(request: Request) -> Services:
     services = getattr(request.app.state, "services", None)
     if services is None:
         raise unavailable("the server is starting", code="starting")
-    return cast("Services", services)
+    return cast(Services, services)
 
 
 def engine_info(services: Services) -> Ready:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -23,9 +23,7 @@ from softbatch.server.routes.common import (
 )
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 ROUTE = "/v1/completions"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
@@ -35,9 +34,7 @@ from softbatch.server.schemas.compressions import (
     JobErrorBody,
     JobProgress,
 )
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(prefix="/v1/compressions", tags=["compressions"], responses=ERROR_REPLIES)
 # A report quotes texts of the context and of the model: nothing in it may run or be fetched.

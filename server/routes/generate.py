@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -25,9 +24,7 @@ from softbatch.server.schemas.generate import (
     StreamDetails,
     StreamEvent,
 )
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 # What the fields of a generation are called here.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -13,9 +12,7 @@ from softbatch.server.http.errors import unknown_model
 from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.models import ModelCard, ModelList
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERROR_REPLIES)
 STARTED_AT = int(time.time())

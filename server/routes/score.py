@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -16,9 +15,7 @@ from softbatch.server.routes.common import fields_named, json_reply, named_soft_
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.replies import CachedTokens, Usage
 from softbatch.server.schemas.score import ScoredCandidate, ScoredToken, ScoreReply, ScoreRequest
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(tags=["score"], responses=ERROR_REPLIES)
 ROUTE = "/v1/score"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
@@ -17,9 +16,7 @@ from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(prefix="/v1/soft_prompts", tags=["soft prompts"], responses=ERROR_REPLIES)
 # Anything else that is wrong with a soft prompt is 422.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -12,9 +11,7 @@ from softbatch.server.http.errors import unknown_model
 from softbatch.server.routes.common import check_token_ids, engine_info, is_base_model, json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
-
-if TYPE_CHECKING:
-    from softbatch.server.app import Services
+from softbatch.server.services import Services
 
 router = APIRouter(tags=["tokens"], responses=ERROR_REPLIES)
 

@@ -1,0 +1,122 @@
+"""The parts that routes use, and their life: started together, engine process first, and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.scheduler.protocol import EngineConfig
+from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.observability.metrics import Metrics
+from softbatch.server.requests.engine_client import EngineClient, StartupError
+from softbatch.server.requests.generation import Generator
+from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
+from softbatch.server.requests.prompt_encoder import Preparer
+from softbatch.server.requests.scoring import Scorer
+from softbatch.server.requests.text import TextProcessor
+from softbatch.server.settings import Settings, absolute_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts that routes use, made once at start."""
+
+    settings: Settings
+    engine: EngineClient
+    generator: Generator
+    scorer: Scorer
+    store: PromptStore
+    leases: SoftPromptLeases
+    compressions: CompressionJobs
+    text: TextProcessor
+    metrics: Metrics
+    spec: ModelSpec
+    model_name: str
+
+
+@contextlib.asynccontextmanager
+async def running_services(settings: Settings) -> AsyncIterator[Services]:
+    """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
+    started = time.monotonic()
+    try:
+        store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    except OSError as error:
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+    metrics = Metrics()
+    with contextlib.ExitStack() as exits:
+        # The sockets' paths are short, for ipc:// allows about 100 characters.
+        directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="softbatch-", ignore_cleanup_errors=True))
+        engine = EngineClient(_engine_config(settings), Path(directory), metrics)
+        try:
+            ready = await engine.start()
+            since = time.monotonic()
+            tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
+            text = TextProcessor(tokenizer, ready.model.max_model_len)
+            logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+            preparer = Preparer(text, ready.model.vocab_size, ready.model.max_model_len)
+            spec = ready.model.spec
+            leased = exits.enter_context(lease_directory(store.root))
+            leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
+            metrics.watch(
+                waiting=lambda: engine.num_waiting,
+                running=lambda: engine.num_running,
+                registered=lambda: len(store.list()),
+            )
+            checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
+            logger.info("ready after %.2f s", time.monotonic() - started)
+            jobs = CompressionJobs(store, spec, metrics.registry, lambda: engine.draining)
+            async with jobs.running() as compressions:
+                yield Services(
+                    settings=settings,
+                    engine=engine,
+                    generator=Generator(engine, leases, text, preparer, settings.seed),
+                    scorer=Scorer(engine, leases, preparer, ready.model.eos_token_ids),
+                    store=store,
+                    leases=leases,
+                    compressions=compressions,
+                    text=text,
+                    metrics=metrics,
+                    spec=spec,
+                    model_name=ready.model.name,
+                )
+            await checking
+        finally:
+            await engine.stop()
+
+
+def _warn_of_broken(store: PromptStore) -> None:
+    """Reads every soft prompt once, in a thread: with many of them that takes a while."""
+    for name, reason in store.broken():
+        logger.warning("soft prompt %s cannot be used: %s", name, reason)
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        model=absolute_model(settings.model),
+        served_model_name=settings.served_model_name,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        device=settings.device,
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_model_len=settings.max_model_len,
+        max_queue_size=settings.max_queue_size,
+        kv_cache_gib=settings.kv_cache_gib,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        block_size=settings.block_size,
+        async_scheduling=settings.async_scheduling,
+        max_prompt_bytes=settings.max_prompt_mib << 20,
+    )
