@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.data.phrases import plain, sentences, title
 from softbatch.prompt_store.compression.data.questions import GENERAL, questions_from
 from softbatch.prompt_store.compression.data.recitation import recitations
@@ -67,9 +68,7 @@ def save_jsonl(examples: Iterable[Example], path: Path) -> None:
         if example.cut:
             record["cut"] = True
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, lambda target: target.write_text("".join(lines), encoding="utf-8"))
 
 
 def load_jsonl(path: Path) -> list[Example]:

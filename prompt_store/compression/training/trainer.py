@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.frozen.pairs import Pair, answer_states, batches_from, collate
 from softbatch.prompt_store.compression.objectives import weight_of_nll
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
 from softbatch.prompt_store.compression.training.student import Student
-from softbatch.prompt_store.compression.work_directory import replace_file
 
 # Adam's step for values and embeddings, measured on the default model. Keys are larger numbers: they move faster.
 DEFAULT_LEARNING_RATE = {"kv": 4e-3, "embeddings": 1e-2}
