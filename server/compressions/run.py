@@ -24,8 +24,8 @@ from softbatch.prompt_store.atomic_files import lock, replace_file
 from softbatch.prompt_store.compression.evaluation.report import write_report
 from softbatch.prompt_store.compression.objectives import Objective
 from softbatch.prompt_store.compression.pipeline import Compression, Outcome, identity_of
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Kind
-from softbatch.prompt_store.compression.training.trainer import Progress
 from softbatch.prompt_store.compression.work_directory import seconds_spent
 from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
