@@ -23,15 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softbatch.prompt_store.compression.data.examples import (
-    Example,
-    load_jsonl,
-    save_jsonl,
-    spread_first,
-    surplus_recitations,
-    template_questions,
-    usable,
-)
+from softbatch.prompt_store.compression.data.examples import Example, load_jsonl, save_jsonl
+from softbatch.prompt_store.compression.data.selection import spread_first, surplus_recitations, usable
+from softbatch.prompt_store.compression.data.self_study import template_questions
 from softbatch.prompt_store.compression.evaluation.baselines import with_gold
 from softbatch.prompt_store.compression.evaluation.fidelity import position_scores
 from softbatch.prompt_store.compression.frozen.context import Context

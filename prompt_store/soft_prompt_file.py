@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import secrets
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from softbatch.prompt_store.atomic_files import replacing, sync
 from softbatch.prompt_store.fingerprint import fingerprint
 from softbatch.prompt_store.manifest import (
     MAX_HEADER_BYTES,
@@ -97,23 +97,10 @@ def save(prompt: SoftPrompt, path: Path) -> None:
     after a crash."""
     # Clones: safetensors refuses two tensors that share memory, as views of one KV tensor do.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in prompt.tensors.items()}
-    temp = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
-    try:
-        save_file(tensors, temp, metadata={_HEADER_KEY: prompt.manifest.model_dump_json()})
-        sync(temp)
-        temp.replace(path)
-    finally:
-        temp.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={_HEADER_KEY: prompt.manifest.model_dump_json()})
+        sync(temporary)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def load(path: Path, max_bytes: int) -> SoftPrompt:

@@ -17,40 +17,27 @@ from typing import Any
 from torch import Tensor
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
-from softbatch.prompt_store.compression.data.examples import (
-    Example,
-    Generate,
-    load_jsonl,
-    merge,
-    model_questions,
-    question_prompts,
-    save_jsonl,
-    split,
-    spread_first,
-    surplus_recitations,
-    template_questions,
-    usable,
-)
+from softbatch.prompt_store.compression.data.examples import Example, Generate, load_jsonl, save_jsonl
+from softbatch.prompt_store.compression.data.selection import merge, split, spread_first, surplus_recitations, usable
+from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
 from softbatch.prompt_store.compression.evaluation.baselines import measure_baselines, with_gold
-from softbatch.prompt_store.compression.evaluation.report import (
+from softbatch.prompt_store.compression.evaluation.evaluation import (
     Evaluation,
     Measured,
     Subject,
-    break_even,
-    build_report,
     load_measured,
     save_measured,
-    thinned,
-    write_report,
 )
+from softbatch.prompt_store.compression.evaluation.report import break_even, build_report, thinned, write_report
 from softbatch.prompt_store.compression.frozen.context import Context, sha256_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.pairs import Pair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
 from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
 from softbatch.prompt_store.compression.training.student import Student
-from softbatch.prompt_store.compression.training.trainer import Progress, Trainer, TrainingResult, TrainingSettings
+from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingResult, TrainingSettings
 from softbatch.prompt_store.compression.work_directory import JobDirectory, load_states, save_states
 
 # Shares of a time budget after which a phase takes what it has and goes on.
@@ -93,7 +80,7 @@ class Outcome:
 
 
 class Compression:
-    """One compression of one context. `generate` answers prompts greedily (see self_study.Generate): every prompt
+    """One compression of one context. `generate` answers prompts greedily (see data.examples.Generate): every prompt
     begins with the same context tokens, except that a long context's segments come one after another. `opening` seconds
     of the budget have gone into opening the model.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target and rename: a reader or a crash never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+from softbatch.prompt_store.atomic_files import replace_file
 
 
 def save_states(states: Sequence[Tensor], path: Path) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from softbatch.prompt_store.atomic_files import replacing, sync
+from softbatch.prompt_store.names import check_name, is_name
 from softbatch.prompt_store.soft_prompt_file import (
     Manifest,
     ModelSpec,
@@ -23,10 +25,8 @@ from softbatch.prompt_store.soft_prompt_file import (
     check_fits,
     load,
     read_manifest,
-    sync,
 )
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SUFFIX = ".safetensors"
 # A dot at the start: no prompt name begins with one, so a temporary file is never listed.
 _TEMP = re.compile(r"\.add-(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,7})-[0-9a-f]{16}")
@@ -83,7 +83,7 @@ class PromptStore:
 
     def check_free(self, name: str) -> None:
         """A cheap look before an upload; `add` decides. Raises SoftPromptError invalid_name, or NameTaken."""
-        _check_name(name)
+        check_name(name)
         if self._path(name).exists():
             raise NameTaken(name)
 
@@ -117,7 +117,7 @@ class PromptStore:
 
         Raises UnknownPrompt, or SoftPromptError when the file under this name is broken.
         """
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise UnknownPrompt(name)
         try:
             version = _version_of(self._path(name).stat())
@@ -143,7 +143,7 @@ class PromptStore:
 
     def remove(self, name: str) -> None:
         """Forget the name; leases keep the content. Raises UnknownPrompt."""
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise UnknownPrompt(name)
         try:
             self._path(name).unlink()
@@ -156,7 +156,7 @@ class PromptStore:
     def export(self, name: str, path: Path) -> None:
         """Copy the file to `path` in one step. Raises UnknownPrompt."""
         stored = self.get(name)
-        with _placed(path) as temp:
+        with replacing(path) as temp:
             self._copy_content(stored, temp)
         sync(path.parent)
 
@@ -170,7 +170,7 @@ class PromptStore:
         target = directory / f"{stored.sha256}{_SUFFIX}"
         if target.exists():
             return target
-        with _placed(target) as temp:
+        with replacing(target) as temp:
             try:
                 os.link(stored.path.resolve(), temp)
             except FileNotFoundError:
@@ -194,7 +194,7 @@ class PromptStore:
             self._cache.pop(gone, None)
         for name in names:
             try:
-                _check_name(name)
+                check_name(name)
                 yield name, self.get(name)
             except UnknownPrompt:
                 continue  # removed meanwhile
@@ -236,15 +236,6 @@ class PromptStore:
                     path.unlink()
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise SoftPromptError(
-            "name: use 1 to 128 of the characters A-Z a-z 0-9 . _ - and begin with a letter or digit",
-            param="name",
-            code="invalid_name",
-        )
-
-
 def _copy(source: BinaryIO, target: BinaryIO, max_bytes: int) -> str:
     """Returns the SHA-256 of what is then on disk. The source may grow meanwhile: the bound is kept here."""
     digest = hashlib.sha256()
@@ -271,18 +262,6 @@ def _version_of(found: os.stat_result) -> Version:
     if not stat.S_ISREG(found.st_mode):
         return (0, 0, 0, 0)
     return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-@contextlib.contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """A temporary name in the same directory, renamed to `path` at the end unless something is raised."""
-    temp = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        yield temp
-        temp.replace(path)
-    finally:
-        # Renaming onto another link of the same file leaves both names.
-        temp.unlink(missing_ok=True)
 
 
 def _is_dead(owner: re.Match[str]) -> bool:

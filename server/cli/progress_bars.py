@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from softbatch.prompt_store.compression.training.trainer import Progress
+from softbatch.prompt_store.compression.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 NAMES = {"self_study": "self-study", "gold": "gold answers"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import re
 import secrets
 import sys
 import urllib.error
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.names import is_name
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.server.cli.settings_flags import UsageError
 from softbatch.server.compressions.run import Finished, register
 
 TIMEOUT_SECONDS = 60.0
 CHUNK = 1 << 20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class Registry(Protocol):
@@ -72,7 +71,7 @@ class RemoteRegistry:
         return limit if isinstance(limit, int) else sys.maxsize  # an older server does not say
 
     def check_free(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise UsageError("--name: use 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
         if self._sha256(name) is not None:
             raise NameTaken(name)

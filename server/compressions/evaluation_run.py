@@ -8,7 +8,7 @@ from typing import Any
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.evaluation.baselines import evaluate_prompt
-from softbatch.prompt_store.compression.training.trainer import Progress
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.server.compressions.request import ModelChoice

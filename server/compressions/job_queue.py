@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import shutil
 import time
@@ -16,8 +15,8 @@ import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client import Gauge as PrometheusGauge
 
+from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.soft_prompt_file import sync
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
 from softbatch.server.compressions.request import CompressionRequest
@@ -172,7 +171,7 @@ class CompressionJobs:
                 logger.warning("no compressions on this server: %s cannot be written (%s)", self._root, error.strerror)
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except OSError:
             file.close()
             return

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from softbatch.prompt_store.compression.work_directory import replace_file
-from softbatch.prompt_store.soft_prompt_file import sync
+from softbatch.prompt_store.atomic_files import replace_file, sync
 from softbatch.server.compressions.worker_messages import ProgressMessage
 
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]

@@ -8,7 +8,6 @@ soft_prompt.safetensors   the result; when it is there, the run is over
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -21,12 +20,13 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 
+from softbatch.prompt_store.atomic_files import lock, replace_file
 from softbatch.prompt_store.compression.evaluation.report import write_report
 from softbatch.prompt_store.compression.objectives import Objective
 from softbatch.prompt_store.compression.pipeline import Compression, Outcome, identity_of
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Kind
-from softbatch.prompt_store.compression.training.trainer import Progress
-from softbatch.prompt_store.compression.work_directory import replace_file, seconds_spent
+from softbatch.prompt_store.compression.work_directory import seconds_spent
 from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
@@ -163,7 +163,7 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(file, wait)
         except BlockingIOError:
             raise InputError(
                 "name", "another process is compressing under this name right now", code="name_taken"

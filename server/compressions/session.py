@@ -70,7 +70,7 @@ class Workbench:
         return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        """self_study.Generate."""
+        """data.examples.Generate."""
         if self.engine is None:
             raise RuntimeError("the engine was released")
         return self.engine.generate(prompts, max_tokens, self.stop_ids)

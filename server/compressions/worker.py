@@ -73,7 +73,7 @@ def _run(directory: Path, report: Reporter) -> WorkerMessage:
     report(ProgressMessage("loading", 0, 1))
     import torch
 
-    from softbatch.prompt_store.compression.training.trainer import Progress
+    from softbatch.prompt_store.compression.progress import Progress
     from softbatch.server.compressions.run import locked, run_compression, summary
 
     # One processor stays free for serving.

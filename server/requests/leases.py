@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from softbatch.prompt_store.atomic_files import lock
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
@@ -40,14 +40,14 @@ def lease_directory(root: Path) -> Iterator[Path]:
     """
     for old in root.glob(".leases-*"):
         with contextlib.suppress(OSError), _opened(old) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
             shutil.rmtree(old, ignore_errors=True)
     # Under its name only once it is locked, so that nobody takes it for an old one.
     aside = Path(tempfile.mkdtemp(prefix=".new-leases-", dir=root))
     with _opened(aside) as descriptor:
         # A file system that cannot lock directories keeps the old ones.
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         directory = aside.rename(root / aside.name.replace(".new-", "."))
         try:
             yield directory

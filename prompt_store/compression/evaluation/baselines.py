@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from softbatch.prompt_store.compression.data.examples import Example, Generate, usable
-from softbatch.prompt_store.compression.evaluation.report import Evaluation, Measured, Subject, build_report
+from softbatch.prompt_store.compression.data.examples import Example, Generate
+from softbatch.prompt_store.compression.data.selection import usable
+from softbatch.prompt_store.compression.evaluation.evaluation import Evaluation, Measured, Subject
+from softbatch.prompt_store.compression.evaluation.report import build_report
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Kind, Student
-from softbatch.prompt_store.compression.training.trainer import Progress
 from softbatch.prompt_store.manifest import Replaces
 
 

@@ -1,171 +1,19 @@
-"""The fidelity report: σ and its baselines on questions it was not trained on, as a JSON-able dict."""
+"""The fidelity report: what the evaluation measured, as a JSON-able dict and as a page."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from softbatch.prompt_store.compression.data.examples import Example
-from softbatch.prompt_store.compression.evaluation.fidelity import (
-    Scores,
-    answer_scores,
-    position_scores,
-    position_table,
-    scores_of,
-)
+from softbatch.prompt_store.compression.evaluation.evaluation import Evaluation, Measured
 from softbatch.prompt_store.compression.evaluation.page import render_page
-from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import Pair
-from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment
-from softbatch.prompt_store.compression.training.hidden_states import teach
 
-BASELINES = ("no_context", "truncated", "untrained", "wrong_prompt", "full_context")
-OFF_TOPIC = (
-    "What is the capital of France?",
-    "Write two sentences about the sea.",
-    "What is 17 plus 25?",
-    "Name three animals that live in a forest.",
-    "Translate 'good morning' into Spanish.",
-    "Why is the sky blue?",
-    "Give me a simple recipe for pancakes.",
-    "Who wrote Romeo and Juliet?",
-)
-_OFF_TOPIC_TOKENS = 24
 SHOWN_ANSWERS = 12
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Something to be measured: per group of questions the prefix that stands before the user turn."""
-
-    prefixes: tuple[Prefix | None, ...]
-
-    @classmethod
-    def shared(cls, prefix: Prefix | None, groups: int) -> Subject:
-        return cls((prefix,) * groups)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Scores on the held-out pairs, each pair's mean KL, the free answers to some of them, and what it cost."""
-
-    scores: Scores
-    kl: list[float]
-    answers: list[str]
-    seconds: float
-
-
-class Evaluation:
-    """Answered questions about one context, none of them trained on, and the full-context model's states on them.
-
-    `full` is the KV of each of `segments`. `free` of the questions, evenly chosen, are also answered freely.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        renderer: Renderer,
-        segments: Sequence[Segment],
-        full: Sequence[Prefix],
-        examples: Sequence[Example],
-        max_answer_tokens: int,
-        free: int = 16,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        if not examples:
-            raise ValueError("there are no questions to evaluate on")
-        self.decoder, self.renderer = decoder, renderer
-        self.examples = list(examples)
-        self.pairs = [renderer.pair(example, segments, max_answer_tokens) for example in examples]
-        self.full = Subject(tuple(full))
-        self.max_answer_tokens, self.clock = max_answer_tokens, clock
-        count = min(free, len(self.pairs))
-        self.free = [index * len(self.pairs) // count for index in range(count)] if count else []
-        self.teacher: list[Tensor] = teach(decoder, list(full), self.pairs).states
-        self.nothing = self._prefix_of(renderer.without_context())
-
-    def _prefix_of(self, ids: Sequence[int]) -> Prefix | None:
-        return self.decoder.encode(ids) if ids else None
-
-    def measure(self, subject: Subject, freely: bool = True) -> Measured:
-        """Without free answers where they are not wanted `freely`."""
-        began = self.clock()
-        states = teach(self.decoder, subject.prefixes, self.pairs).states
-        table = position_table(self.decoder, states, self.teacher, self.pairs)
-        scores = scores_of(table)
-        kl = [float(part.mean()) for part in torch.split(table[0], [len(pair.answer) for pair in self.pairs])]
-        answers = [""] * len(self.free)
-        if not (freely and self.free):
-            return Measured(scores, kl, answers, self.clock() - began)
-        for group, prefix in enumerate(subject.prefixes):
-            mine = [at for at, index in enumerate(self.free) if self.pairs[index].group == group]
-            prompts = [list(self.pairs[self.free[at]].prompt) for at in mine]
-            found = greedy(self.decoder, prefix, prompts, self.max_answer_tokens, self.renderer.stop_ids)
-            for at, answer in zip(mine, found, strict=True):
-                answers[at] = self.renderer.text(answer)
-        gold = [self.examples[index].output or "" for index in self.free]
-        exact, f1 = answer_scores(answers, gold, self.renderer.tokens)
-        return Measured(replace(scores, exact_match=exact, token_f1=f1), kl, answers, self.clock() - began)
-
-    def baselines(
-        self,
-        truncated: Prefix,
-        untrained: Prefix,
-        wrong: Prefix,
-        on_done: Callable[[str], None] | None = None,
-        is_late: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Measured]:
-        """The model without context, with all of it, and every baseline at σ's length; these answer freely only while
-        it is not late."""
-        groups = len(self.full.prefixes)
-        subjects = {
-            "no_context": Subject.shared(self.nothing, groups),
-            "full_context": self.full,
-            "truncated": Subject.shared(truncated, groups),
-            "untrained": Subject.shared(untrained, groups),
-            "wrong_prompt": Subject.shared(wrong, groups),
-        }
-        found: dict[str, Measured] = {}
-        for name, subject in subjects.items():
-            found[name] = self.measure(subject, len(found) < 2 or not is_late())
-            if on_done is not None:
-                on_done(name)
-        # Looked at here, before training: what follows training is then as short as one baseline.
-        _ = self._off_topic
-        return {name: found[name] for name in BASELINES}
-
-    @cached_property
-    def _off_topic(self) -> tuple[list[Pair], list[Tensor], Scores]:
-        """The off-topic pairs, the states on them without any context, and the full context's scores."""
-        prompts = [self.renderer.question(question) for question in OFF_TOPIC]
-        gold = greedy(self.decoder, self.nothing, prompts, _OFF_TOPIC_TOKENS, self.renderer.stop_ids)
-        pairs = [Pair(tuple(p), tuple(a)) for p, a in zip(prompts, gold, strict=True)]
-        reference = teach(self.decoder, [self.nothing], pairs).states
-        full = teach(self.decoder, [self.full.prefixes[0]], pairs).states
-        return pairs, reference, position_scores(self.decoder, full, reference, pairs)
-
-    def off_topic(self, sigma: Prefix) -> dict[str, float]:
-        """What σ does to questions that have nothing to do with its context: KL and top-1 agreement with the model
-        without any context, for σ and, to compare with, for the full context (its first segment)."""
-        pairs, reference, full = self._off_topic
-        states = teach(self.decoder, [sigma], pairs).states
-        mine = position_scores(self.decoder, states, reference, pairs)
-        return {
-            "kl": round(mine.kl, 6),
-            "top1_agreement": round(mine.top1_agreement, 6),
-            "kl_full_context": round(full.kl, 6),
-            "top1_agreement_full_context": round(full.top1_agreement, 6),
-        }
 
 
 def build_report(
@@ -259,22 +107,3 @@ def write_report(report: dict[str, Any], directory: Path, name: str = "") -> Non
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (directory / "report.html").write_text(render_page(report, name), encoding="utf-8")
-
-
-def save_measured(measured: dict[str, Measured], path: Path) -> None:
-    """For a run that goes on later; read back by `load_measured`."""
-    path.write_text(json.dumps({name: asdict(found) for name, found in measured.items()}), encoding="utf-8")
-
-
-def load_measured(path: Path) -> dict[str, Measured] | None:
-    """None when there is nothing of use at `path`: it is then measured again."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            name: Measured(
-                Scores(**found["scores"]), list(found["kl"]), list(found["answers"]), float(found["seconds"])
-            )
-            for name, found in record.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

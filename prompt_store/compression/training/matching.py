@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Attend, Prefix, attend, attention_weights, weighted_values
 from softbatch.prompt_store.compression.frozen.untrained_start import moved
 from softbatch.prompt_store.compression.training.hidden_states import Observed
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
 from softbatch.prompt_store.compression.training.student import Student
-from softbatch.prompt_store.compression.work_directory import replace_file
 
 # One observed batch in so many is enough to see which keys are attended to.
 SELECTION_STRIDE = 3

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.frozen.pairs import Pair, answer_states, batches_from, collate
 from softbatch.prompt_store.compression.objectives import weight_of_nll
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
 from softbatch.prompt_store.compression.training.student import Student
-from softbatch.prompt_store.compression.work_directory import replace_file
 
 # Adam's step for values and embeddings, measured on the default model. Keys are larger numbers: they move faster.
 DEFAULT_LEARNING_RATE = {"kv": 4e-3, "embeddings": 1e-2}
@@ -58,17 +59,6 @@ class TrainingSettings:
             raise ValueError(f"batch_size must lie between 1 and 1024, got {self.batch_size}")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
             raise ValueError(f"learning_rate must lie between 0 and 10, got {self.learning_rate}")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a phase stands; `seconds_left` is an estimate, None before there is one."""
-
-    phase: str
-    done: int
-    total: int
-    loss: float | None = None
-    seconds_left: float | None = None
 
 
 @dataclass

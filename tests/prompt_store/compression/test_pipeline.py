@@ -25,8 +25,8 @@ from softbatch.prompt_store.compression.frozen.pairs import Pair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer, group_of
 from softbatch.prompt_store.compression.pipeline import Compression, Stopped
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Student
-from softbatch.prompt_store.compression.training.trainer import Progress
 from softbatch.prompt_store.template import context_turn, render_chat
 from tests.conftest import Reference
 
