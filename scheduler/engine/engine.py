@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
-import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
-
-import msgspec
-import zmq
 
 from softbatch.scheduler.engine.soft_prompt_loader import Reading, SoftPromptReader
 from softbatch.scheduler.protocol import (
@@ -22,13 +13,10 @@ from softbatch.scheduler.protocol import (
     CancelRequest,
     EngineConfig,
     EngineInput,
-    EngineOutput,
     EngineStats,
     Ready,
     SequenceOutput,
     SoftPromptRef,
-    StartupFailed,
-    StartupPhase,
     StepOutput,
 )
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -39,7 +27,6 @@ if TYPE_CHECKING:
     from softbatch.scheduler.model.runner import StagedSoftPrompt
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_SECONDS = 1.0
 _TOO_SMALL = "the device's memory is too small for this"
 
 
@@ -247,6 +234,10 @@ class Engine:
         return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
 
 
+class Reporter(Protocol):
+    def __call__(self, name: str, seconds: float, detail: str) -> None: ...
+
+
 def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
     """Load the model and put an engine around it. Raises ModelError."""
     from softbatch.scheduler.model.loader import load
@@ -272,110 +263,3 @@ def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]
     )
     run_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and loaded.info.is_on_gpu)
     return Engine(scheduler, loaded.runner, kv.bytes_per_block, run_ahead=run_ahead), ready
-
-
-class Reporter(Protocol):
-    def __call__(self, name: str, seconds: float, detail: str) -> None: ...
-
-
-class EngineProcess:
-    """The engine behind ZeroMQ: one message in per request, one message out per step."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        context = zmq.Context()
-        self._inbox = context.socket(zmq.PULL)
-        self._inbox.set_hwm(0)
-        self._inbox.connect(config.inbox)
-        self._outbox = context.socket(zmq.PUSH)
-        self._outbox.set_hwm(0)
-        self._outbox.setsockopt(zmq.LINGER, 1000)
-        self._outbox.connect(config.outbox)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._messages: SimpleQueue[EngineInput | None] = SimpleQueue()  # None: a soft prompt has been read
-
-    def run(self) -> int:
-        """Serve until the front end goes away. Returns the exit status."""
-        from softbatch.scheduler.model.source import ModelError
-
-        try:
-            engine, ready = build_engine(self._config, self._report)
-        except ModelError as error:
-            self._send(StartupFailed(str(error)))
-            self._outbox.close()
-            return 1
-        engine.reader.on_read = lambda: self._messages.put(None)
-        threading.Thread(target=self._receive, args=(engine,), daemon=True, name="inbox").start()
-        self._send(ready)
-        while True:
-            self._step(engine)
-
-    def _step(self, engine: Engine) -> None:
-        output = None
-        if engine.has_work:
-            output = engine.step()
-            if output.has_news:
-                self._send(output)
-            if output.has_news or engine.is_running:
-                self._handle(engine, timeout=0)
-                return
-        # Nothing to compute: sleep until a request comes or a soft prompt has been read, and show a sign of life.
-        self._handle(engine, timeout=HEARTBEAT_SECONDS)
-        self._send(StepOutput(outputs=[], stats=engine.stats))
-
-    def _handle(self, engine: Engine, timeout: float) -> None:
-        """Handle all messages that are there, waiting up to `timeout` seconds for the first."""
-        with suppress(Empty):
-            message = self._messages.get(timeout=timeout) if timeout else self._messages.get_nowait()
-            while True:
-                if message is not None:
-                    engine.handle(message)
-                message = self._messages.get_nowait()
-
-    def _receive(self, engine: Engine) -> None:
-        """Takes messages in as they come, in a thread of its own: a step need not end before files are read."""
-        decoder = msgspec.msgpack.Decoder(EngineInput)
-        try:
-            while True:
-                try:
-                    message = decoder.decode(self._inbox.recv())
-                except msgspec.MsgspecError:
-                    logger.exception("a message from the front end could not be read")
-                    continue
-                engine.expect(message)
-                self._messages.put(message)
-        except BaseException:
-            logger.exception("the engine receives no more messages")
-            os._exit(1)  # the front end starts another
-
-    def _send(self, message: EngineOutput) -> None:
-        self._outbox.send(self._encoder.encode(message))
-
-    def _report(self, name: str, seconds: float, detail: str) -> None:
-        self._send(StartupPhase(name, seconds, detail))
-
-
-def _exit_with_front_end() -> None:
-    """The front end holds the other end of our standard input: when it is gone, so are we."""
-
-    def watch() -> None:
-        # Not through sys.stdin, whose lock a thread must not hold while the interpreter ends.
-        while os.read(0, 4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True, name="lifeline").start()
-
-
-def main() -> int:
-    """`python -m softbatch.scheduler.engine.engine CONFIG`, an EngineConfig as JSON; standard input is the lifeline."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
-    # Ctrl-C and service managers signal the whole group: the front end decides, and it still has requests to finish.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _exit_with_front_end()
-    return EngineProcess(msgspec.json.decode(sys.argv[1], type=EngineConfig)).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -120,7 +120,7 @@ class EngineClient:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "softbatch.scheduler.engine.engine",
+            "softbatch.scheduler.engine.process",
             msgspec.json.encode(config).decode(),
             stdin=asyncio.subprocess.PIPE,
             cwd=PROJECT,

@@ -106,7 +106,7 @@ class Server:
 
     def engine(self) -> psutil.Process:
         children = psutil.Process(self.process.pid).children()
-        engines = [child for child in children if "softbatch.scheduler.engine.engine" in child.cmdline()]
+        engines = [child for child in children if "softbatch.scheduler.engine.process" in child.cmdline()]
         assert len(engines) == 1, engines
         return engines[0]
 
