@@ -194,7 +194,7 @@ class Generator:
         self._random = random.Random(seed)
 
     async def start(self, request: GenerationRequest) -> Generation:
-        """Raises ApiError: 429 queue full, 404 unknown soft prompt, 400 for a prompt that cannot be served."""
+        """Raises QueueFull, EngineAway, UnknownSoftPrompt, or InvalidPrompt for a prompt that cannot be served."""
         return (await self.start_many([request]))[0]
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:

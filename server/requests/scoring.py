@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import InvalidPrompt
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
@@ -51,7 +51,7 @@ class Scorer:
     async def score(
         self, prompt: Prompt, candidates: Sequence[str], *, soft_prompt: str | None, end: bool, route: str
     ) -> Scores:
-        """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises ApiError."""
+        """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises Failure."""
         arrived = time.monotonic()
         self._engine.reserve(len(candidates))
         lease = None
@@ -89,7 +89,7 @@ class Scorer:
         token_ids = await self._preparer.encode(text, add_special_tokens=False)
         token_ids += self._eos if end else ()
         if not token_ids:
-            raise ApiError(400, "the candidate is empty; give at least one token", param=f"candidates.{index}")
+            raise InvalidPrompt("the candidate is empty; give at least one token", param=f"candidates.{index}")
         return token_ids
 
     async def _await_score(self, request: ActiveRequest) -> list[float]:
