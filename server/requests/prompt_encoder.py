@@ -15,7 +15,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 LONG_TEXT = 4096
 
 
-class Preparer:
+class PromptEncoder:
     """Renders, tokenises and checks prompts. Raises InvalidPrompt for those that cannot be served."""
 
     def __init__(self, text: TextProcessor, vocab_size: int, max_model_len: int) -> None:
