@@ -21,7 +21,7 @@ from softbatch.server.observability.metrics import Metrics
 from softbatch.server.requests.engine_client import EngineClient, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
-from softbatch.server.requests.prompt_encoder import Preparer
+from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
@@ -65,7 +65,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
             text = TextProcessor(tokenizer, ready.model.max_model_len)
             logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
-            preparer = Preparer(text, ready.model.vocab_size, ready.model.max_model_len)
+            encoder = PromptEncoder(text, ready.model.vocab_size, ready.model.max_model_len)
             spec = ready.model.spec
             leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
@@ -81,8 +81,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 yield Services(
                     settings=settings,
                     engine=engine,
-                    generator=Generator(engine, leases, text, preparer, settings.seed),
-                    scorer=Scorer(engine, leases, preparer, ready.model.eos_token_ids),
+                    generator=Generator(engine, leases, text, encoder, settings.seed),
+                    scorer=Scorer(engine, leases, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,
                     compressions=compressions,

@@ -1,4 +1,4 @@
-"""The one exception the HTTP side raises on purpose, and the only shape errors leave the server in."""
+"""The one map from failures to HTTP statuses, and the only shape errors leave the server in."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from softbatch.server.failures import (
+    EngineAway,
+    EngineRestarted,
+    Failure,
+    InvalidPrompt,
+    PromptTooLong,
+    QueueFull,
+    RequestFailed,
+    SoftPromptOfAnotherModel,
+    TooManySequences,
+    UnknownSoftPrompt,
+    UnusableSoftPrompt,
+    shown,
+)
+
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 1000
-MAX_ECHO_CHARS = 80
 # Clients decide on these whether to retry, so an error raised without a code gets its status's own.
 _DEFAULT_CODES = {
     401: "invalid_api_key",
@@ -27,7 +41,21 @@ _DEFAULT_CODES = {
 }
 
 
-class ApiError(Exception):
+STATUS: Mapping[type[Failure], int] = {
+    InvalidPrompt: 400,
+    PromptTooLong: 400,
+    TooManySequences: 400,
+    UnknownSoftPrompt: 404,
+    SoftPromptOfAnotherModel: 409,
+    UnusableSoftPrompt: 422,
+    QueueFull: 429,
+    RequestFailed: 500,
+    EngineAway: 503,
+    EngineRestarted: 503,
+}
+
+
+class ApiError(Failure):
     """An answer other than 2xx: `{"error": {"message", "type", "param", "code"}}` with an HTTP status."""
 
     def __init__(
@@ -39,11 +67,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, param=param, code=code)
         self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
         self.headers = dict(headers or {})
 
     @property
@@ -54,6 +79,14 @@ class ApiError(Exception):
         if self.status == 429:
             return "requests"
         return "server_error" if self.status >= 500 else "invalid_request_error"
+
+
+def as_api_error(failure: Failure) -> ApiError:
+    """The answer that a failure from below becomes."""
+    if isinstance(failure, ApiError):
+        return failure
+    headers = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
+    return ApiError(STATUS[type(failure)], failure.message, param=failure.param, code=failure.code, headers=headers)
 
 
 def invalid(param: str, message: str, *, code: str | None = None) -> ApiError:
@@ -71,30 +104,9 @@ def unknown_model(name: str) -> ApiError:
     )
 
 
-def unknown_soft_prompt(name: str) -> ApiError:
-    """404: no soft prompt of this name."""
-    return ApiError(
-        404,
-        f"the soft prompt {shown(name)} does not exist; GET /v1/soft_prompts lists those that do",
-        param="soft_prompt",
-        code="soft_prompt_not_found",
-    )
-
-
 def unavailable(message: str, *, code: str = "unavailable", retry_after: int = 5) -> ApiError:
     """503: not now; the same request may work in `retry_after` seconds."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
-
-
-def shown(value: str) -> str:
-    """A client's own word as it may stand in a message: quoted, printable, short."""
-    clipped = value if len(value) <= MAX_ECHO_CHARS else value[:MAX_ECHO_CHARS] + "…"
-    return f"'{printable(clipped)}'"
-
-
-def printable(value: str) -> str:
-    """Neither control characters nor lone surrogates, which pydantic and UTF-8 cannot carry."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
 
 
 def error_json(error: ApiError) -> str:
@@ -146,9 +158,9 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def install_handlers(app: FastAPI) -> None:
     """Give every error of the app, expected or not, the one shape."""
 
-    async def on_api_error(request: Request, exc: Exception) -> Response:
-        assert isinstance(exc, ApiError)
-        return error_response(exc)
+    async def on_failure(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, Failure)
+        return error_response(as_api_error(exc))
 
     async def on_validation_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
@@ -161,7 +173,7 @@ def install_handlers(app: FastAPI) -> None:
     async def on_exception(request: Request, exc: Exception) -> Response:
         return error_response(internal_error(exc, f"{request.method} {request.scope['path'][:200]!r}"))
 
-    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(Failure, on_failure)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(Exception, on_exception)

@@ -11,7 +11,8 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from softbatch.server.http.errors import ApiError, error_json, internal_error
+from softbatch.server.failures import Failure
+from softbatch.server.http.errors import as_api_error, error_json, internal_error
 from softbatch.server.requests.generation import Generation
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class EventStream(Response):
             async with aclosing(self._events) as source:
                 async for event in source:
                     await self._write(send, event)
-        except ApiError as error:
-            await self._write(send, error_json(error))
+        except Failure as error:
+            await self._write(send, error_json(as_api_error(error)))
         except Exception as error:
             await self._write(send, error_json(internal_error(error, self._route)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from softbatch.scheduler.protocol import AddRequest, SequenceOutput
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import Failure
 from softbatch.server.requests.leases import Lease
 
 
@@ -31,7 +31,7 @@ class ActiveRequest:
     received: list[int] = field(default_factory=list)
     outputs: list[SequenceOutput] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    error: ApiError | None = None
+    error: Failure | None = None
 
     @classmethod
     def of(cls, add: AddRequest, lease: Lease | None, route: str, arrived: float) -> ActiveRequest:

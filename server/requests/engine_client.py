@@ -29,7 +29,7 @@ from softbatch.scheduler.protocol import (
     StartupPhase,
     StepOutput,
 )
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import EngineAway, EngineRestarted, QueueFull, RequestFailed, TooManySequences
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.requests.active_request import ActiveRequest
 
@@ -221,23 +221,21 @@ class EngineClient:
         return len(self.active) - self.num_waiting
 
     def reserve(self, count: int = 1) -> None:
-        """Hold `count` places until `submit` or `unreserve`. Raises ApiError 429 when the queue is full, 503 when the
-        engine is away."""
+        """Hold `count` places until `submit` or `unreserve`. Raises QueueFull, EngineAway or
+        TooManySequences."""
         if self.draining or not self.ready:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
             reason = "the server is shutting down" if self.draining else "the engine is restarting"
-            raise ApiError(503, f"{reason}; try again in a moment", headers={"Retry-After": "2"})
+            raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
         capacity = self._config.max_batch_size + self._config.max_queue_size
         if count > capacity:
-            raise ApiError(400, f"this asks for {count} sequences at once; the server takes {capacity} at the most")
+            raise TooManySequences(f"this asks for {count} sequences at once; the server takes {capacity} at the most")
         if len(self.active) + self._reserved + count > capacity:
             self._metrics.requests_rejected.labels("queue_full").inc(count)
             wait = math.ceil(self._seconds_per_request * max(1, self.num_waiting))
-            raise ApiError(
-                429,
+            raise QueueFull(
                 f"the waiting queue is full ({self._config.max_queue_size} requests); try again later",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(min(max(wait, 1), 60))},
+                retry_after=min(max(wait, 1), 60),
             )
         self._reserved += count
 
@@ -248,7 +246,7 @@ class EngineClient:
         """Send a request whose place was reserved to the engine."""
         self._reserved -= 1
         if not self.ready:
-            request.error = ApiError(503, "the engine is restarting; try again in a moment")
+            request.error = EngineAway("the engine is restarting; try again in a moment")
             request.changed.set()
             return
         self.active[request.request_id] = request
@@ -262,7 +260,7 @@ class EngineClient:
                 self._send(CancelRequest([request.request_id]))
 
     async def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
-        """Everything that came since the last look, merged when the reader is slow. Raises ApiError on failure."""
+        """Everything that came since the last look, merged when the reader is slow. Raises Failure."""
         while True:
             await request.changed.wait()
             request.changed.clear()
@@ -332,7 +330,7 @@ class EngineClient:
             del self.active[request.request_id]
             self._count_end(request, output.finish_reason, now)
             if output.finish_reason == "error":
-                request.error = ApiError(500, output.error or "the request failed", code="request_failed")
+                request.error = RequestFailed(output.error or "the request failed")
         if output.token_ids or output.finish_reason is not None:
             request.outputs.append(output)
             request.changed.set()
@@ -349,7 +347,7 @@ class EngineClient:
         """Answer every active request with 503. The seam for resuming: `add` and `received` would be submitted again
         here instead, with `num_delivered` set."""
         for request in list(self.active.values()):
-            request.error = ApiError(503, message, code="engine_restarted", headers={"Retry-After": "2"})
+            request.error = EngineRestarted(message, retry_after=2)
             request.changed.set()
             self._count_end(request, "error", time.monotonic())
         self.active.clear()

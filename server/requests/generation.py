@@ -19,7 +19,7 @@ from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOut
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
-from softbatch.server.requests.prompt_encoder import Preparer, Prompt
+from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
 
@@ -184,17 +184,17 @@ class Generator:
         engine: EngineClient,
         leases: SoftPromptLeases,
         text: TextProcessor,
-        preparer: Preparer,
+        encoder: PromptEncoder,
         seed: int,
     ) -> None:
         self._engine = engine
         self._leases = leases
         self._text = text
-        self._preparer = preparer
+        self._encoder = encoder
         self._random = random.Random(seed)
 
     async def start(self, request: GenerationRequest) -> Generation:
-        """Raises ApiError: 429 queue full, 404 unknown soft prompt, 400 for a prompt that cannot be served."""
+        """Raises QueueFull, EngineAway, UnknownSoftPrompt, or InvalidPrompt for a prompt that cannot be served."""
         return (await self.start_many([request]))[0]
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -226,12 +226,12 @@ class Generator:
     ) -> ActiveRequest:
         token_ids = known
         if token_ids is None:
-            token_ids = await self._preparer.token_ids(request.prompt, lease, request.add_special_tokens)
+            token_ids = await self._encoder.token_ids(request.prompt, lease, request.add_special_tokens)
             if request.truncate:
                 token_ids = token_ids[-request.truncate :]
         params = msgspec.structs.replace(
             request.params,
-            max_tokens=self._preparer.room(lease, len(token_ids), request.max_tokens),
+            max_tokens=self._encoder.room(lease, len(token_ids), request.max_tokens),
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
         )
         add = AddRequest(

@@ -18,7 +18,7 @@ from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
 from softbatch.scheduler.protocol import SoftPromptRef
-from softbatch.server.http.errors import ApiError, unknown_soft_prompt
+from softbatch.server.failures import SoftPromptOfAnotherModel, UnknownSoftPrompt, UnusableSoftPrompt
 
 # Two changes of a directory within so short a time may leave it with one and the same time.
 DIRECTORY_TIME_NS = 2_000_000_000
@@ -84,7 +84,7 @@ class SoftPromptLeases:
         self._forgotten: set[str] = set()
 
     async def acquire(self, name: str) -> Lease:
-        """Raises ApiError: 404 for an unknown name, 409 for a soft prompt of another model, 422 for a broken one."""
+        """Raises UnknownSoftPrompt, SoftPromptOfAnotherModel, or UnusableSoftPrompt for a broken one."""
         holding = asyncio.ensure_future(self._hold(name))
         try:
             stored = await asyncio.shield(holding)
@@ -96,10 +96,10 @@ class SoftPromptLeases:
             if name in self._names:
                 del self._names[name]
                 await self.collect()
-            raise unknown_soft_prompt(name) from error
+            raise UnknownSoftPrompt(name) from error
         except SoftPromptError as error:
-            status = 409 if error.code == "wrong_model" else 422
-            raise ApiError(status, f"soft prompt {name!r}: {error}", param="soft_prompt", code=error.code) from error
+            failure = SoftPromptOfAnotherModel if error.code == "wrong_model" else UnusableSoftPrompt
+            raise failure(f"soft prompt {name!r}: {error}", param="soft_prompt", code=error.code) from error
         path = self._leased[stored.sha256]
         return Lease(stored, SoftPromptRef(stored.sha256, str(path), stored.manifest.num_virtual_tokens))
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import InvalidPrompt, PromptTooLong
 from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.text import Message, TextProcessor
 
@@ -15,8 +15,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 LONG_TEXT = 4096
 
 
-class Preparer:
-    """Renders, tokenises and checks prompts. Raises ApiError 400 for those that cannot be served."""
+class PromptEncoder:
+    """Renders, tokenises and checks prompts. Raises InvalidPrompt for those that cannot be served."""
 
     def __init__(self, text: TextProcessor, vocab_size: int, max_model_len: int) -> None:
         self._text = text
@@ -35,7 +35,7 @@ class Preparer:
             token_ids = [int(token) for token in prompt]  # type: ignore[arg-type]
             self._check_ids(token_ids)
         if not token_ids:
-            raise ApiError(400, "the prompt is empty; give at least one token", param="prompt")
+            raise InvalidPrompt("the prompt is empty; give at least one token", param="prompt")
         return token_ids
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -44,27 +44,25 @@ class Preparer:
         return self._text.encode(text, add_special_tokens)
 
     def room(self, lease: Lease | None, prompt: int, wanted: int | None) -> int:
-        """How many tokens may be generated: `wanted`, or all that fit. Raises ApiError when that is too many."""
+        """How many tokens may be generated: `wanted`, or all that fit. Raises PromptTooLong when that is too many."""
         virtual = lease.ref.num_virtual_tokens if lease else 0
         left = self._max_model_len - virtual - prompt
         least = 1 if wanted is None else wanted
         if left < least:
             parts = f"{virtual} virtual tokens + " if virtual else ""
             output = "at least 1 output token" if wanted is None else f"{wanted} output tokens"
-            raise ApiError(
-                400,
+            raise PromptTooLong(
                 f"{parts}{prompt} prompt tokens + {output} exceed the longest sequence of {self._max_model_len} "
                 "tokens; shorten the prompt or ask for fewer tokens",
                 param="prompt" if left < 1 else "max_tokens",
-                code="context_length_exceeded",
             )
         return left if wanted is None else wanted
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
         if wrong is not None:
-            raise ApiError(
-                400, f"token id {wrong} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt"
+            raise InvalidPrompt(
+                f"token id {wrong} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt"
             )
 
 

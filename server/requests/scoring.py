@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import InvalidPrompt
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
-from softbatch.server.requests.prompt_encoder import Preparer, Prompt
+from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,26 @@ class Scorer:
     """Scores candidates as requests like any other: queued, batched, preempted, cancelled when the caller leaves."""
 
     def __init__(
-        self, engine: EngineClient, leases: SoftPromptLeases, preparer: Preparer, eos_token_ids: Sequence[int]
+        self, engine: EngineClient, leases: SoftPromptLeases, encoder: PromptEncoder, eos_token_ids: Sequence[int]
     ) -> None:
         self._engine = engine
         self._leases = leases
-        self._preparer = preparer
+        self._encoder = encoder
         self._eos = tuple(eos_token_ids[:1])
 
     async def score(
         self, prompt: Prompt, candidates: Sequence[str], *, soft_prompt: str | None, end: bool, route: str
     ) -> Scores:
-        """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises ApiError."""
+        """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises Failure."""
         arrived = time.monotonic()
         self._engine.reserve(len(candidates))
         lease = None
         try:
             lease = await self._leases.acquire(soft_prompt) if soft_prompt else None
-            shared = await self._preparer.token_ids(prompt, lease)
+            shared = await self._encoder.token_ids(prompt, lease)
             answers = [await self._answer(text, index, end) for index, text in enumerate(candidates)]
             for answer in answers:
-                self._preparer.room(lease, len(shared) + len(answer) - 1, 1)
+                self._encoder.room(lease, len(shared) + len(answer) - 1, 1)
         except BaseException:
             self._engine.unreserve(len(candidates))
             if lease is not None:
@@ -86,10 +86,10 @@ class Scorer:
         )
 
     async def _answer(self, text: str, index: int, end: bool) -> list[int]:
-        token_ids = await self._preparer.encode(text, add_special_tokens=False)
+        token_ids = await self._encoder.encode(text, add_special_tokens=False)
         token_ids += self._eos if end else ()
         if not token_ids:
-            raise ApiError(400, "the candidate is empty; give at least one token", param=f"candidates.{index}")
+            raise InvalidPrompt("the candidate is empty; give at least one token", param=f"candidates.{index}")
         return token_ids
 
     async def _await_score(self, request: ActiveRequest) -> list[float]:

@@ -10,14 +10,14 @@ from tokenizers.decoders import DecodeStream
 
 from softbatch.prompt_store.manifest import Replaces
 from softbatch.prompt_store.template import TemplateError, render_chat
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import InvalidPrompt, PromptTooLong
 
 PROMPT_TAIL = 8
 Message = dict[str, str]
 
 
 class TextProcessor:
-    """Owns the tokenizer. Raises ApiError for text that cannot become a prompt."""
+    """Owns the tokenizer. Raises InvalidPrompt for text that cannot become a prompt."""
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self.tokenizer = tokenizer
@@ -34,11 +34,9 @@ class TextProcessor:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) > self._max_chars:
-            raise ApiError(
-                400,
+            raise PromptTooLong(
                 f"the prompt has {len(text)} characters; no text that long fits into {self._max_model_len} tokens",
                 param="prompt",
-                code="context_length_exceeded",
             )
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -52,11 +50,11 @@ class TextProcessor:
     ) -> str:
         """Chat turns as the text the model was trained on; `replaces` says what a soft prompt stands for."""
         if not self.tokenizer.chat_template:
-            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
+            raise InvalidPrompt("this model has no chat template; use /v1/completions", param="messages")
         try:
             return render_chat(self.tokenizer, list(messages), add_generation_prompt, replaces)
         except TemplateError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise InvalidPrompt(str(error), param="messages") from error
 
     def piece(self, token_id: int) -> str:
         """The text of one token by itself, special ones included; incomplete characters show as U+FFFD."""

@@ -12,7 +12,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from softbatch.scheduler.protocol import Ready
-from softbatch.server.http.errors import ApiError, invalid, unavailable, unknown_model
+from softbatch.server.failures import Failure
+from softbatch.server.http.errors import invalid, unavailable, unknown_model
 from softbatch.server.requests.generation import Generation, GenerationRequest
 from softbatch.server.schemas.replies import CachedTokens, Usage
 from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
@@ -57,7 +58,7 @@ def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Itera
     it came in the field of that name."""
     try:
         yield
-    except ApiError as error:
+    except Failure as error:
         if model is not None and error.param == "soft_prompt":
             if error.code == "soft_prompt_not_found":
                 raise unknown_model(model) from error
@@ -72,7 +73,7 @@ async def start_all(
     requests: Sequence[GenerationRequest],
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Generation]:
-    """Start all choices of a request, or none. Raises ApiError; `names` as in `fields_named`."""
+    """Start all choices of a request, or none. Raises Failure; `names` as in `fields_named`."""
     with fields_named(names, model=body.model if body.model == requests[0].soft_prompt else None):
         return await services.generator.start_many(requests)
 

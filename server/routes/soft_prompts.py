@@ -11,7 +11,8 @@ from fastapi.responses import FileResponse
 
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import StoredPrompt
-from softbatch.server.http.errors import ApiError, shown, unknown_soft_prompt
+from softbatch.server.failures import UnknownSoftPrompt, shown
+from softbatch.server.http.errors import ApiError
 from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
@@ -92,7 +93,7 @@ def _store_errors(name: str | None = None) -> Iterator[None]:
         yield
     except SoftPromptError as error:
         if error.code == "unknown_prompt" and name is not None:
-            raise unknown_soft_prompt(name) from error
+            raise UnknownSoftPrompt(name) from error
         status = STATUS.get(error.code, 422)
         where = f"soft prompt {shown(name)}: " if name is not None else ""
         raise ApiError(status, f"{where}{error}", param=error.param, code=error.code) from error

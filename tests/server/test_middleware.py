@@ -11,17 +11,19 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from softbatch.server import failures
+from softbatch.server.failures import Failure, UnknownSoftPrompt, shown
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MIB, BodyLimitMiddleware
 from softbatch.server.http.errors import (
+    STATUS,
     ApiError,
+    as_api_error,
     error_json,
     install_handlers,
     invalid,
-    shown,
     unavailable,
     unknown_model,
-    unknown_soft_prompt,
 )
 
 KEYS = ("first-key", "zweiter-schlüssel")
@@ -248,7 +250,7 @@ class TestErrors:
         [
             (invalid("n", "too many"), 400, "invalid_request_error", None),
             (unknown_model("x"), 404, "invalid_request_error", "model_not_found"),
-            (unknown_soft_prompt("x"), 404, "invalid_request_error", "soft_prompt_not_found"),
+            (as_api_error(UnknownSoftPrompt("x")), 404, "invalid_request_error", "soft_prompt_not_found"),
             (unavailable("later"), 503, "server_error", "unavailable"),
             (ApiError(409, "taken"), 409, "invalid_request_error", None),
             (ApiError(422, "wrong"), 422, "invalid_request_error", None),
@@ -256,6 +258,10 @@ class TestErrors:
     )
     def test_types_and_codes(self, error: ApiError, status: int, kind: str, code: str | None) -> None:
         assert (error.status, error.type, error.code) == (status, kind, code)
+
+    def test_every_failure_has_a_status(self) -> None:
+        kinds = [kind for kind in vars(failures).values() if isinstance(kind, type) and issubclass(kind, Failure)]
+        assert set(kinds) - {Failure} == set(STATUS)
 
     def test_messages_are_bounded_and_printable(self) -> None:
         assert len(error_json(ApiError(400, "x" * 10_000))) < 1200

@@ -10,7 +10,7 @@ import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import UnknownSoftPrompt
 from softbatch.server.requests.leases import SoftPromptLeases
 from tests.conftest import make_soft_prompt, save_prompt
 
@@ -53,7 +53,7 @@ def test_removed_by_another_process(store: SlowStore, tmp_path: Path) -> None:
         leases = leases_of(store, tmp_path, unused)
         first, second = await leases.acquire("manual"), await leases.acquire("manual")
         PromptStore(store.root, 1 << 20).remove("manual")
-        with pytest.raises(ApiError, match="manual"):
+        with pytest.raises(UnknownSoftPrompt, match="manual"):
             await leases.acquire("manual")
         leases.release(first)
         assert len(files(tmp_path)) == 1, "the second still uses it"

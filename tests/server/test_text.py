@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
-from softbatch.server.http.errors import ApiError
+from softbatch.server.failures import PromptTooLong
 from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
 
@@ -73,7 +73,7 @@ def test_stop_strings_whatever_the_pieces(chars: str, stops: list[str], cuts: li
 
 
 def test_a_text_that_cannot_fit_is_refused_without_tokenising(text: TextProcessor) -> None:
-    with pytest.raises(ApiError, match="characters"):
+    with pytest.raises(PromptTooLong, match="characters"):
         text.encode("x" * 10_000_000)
 
 

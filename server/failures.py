@@ -1,0 +1,86 @@
+"""Why a request cannot be served, in words alone; `http/errors.py` knows the status that each of these has there."""
+
+from __future__ import annotations
+
+MAX_ECHO_CHARS = 80
+
+
+class Failure(Exception):
+    """Base of all: `message` is for people, `param` names the field at fault, `code` is for programs, and the same
+    request may work in `retry_after` seconds."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+
+class InvalidPrompt(Failure):
+    """The prompt, or what is asked for with it, can never be served."""
+
+
+class PromptTooLong(InvalidPrompt):
+    """Prompt and output together exceed the longest sequence."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class TooManySequences(Failure):
+    """One request asks for more sequences than the server ever takes at once."""
+
+
+class QueueFull(Failure):
+    """Every place in the waiting queue is taken."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, code="rate_limit_exceeded", retry_after=retry_after)
+
+
+class EngineAway(Failure):
+    """The engine is starting again, or the server is shutting down."""
+
+
+class EngineRestarted(Failure):
+    """The engine ended while the request ran."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, code="engine_restarted", retry_after=retry_after)
+
+
+class RequestFailed(Failure):
+    """The engine gave this one request up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="request_failed")
+
+
+class UnknownSoftPrompt(Failure):
+    """No soft prompt has this name."""
+
+    def __init__(self, name: str) -> None:
+        message = f"the soft prompt {shown(name)} does not exist; GET /v1/soft_prompts lists those that do"
+        super().__init__(message, param="soft_prompt", code="soft_prompt_not_found")
+
+
+class UnusableSoftPrompt(Failure):
+    """The soft prompt is there, but its file is broken."""
+
+
+class SoftPromptOfAnotherModel(UnusableSoftPrompt):
+    """The soft prompt was made for a model other than the one served."""
+
+
+def shown(value: str) -> str:
+    """A client's own word as it may stand in a message: quoted, printable, short."""
+    clipped = value if len(value) <= MAX_ECHO_CHARS else value[:MAX_ECHO_CHARS] + "…"
+    return f"'{printable(clipped)}'"
+
+
+def printable(value: str) -> str:
+    """Neither control characters nor lone surrogates, which pydantic and UTF-8 cannot carry."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
