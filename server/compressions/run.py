@@ -32,7 +32,7 @@ from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, s
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
 from softbatch.scheduler.model.source import ModelError, resolve
 from softbatch.server.compressions.request import CompressionRequest, InputError
-from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.server.compressions.session import CompressionSession, count_tokens, load_tokenizer
 
 DIRECTORY = ".compressions"
 LOCK = "lock"  # in it, of the server that runs the compressions; and in each one's directory
@@ -88,27 +88,27 @@ def run_compression(
     if not resume:
         discard(directory)
     tokens = count_tokens(load_tokenizer(request.choice), request.context, settings.instruction)
-    bench = Workbench.open(
+    session = CompressionSession.open(
         request.choice, tokens, settings.max_answer_tokens, request.max_prompt_bytes, settings.instruction
     )
     try:
-        check_model(bench.spec)
-        _check_same_model(directory, bench.spec)
+        check_model(session.spec)
+        _check_same_model(directory, session.spec)
 
         def report_progress(progress: Progress) -> None:
             if progress.phase not in ANSWERING:
-                bench.release_engine()
+                session.release_engine()
             on_progress(progress)
 
         outcome = Compression(
-            bench.decoder,
-            bench.tokenizer,
+            session.decoder,
+            session.tokenizer,
             request.context,
             settings,
-            bench.generate,
+            session.generate,
             work,
             request.questions,
-            bench.another_prefix(
+            session.another_prefix(
                 PromptStore(Path(request.store), request.max_prompt_bytes), request.context, settings.virtual_tokens
             ),
             report_progress,
@@ -116,12 +116,12 @@ def run_compression(
             opening=time.monotonic() - began,
         ).run(resume)
     finally:
-        bench.release_engine()
+        session.release_engine()
     write_report(outcome.report, directory / "report", request.name)
     for name in DATA:
         if (work / name).exists():
             shutil.copyfile(work / name, directory / "report" / name)
-    prompt = SoftPrompt(_manifest(outcome, request, bench.spec), **outcome.tensors)
+    prompt = SoftPrompt(_manifest(outcome, request, session.spec), **outcome.tensors)
     save(prompt, directory / "soft_prompt.safetensors")
     return Finished(directory / "soft_prompt.safetensors", outcome.report)
 

@@ -40,7 +40,7 @@ def load_tokenizer(choice: ModelChoice) -> Any:
 
 
 @dataclass
-class Workbench:
+class CompressionSession:
     """Several copies of the weights while gold answers are written: the engine's has no gradients, and where kernels
     train, the decoder has one more that is transposed. `release_engine` gives the engine's and its KV cache back."""
 
@@ -58,7 +58,7 @@ class Workbench:
         max_answer_tokens: int,
         max_prompt_bytes: int,
         instruction: str | None = None,
-    ) -> Workbench:
+    ) -> CompressionSession:
         """Raises ModelError, or ValueError for a model that cannot be compressed for."""
         _keep_freed_memory()
         longest = context_tokens + QUESTION_ROOM + max_answer_tokens

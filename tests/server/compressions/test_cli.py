@@ -23,7 +23,7 @@ from softbatch.scheduler.model.attention import cpu
 from softbatch.server.cli.main import main
 from softbatch.server.compressions.local_engine import LocalEngine
 from softbatch.server.compressions.request import ModelChoice, make_settings, read_questions
-from softbatch.server.compressions.session import CPU_KERNELS, Workbench
+from softbatch.server.compressions.session import CPU_KERNELS, CompressionSession
 from tests.conftest import load_reference
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.support.servers import PROJECT, environment, wait_for
@@ -285,7 +285,7 @@ def logprobs(reference, shared: list[int], ids: list[int], prompt) -> list[float
 
 def test_models_are_opened_with_the_kernels_where_they_are(tiny_path: str) -> None:
     for dtype in ("float32", "bfloat16", "float16"):  # the last one's gradients go through torch
-        bench = Workbench.open(ModelChoice(tiny_path, dtype=dtype, device="cpu"), 100, 6, MAX_BYTES)
+        bench = CompressionSession.open(ModelChoice(tiny_path, dtype=dtype, device="cpu"), 100, 6, MAX_BYTES)
         bench.release_engine()
         kernels = bench.decoder.kernels
         assert kernels.attend_without_gradients is (cpu.behind_prefix if cpu.build() else Kernels().attend)

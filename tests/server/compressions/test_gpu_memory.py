@@ -18,7 +18,7 @@ def test_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines")
 
-    monkeypatch.setattr(run.Workbench, "open", no_room)
+    monkeypatch.setattr(run.CompressionSession, "open", no_room)
     request = CompressionRequest(
         name="guide",
         context="A text.",
