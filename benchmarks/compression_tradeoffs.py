@@ -40,8 +40,9 @@ from softbatch.prompt_store.compression.training.hidden_states import (
 from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
+from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice
-from softbatch.server.compressions.session import CompressionSession, count_tokens, load_tokenizer
+from softbatch.server.compressions.session import CompressionSession
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 48
@@ -81,9 +82,9 @@ class Prepared:
 
 def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
     text = (ROOT / "examples" / example / "context.md").read_text()
-    choice = ModelChoice(model)
-    tokens = count_tokens(load_tokenizer(choice), text, None)
-    bench = CompressionSession.open(choice, tokens, ANSWER_TOKENS, MAX_PROMPT_BYTES)
+    files = ModelFiles.open(ModelChoice(model))
+    tokens = files.count_tokens(text, None)
+    bench = CompressionSession.open(files, tokens, ANSWER_TOKENS, MAX_PROMPT_BYTES)
     context = Context(bench.decoder, bench.tokenizer, text, None, ANSWER_TOKENS)
 
     def answered(path: Path, examples: list[Example]) -> list[Example]:
