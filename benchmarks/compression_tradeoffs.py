@@ -29,14 +29,20 @@ from softbatch.prompt_store.compression.data.self_study import template_question
 from softbatch.prompt_store.compression.evaluation.baselines import with_gold
 from softbatch.prompt_store.compression.evaluation.fidelity import position_scores
 from softbatch.prompt_store.compression.frozen.context import Context
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
+from softbatch.prompt_store.compression.training.hidden_states import (
+    Observed,
+    TeacherOutputs,
+    hidden_states_of,
+    without,
+)
 from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
+from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice
-from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.server.compressions.session import CompressionSession
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 48
@@ -49,18 +55,18 @@ MAX_PROMPT_BYTES = 1 << 30
 class Prepared:
     """One context with its training pairs and the teacher's states, and the questions to measure on."""
 
-    bench: Workbench
+    bench: CompressionSession
     context: Context
-    pairs: list[Pair]
+    pairs: list[TrainingPair]
     states: list[Tensor]
-    asked: list[Pair]
+    asked: list[TrainingPair]
     asked_states: list[Tensor]
     no_context_kl: float
-    watched: list[Pair]
+    watched: list[TrainingPair]
     observed: dict[int, list[Observed]]
 
     def closed(self, prefix: Prefix | None) -> dict[str, float]:
-        found = teach(self.bench.decoder, [prefix], self.asked, BATCH).states
+        found = hidden_states_of(self.bench.decoder, [prefix], self.asked, BATCH).states
         scores = position_scores(self.bench.decoder, found, self.asked_states, self.asked)
         return {"kl_closed": 1 - scores.kl / self.no_context_kl, "top1_agreement": scores.top1_agreement}
 
@@ -69,16 +75,16 @@ class Prepared:
         if length not in self.observed:
             self.observed.clear()
             watched = len(self.watched)
-            found = teach(self.bench.decoder, self.context.full, self.watched, BATCH, watched, length)
+            found = hidden_states_of(self.bench.decoder, self.context.full, self.watched, BATCH, watched, length)
             self.observed[length] = found.observed
         return self.observed[length]
 
 
 def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
     text = (ROOT / "examples" / example / "context.md").read_text()
-    choice = ModelChoice(model)
-    tokens = count_tokens(load_tokenizer(choice), text, None)
-    bench = Workbench.open(choice, tokens, ANSWER_TOKENS, MAX_PROMPT_BYTES)
+    files = ModelFiles.open(ModelChoice(model))
+    tokens = files.count_tokens(text, None)
+    bench = CompressionSession.open(files, tokens, ANSWER_TOKENS, MAX_PROMPT_BYTES)
     context = Context(bench.decoder, bench.tokenizer, text, None, ANSWER_TOKENS)
 
     def answered(path: Path, examples: list[Example]) -> list[Example]:
@@ -97,13 +103,15 @@ def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
     bench.release_engine()
     train = spread_first(train, OBSERVED)
     pairs, asked = [context.pair(one) for one in train], [context.pair(one) for one in hand]
-    states, asked_states = (teach(bench.decoder, context.full, which, BATCH).states for which in (pairs, asked))
+    states, asked_states = (
+        hidden_states_of(bench.decoder, context.full, which, BATCH).states for which in (pairs, asked)
+    )
     nothing = context.renderer.without_context()
-    bare = teach(bench.decoder, [bench.decoder.encode(nothing) if nothing else None], asked, BATCH).states
+    bare = hidden_states_of(bench.decoder, [bench.decoder.encode(nothing) if nothing else None], asked, BATCH).states
     no_context = position_scores(bench.decoder, bare, asked_states, asked).kl
     watched = pairs[:OBSERVED]
-    pairs, teaching = without(pairs, Teaching(states, []), surplus_recitations(train))
-    return Prepared(bench, context, pairs, teaching.states, asked, asked_states, no_context, watched, {})
+    pairs, teacher_outputs = without(pairs, TeacherOutputs(states, []), surplus_recitations(train))
+    return Prepared(bench, context, pairs, teacher_outputs.states, asked, asked_states, no_context, watched, {})
 
 
 def measure(prepared: Prepared, kind: str, objective: str, length: int, seconds: float) -> dict[str, Any]:

@@ -22,19 +22,24 @@ from softbatch.prompt_store.compression.data.selection import merge, split, spre
 from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
 from softbatch.prompt_store.compression.evaluation.baselines import measure_baselines, with_gold
 from softbatch.prompt_store.compression.evaluation.evaluation import (
+    Candidate,
     Evaluation,
     Measured,
-    Subject,
     load_measured,
     save_measured,
 )
 from softbatch.prompt_store.compression.evaluation.report import break_even, build_report, thinned, write_report
 from softbatch.prompt_store.compression.frozen.context import Context, sha256_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.compression.training.hidden_states import Observed, Teaching, teach, without
+from softbatch.prompt_store.compression.training.hidden_states import (
+    Observed,
+    TeacherOutputs,
+    hidden_states_of,
+    without,
+)
 from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingResult, TrainingSettings
@@ -162,17 +167,17 @@ class Compression:
         baselines = self._baselines(evaluation)
         if settings.matching_steps:
             training = spread_first(training, self._observed)
-        pairs, teaching = self._teach([context.pair(example) for example in training])
-        student = self._student(teaching)
-        pairs, teaching = without(pairs, teaching, surplus_recitations(training))
+        pairs, teacher = self._teacher_outputs([context.pair(example) for example in training])
+        student = self._student(teacher)
+        pairs, teacher = without(pairs, teacher, surplus_recitations(training))
         # What is still to come is like one baseline, and writing it all down: only that is kept back of the budget.
         reserve = 1.5 * max(measured.seconds for measured in baselines.values()) + 4.0
-        result = self._train(student, pairs, teaching, reserve)
+        result = self._train(student, pairs, teacher, reserve)
         if result.stopped:
             raise Stopped
         self._check_stop()
         began, prefix = self.clock(), student.fixed_prefix()
-        sigma = evaluation.measure(Subject.shared(prefix, len(context.full)))
+        sigma = evaluation.measure(Candidate.shared(prefix, len(context.full)))
         self._report("evaluation", EVALUATION_STEPS - 1, EVALUATION_STEPS, began)
         off_topic = evaluation.off_topic(prefix)
         self._report("evaluation", EVALUATION_STEPS, EVALUATION_STEPS, began)
@@ -245,13 +250,13 @@ class Compression:
         save_measured(found, self.directory / "baselines.json")
         return found
 
-    def _teach(self, pairs: Sequence[Pair]) -> tuple[list[Pair], Teaching]:
+    def _teacher_outputs(self, pairs: Sequence[TrainingPair]) -> tuple[list[TrainingPair], TeacherOutputs]:
         """The teacher's states, on as many pairs as the time share allows: of the observed ones first, then of the
         others in their order. Once training has begun they come from their file: matching is over."""
         settings, began, kept = self.settings, self.clock(), self.directory / "teacher.safetensors"
         states = [state.to(self.decoder.device) for state in load_states(kept)] if kept.exists() else []
         if self._is_training:
-            return list(pairs[: len(states)]), Teaching(states, [])
+            return list(pairs[: len(states)]), TeacherOutputs(states, [])
         watched = min(self._observed, len(pairs)) if settings.matching_steps else 0
         ends = [*range(watched, len(pairs), 16 * TEACHER_BATCH), len(pairs)]
         observed: list[Observed] = []
@@ -261,29 +266,31 @@ class Compression:
                 continue
             part = pairs[start:end]
             watch = len(part) if end <= watched else 0
-            found = teach(self.decoder, self.context.full, part, TEACHER_BATCH, watch, settings.virtual_tokens)
+            found = hidden_states_of(
+                self.decoder, self.context.full, part, TEACHER_BATCH, watch, settings.virtual_tokens
+            )
             observed += found.observed
             if end > len(states):
                 states += found.states
                 save_states(states, kept)
             self._report("teacher", end, len(pairs), began)
             self._check_stop()
-        return list(pairs[: len(states)]), Teaching(states, observed)
+        return list(pairs[: len(states)]), TeacherOutputs(states, observed)
 
     @property
     def _is_training(self) -> bool:
         return (self.directory / "checkpoint" / "state.json").exists()
 
-    def _student(self, teaching: Teaching) -> Student:
+    def _student(self, teacher: TeacherOutputs) -> Student:
         settings, length, began = self.settings, self.settings.virtual_tokens, self.clock()
         if settings.kind == "embeddings":
             student = Student(self.decoder, "embeddings", {"embeddings": self.context.untrained_embeddings(length)})
-        elif teaching.observed:
-            start = selected(self.decoder, self.context.full, teaching.observed, length)
+        elif teacher.observed:
+            start = selected(self.decoder, self.context.full, teacher.observed, length)
             student = Student.from_prefix(self.decoder, start)
         else:
             student = Student.from_prefix(self.decoder, self.context.untrained_kv(length))
-        if not teaching.observed:
+        if not teacher.observed:
             return student
         steps, seconds = settings.matching_steps, None
         if self.budget is not None:
@@ -296,10 +303,12 @@ class Compression:
                 self._check_stop()
 
         matching = MatchingSettings(steps, seconds)
-        fit(student, teaching.observed, matching, self.clock, on_step, self.directory / MATCHING_FILE)
+        fit(student, teacher.observed, matching, self.clock, on_step, self.directory / MATCHING_FILE)
         return student
 
-    def _train(self, student: Student, pairs: Sequence[Pair], teaching: Teaching, reserve: float) -> TrainingResult:
+    def _train(
+        self, student: Student, pairs: Sequence[TrainingPair], teacher: TeacherOutputs, reserve: float
+    ) -> TrainingResult:
         settings = self.settings
         training = TrainingSettings(
             objective=settings.objective,
@@ -310,7 +319,7 @@ class Compression:
             learning_rate=settings.learning_rate,
             seed=settings.seed,
         )
-        trainer = Trainer(student, pairs, teaching.states, training, self.directory / "checkpoint", self.clock)
+        trainer = Trainer(student, pairs, teacher.states, training, self.directory / "checkpoint", self.clock)
         if not trainer.resume():
             trainer.save()
         (self.directory / MATCHING_FILE).unlink(missing_ok=True)
@@ -320,7 +329,7 @@ class Compression:
         return trainer.run(self.on_progress, self._is_stopped)
 
     def _facts(
-        self, tensors: dict[str, Tensor], pairs: Sequence[Pair], result: TrainingResult, prefill_seconds: float
+        self, tensors: dict[str, Tensor], pairs: Sequence[TrainingPair], result: TrainingResult, prefill_seconds: float
     ) -> dict[str, Any]:
         seconds, settings, context = self.opening + self.job.elapsed(), self.settings, self.context
         return {

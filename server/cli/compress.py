@@ -13,32 +13,28 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from softbatch.prompt_store.compression.pipeline import Stopped
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
-from softbatch.scheduler.model.source import ModelError, resolve
+from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table
 from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView, duration
 from softbatch.server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
 from softbatch.server.cli.settings_flags import UsageError, settings_from
+from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
     MAX_CONTEXT_BYTES,
     MIB,
     CompressionRequest,
     InputError,
-    ModelShape,
-    check_length,
-    check_room,
     make_settings,
     read_context,
     read_questions,
 )
 from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
-from softbatch.server.compressions.session import count_tokens, load_tokenizer
 from softbatch.server.settings import Settings
 
 _DESCRIPTION = """
@@ -59,6 +55,18 @@ def add_parser(commands: Any) -> None:
         help=f"a text file (txt, md, …), up to {MAX_CONTEXT_BYTES // MIB} MiB",
     )
     parser.add_argument("--name", required=True, help="what requests will call the soft prompt")
+    _add_settings(parser)
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="where report.html goes (default: in the prompt store)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    add_server_flags(parser, "register at this server instead of in the prompt store")
+    add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """How the soft prompt is learnt."""
     parser.add_argument(
         "--objective",
         default="kl",
@@ -102,13 +110,6 @@ def add_parser(commands: Any) -> None:
         metavar="S",
         help="the same seed and --steps give the same soft prompt",
     )
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="where report.html goes (default: in the prompt store)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
-    add_server_flags(parser, "register at this server instead of in the prompt store")
-    add_model_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -127,80 +128,24 @@ def _fail(message: str) -> int:
 
 
 def _compress(settings: Settings, options: argparse.Namespace) -> int:
-    wanted = make_settings(
-        objective=options.objective,
-        alpha=options.alpha,
-        kind=options.kind,
-        virtual_tokens=options.virtual_tokens,
-        instruction=options.instruction,
-        minutes=options.minutes,
-        steps=options.steps,
-        seed=options.training_seed,
-        max_answer_tokens=options.answer_tokens,
-        model_questions=options.model_questions,
-    )
-    if options.alpha is not None and options.objective != "mixed":
-        raise UsageError(f"--alpha is for --objective mixed; {options.objective} has no use for it")
-    context = read_context(options.context)
-    questions = read_questions(options.questions) if options.questions else ()
-    check_report(options.report)
-
+    request = _request(settings, options)
     disable_progress_bar()
     set_verbosity_error()
-    max_bytes = settings.max_prompt_mib << 20
-    registry: Registry
-    if options.server:
-        registry = RemoteRegistry(Client(options.server, next(iter(settings.api_key), None)))
-    else:
-        registry = LocalRegistry(PromptStore(settings.prompt_store, max_bytes))
+    registry = _registry(settings, options)
     directory = settings.prompt_store / DIRECTORY / options.name
-    if options.name == LOCK:
-        raise UsageError(f"--name: {LOCK} is what a server's own file is called there; choose another one")
-    try:
-        registry.check_free(options.name)
-    except NameTaken:
-        # A run that was killed between registering and clearing up registers the same again, which does no harm.
-        if not (options.resume and find_finished(directory)):
-            raise
-    choice = choice_of(settings)
+    _check_name(registry, options, directory)
     view = ProgressView(Console(stderr=True))
     stop = _StopOnSignal()
     began = time.monotonic()
     try:
-        shape = ModelShape.of(AutoConfig.from_pretrained(resolve(choice.model).path))
-        check_room(directory, shape, wanted, questions, min(max_bytes, registry.max_bytes()))
-        tokenizer = load_tokenizer(choice)
-        tokens = count_tokens(tokenizer, context, wanted.instruction)
-        check_length(tokens, wanted, shape.max_positions)
+        max_bytes = min(request.max_prompt_bytes, registry.max_bytes())
+        prepared = PreparedRun.checked(request, ModelFiles.open(request.choice), directory, max_bytes)
         with locked(directory):
-            if has_work(directory) and not options.resume:
-                raise UsageError(
-                    f"unfinished work for {options.name} lies in {directory}: add --resume to go on with it, or delete "
-                    "the directory to begin anew"
-                )
-            view.note(f"{tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}")
-            longest = wanted.max_answer_tokens
-            cut = sum(len(tokenizer.tokenize(one.output)) > longest for one in questions if one.output)
-            if cut:
-                view.note(f"note: {cut} of your answers are cut after {longest} tokens; --answer-tokens N takes more")
-            request = CompressionRequest(
-                name=options.name,
-                context=context,
-                settings=wanted,
-                questions=questions,
-                choice=choice,
-                store=str(settings.prompt_store),
-                max_prompt_bytes=max_bytes,
-            )
+            _check_no_work(options, directory)
+            _describe(prepared, view)
+            check_model = partial(registry.check_model, options.name)
             with stop:
-                finished = run_compression(
-                    request,
-                    directory,
-                    options.resume,
-                    view,
-                    stop.was_asked,
-                    partial(registry.check_model, options.name),
-                )
+                finished = run_compression(prepared, directory, options.resume, view, stop.was_asked, check_model)
             view.close()
             registry.add(options.name, finished)
             report = directory / "report"
@@ -218,6 +163,74 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
         view.close()
     _print_summary(options, settings, finished.report, report, time.monotonic() - began)
     return 0
+
+
+def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequest:
+    """What the flags ask for. Raises UsageError or InputError."""
+    wanted = make_settings(
+        objective=options.objective,
+        alpha=options.alpha,
+        kind=options.kind,
+        virtual_tokens=options.virtual_tokens,
+        instruction=options.instruction,
+        minutes=options.minutes,
+        steps=options.steps,
+        seed=options.training_seed,
+        max_answer_tokens=options.answer_tokens,
+        model_questions=options.model_questions,
+    )
+    if options.alpha is not None and options.objective != "mixed":
+        raise UsageError(f"--alpha is for --objective mixed; {options.objective} has no use for it")
+    context = read_context(options.context)
+    questions = read_questions(options.questions) if options.questions else ()
+    check_report(options.report)
+    return CompressionRequest(
+        name=options.name,
+        context=context,
+        settings=wanted,
+        questions=questions,
+        choice=choice_of(settings),
+        store=str(settings.prompt_store),
+        max_prompt_bytes=settings.max_prompt_mib << 20,
+    )
+
+
+def _registry(settings: Settings, options: argparse.Namespace) -> Registry:
+    if options.server:
+        return RemoteRegistry(Client(options.server, next(iter(settings.api_key), None)))
+    return LocalRegistry(PromptStore(settings.prompt_store, settings.max_prompt_mib << 20))
+
+
+def _check_name(registry: Registry, options: argparse.Namespace, directory: Path) -> None:
+    """Raises UsageError, SoftPromptError or NameTaken."""
+    if options.name == LOCK:
+        raise UsageError(f"--name: {LOCK} is what a server's own file is called there; choose another one")
+    try:
+        registry.check_free(options.name)
+    except NameTaken:
+        # A run that was killed between registering and clearing up registers the same again, which does no harm.
+        if not (options.resume and find_finished(directory)):
+            raise
+
+
+def _check_no_work(options: argparse.Namespace, directory: Path) -> None:
+    if has_work(directory) and not options.resume:
+        raise UsageError(
+            f"unfinished work for {options.name} lies in {directory}: add --resume to go on with it, or delete "
+            "the directory to begin anew"
+        )
+
+
+def _describe(prepared: PreparedRun, view: ProgressView) -> None:
+    """What the run begins with, and which of the user's answers it will cut."""
+    request, tokenizer = prepared.request, prepared.model.tokenizer
+    wanted, longest = request.settings, request.settings.max_answer_tokens
+    view.note(
+        f"{prepared.context_tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}"
+    )
+    cut = sum(len(tokenizer.tokenize(one.output)) > longest for one in request.questions if one.output)
+    if cut:
+        view.note(f"note: {cut} of your answers are cut after {longest} tokens; --answer-tokens N takes more")
 
 
 class _StopOnSignal:

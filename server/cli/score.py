@@ -25,8 +25,8 @@ from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, 
 from softbatch.server.cli.registry import Client
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.local_engine import LocalEngine
+from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import InputError, read_context
-from softbatch.server.compressions.session import load_tokenizer
 from softbatch.server.schemas.score import MAX_CANDIDATES
 from softbatch.server.settings import Settings
 
@@ -105,10 +105,11 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
     disable_progress_bar()
     set_verbosity_error()
     choice, max_bytes = choice_of(settings), settings.max_prompt_mib << 20
-    tokenizer = load_tokenizer(choice)
+    files = ModelFiles.open(choice)
+    tokenizer = files.tokenizer
     stored = PromptStore(settings.prompt_store, max_bytes).get(options.soft_prompt) if options.soft_prompt else None
     shared = _prompt(tokenizer, options.input, context, stored.manifest.replaces if stored else "nothing")
-    engine = LocalEngine(choice, len(shared), 64, max_bytes)
+    engine = LocalEngine(files, len(shared), 64, max_bytes)
     try:
         ref = None
         if stored is not None:

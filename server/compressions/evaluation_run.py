@@ -11,8 +11,9 @@ from softbatch.prompt_store.compression.evaluation.baselines import evaluate_pro
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice
-from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.server.compressions.session import CompressionSession
 
 LONGEST_ANSWER = CompressionSettings.max_answer_tokens
 
@@ -33,25 +34,26 @@ def evaluate(
     instruction, longest = training.get("instruction"), training.get("max_answer_tokens")
     instruction = instruction if isinstance(instruction, str) else None
     longest = longest if isinstance(longest, int) and 4 <= longest <= 4096 else LONGEST_ANSWER
-    tokens = count_tokens(load_tokenizer(choice), context, instruction)
-    bench = Workbench.open(choice, tokens, longest, store.max_bytes, instruction)
+    files = ModelFiles.open(choice)
+    tokens = files.count_tokens(context, instruction)
+    session = CompressionSession.open(files, tokens, longest, store.max_bytes, instruction)
     try:
-        check_fits(prompt, bench.spec)
+        check_fits(prompt, session.spec)
         report = evaluate_prompt(
-            bench.decoder,
-            bench.tokenizer,
+            session.decoder,
+            session.tokenizer,
             manifest.kind,
             prompt.tensors,
             context,
             questions,
-            bench.generate,
+            session.generate,
             instruction,
             longest,
             free_answers=len(questions),
-            wrong_prefix=bench.another_prefix(store, context, manifest.num_virtual_tokens, besides=name),
+            wrong_prefix=session.another_prefix(store, context, manifest.num_virtual_tokens, besides=name),
             replaces=manifest.replaces,
             on_progress=on_progress,
         )
     finally:
-        bench.release_engine()
+        session.release_engine()
     return report | {"seconds": manifest.fidelity.get("seconds"), "objective": manifest.objective}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from transformers import AutoConfig
-
 from softbatch.scheduler.engine.engine import Engine, build_engine
-from softbatch.scheduler.model.source import resolve
 from softbatch.scheduler.protocol import AddRequest, EngineConfig, Ready, SamplingParams, SoftPromptRef
-from softbatch.server.compressions.request import ModelChoice, ModelShape
+from softbatch.server.compressions.prepare import ModelFiles
 
 SLOTS = 64
 # What a question and the marks around it usually take; longer ones are preempted and come back.
@@ -25,8 +22,8 @@ class LocalEngine:
     The KV cache is as large as `longest` tokens and a full batch of answers need. Raises ModelError.
     """
 
-    def __init__(self, choice: ModelChoice, longest: int, max_answer_tokens: int, max_prompt_bytes: int) -> None:
-        shape = ModelShape.of(AutoConfig.from_pretrained(resolve(choice.model).path))
+    def __init__(self, files: ModelFiles, longest: int, max_answer_tokens: int, max_prompt_bytes: int) -> None:
+        choice = files.choice
         tokens = longest + SLOTS * (QUESTION_TOKENS + max_answer_tokens) + 2 * BLOCK_SIZE
         config = EngineConfig(
             model=choice.model,
@@ -35,7 +32,7 @@ class LocalEngine:
             device=choice.device,
             max_batch_size=SLOTS,
             max_batch_tokens=STEP_TOKENS,
-            kv_cache_gib=WIDEST_BYTES * shape.elements_per_token * tokens / 2**30,
+            kv_cache_gib=WIDEST_BYTES * files.shape.elements_per_token * tokens / 2**30,
             block_size=BLOCK_SIZE,
             max_prompt_bytes=max_prompt_bytes,
         )

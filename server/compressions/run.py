@@ -30,9 +30,10 @@ from softbatch.prompt_store.compression.work_directory import seconds_spent
 from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
-from softbatch.scheduler.model.source import ModelError, resolve
+from softbatch.scheduler.model.source import ModelError
+from softbatch.server.compressions.prepare import PreparedRun
 from softbatch.server.compressions.request import CompressionRequest, InputError
-from softbatch.server.compressions.session import Workbench, count_tokens, load_tokenizer
+from softbatch.server.compressions.session import CompressionSession
 
 DIRECTORY = ".compressions"
 LOCK = "lock"  # in it, of the server that runs the compressions; and in each one's directory
@@ -64,7 +65,7 @@ def _told_when_memory_is_short() -> Iterator[None]:
 
 @_told_when_memory_is_short()
 def run_compression(
-    request: CompressionRequest,
+    prepared: PreparedRun,
     directory: Path,
     resume: bool,
     on_progress: Callable[[Progress], None],
@@ -78,37 +79,41 @@ def run_compression(
     began = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
     finished = find_finished(directory)
-    work, settings = directory / "work", request.settings
+    request, work = prepared.request, directory / "work"
+    settings = request.settings
     if resume and finished is not None:
         seconds_spent(work, identity_of(settings, request.context, request.questions))
         made_for = read_manifest(finished.prompt, request.max_prompt_bytes).model.name
-        if made_for != (request.choice.served_model_name or resolve(request.choice.model).name):
+        if made_for != prepared.model.name:
             raise InputError("model", f"this compression was made with {made_for}; resume it with that model")
         return finished
     if not resume:
         discard(directory)
-    tokens = count_tokens(load_tokenizer(request.choice), request.context, settings.instruction)
-    bench = Workbench.open(
-        request.choice, tokens, settings.max_answer_tokens, request.max_prompt_bytes, settings.instruction
+    session = CompressionSession.open(
+        prepared.model,
+        prepared.context_tokens,
+        settings.max_answer_tokens,
+        request.max_prompt_bytes,
+        settings.instruction,
     )
     try:
-        check_model(bench.spec)
-        _check_same_model(directory, bench.spec)
+        check_model(session.spec)
+        _check_same_model(directory, session.spec)
 
         def report_progress(progress: Progress) -> None:
             if progress.phase not in ANSWERING:
-                bench.release_engine()
+                session.release_engine()
             on_progress(progress)
 
         outcome = Compression(
-            bench.decoder,
-            bench.tokenizer,
+            session.decoder,
+            session.tokenizer,
             request.context,
             settings,
-            bench.generate,
+            session.generate,
             work,
             request.questions,
-            bench.another_prefix(
+            session.another_prefix(
                 PromptStore(Path(request.store), request.max_prompt_bytes), request.context, settings.virtual_tokens
             ),
             report_progress,
@@ -116,12 +121,18 @@ def run_compression(
             opening=time.monotonic() - began,
         ).run(resume)
     finally:
-        bench.release_engine()
+        session.release_engine()
+    return _keep(outcome, request, session.spec, directory)
+
+
+def _keep(outcome: Outcome, request: CompressionRequest, spec: ModelSpec, directory: Path) -> Finished:
+    """The soft prompt last: with it the run is over."""
+    work = directory / "work"
     write_report(outcome.report, directory / "report", request.name)
     for name in DATA:
         if (work / name).exists():
             shutil.copyfile(work / name, directory / "report" / name)
-    prompt = SoftPrompt(_manifest(outcome, request, bench.spec), **outcome.tensors)
+    prompt = SoftPrompt(_manifest(outcome, request, spec), **outcome.tensors)
     save(prompt, directory / "soft_prompt.safetensors")
     return Finished(directory / "soft_prompt.safetensors", outcome.report)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from softbatch.prompt_store.compression.frozen.context import QUESTION_ROOM, sha256_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
@@ -22,9 +21,8 @@ from softbatch.scheduler.model.cpu.build import is_loaded
 from softbatch.scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
 from softbatch.scheduler.model.cpu.training import behind_prefix_with_gradients, kernels_of
 from softbatch.scheduler.model.loader import DTYPES, load_transformers
-from softbatch.scheduler.model.source import resolve
 from softbatch.server.compressions.local_engine import LocalEngine
-from softbatch.server.compressions.request import ModelChoice
+from softbatch.server.compressions.prepare import ModelFiles
 
 CPU_KERNELS = Kernels(
     attend=behind_prefix_with_gradients, attend_without_gradients=cpu.behind_prefix, of_model=kernels_of
@@ -34,13 +32,8 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
-def load_tokenizer(choice: ModelChoice) -> Any:
-    """Raises ModelError."""
-    return AutoTokenizer.from_pretrained(resolve(choice.model).path)
-
-
 @dataclass
-class Workbench:
+class CompressionSession:
     """Several copies of the weights while gold answers are written: the engine's has no gradients, and where kernels
     train, the decoder has one more that is transposed. `release_engine` gives the engine's and its KV cache back."""
 
@@ -53,18 +46,18 @@ class Workbench:
     @classmethod
     def open(
         cls,
-        choice: ModelChoice,
+        files: ModelFiles,
         context_tokens: int,
         max_answer_tokens: int,
         max_prompt_bytes: int,
         instruction: str | None = None,
-    ) -> Workbench:
+    ) -> CompressionSession:
         """Raises ModelError, or ValueError for a model that cannot be compressed for."""
         _keep_freed_memory()
         longest = context_tokens + QUESTION_ROOM + max_answer_tokens
-        engine = LocalEngine(choice, longest, max_answer_tokens, max_prompt_bytes)
+        engine = LocalEngine(files, longest, max_answer_tokens, max_prompt_bytes)
         info = engine.ready.model
-        model, tokenizer = load_transformers(resolve(choice.model), DTYPES[info.dtype], torch.device(info.device))
+        model, tokenizer = load_transformers(files.source, DTYPES[info.dtype], torch.device(info.device))
         model.set_attn_implementation("eager")  # ours needs a KV cache; the decoder puts its own in its place
         decoder = Decoder(model, info.device, _kernels(info.device, model.dtype))
         return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
@@ -125,8 +118,3 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def count_tokens(tokenizer: Any, context: str, instruction: str | None) -> int:
-    """Length of the turn that a soft prompt of this context stands for. Raises TemplateError."""
-    return len(Renderer(tokenizer, instruction).context(context))

@@ -74,6 +74,7 @@ def _run(directory: Path, report: Reporter) -> WorkerMessage:
     import torch
 
     from softbatch.prompt_store.compression.progress import Progress
+    from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
     from softbatch.server.compressions.run import locked, run_compression, summary
 
     # One processor stays free for serving.
@@ -85,7 +86,8 @@ def _run(directory: Path, report: Reporter) -> WorkerMessage:
 
     # A worker of a server that was killed may still be on its way out.
     with locked(directory, wait=True):
-        finished = run_compression(request, directory, True, on_progress, lambda: False)
+        prepared = PreparedRun.of(request, ModelFiles.open(request.choice))
+        finished = run_compression(prepared, directory, True, on_progress, lambda: False)
     return DoneMessage(summary(finished.report))
 
 

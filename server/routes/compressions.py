@@ -12,15 +12,13 @@ from transformers import AutoConfig
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.template import TemplateError, context_turn
+from softbatch.server.compressions.prepare import check_compression
 from softbatch.server.compressions.record import Job
 from softbatch.server.compressions.request import (
     CompressionRequest,
     InputError,
     ModelChoice,
     ModelShape,
-    check_context,
-    check_length,
-    check_room,
     make_settings,
 )
 from softbatch.server.failures import shown
@@ -119,7 +117,6 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         services.store.check_free(body.name)
     except SoftPromptError as error:
         raise InputError("name", str(error), code=error.code) from error
-    check_context(body.context)
     wanted = make_settings(
         objective=body.objective,
         alpha=body.alpha,
@@ -132,20 +129,12 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         max_answer_tokens=body.answer_tokens,
         model_questions=body.model_questions,
     )
-    for index, question in enumerate(body.questions):
-        for field in ("input", "output"):
-            if getattr(question, field) is not None and not getattr(question, field).strip():
-                raise InputError(f"questions.{index}.{field}", f"questions.{index}.{field}: it must not be blank")
     max_bytes = settings.max_prompt_mib << 20
     model = engine_info(services).model
     # Its window is the model's own, which --max-model-len may cut short for requests.
     shape = ModelShape.of(AutoConfig.from_pretrained(model.tokenizer_path))
     questions = tuple(Example(question.input, question.output) for question in body.questions)
-    check_room(settings.prompt_store, shape, wanted, questions, max_bytes)
-    turn = context_turn(services.text.tokenizer, body.context, wanted.instruction)
-    tokens = len(services.text.backend.encode(turn, add_special_tokens=False).ids)
-    check_length(tokens, wanted, shape.max_positions)
-    return CompressionRequest(
+    request = CompressionRequest(
         name=body.name,
         context=body.context,
         settings=wanted,
@@ -154,6 +143,13 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         store=str(settings.prompt_store),
         max_prompt_bytes=max_bytes,
     )
+
+    def count_tokens() -> int:
+        turn = context_turn(services.text.tokenizer, request.context, wanted.instruction)
+        return len(services.text.backend.encode(turn, add_special_tokens=False).ids)
+
+    check_compression(request, shape, count_tokens, settings.prompt_store, max_bytes)
+    return request
 
 
 def _object(job: Job) -> CompressionJob:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.data.examples import Example, Generate
 from softbatch.prompt_store.compression.data.selection import usable
-from softbatch.prompt_store.compression.evaluation.evaluation import Evaluation, Measured, Subject
+from softbatch.prompt_store.compression.evaluation.evaluation import Candidate, Evaluation, Measured
 from softbatch.prompt_store.compression.evaluation.report import build_report
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
@@ -92,7 +92,7 @@ def evaluate_prompt(
     baselines = measure_baselines(evaluation, view, kind, prefix.length, wrong_prefix, on_done)
     usual = view.renderer.without_context()
     before = decoder.encode(usual, prefix) if replaces == "nothing" and usual else prefix
-    sigma = evaluation.measure(Subject.shared(before, len(view.full)))
+    sigma = evaluation.measure(Candidate.shared(before, len(view.full)))
     on_done("soft_prompt")
     facts = {
         "compression_ratio": round(view.num_tokens / prefix.length, 3),

@@ -22,10 +22,10 @@ from softbatch.prompt_store.compression.evaluation.fidelity import (
 )
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment
-from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 
 BASELINES = ("no_context", "truncated", "untrained", "wrong_prompt", "full_context")
 OFF_TOPIC = (
@@ -42,13 +42,13 @@ _OFF_TOPIC_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """Something to be measured: per group of questions the prefix that stands before the user turn."""
 
     prefixes: tuple[Prefix | None, ...]
 
     @classmethod
-    def shared(cls, prefix: Prefix | None, groups: int) -> Subject:
+    def shared(cls, prefix: Prefix | None, groups: int) -> Candidate:
         return cls((prefix,) * groups)
 
 
@@ -84,27 +84,27 @@ class Evaluation:
         self.decoder, self.renderer = decoder, renderer
         self.examples = list(examples)
         self.pairs = [renderer.pair(example, segments, max_answer_tokens) for example in examples]
-        self.full = Subject(tuple(full))
+        self.full = Candidate(tuple(full))
         self.max_answer_tokens, self.clock = max_answer_tokens, clock
         count = min(free, len(self.pairs))
         self.free = [index * len(self.pairs) // count for index in range(count)] if count else []
-        self.teacher: list[Tensor] = teach(decoder, list(full), self.pairs).states
-        self.nothing = self._prefix_of(renderer.without_context())
+        self.teacher: list[Tensor] = hidden_states_of(decoder, list(full), self.pairs).states
+        self.no_context = self._prefix_of(renderer.without_context())
 
     def _prefix_of(self, ids: Sequence[int]) -> Prefix | None:
         return self.decoder.encode(ids) if ids else None
 
-    def measure(self, subject: Subject, freely: bool = True) -> Measured:
+    def measure(self, candidate: Candidate, freely: bool = True) -> Measured:
         """Without free answers where they are not wanted `freely`."""
         began = self.clock()
-        states = teach(self.decoder, subject.prefixes, self.pairs).states
+        states = hidden_states_of(self.decoder, candidate.prefixes, self.pairs).states
         table = position_table(self.decoder, states, self.teacher, self.pairs)
         scores = scores_of(table)
         kl = [float(part.mean()) for part in torch.split(table[0], [len(pair.answer) for pair in self.pairs])]
         answers = [""] * len(self.free)
         if not (freely and self.free):
             return Measured(scores, kl, answers, self.clock() - began)
-        for group, prefix in enumerate(subject.prefixes):
+        for group, prefix in enumerate(candidate.prefixes):
             mine = [at for at, index in enumerate(self.free) if self.pairs[index].group == group]
             prompts = [list(self.pairs[self.free[at]].prompt) for at in mine]
             found = greedy(self.decoder, prefix, prompts, self.max_answer_tokens, self.renderer.stop_ids)
@@ -125,16 +125,16 @@ class Evaluation:
         """The model without context, with all of it, and every baseline at σ's length; these answer freely only while
         it is not late."""
         groups = len(self.full.prefixes)
-        subjects = {
-            "no_context": Subject.shared(self.nothing, groups),
+        candidates = {
+            "no_context": Candidate.shared(self.no_context, groups),
             "full_context": self.full,
-            "truncated": Subject.shared(truncated, groups),
-            "untrained": Subject.shared(untrained, groups),
-            "wrong_prompt": Subject.shared(wrong, groups),
+            "truncated": Candidate.shared(truncated, groups),
+            "untrained": Candidate.shared(untrained, groups),
+            "wrong_prompt": Candidate.shared(wrong, groups),
         }
         found: dict[str, Measured] = {}
-        for name, subject in subjects.items():
-            found[name] = self.measure(subject, len(found) < 2 or not is_late())
+        for name, candidate in candidates.items():
+            found[name] = self.measure(candidate, len(found) < 2 or not is_late())
             if on_done is not None:
                 on_done(name)
         # Looked at here, before training: what follows training is then as short as one baseline.
@@ -142,20 +142,20 @@ class Evaluation:
         return {name: found[name] for name in BASELINES}
 
     @cached_property
-    def _off_topic(self) -> tuple[list[Pair], list[Tensor], Scores]:
+    def _off_topic(self) -> tuple[list[TrainingPair], list[Tensor], Scores]:
         """The off-topic pairs, the states on them without any context, and the full context's scores."""
         prompts = [self.renderer.question(question) for question in OFF_TOPIC]
-        gold = greedy(self.decoder, self.nothing, prompts, _OFF_TOPIC_TOKENS, self.renderer.stop_ids)
-        pairs = [Pair(tuple(p), tuple(a)) for p, a in zip(prompts, gold, strict=True)]
-        reference = teach(self.decoder, [self.nothing], pairs).states
-        full = teach(self.decoder, [self.full.prefixes[0]], pairs).states
+        gold = greedy(self.decoder, self.no_context, prompts, _OFF_TOPIC_TOKENS, self.renderer.stop_ids)
+        pairs = [TrainingPair(tuple(p), tuple(a)) for p, a in zip(prompts, gold, strict=True)]
+        reference = hidden_states_of(self.decoder, [self.no_context], pairs).states
+        full = hidden_states_of(self.decoder, [self.full.prefixes[0]], pairs).states
         return pairs, reference, position_scores(self.decoder, full, reference, pairs)
 
     def off_topic(self, sigma: Prefix) -> dict[str, float]:
         """What σ does to questions that have nothing to do with its context: KL and top-1 agreement with the model
         without any context, for σ and, to compare with, for the full context (its first segment)."""
         pairs, reference, full = self._off_topic
-        states = teach(self.decoder, [sigma], pairs).states
+        states = hidden_states_of(self.decoder, [sigma], pairs).states
         mine = position_scores(self.decoder, states, reference, pairs)
         return {
             "kl": round(mine.kl, 6),

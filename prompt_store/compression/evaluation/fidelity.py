@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.objectives import kl, nll
 
 RANKED = 20
@@ -52,7 +52,7 @@ class Scores:
 
 
 def position_scores(
-    decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[Pair]
+    decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[TrainingPair]
 ) -> Scores:
     """Compare last hidden states pair by pair with the teacher's; exact over the vocabulary."""
     return scores_of(position_table(decoder, states, teacher, pairs))
@@ -67,7 +67,7 @@ def scores_of(table: Tensor) -> Scores:
 
 @torch.inference_mode()
 def position_table(
-    decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[Pair]
+    decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[TrainingPair]
 ) -> Tensor:
     """[6, answer positions]: KL, top-1 agreement, top-5 overlap, rank correlation, entropy gap, gold NLL."""
     columns: list[Tensor] = []

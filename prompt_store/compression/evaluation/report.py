@@ -24,11 +24,11 @@ def build_report(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """report.json: σ's scores at the top level, the baselines' under `baselines`, then `facts` of the run."""
-    nothing = baselines["no_context"].scores
-    report: dict[str, Any] = dict(sigma.scores.closed_against(nothing).as_dict())
+    no_context = baselines["no_context"].scores
+    report: dict[str, Any] = dict(sigma.scores.closed_against(no_context).as_dict())
     report |= facts
     report["baselines"] = {
-        name: measured.scores.closed_against(nothing).as_dict() for name, measured in baselines.items()
+        name: measured.scores.closed_against(no_context).as_dict() for name, measured in baselines.items()
     }
     report["by_kind"] = _by(lambda example: example.kind, evaluation, sigma, baselines)
     report["by_place"] = _by(_quarter, evaluation, sigma, baselines)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.data.examples import Example, Generate, words_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment, group_of
 from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix, truncated_ids
@@ -123,7 +123,7 @@ class Context:
 
         return [placed(example) for example in examples]
 
-    def pair(self, example: Example) -> Pair:
+    def pair(self, example: Example) -> TrainingPair:
         return self.renderer.pair(example, self.segments, self.max_answer_tokens)
 
     def ask(self, examples: Sequence[Example], max_tokens: int, generate: Generate) -> list[list[int]]:

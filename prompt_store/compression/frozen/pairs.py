@@ -15,7 +15,7 @@ from softbatch.prompt_store.compression.frozen.prefix import Prefix
 
 
 @dataclass(frozen=True)
-class Pair:
+class TrainingPair:
     """The user turn as tokens, up to where the answer begins, and the gold answer with its stop token.
 
     `group` names what the pair's teacher saw: pairs of one group share one teacher prefix.
@@ -42,7 +42,7 @@ class Batch:
     gold: Tensor
 
 
-def collate(pairs: Sequence[Pair], indices: Sequence[int], device: torch.device) -> Batch:
+def collate(pairs: Sequence[TrainingPair], indices: Sequence[int], device: torch.device) -> Batch:
     """Raises ValueError for a pair without prompt or answer: it has nothing to predict."""
     ids: list[list[int]] = []
     rows: list[int] = []
@@ -65,7 +65,7 @@ def answer_states(decoder: Decoder, prefix: Prefix | None, batch: Batch) -> Tens
     return decoder.forward(decoder.embed(batch.ids), prefix)[batch.rows, batch.columns]
 
 
-def epoch_batches(pairs: Sequence[Pair], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(pairs: Sequence[TrainingPair], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Every pair once, in batches of similar length, in an order that (seed, epoch) alone decides."""
     rng = random.Random(f"{seed}:{epoch}")
     order = list(range(len(pairs)))
@@ -79,7 +79,7 @@ def epoch_batches(pairs: Sequence[Pair], batch_size: int, seed: int, epoch: int)
     return batches
 
 
-def batches_from(pairs: Sequence[Pair], batch_size: int, seed: int, step: int) -> Iterator[list[int]]:
+def batches_from(pairs: Sequence[TrainingPair], batch_size: int, seed: int, step: int) -> Iterator[list[int]]:
     """The endless run of batches from `step` on: what a resumed training goes on with."""
     epoch, offset = divmod(step, len(epoch_batches(pairs, batch_size, seed, 0)))
     while True:

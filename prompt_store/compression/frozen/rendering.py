@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softbatch.prompt_store.compression.data.examples import Example
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.template import context_turn, render_chat
 
 
@@ -88,7 +88,7 @@ class Renderer:
             found.append(Segment(tuple(ids), end / len(context)))
         return found
 
-    def pair(self, example: Example, segments: Sequence[Segment], max_answer_tokens: int) -> Pair:
+    def pair(self, example: Example, segments: Sequence[Segment], max_answer_tokens: int) -> TrainingPair:
         """The tokens of an answered example; its teacher is the segment that holds its position."""
         if example.output is None:
             raise ValueError("the example has no gold answer")
@@ -96,7 +96,7 @@ class Renderer:
         stop = self.tokenizer.eos_token_id
         if not example.cut and len(answer) < max_answer_tokens and stop is not None:
             answer.append(stop)
-        return Pair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments))
+        return TrainingPair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments))
 
     def answer(self, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> tuple[str, bool]:
         """(text, was it cut at `max_tokens`) of generated tokens, with or without their stop token."""

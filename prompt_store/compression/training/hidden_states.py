@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import Batch, Pair, collate
+from softbatch.prompt_store.compression.frozen.pairs import Batch, TrainingPair, collate
 from softbatch.prompt_store.compression.frozen.prefix import LayerTrace, Prefix
 from softbatch.prompt_store.compression.frozen.untrained_start import moved
 
@@ -36,7 +36,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Teaching:
+class TeacherOutputs:
     """`states[i]` [len(answer_i), hidden] for pair i, and the observed batches."""
 
     states: list[Tensor]
@@ -44,15 +44,15 @@ class Teaching:
 
 
 @torch.no_grad()
-def teach(
+def hidden_states_of(
     decoder: Decoder,
     prefixes: Sequence[Prefix | None],
-    pairs: Sequence[Pair],
+    pairs: Sequence[TrainingPair],
     batch_size: int = 8,
     observe: int = 0,
     virtual_tokens: int = 0,
     on_batch: Callable[[int], None] | None = None,
-) -> Teaching:
+) -> TeacherOutputs:
     """Run every pair behind the prefix of its group; about `observe` of them with their attention kept.
 
     Also the way to run any prefix over pairs: with one prefix and one group this is plain evaluation.
@@ -81,20 +81,22 @@ def teach(
             observed.append(_observed(decoder, traces, batch, pairs, shift))
         if on_batch is not None:
             on_batch(len(indices))
-    return Teaching(states, observed)
+    return TeacherOutputs(states, observed)
 
 
-def without(pairs: Sequence[Pair], teaching: Teaching, dropped: Sequence[int]) -> tuple[list[Pair], Teaching]:
+def without(
+    pairs: Sequence[TrainingPair], teacher: TeacherOutputs, dropped: Sequence[int]
+) -> tuple[list[TrainingPair], TeacherOutputs]:
     """The pairs and their states but for the dropped indices; nothing observed is kept."""
     kept = [index for index in range(len(pairs)) if index not in set(dropped)]
-    return [pairs[index] for index in kept], Teaching([teaching.states[index] for index in kept], [])
+    return [pairs[index] for index in kept], TeacherOutputs([teacher.states[index] for index in kept], [])
 
 
 def _collector(traces: list[LayerTrace]) -> Callable[[int, LayerTrace], None]:
     return lambda _, trace: traces.append(trace)
 
 
-def _same_group(order: Sequence[int], pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
+def _same_group(order: Sequence[int], pairs: Sequence[TrainingPair], batch_size: int) -> list[list[int]]:
     batches: list[list[int]] = []
     for index in order:
         full = not batches or len(batches[-1]) == batch_size
@@ -105,7 +107,7 @@ def _same_group(order: Sequence[int], pairs: Sequence[Pair], batch_size: int) ->
 
 
 def _observed(
-    decoder: Decoder, traces: Sequence[LayerTrace], batch: Batch, pairs: Sequence[Pair], shift: int
+    decoder: Decoder, traces: Sequence[LayerTrace], batch: Batch, pairs: Sequence[TrainingPair], shift: int
 ) -> Observed:
     lengths = torch.tensor([pairs[index].length for index in batch.indices], device=decoder.device)
     valid = torch.arange(batch.ids.shape[1], device=decoder.device)[None] < lengths[:, None]

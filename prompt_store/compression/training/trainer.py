@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softbatch.prompt_store.atomic_files import replace_file
-from softbatch.prompt_store.compression.frozen.pairs import Pair, answer_states, batches_from, collate
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, answer_states, batches_from, collate
 from softbatch.prompt_store.compression.objectives import weight_of_nll
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
@@ -85,7 +85,7 @@ class Trainer:
     def __init__(
         self,
         student: Student,
-        pairs: Sequence[Pair],
+        pairs: Sequence[TrainingPair],
         teacher: Sequence[Tensor] | None,
         settings: TrainingSettings,
         checkpoint: Path | None = None,

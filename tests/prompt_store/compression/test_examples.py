@@ -13,9 +13,9 @@ from softbatch.prompt_store.compression.evaluation.fidelity import position_scor
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.scheduler.model.loader import spec_of
 from tests.conftest import Reference
@@ -43,11 +43,11 @@ def test_the_shipped_soft_prompt_stands_for_its_context(smollm2: Reference) -> N
     asked = load_jsonl(EXAMPLES / "manual" / "questions.jsonl")[::5]
     questions = [tuple(context.renderer.question(one.input)) for one in asked]
     answers = greedy(decoder, context.full[0], questions, 16, context.renderer.stop_ids)
-    pairs = [Pair(z, tuple(y)) for z, y in zip(questions, answers, strict=True)]
-    teacher = teach(decoder, context.full, pairs).states
+    pairs = [TrainingPair(z, tuple(y)) for z, y in zip(questions, answers, strict=True)]
+    teacher = hidden_states_of(decoder, context.full, pairs).states
 
     def kl(prefix: Prefix | None) -> float:
-        return position_scores(decoder, teach(decoder, [prefix], pairs).states, teacher, pairs).kl
+        return position_scores(decoder, hidden_states_of(decoder, [prefix], pairs).states, teacher, pairs).kl
 
     tensors = prompt.tensors
     sigma = kl(Prefix(tensors["keys"], tensors["values"]))

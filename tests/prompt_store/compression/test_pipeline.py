@@ -21,7 +21,7 @@ from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.report import break_even, thinned
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer, group_of
 from softbatch.prompt_store.compression.pipeline import Compression, Stopped
@@ -338,7 +338,7 @@ def test_training_and_serving_render_the_same(llama: Reference) -> None:
 def test_scores_of_known_distributions(llama: Reference) -> None:
     decoder = Decoder(copy.deepcopy(llama.model))
     states = torch.randn(3, decoder.geometry.hidden)
-    pair = Pair((5,), (7, 8, 9))
+    pair = TrainingPair((5,), (7, 8, 9))
     same = position_scores(decoder, [states], [states], [pair])
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.top1_agreement == same.top5_overlap == 1

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import Pair, answer_states, collate
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, answer_states, collate
 from softbatch.prompt_store.compression.frozen.prefix import Prefix, attend
 from softbatch.prompt_store.compression.frozen.untrained_start import (
     chosen_positions,
@@ -23,7 +23,7 @@ from softbatch.prompt_store.compression.frozen.untrained_start import (
     truncated_ids,
 )
 from softbatch.prompt_store.compression.objectives import objective_from_hidden
-from softbatch.prompt_store.compression.training.hidden_states import Observed, teach
+from softbatch.prompt_store.compression.training.hidden_states import Observed, hidden_states_of
 from softbatch.prompt_store.compression.training.matching import (
     LayerView,
     MatchingSettings,
@@ -42,10 +42,10 @@ from softbatch.server.compressions.session import CPU_KERNELS
 from tests.conftest import Reference
 
 PAIRS = [
-    Pair((5, 6, 7), (8, 9, 10, 11)),
-    Pair((15, 16, 17, 18, 19), (21, 2)),
-    Pair((31,), (32, 33, 34, 35, 36, 37)),
-    Pair((41, 42), (43,)),
+    TrainingPair((5, 6, 7), (8, 9, 10, 11)),
+    TrainingPair((15, 16, 17, 18, 19), (21, 2)),
+    TrainingPair((31,), (32, 33, 34, 35, 36, 37)),
+    TrainingPair((41, 42), (43,)),
 ]
 
 
@@ -79,7 +79,7 @@ def random_prefix(decoder: Decoder, length: int, seed: int = 0) -> Prefix:
     return Prefix(*(torch.randn(size, generator=generator, dtype=decoder.dtype) for _ in range(2)))
 
 
-def plain_logits(model: Any, pair: Pair, sigma: dict[str, torch.Tensor]) -> torch.Tensor:
+def plain_logits(model: Any, pair: TrainingPair, sigma: dict[str, torch.Tensor]) -> torch.Tensor:
     """Answer logits by transformers alone, one row, no padding."""
     ids = torch.tensor([[*pair.prompt, *pair.answer[:-1]]])
     if "embeddings" in sigma:
@@ -117,7 +117,7 @@ def test_student_equals_plain_transformers(tiny: Reference, kind: Any, attention
         else {"embeddings": torch.randn(6, decoder.geometry.hidden) * 0.3}
     )
     student = Student(decoder, kind, sigma)
-    states = teach(decoder, [student.fixed_prefix()], PAIRS, batch_size=4).states
+    states = hidden_states_of(decoder, [student.fixed_prefix()], PAIRS, batch_size=4).states
     with torch.no_grad():
         for pair, found in zip(PAIRS, states, strict=True):
             expected = plain_logits(tiny.model, pair, sigma)
@@ -132,7 +132,7 @@ def test_student_equals_plain_transformers(tiny: Reference, kind: Any, attention
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_gradient_of_sigma_against_finite_differences(kind: Any, alpha: float) -> None:
     decoder = double_llama()
-    teacher = teach(decoder, [random_prefix(decoder, 9, 1)], PAIRS).states
+    teacher = hidden_states_of(decoder, [random_prefix(decoder, 9, 1)], PAIRS).states
     prefix = random_prefix(decoder, 3)
     sigma = (
         {"keys": prefix.keys, "values": prefix.values}
@@ -172,7 +172,7 @@ def test_gradients_through_the_kernels_are_those_of_autograd(llama: Reference, k
     plain, fast = decoder_of(llama), Decoder(copy.deepcopy(llama.model), kernels=CPU_KERNELS)
     assert isinstance(fast._model_kernels, CpuModelKernels)
     full = random_prefix(plain, 9, 1)
-    teaching = teach(plain, [full], PAIRS, 4, observe=4, virtual_tokens=5)
+    teacher_outputs = hidden_states_of(plain, [full], PAIRS, 4, observe=4, virtual_tokens=5)
     prefix = random_prefix(plain, 5)
     sigma = (
         {"keys": prefix.keys, "values": prefix.values}
@@ -184,13 +184,13 @@ def test_gradients_through_the_kernels_are_those_of_autograd(llama: Reference, k
         student = Student(decoder, kind, sigma)
         batch = collate(PAIRS, [0, 1, 2, 3], decoder.device)
         loss = decoder.objective(
-            answer_states(decoder, student.prefix(), batch), torch.cat(teaching.states), batch.gold, alpha
+            answer_states(decoder, student.prefix(), batch), torch.cat(teacher_outputs.states), batch.gold, alpha
         )
         loss.backward()
         gradients = [part.grad.clone() for part in student.trainable.values() if part.grad is not None]
         for part in student.trainable.values():
             part.grad = None
-        error = _fill_gradients(teaching.observed[0], student)
+        error = _fill_gradients(teacher_outputs.observed[0], student)
         gradients += [part.grad for part in student.trainable.values() if part.grad is not None]
         assert len(gradients) == 2 * len(student.trainable)
         found.append((loss.item(), error, gradients))
@@ -207,17 +207,20 @@ def test_bfloat16_is_near_float32_far_from_the_beginning(llama: Reference) -> No
     model, _ = load_transformers(resolve(llama.path), torch.bfloat16, torch.device("cpu"))
     model.set_attn_implementation("eager")
     ids = torch.randint(1000, (1500,), generator=torch.Generator().manual_seed(1)).tolist()
-    pairs = [Pair((index,), (5, 6, 7, 8)) for index in range(8)]
+    pairs = [TrainingPair((index,), (5, 6, 7, 8)) for index in range(8)]
     exact, rounded = decoder_of(llama), Decoder(model, kernels=CPU_KERNELS)
     assert rounded.body.rotary_emb.inv_freq.dtype == torch.float32
-    states = [torch.cat(teach(decoder, [decoder.encode(ids)], pairs).states).float() for decoder in (exact, rounded)]
+    states = [
+        torch.cat(hidden_states_of(decoder, [decoder.encode(ids)], pairs).states).float()
+        for decoder in (exact, rounded)
+    ]
     assert (states[1] - states[0]).norm() < 0.02 * states[0].norm()
 
 
 def test_kl_is_zero_when_the_student_is_the_teacher(tiny: Reference) -> None:
     decoder = decoder_of(tiny)
     prefix = random_prefix(decoder, 5)
-    teacher = teach(decoder, [prefix], PAIRS, batch_size=2).states
+    teacher = hidden_states_of(decoder, [prefix], PAIRS, batch_size=2).states
     student = Student.from_prefix(decoder, prefix)
     batch = collate(PAIRS, [0, 1, 2, 3], decoder.device)
     states = answer_states(decoder, student.prefix(), batch)
@@ -280,7 +283,7 @@ def test_attention_of_matching_is_the_models_own() -> None:
     """Over the full context's KV the observed outputs come back exactly: the fit starts from the right function."""
     decoder = double_llama()
     prefix = decoder.encode(list(range(3, 20)))
-    observed = teach(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=prefix.length).observed
+    observed = hidden_states_of(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=prefix.length).observed
     assert len(observed) == 1
     for layer in range(decoder.geometry.layers):
         seen = LayerView.of(observed[0], layer, torch.float64)
@@ -293,9 +296,9 @@ def test_attention_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     """Where no gradient is needed, a long context does not take memory for the whole batch at once."""
     decoder = double_llama()
     prefix = decoder.encode(list(range(3, 20)))
-    whole = teach(decoder, [prefix], PAIRS, 4).states
+    whole = hidden_states_of(decoder, [prefix], PAIRS, 4).states
     monkeypatch.setattr("softbatch.prompt_store.compression.frozen.prefix.MAX_WEIGHTS", 1)
-    for state, expected in zip(teach(decoder, [prefix], PAIRS, 4).states, whole, strict=True):
+    for state, expected in zip(hidden_states_of(decoder, [prefix], PAIRS, 4).states, whole, strict=True):
         assert torch.allclose(state, expected, rtol=1e-12)
 
 
@@ -303,7 +306,7 @@ def test_moving_the_observation_keeps_the_attention() -> None:
     """The student stands at position n and not at the context's length: all rotates together, nothing changes."""
     decoder = double_llama()
     prefix = decoder.encode(list(range(3, 20)))
-    observed = teach(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=5).observed
+    observed = hidden_states_of(decoder, [prefix], PAIRS, 4, observe=4, virtual_tokens=5).observed
     keys = rotated(decoder, prefix.keys.transpose(1, 2), torch.full((17,), 5 - 17))
     seen = LayerView.of(observed[0], 1, torch.float64)
     output = attend(seen.query, seen.key, seen.value, keys[1], prefix.values[1].transpose(0, 1), decoder.scale)
@@ -320,7 +323,7 @@ def error_of(prefix: Prefix, observed: list[Observed], scale: float) -> float:
 def test_matching_lowers_the_error_at_every_move_and_keeps_slot_zero() -> None:
     decoder = double_llama()
     full = decoder.encode(list(range(3, 40)))
-    observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
+    observed = hidden_states_of(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
     plain = moved_prefix(decoder, [full], chosen_positions(37, 6, 2, 1))
     start = selected(decoder, [full], observed, 6)
     solved = with_best_values(start, observed, decoder.scale)
@@ -340,13 +343,13 @@ def test_all_of_the_context_selected_is_the_teacher() -> None:
     """As many slots as tokens, in two segments: each question's attention over its own comes back exactly."""
     decoder = double_llama()
     full = decoder.encode(list(range(3, 12)))
-    observed = teach(decoder, [full], PAIRS, 4, observe=4, virtual_tokens=9).observed
+    observed = hidden_states_of(decoder, [full], PAIRS, 4, observe=4, virtual_tokens=9).observed
     everything = selected(decoder, [full], observed, 9)
     assert error_of(everything, observed, decoder.scale) < 1e-20
     assert torch.allclose(everything.keys, full.keys)
     long, short = decoder.encode(list(range(3, 30))), decoder.encode(list(range(20, 50)))
     pairs = [replace(pair, group=index % 2) for index, pair in enumerate(PAIRS)]
-    observed = teach(decoder, [long, short], pairs, 2, observe=4, virtual_tokens=7).observed
+    observed = hidden_states_of(decoder, [long, short], pairs, 2, observe=4, virtual_tokens=7).observed
     assert {seen.group for seen in observed} == {0, 1}
     chosen = selected(decoder, [long, short], observed, 7)
     assert torch.allclose(chosen.values[:, 0], long.values[:, 0]), "the sink stays first"
@@ -356,7 +359,7 @@ def test_all_of_the_context_selected_is_the_teacher() -> None:
 def test_embeddings_are_matched_through_the_model() -> None:
     decoder = double_llama()
     full = decoder.encode(list(range(3, 40)))
-    observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
+    observed = hidden_states_of(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
     student = Student(decoder, "embeddings", {"embeddings": decoder.embed(torch.arange(3, 9))})
     before = error_of(student.fixed_prefix(), observed, decoder.scale)
     fit(student, observed, MatchingSettings(steps=60, embedding_rate=0.05))
@@ -367,7 +370,7 @@ def test_embeddings_are_matched_through_the_model() -> None:
 def test_matching_goes_on_from_its_checkpoint(kind: str, tmp_path: Path) -> None:
     decoder = double_llama()
     full = decoder.encode(list(range(3, 40)))
-    observed = teach(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
+    observed = hidden_states_of(decoder, [full], PAIRS, 2, observe=4, virtual_tokens=6).observed
     settings = MatchingSettings(steps=12)
 
     def start() -> Student:

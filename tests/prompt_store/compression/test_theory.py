@@ -15,11 +15,11 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import Pair
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix
-from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
 from tests.conftest import Reference
@@ -60,10 +60,10 @@ def decoder(smollm2: Reference) -> Decoder:
     return Decoder(copy.deepcopy(smollm2.model))
 
 
-def next_word(decoder: Decoder, prefix: Prefix, pairs: list[Pair]) -> Tensor:
+def next_word(decoder: Decoder, prefix: Prefix, pairs: list[TrainingPair]) -> Tensor:
     """Pr(· | prefix, z, answer so far) at every answer position, [positions, vocab]."""
     with torch.no_grad():
-        return decoder.project_wide(torch.cat(teach(decoder, [prefix], pairs).states)).softmax(-1)
+        return decoder.project_wide(torch.cat(hidden_states_of(decoder, [prefix], pairs).states)).softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def fork(decoder: Decoder, smollm2: Reference) -> Fork:
     context = decoder.encode(renderer.context(CONTEXT))
     prompts = [renderer.question(question) for question in QUESTIONS]
     answers = greedy(decoder, context, prompts, 24, renderer.stop_ids)
-    pairs = [Pair(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    pairs = [TrainingPair(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
     places = [(*pair.prompt, *pair.answer[:at]) for pair in pairs for at in range(len(pair.answer))]
     probabilities = next_word(decoder, context, pairs)
     best = probabilities.topk(2).values
@@ -85,8 +85,8 @@ def fork(decoder: Decoder, smollm2: Reference) -> Fork:
 
 def trained(decoder: Decoder, fork: Fork, objective: str, steps: int) -> Tensor:
     """Pr(· | σ, z) after training σ on this one (z, ŷ) with the objective."""
-    pair = Pair(fork.prompt, (fork.gold,))
-    teacher = teach(decoder, [fork.context], [pair]).states
+    pair = TrainingPair(fork.prompt, (fork.gold,))
+    teacher = hidden_states_of(decoder, [fork.context], [pair]).states
     positions = chosen_positions(fork.context.length, VIRTUAL_TOKENS, 3, 2)
     student = Student.from_prefix(decoder, moved_prefix(decoder, [fork.context], positions))
     settings = TrainingSettings(objective=objective, steps=steps, batch_size=1, learning_rate=5e-3)

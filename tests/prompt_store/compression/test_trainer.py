@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import Pair, batches_from, collate, epoch_batches
+from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, batches_from, collate, epoch_batches
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.compression.training.hidden_states import teach
+from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
 from tests.prompt_store.compression.test_student import double_llama, random_prefix
 
-PAIRS = [Pair(tuple(range(3, 5 + n % 4)), tuple(range(20 + n, 24 + n + n % 3))) for n in range(20)]
+PAIRS = [TrainingPair(tuple(range(3, 5 + n % 4)), tuple(range(20 + n, 24 + n + n % 3))) for n in range(20)]
 
 
 class Clock:
@@ -40,7 +40,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def teacher(decoder: Decoder) -> list[torch.Tensor]:
-    return teach(decoder, [decoder.encode(list(range(30, 60)))], PAIRS).states
+    return hidden_states_of(decoder, [decoder.encode(list(range(30, 60)))], PAIRS).states
 
 
 def trainer_for(decoder: Decoder, teacher: Any, directory: Path | None = None, **options: Any) -> Trainer:
@@ -218,7 +218,7 @@ def test_collate_points_at_the_states_that_predict_the_answer() -> None:
             assert int(batch.gold[at]) == token == whole[column + 1]
             at += 1
     with pytest.raises(ValueError, match="empty"):
-        collate([Pair((1,), ())], [0], torch.device("cpu"))
+        collate([TrainingPair((1,), ())], [0], torch.device("cpu"))
 
 
 def test_schedule() -> None:

@@ -22,8 +22,9 @@ from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.attention import cpu
 from softbatch.server.cli.main import main
 from softbatch.server.compressions.local_engine import LocalEngine
+from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice, make_settings, read_questions
-from softbatch.server.compressions.session import CPU_KERNELS, Workbench
+from softbatch.server.compressions.session import CPU_KERNELS, CompressionSession
 from tests.conftest import load_reference
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.support.servers import PROJECT, environment, wait_for
@@ -285,7 +286,9 @@ def logprobs(reference, shared: list[int], ids: list[int], prompt) -> list[float
 
 def test_models_are_opened_with_the_kernels_where_they_are(tiny_path: str) -> None:
     for dtype in ("float32", "bfloat16", "float16"):  # the last one's gradients go through torch
-        bench = Workbench.open(ModelChoice(tiny_path, dtype=dtype, device="cpu"), 100, 6, MAX_BYTES)
+        bench = CompressionSession.open(
+            ModelFiles.open(ModelChoice(tiny_path, dtype=dtype, device="cpu")), 100, 6, MAX_BYTES
+        )
         bench.release_engine()
         kernels = bench.decoder.kernels
         assert kernels.attend_without_gradients is (cpu.behind_prefix if cpu.build() else Kernels().attend)
@@ -298,7 +301,9 @@ def test_gold_answers_are_those_of_transformers(tiny_path: str) -> None:
     encode = reference.tokenizer.encode
     shared = encode(CONTEXT * 7)
     prompts = [[*shared, *encode(f"Question {i}: " + "why is that so? " * (i % 7))] for i in range(70)]
-    engine = LocalEngine(ModelChoice(tiny_path, dtype="float32", device="cpu"), len(shared) + 100, 6, MAX_BYTES)
+    engine = LocalEngine(
+        ModelFiles.open(ModelChoice(tiny_path, dtype="float32", device="cpu")), len(shared) + 100, 6, MAX_BYTES
+    )
     try:
         answers = engine.generate(prompts, 6, frozenset({2}))
         assert engine.generate([], 6, frozenset({2})) == []

@@ -10,6 +10,7 @@ import torch
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError
 from softbatch.server.compressions import run
+from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import CompressionRequest, ModelChoice
 from softbatch.server.compressions.worker import _failure
 
@@ -18,7 +19,7 @@ def test_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore lines")
 
-    monkeypatch.setattr(run.Workbench, "open", no_room)
+    monkeypatch.setattr(run.CompressionSession, "open", no_room)
     request = CompressionRequest(
         name="guide",
         context="A text.",
@@ -29,5 +30,11 @@ def test_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         max_prompt_bytes=1 << 20,
     )
     with pytest.raises(ModelError, match="--gpu-memory-utilization") as refused:
-        run.run_compression(request, tmp_path / "guide", False, lambda _: None, lambda: False)
+        run.run_compression(
+            PreparedRun.of(request, ModelFiles.open(request.choice)),
+            tmp_path / "guide",
+            False,
+            lambda _: None,
+            lambda: False,
+        )
     assert "--gpu-memory-utilization" in _failure(refused.value).message
