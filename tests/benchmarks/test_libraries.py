@@ -13,7 +13,15 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 def test_softbatch_and_transformers_choose_the_same_tokens(tiny_models: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    command = [sys.executable, "benchmarks/libraries.py", "--model", tiny_models["llama"], "--dtype", "float32"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.libraries.libraries",
+        "--model",
+        tiny_models["llama"],
+        "--dtype",
+        "float32",
+    ]
     command += ["--libraries", "softbatch,transformers generate", "--rounds", "2", "--batches", "1,3", "--threads", "1"]
     command += ["--context", "20", "--steps", "5", "--prefill", "50", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}

@@ -13,7 +13,7 @@ from tests.support.servers import PROJECT, free_port
 
 def test_on_a_tiny_model(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--port", str(free_port())]
+    command = [sys.executable, "-m", "benchmarks.gpu.gpu", "--device", "cpu", "--tiny", "--port", str(free_port())]
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--output", str(output)], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False

@@ -3,7 +3,7 @@
 Against the number waiting, which must not matter, and the number running, which may. Between two measured steps
 nothing else happens, as in a server whose batch is full.
 
-    python benchmarks/scheduler_cost.py --output scheduler.svg
+    python -m benchmarks.parts.scheduler_cost --output scheduler.svg
 """
 
 from __future__ import annotations

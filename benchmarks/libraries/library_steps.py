@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from step_worker import Measure, Options, serve, steps
+
+from benchmarks.libraries.step_worker import Measure, Options, serve, steps
 
 
 def load_softbatch(options: Options) -> tuple[str, Measure]:
@@ -80,7 +81,7 @@ def load_generate(options: Options) -> tuple[str, Measure]:
 
 def load_generate_batch(options: Options) -> tuple[str, Measure]:
     """transformers' continuous batching, which cannot be asked for single steps."""
-    from gpu_steps import generate_batch
+    from benchmarks.gpu.gpu_steps import generate_batch
 
     model = _model(options)
     return version("transformers"), lambda prompts, outputs: generate_batch(model, prompts, outputs)

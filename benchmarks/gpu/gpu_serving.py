@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_steps import changed
 
+from benchmarks.gpu.gpu_steps import changed
 from softbatch.prompt_store.manifest import Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, save
 

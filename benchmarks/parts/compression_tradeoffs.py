@@ -1,8 +1,8 @@
 """How faithful a soft prompt is, by length, kind, objective and training time: figures, plots of docs/compression.md.
 
-    python benchmarks/compression_tradeoffs.py                    # about an hour of one core
-    python benchmarks/compression_tradeoffs.py --seconds 20 --lengths 16,64   # a quick look
-    python benchmarks/compression_tradeoffs.py --plot             # draw what has been measured
+    python -m benchmarks.parts.compression_tradeoffs                    # about an hour of one core
+    python -m benchmarks.parts.compression_tradeoffs --seconds 20 --lengths 16,64   # a quick look
+    python -m benchmarks.parts.compression_tradeoffs --plot             # draw what has been measured
 
 Questions, gold answers and the teacher's states of one example context are made once; then every setting is matched
 and trained for the same time and measured on the hand-written questions beside the context, which nothing trained on.
@@ -44,7 +44,7 @@ from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice
 from softbatch.server.compressions.session import CompressionSession
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ANSWER_TOKENS = 48
 BATCH = 8
 OBSERVED = 160

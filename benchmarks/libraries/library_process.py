@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers import BENCH, PROJECT, Unavailable, install_openvino, openvino_model
+from benchmarks.serving.peers import BENCH, PROJECT, Unavailable, install_openvino, openvino_model
 
-HERE = Path(__file__).resolve().parent
 GENERATE_BATCH = "transformers generate_batch"
 
 
@@ -30,7 +29,7 @@ class Launch:
 
 
 def _here(library: str, environment: dict[str, str] | None = None, **options: str) -> Callable[[str], Launch]:
-    command = (sys.executable, str(HERE / "library_steps.py"))
+    command = (sys.executable, "-m", "benchmarks.libraries.library_steps")
     variables = {"PYTHONPATH": str(PROJECT), **(environment or {})}
     return lambda model: Launch(command, {"library": library, "model": model, **options}, variables)
 
@@ -46,7 +45,8 @@ def _openvino(kind: str) -> Callable[[str], Launch]:
     def launch(model: str) -> Launch:
         python = install_openvino()
         exported = openvino_model(python, Path(model), kind)
-        return Launch((str(python), str(HERE / "openvino_steps.py")), {"model": str(exported)})
+        command = (str(python), "-m", "benchmarks.libraries.openvino_steps")
+        return Launch(command, {"model": str(exported)}, {"PYTHONPATH": str(PROJECT)})
 
     return launch
 

@@ -1,7 +1,7 @@
 """How far each format of weights and KV cache is from the float32 model: KL per token and top-1 agreement, on two
 example texts, and on the float32 model's answers to the example questions behind the shipped soft prompt.
 
-python benchmarks/precision.py
+python -m benchmarks.parts.precision
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.loader import load_transformers
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TOKENS, CHUNK, BLOCK, ANSWER = 1024, 256, 16, 32
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Times one attention layer of every backend, beside torch's own attention: `python benchmarks/attention.py`.
+"""Times one attention layer of every backend, beside torch's own attention: `python -m benchmarks.parts.attention`.
 
 Torch's own attention gets its keys and values gathered and padded beforehand, free of charge; the backends write
 the new tokens and read through block tables, as they do in a step.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_models import Costs
 
+from benchmarks.gpu.gpu_models import Costs
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose

@@ -9,7 +9,8 @@ from typing import Any
 import numpy
 import openvino
 import openvino_genai
-from step_worker import Measure, Options, serve, steps
+
+from benchmarks.libraries.step_worker import Measure, Options, serve, steps
 
 PRECISIONS = {"bfloat16": "bf16", "float32": "f32"}
 

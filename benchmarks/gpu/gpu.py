@@ -4,8 +4,8 @@ Models of real shapes with random weights are made on the device, so that nothin
 ending with what must be reached beside what was, and writes JSON. Without a GPU, `--device cpu --tiny` runs all of it
 on a tiny model, to see that it works.
 
-    python benchmarks/gpu.py --output figures.json
-    python benchmarks/gpu.py --device cpu --tiny
+    python -m benchmarks.gpu.gpu --output figures.json
+    python -m benchmarks.gpu.gpu --device cpu --tiny
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import SHAPES, Costs, build, save
-from gpu_serving import Load, Server, hot, save_soft_prompts, throughput
-from gpu_steps import Steps, against_floor, copy_bandwidth, generate_batch, matmul_rate
-from gpu_targets import MODEL, table
 
+from benchmarks.gpu.gpu_models import SHAPES, Costs, build, save
+from benchmarks.gpu.gpu_serving import Load, Server, hot, save_soft_prompts, throughput
+from benchmarks.gpu.gpu_steps import Steps, against_floor, copy_bandwidth, generate_batch, matmul_rate
+from benchmarks.gpu.gpu_targets import MODEL, table
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.loader import load_transformers, spec_of
 from softbatch.scheduler.model.source import resolve

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import has_matrix_tiles
-from peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
 
+from benchmarks.machine import has_matrix_tiles
+from benchmarks.serving.peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
 
 START_SECONDS = 600.0

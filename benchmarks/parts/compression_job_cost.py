@@ -1,6 +1,6 @@
 """What a compression job costs the requests served meanwhile: the same load without a job and beside one, by its phase.
 
-    python benchmarks/compression_job_cost.py
+    python -m benchmarks.parts.compression_job_cost
 
 Closed loop: at concurrency c, c clients each send one streamed request after the other, 128 tokens in, 32 out. The
 machine must have nothing else to do.
@@ -21,10 +21,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from servers import Server, softbatch
-from step_worker import prompts
+from benchmarks.libraries.step_worker import prompts
+from benchmarks.serving.servers import Server, softbatch
 
-CONTEXT = Path(__file__).resolve().parent.parent / "examples" / "manual" / "context.md"
+CONTEXT = Path(__file__).resolve().parents[2] / "examples" / "manual" / "context.md"
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 32
 # Requests of a round, by concurrency.
 LOAD = {1: 6, 8: 24}

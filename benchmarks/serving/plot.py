@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tables import Results, Run, requests_per_second, tokens_per_second
+from benchmarks.serving.tables import Results, Run, requests_per_second, tokens_per_second
 
 COLOURS = {
     "softbatch": "#0b5fa5",

@@ -1,7 +1,7 @@
 """softbatch's engine beside OpenVINO GenAI and transformers, step by step: same weights, same threads, one run.
 
-    python benchmarks/libraries.py --output figures.json
-    python benchmarks/libraries.py --libraries softbatch,openvino --batches 1,32
+    python -m benchmarks.libraries.libraries --output figures.json
+    python -m benchmarks.libraries.libraries --libraries softbatch,openvino --batches 1,32
 
 Nothing goes through HTTP. Each library is loaded once, in a process of its own, and suspended while another is
 measured. In every round all do the same in turn: prefill of one prompt, greedy decoding of 1, 4, 16 and 32 sequences.
@@ -23,11 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flags import names_of
-from library_process import GENERATE_BATCH, LIBRARIES, Library
-from machine import machine
-from peers import Unavailable
-
+from benchmarks.flags import names_of
+from benchmarks.libraries.library_process import GENERATE_BATCH, LIBRARIES, Library
+from benchmarks.machine import machine
+from benchmarks.serving.peers import Unavailable
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 
 
@@ -172,7 +171,7 @@ def main() -> int:
         content: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "machine": machine(),
-            "command": shlex.join(["python", "benchmarks/libraries.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "benchmarks.libraries.libraries", *sys.argv[1:]]),
             "dtype": options.dtype,
             "threads": options.threads,
             "versions": {name: library.version for name, library in libraries.items()},
