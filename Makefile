@@ -4,12 +4,14 @@
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
+# make docs    build the documentation into build/site   (make docs ARGS=serve shows it at http://127.0.0.1:8001)
+# make docs-reference   write the generated pages of docs/reference again
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test test-gpu gpu lint unit bench constraints clean
+.PHONY: serve test test-gpu gpu lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -26,6 +28,12 @@ unit: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs $(if $(filter serve,$(ARGS)),serve --dev-addr 127.0.0.1:8001,build --strict $(ARGS))
+
+docs-reference: $(VENV)/.serve
+	PYTHONPATH=. $(VENV)/bin/python docs/generate.py
 
 ifdef INSTALLED
 GPU_PYTHON := PYTHONPATH=. $(INSTALLED)
@@ -56,9 +64,13 @@ $(VENV)/.bench: $(VENV)/.serve
 	$(PIP) install --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.serve
+	$(PIP) install --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 # Pin whatever is installed now (after a deliberate upgrade).
-constraints: $(VENV)/.dev $(VENV)/.bench
-	{ echo "# Every version that make serve, make test and make bench install. Made with: make constraints"; \
+constraints: $(VENV)/.dev $(VENV)/.bench $(VENV)/.docs
+	{ echo "# Every version that make serve, make test, make bench and make docs install. Made with: make constraints"; \
 	  $(PIP) freeze --all --exclude-editable | sed 's/+cpu//' | grep -v '^pip==' | sort -f; } > constraints.txt
 
 clean:

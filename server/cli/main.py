@@ -31,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # torch's larger allocations, the KV cache above all, in huge pages: attention reads it from end to end.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    options = build_parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        return status
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands with their flags."""
+    # Here, behind the variables that torch reads when it is loaded.
     from softbatch.server.cli import bench, compress, evaluate, prompts, score, serve
 
     parser = argparse.ArgumentParser(
@@ -47,9 +58,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score.add_parser(commands)
     prompts.add_parser(commands)
     bench.add_parser(commands)
-    options = parser.parse_args(arguments)
-    try:
-        status: int = options.run(options)
-        return status
-    except KeyboardInterrupt:
-        return 130
+    return parser
