@@ -24,8 +24,8 @@ from softbatch.server.cli.main import main
 from softbatch.server.compressions.local_engine import LocalEngine
 from softbatch.server.compressions.request import ModelChoice, make_settings, read_questions
 from softbatch.server.compressions.session import CPU_KERNELS, Workbench
-from tests.conftest import load_reference
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
+from tests.support.models import load_reference
 from tests.support.servers import PROJECT, environment, wait_for
 
 METRICS = {
