@@ -13,7 +13,7 @@ import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.loader import spec_of
-from tests.conftest import Reference, load_reference
+from tests.support.models import Reference, load_reference
 from tests.support.servers import Server, environment, running_server
 
 StartServer = Callable[..., Server]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.conftest import Reference, sample_texts
 from tests.e2e.conftest import StartServer
+from tests.support.models import Reference, sample_texts
 
 
 def test_many_clients_get_what_transformers_answers(start_server: StartServer, smollm2: Reference) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import TINY_VOCAB
+from tests.support.models import TINY_VOCAB
 from tests.support.servers import Server, error_of
 
 COMPLETE, CHAT, GENERATE, STREAM = "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"

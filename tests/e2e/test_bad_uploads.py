@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 
 from softbatch.prompt_store.manifest import ModelSpec
-from tests.conftest import make_soft_prompt, save_prompt
+from tests.support.models import make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of
 
 UPLOAD = "/v1/soft_prompts"

@@ -16,9 +16,9 @@ import pytest
 
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from softbatch.scheduler.model.loader import spec_of
-from tests.conftest import Reference, sample_texts, save_prompt
 from tests.e2e.conftest import BLOCK_BYTES
-from tests.scheduler.engine.test_exactness import trained_like
+from tests.support.engines import trained_like
+from tests.support.models import Reference, sample_texts, save_prompt
 from tests.support.servers import Server, wait_for
 
 NUM_WHOLE = 24

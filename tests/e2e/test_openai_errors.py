@@ -10,9 +10,9 @@ import pytest
 from openai import OpenAI
 
 from softbatch.prompt_store.manifest import ModelSpec
-from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
-from tests.e2e.test_openai_client import MESSAGES, PROMPT, chat_ids, client_of, greedy_text
+from tests.support.models import Reference, make_soft_prompt, save_prompt
+from tests.support.openai_requests import MESSAGES, PROMPT, chat_ids, client_of, greedy_text
 from tests.support.servers import Server, wait_for
 
 SOFT_PROMPT = "openai-manual"

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import Reference
+from tests.support.models import Reference
 from tests.support.servers import Server
 
 QUESTION = "When does the harbour office open?"

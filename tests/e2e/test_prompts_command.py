@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.server.cli.main import main
-from tests.conftest import Reference, make_soft_prompt, save_prompt
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, check_refusal
 
 

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
-from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of, running_server
 
 PROMPT = "Write a short story about a bridge"

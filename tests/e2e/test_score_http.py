@@ -11,7 +11,7 @@ import torch
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
-from tests.conftest import Reference, make_soft_prompt, save_prompt
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of
 
 CANDIDATES = ["At seven.", "Never on Sundays", "Ask"]

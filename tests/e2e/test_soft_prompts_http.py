@@ -16,8 +16,8 @@ import pytest
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from softbatch.server.requests.leases import lease_directory
-from tests.conftest import Reference, make_soft_prompt, save_prompt
 from tests.e2e.conftest import StartServer
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of, wait_for
 
 # Longer than two blocks, so that a prefix cache that told soft prompts not apart would show.

@@ -16,7 +16,7 @@ from softbatch.scheduler.model.loader import load
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.cli.main import main
-from tests.conftest import Reference
+from tests.support.models import Reference
 from tests.support.servers import PROJECT, Server, check_refusal, environment, free_port
 
 WRONG_FLAGS = [

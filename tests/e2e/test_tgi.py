@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
-from tests.conftest import Reference, make_soft_prompt, save_prompt
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of, stream_json
 
 INPUTS = "Why does everybody talk about rain"

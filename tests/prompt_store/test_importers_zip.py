@@ -16,14 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from softbatch.prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft, looks_like_peft_zip
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, SoftPromptError
-from tests.support.peft_samples import (
-    TOKENS,
-    N,
-    refused,
-    saved_adapter,
-    spec_of,
-    zipped,
-)
+from tests.support.peft_samples import TOKENS, N, refused, saved_adapter, spec_of, zipped
 from tests.support.soft_prompt_samples import MAX_BYTES, tiny_llama
 
 

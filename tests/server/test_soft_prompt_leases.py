@@ -12,7 +12,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.server.failures import UnknownSoftPrompt
 from softbatch.server.requests.leases import SoftPromptLeases
-from tests.conftest import make_soft_prompt, save_prompt
+from tests.support.models import make_soft_prompt, save_prompt
 
 SPEC = ModelSpec(name="tiny", fingerprint="ab" * 32, hidden_size=8, num_layers=2, num_kv_heads=1, head_dim=4)
 

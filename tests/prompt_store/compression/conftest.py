@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import Reference, load_reference
+from tests.support.models import Reference, load_reference
 
 
 @pytest.fixture(scope="module")

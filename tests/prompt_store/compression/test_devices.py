@@ -13,8 +13,8 @@ import torch
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.pipeline import Compression, Stopped
-from tests.conftest import Reference
-from tests.prompt_store.compression.test_pipeline import CONTEXT, SMALL, engine
+from tests.support.models import Reference
+from tests.support.small_compressions import CONTEXT, SMALL, engine
 
 FACTORIES = {"tensor", "arange", "zeros", "ones", "empty", "full", "eye", "linspace", "rand", "randn", "randint"}
 SOURCES = sorted((Path(__file__).parents[3] / "prompt_store" / "compression").rglob("*.py"))

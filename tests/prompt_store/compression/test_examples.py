@@ -18,7 +18,7 @@ from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.scheduler.model.loader import spec_of
-from tests.conftest import Reference
+from tests.support.models import Reference
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SHIPPED = EXAMPLES / "manual" / "manual.safetensors"

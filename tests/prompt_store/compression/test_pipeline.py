@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,8 @@ from softbatch.prompt_store.compression.pipeline import Compression, Stopped
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.template import context_turn, render_chat
-from tests.conftest import Reference
+from tests.support.models import Reference
+from tests.support.small_compressions import CONTEXT, SMALL, engine
 
 METRICS = {
     "kl",
@@ -43,26 +43,6 @@ METRICS = {
     "token_f1",
 }
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
-CONTEXT = "# Lamp guide\n\n" + "\n\n".join(
-    f"## Part {name}\n\nThe {name} lamp has {n + 2} bulbs and must be cleaned every {n * 3 + 4} days. If the {name} "
-    f"lamp blinks, call the office in {name}ville. To reset the lamp, hold the {name} button for {n + 5} seconds."
-    for n, name in enumerate(("red", "green", "blue", "white"))
-)
-SMALL: dict[str, Any] = {
-    "virtual_tokens": 8,
-    "steps": 4,
-    "questions": 24,
-    "held_out": 6,
-    "free_answers": 3,
-    "max_answer_tokens": 6,
-    "matching_steps": 5,
-    "batch_size": 4,
-}
-
-
-def engine(decoder: Decoder) -> Callable[[list[list[int]], int], list[list[int]]]:
-    """Greedy answers with nothing shared: what the batched engine gives, only slower."""
-    return lambda prompts, max_tokens: greedy(decoder, None, prompts, max_tokens, {2})
 
 
 def compression(llama: Reference, directory: Path, context: str = CONTEXT, **options: Any) -> Compression:

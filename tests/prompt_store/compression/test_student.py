@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
 from softbatch.prompt_store.compression.frozen.greedy import greedy
@@ -39,7 +39,8 @@ from softbatch.scheduler.model.cpu.training import CpuModelKernels
 from softbatch.scheduler.model.loader import load_transformers
 from softbatch.scheduler.model.source import resolve
 from softbatch.server.compressions.session import CPU_KERNELS
-from tests.conftest import Reference
+from tests.support.models import Reference
+from tests.support.students import double_llama, random_prefix
 
 PAIRS = [
     TrainingPair((5, 6, 7), (8, 9, 10, 11)),
@@ -51,32 +52,6 @@ PAIRS = [
 
 def decoder_of(reference: Reference) -> Decoder:
     return Decoder(copy.deepcopy(reference.model))
-
-
-def double_llama() -> Decoder:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = LlamaForCausalLM(config).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    return Decoder(model)
-
-
-def random_prefix(decoder: Decoder, length: int, seed: int = 0) -> Prefix:
-    shape = decoder.geometry
-    generator = torch.Generator().manual_seed(seed)
-    size = (shape.layers, length, shape.kv_heads, shape.head_dim)
-    return Prefix(*(torch.randn(size, generator=generator, dtype=decoder.dtype) for _ in range(2)))
 
 
 def plain_logits(model: Any, pair: TrainingPair, sigma: dict[str, torch.Tensor]) -> torch.Tensor:

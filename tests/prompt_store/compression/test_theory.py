@@ -22,7 +22,7 @@ from softbatch.prompt_store.compression.frozen.untrained_start import chosen_pos
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
-from tests.conftest import Reference
+from tests.support.models import Reference
 
 CONTEXT = (
     "The ferry to Norhaven leaves at nine in the morning and at four in the afternoon. Bicycles travel free of charge; "

@@ -17,7 +17,7 @@ from softbatch.prompt_store.compression.training.hidden_states import hidden_sta
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingSettings
-from tests.prompt_store.compression.test_student import double_llama, random_prefix
+from tests.support.students import double_llama, random_prefix
 
 PAIRS = [TrainingPair(tuple(range(3, 5 + n % 4)), tuple(range(20 + n, 24 + n + n % 3))) for n in range(20)]
 

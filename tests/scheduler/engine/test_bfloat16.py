@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from softbatch.scheduler.engine.engine import build_engine
 from softbatch.scheduler.protocol import AddRequest, EngineConfig, SamplingParams
-from tests.conftest import Reference, sample_texts
+from tests.support.models import Reference, sample_texts
 
 TOKENS = 24
 

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from softbatch.prompt_store.soft_prompt_file import save
-from softbatch.scheduler.engine.engine import Engine
-from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
 from softbatch.scheduler.step import DeviceLost
-from tests.conftest import load_reference, make_soft_prompt, save_prompt
-from tests.scheduler.engine.test_exactness import build, check_empty
+from tests.support.engines import build, check_empty, drain, make_request, tokens_of
+from tests.support.models import load_reference, make_soft_prompt, save_prompt
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_models: dict[str, str]) -> str:
     return tiny_models["llama"]
-
-
-def drain(engine: Engine, requests: list[AddRequest]) -> dict[str, list[SequenceOutput]]:
-    outputs: dict[str, list[SequenceOutput]] = {r.request_id: [] for r in requests}
-    for request in requests:
-        engine.handle(request)
-    for _ in range(5000):
-        if not engine.has_work:
-            return outputs
-        step = engine.step()
-        for output in step.outputs:
-            outputs[output.request_id].append(output)
-        if not step.has_news:  # a soft prompt is still being read
-            time.sleep(0.002)
-    raise AssertionError("the engine did not come to an end")
-
-
-def tokens_of(outputs: list[SequenceOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-def make_request(name: str, token_ids: list[int], **params: object) -> AddRequest:
-    values = {"max_tokens": 10, "temperature": 0.0, "ignore_eos": True} | params
-    return AddRequest(request_id=name, token_ids=token_ids, params=SamplingParams(**values))
 
 
 def test_a_poison_request_fails_alone_and_the_others_lose_no_token(llama: str) -> None:

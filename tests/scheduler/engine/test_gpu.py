@@ -15,7 +15,7 @@ from softbatch.scheduler.engine.engine import build_engine
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.model.staging import ToHost
 from softbatch.scheduler.protocol import AddRequest, EngineConfig, SamplingParams, SoftPromptRef
-from tests.conftest import Reference, make_soft_prompt, save_prompt
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)

@@ -24,10 +24,10 @@ from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.source import resolve
 from softbatch.scheduler.protocol import EngineConfig, ModelInfo, SoftPromptRef
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
-from tests.conftest import load_reference, make_soft_prompt, save_prompt
-from tests.scheduler.engine.test_exactness import check_empty, request, run
-from tests.scheduler.model.test_graphs import CallAgain
 from tests.support import triton_device
+from tests.support.call_again import CallAgain
+from tests.support.engines import check_empty, request, run
+from tests.support.models import load_reference, make_soft_prompt, save_prompt
 
 BLOCKS, BLOCK_SIZE, BATCH, LONGEST = 17, 4, 5, 64
 

@@ -12,9 +12,9 @@ from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.kv_cache import StagedBlocks
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
 from softbatch.scheduler.step import OutOfDeviceMemory, Step
-from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
-from tests.scheduler.engine.test_exactness import build, check_empty
-from tests.scheduler.test_scheduler import FakeRunner, make_scheduler, request
+from tests.support.engines import build, check_empty
+from tests.support.fake_runner import FakeRunner, make_scheduler, request
+from tests.support.models import Reference, load_reference, make_soft_prompt, save_prompt
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,8 @@ from softbatch.scheduler.protocol import (
     SamplingParams,
     SoftPromptRef,
 )
-from tests.conftest import Reference, load_reference, make_soft_prompt, save_prompt
-from tests.scheduler.engine.test_exactness import build, check_empty
-from tests.scheduler.engine.test_faults import drain, tokens_of
+from tests.support.engines import build, check_empty, drain, tokens_of
+from tests.support.models import Reference, load_reference, make_soft_prompt, save_prompt
 
 PROMPT_TOKENS = [11, 12, 13]
 

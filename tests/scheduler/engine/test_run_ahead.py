@@ -19,9 +19,8 @@ from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
 from softbatch.scheduler.protocol import AddRequest, CancelRequest, SamplingParams, SequenceOutput, SoftPromptRef
 from softbatch.scheduler.step import Step, StepResult
-from tests.conftest import load_reference, make_soft_prompt, save_prompt
-from tests.scheduler.engine.test_exactness import build, check_empty
-from tests.scheduler.engine.test_faults import drain, make_request, tokens_of
+from tests.support.engines import build, check_empty, drain, make_request, tokens_of
+from tests.support.models import load_reference, make_soft_prompt, save_prompt
 
 SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},

@@ -10,8 +10,8 @@ import torch
 
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
-from tests.conftest import Reference, make_soft_prompt, save_prompt
-from tests.scheduler.engine.test_exactness import build, check_empty
+from tests.support.engines import build, check_empty
+from tests.support.models import Reference, make_soft_prompt, save_prompt
 
 
 @torch.inference_mode()

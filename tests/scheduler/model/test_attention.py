@@ -8,27 +8,24 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 
 from softbatch.prompt_store.compression.frozen.prefix import attend
 from softbatch.scheduler.model.attention import choose, cpu
-from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.cpu.build import _cached_library
-from tests.conftest import in_threads
+from tests.support.attention_cases import NAN, RAGGED, Case, make_case
+from tests.support.models import in_threads
 
 ROOT = Path(__file__).parents[3]
-NAN = float("nan")
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
@@ -39,150 +36,6 @@ def kernel() -> AttentionBackend:
     built = cpu.build()
     assert built is not None
     return built
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step as the backends get it, and each sequence's whole keys and values [context, kv_heads, head_dim]."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    batch: PagedBatch
-    scale: float
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-
-    def run(self, backend: AttentionBackend) -> torch.Tensor:
-        """The output; afterwards the cache must hold the new tokens and be untouched elsewhere."""
-        key_cache, value_cache = self.key_cache.clone(), self.value_cache.clone()
-        torch.full_like(self.query, NAN)  # freed at once: what an output left unwritten would most likely show
-        out = backend(self.query, self.key, self.value, key_cache, value_cache, self.batch, self.scale)
-        for cache, before, new in (
-            (key_cache, self.key_cache, self.key),
-            (value_cache, self.value_cache, self.value),
-        ):
-            expected = before.clone()
-            for token, slot in enumerate(self.batch.slot_mapping.tolist()):
-                expected[slot // before.shape[2], :, slot % before.shape[2]] = new[token]
-            torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
-        return out
-
-    def alone(self, sequence: int) -> Case:
-        """The same step for one of its sequences."""
-        first, end = self.batch.query_start[sequence : sequence + 2].tolist()
-        batch = PagedBatch(
-            query_start=torch.tensor([0, end - first], dtype=torch.int32),
-            context_len=self.batch.context_len[sequence : sequence + 1],
-            block_table=self.batch.block_table[sequence : sequence + 1],
-            slot_mapping=self.batch.slot_mapping[first:end],
-        )
-        query, key, value = (tensor[first:end] for tensor in (self.query, self.key, self.value))
-        return replace(self, query=query, key=key, value=value, batch=batch)
-
-    def expected(self, absolute: bool = False) -> torch.Tensor:
-        """float64 [T, heads, head_dim], by torch's attention with an explicit mask; `absolute`: of the values' size."""
-        rows, start = [], self.batch.query_start.tolist()
-        for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            query = self.query[start[s] : start[s + 1]].double().transpose(0, 1)
-            length, context = query.shape[1], keys.shape[0]
-            mask = torch.ones(length, context, dtype=torch.bool).tril(context - length)
-            out = scaled_dot_product_attention(
-                query[None],
-                keys.double().transpose(0, 1)[None],
-                (values.abs() if absolute else values).double().transpose(0, 1)[None],
-                attn_mask=mask,
-                scale=self.scale,
-                enable_gqa=True,
-            )
-            rows.append(out[0].transpose(0, 1))
-        return torch.cat(rows)
-
-    def check(self, *backends: AttentionBackend) -> None:
-        expected = self.expected()
-        for backend in backends:
-            self.assert_near(self.run(backend), expected)
-
-    def assert_near(self, out: torch.Tensor, expected: torch.Tensor) -> None:
-        """Within one rounding to the output's dtype, plus what float32 sums lose; in bfloat16, where the weights may
-        be rounded too, one rounding of each of them."""
-        relative = 1e-5 if out.dtype == torch.float32 else 0.505 * torch.finfo(out.dtype).eps
-        allowed = 1e-5 + relative * expected.abs()
-        if out.dtype == torch.bfloat16:
-            allowed += relative * self.expected(absolute=True)
-        assert ((out.double() - expected).abs() <= allowed).all()
-
-
-def make_case(
-    lengths: Sequence[tuple[int, int]],
-    *,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 16,
-    block_size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    shared_blocks: int = 0,
-    begins_like: Mapping[int, tuple[int, int]] = MappingProxyType({}),
-    seed: int = 0,
-) -> Case:
-    """Random sequences of (query length, context length); all start with the same `shared_blocks` full blocks, and
-    sequence s, where `begins_like[s]` is (an earlier sequence, n), with that one's first n.
-
-    Blocks are scattered, block 0 (which pads the block tables) belongs to nobody, and every cache slot that no
-    token owns holds NaN, those that this step's tokens will fill included.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    common = [begins_like[s][1] if s in begins_like else shared_blocks for s in range(len(lengths))]
-    own_blocks = [-(-context // block_size) - n for (_, context), n in zip(lengths, common, strict=True)]
-    num_blocks = 1 + shared_blocks + sum(own_blocks) + 2
-    free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
-    prefix_table = [free.pop() for _ in range(shared_blocks)]
-    prefix_keys, prefix_values = (random(shared_blocks * block_size, kv_heads, head_dim) for _ in range(2))
-
-    key_cache = torch.full((num_blocks, kv_heads, block_size, head_dim), NAN, dtype=dtype)
-    value_cache = key_cache.clone()
-    table = torch.zeros(len(lengths), max(map(sum, zip(common, own_blocks, strict=True)), default=0), dtype=torch.int32)
-    keys, values, new_keys, new_values, slots = [], [], [], [], []
-    for s, (length, context) in enumerate(lengths):
-        shared = common[s] * block_size
-        assert context - length >= shared
-        other = begins_like[s][0] if s in begins_like else None
-        first_blocks = prefix_table if other is None else table[other, : common[s]].tolist()
-        first_keys = prefix_keys if other is None else keys[other][:shared]
-        first_values = prefix_values if other is None else values[other][:shared]
-        blocks = first_blocks + [free.pop() for _ in range(own_blocks[s])]
-        table[s, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        keys.append(torch.cat([first_keys, random(context - shared, kv_heads, head_dim)]))
-        values.append(torch.cat([first_values, random(context - shared, kv_heads, head_dim)]))
-        for position in range(context):
-            block, offset = blocks[position // block_size], position % block_size
-            if position < context - length:
-                key_cache[block, :, offset] = keys[s][position]
-                value_cache[block, :, offset] = values[s][position]
-            else:
-                slots.append(block * block_size + offset)
-        new_keys.append(keys[s][context - length :])
-        new_values.append(values[s][context - length :])
-    ends = torch.tensor([0] + [length for length, _ in lengths]).cumsum(0)
-    batch = PagedBatch(
-        query_start=ends.int(),
-        context_len=torch.tensor([context for _, context in lengths], dtype=torch.int32),
-        block_table=table,
-        slot_mapping=torch.tensor(slots, dtype=torch.int64),
-    )
-    key, value = (torch.cat([torch.empty(0, kv_heads, head_dim, dtype=dtype), *new]) for new in (new_keys, new_values))
-    query = random(int(ends[-1]), heads, head_dim)
-    return Case(query, key, value, key_cache, value_cache, batch, head_dim**-0.5, keys, values)
-
-
-# Decoding, whole and chunked prefill; on both sides of block ends, key tiles (64) and key splits (512, 1024).
-RAGGED = [(1, 1), (1, 17), (5, 5), (1, 64), (33, 100), (1, 513), (70, 1090), (2, 2048), (1, 2000), (1, 129), (300, 333)]
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
@@ -503,7 +356,8 @@ from softbatch.scheduler.model.attention import choose
 name, backend = choose(torch.device("cpu"), torch.float32)
 print(name)
 if name == "cpu":
-    from tests.scheduler.model.test_attention import RAGGED, make_case
+    torch.set_num_threads(1)
+    from tests.support.attention_cases import RAGGED, make_case
     make_case(RAGGED, heads=14, kv_heads=2, head_dim=40).check(backend)
     make_case(RAGGED, heads=6, kv_heads=2, head_dim=64, dtype=torch.bfloat16).check(backend)
     make_case(RAGGED, heads=2, kv_heads=2, head_dim=24, dtype=torch.float16).check(backend)

@@ -8,13 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,10 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from softbatch.scheduler.engine.engine import build_engine
@@ -37,132 +31,27 @@ from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, runs_in_one_call
 from softbatch.scheduler.model.forward import TransformersForward
-from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
-from tests.conftest import Reference, in_threads
+from tests.support.decoders import (
+    BLOCKS,
+    CONFIGS,
+    CPU,
+    VOCAB,
+    closeness,
+    decoder_of,
+    distance,
+    make_cache,
+    make_decoder,
+    make_model,
+    make_rows,
+    run,
+)
+from tests.support.models import Reference, in_threads
 
-CPU = torch.device("cpu")
-BLOCKS = 160
-VOCAB = 150  # fills no panel of outputs
 FORMATS = ["float32", "bfloat16", IN_12_BITS, "int8"]
-SIZES: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 3, "max_position_embeddings": 512}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-# Sizes on both sides of vectors and panels; grouped heads; biases; norms of heads; heads wider than the model.
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **SIZES,
-    ),
-    "llama3 rope, biases": LlamaConfig(
-        hidden_size=60,
-        intermediate_size=100,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        attention_bias=True,
-        rope_parameters=LLAMA3_ROPE,
-        **SIZES,
-    ),
-    "mistral": MistralConfig(
-        hidden_size=96, intermediate_size=72, num_attention_heads=6, num_key_value_heads=1, sliding_window=None, **SIZES
-    ),
-    "qwen2": Qwen2Config(hidden_size=64, intermediate_size=132, num_attention_heads=4, num_key_value_heads=2, **SIZES),
-    "qwen3": Qwen3Config(
-        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=40, **SIZES
-    ),
-}
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 pytestmark = needs_compiler
-
-
-def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    interface.register()
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=interface.ATTENTION_NAME)
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: at their initial values they would not show
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.15)
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS, packing: str = "none") -> KVCache:
-    """Whoever reads what was not written reads NaN: bytes of 255 are one too, as the scale of a packed row."""
-    config, attention = model.config, model.model.layers[0].self_attn
-    cache = KVCache(
-        num_layers=config.num_hidden_layers,
-        num_blocks=num_blocks,
-        num_kv_heads=config.num_key_value_heads,
-        block_size=16,
-        head_dim=attention.head_dim,
-        dtype=dtype,
-        device=CPU,
-        packing=packing,
-    )
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan") if packing == "none" else 255)
-    return cache
-
-
-def make_decoder(name: str, weights: str) -> DecoderForward:
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    return decoder_of(make_model(CONFIGS[name], dtype), weights)
-
-
-def decoder_of(model: Any, weights: str) -> DecoderForward:
-    assert runs_in_one_call(model, model.dtype)
-    try:
-        return DecoderForward(model, make_cache(model, model.dtype), weights)
-    except RuntimeError as error:
-        if weights == IN_12_BITS and "cannot be bfloat16 in 12 bits here" in str(error):
-            pytest.skip("the processor has no instructions for it")
-        raise
-
-
-def make_rows(steps: Sequence[tuple[int, int]], seed: int = 0, logits: bool = True) -> list[Row]:
-    """Sequences in scattered blocks: the row of sequence s computes `count` tokens from `start` on."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, blocks = [], iter(torch.randperm(BLOCKS, generator=generator).tolist())
-    for start, count in steps:
-        table = [next(blocks) for _ in range(-(-(start + count) // 16))]
-        tokens = torch.randint(VOCAB, (start + count,), generator=generator).tolist()
-        rows.append(Row(start, tokens[start:], table, range(count - 1, count) if logits else range(count)))
-    return rows
-
-
-def prefix(rows: Sequence[Row], seed: int = 0) -> list[Row]:
-    """What has to be computed before `rows`: the tokens in front of each."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.randperm(BLOCKS, generator=generator)
-    found = []
-    for row in rows:
-        tokens = torch.randint(VOCAB, (row.start + row.count,), generator=generator).tolist()
-        if row.start:
-            found.append(Row(0, tokens[: row.start], row.block_table, range(0)))
-    return found
-
-
-@torch.inference_mode()
-def run(forward: Any, steps: Sequence[tuple[int, int]], seed: int = 0) -> torch.Tensor:
-    rows = make_rows(steps, seed)
-    before = prefix(rows, seed)
-    if before:
-        assert forward(build_batch(before, 16, CPU)).shape == (0, VOCAB)
-    return forward(build_batch(rows, 16, CPU)).clone()
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / (expected.double() - expected.double().mean()).norm())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -322,18 +211,6 @@ def log_probs(smollm2: Reference) -> tuple[list[int], torch.Tensor]:
     return tokens, logits.log_softmax(-1)
 
 
-@torch.inference_mode()
-def closeness(forward: Any, tokens: list[int], expected: torch.Tensor) -> tuple[float, float]:
-    """KL to float32, mean of all positions, and how often the most probable token is the same; in three chunks."""
-    found = []
-    for start in range(0, len(tokens), 200):
-        part = tokens[start : start + 200]
-        found.append(forward(build_batch([Row(start, part, list(range(32)), range(len(part)))], 16, CPU)).clone())
-    own = torch.cat(found).float().log_softmax(-1)
-    kl = (expected.exp() * (expected - own)).sum(-1).mean()
-    return float(kl), float((own.argmax(-1) == expected.argmax(-1)).float().mean())
-
-
 def test_real_model_in_bfloat16_and_int8(smollm2: Reference, log_probs: tuple[list[int], torch.Tensor]) -> None:
     """bfloat16 through the decoder is nearer to float32 than through transformers, whose residuals are rounded."""
     tokens, expected = log_probs
@@ -400,7 +277,8 @@ def test_threads_need_not_agree_on_how_many_they_are() -> None:
     whose reader of soft prompts keeps to itself."""
     code = """
 import threading, torch
-from tests.scheduler.model.test_decoder import *
+from tests.support.decoders import *
+torch.set_num_threads(1)
 decoder, rows = make_decoder("llama", "bfloat16"), make_rows([(0, 500)])
 torch.set_num_threads(3)
 thread = threading.Thread(target=torch.set_num_threads, args=(1,))

@@ -12,8 +12,8 @@ from softbatch.scheduler.model.attention.triton import build
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cuda import fused
 from softbatch.scheduler.model.kv_cache import KVCache
-from tests.conftest import TINY_CONFIGS
 from tests.support import triton_device
+from tests.support.models import TINY_CONFIGS
 
 SIZES = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
 CONFIGS = {

@@ -19,21 +19,11 @@ from softbatch.scheduler.model.cuda.buckets import BucketedBatches, decoding_siz
 from softbatch.scheduler.model.cuda.graphs import Capturer, CudaCapturer, GraphForward, Replay
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
-from tests.conftest import TINY_CONFIGS
 from tests.support import triton_device
+from tests.support.call_again import CallAgain
+from tests.support.models import TINY_CONFIGS
 
 BLOCKS, BLOCK_SIZE, MAX_BLOCKS = 40, 4, 8
-
-
-class CallAgain:
-    """A capturer without CUDA: replays by calling the function, which knows nothing but its static buffers."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-
-    def __call__(self, run: Replay) -> Replay:
-        self.captured += 1
-        return run
 
 
 def bucketed(

@@ -29,10 +29,10 @@ from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig, SoftPromptRef
-from tests.conftest import Reference, in_threads, make_soft_prompt, sample_texts, save_prompt
-from tests.scheduler.engine.test_exactness import check_empty, request, run
-from tests.scheduler.model import test_decoder as decoders
-from tests.scheduler.model.test_decoder import CPU, closeness, distance, make_model, make_rows
+from tests.support import decoders
+from tests.support.decoders import CPU, closeness, distance, make_model, make_rows
+from tests.support.engines import check_empty, request, run
+from tests.support.models import Reference, in_threads, make_soft_prompt, sample_texts, save_prompt
 
 TEXT = Path(__file__).parents[3] / "examples" / "manual" / "context.md"
 PACKINGS = ("int8", "k6v4")

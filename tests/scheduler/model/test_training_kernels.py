@@ -20,8 +20,8 @@ from softbatch.prompt_store.compression.objectives import mixed, objective_from_
 from softbatch.scheduler.model.cpu.build import build
 from softbatch.scheduler.model.cpu.decoder import plain_weights
 from softbatch.scheduler.model.cpu.training import CpuModelKernels, behind_prefix_with_gradients, kernels_of, objective
-from tests.conftest import in_threads
-from tests.scheduler.model.test_decoder import CONFIGS, make_model
+from tests.support.decoders import CONFIGS, make_model
+from tests.support.models import in_threads
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 TRAINABLE = [name for name in CONFIGS if name != "qwen3"]

@@ -17,8 +17,8 @@ from softbatch.scheduler.model.attention.backend import PagedBatch
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.attention.tiles import AttentionPlan
 from softbatch.scheduler.model.attention.triton import DTYPES, TritonAttention, build, plan_of
-from tests.scheduler.model.test_attention import NAN, RAGGED, Case, make_case
 from tests.support import triton_device
+from tests.support.attention_cases import NAN, RAGGED, Case, make_case
 
 SHORT = [(1, 1), (1, 17), (5, 5), (33, 100), (1, 130), (0, 9)]
 

@@ -25,8 +25,8 @@ from softbatch.server.compressions.local_engine import LocalEngine
 from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice, make_settings, read_questions
 from softbatch.server.compressions.session import CPU_KERNELS, CompressionSession
-from tests.conftest import load_reference
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
+from tests.support.models import load_reference
 from tests.support.servers import PROJECT, environment, wait_for
 
 METRICS = {

@@ -1,0 +1,173 @@
+"""Models that several tests use, transformers to compare with, and soft prompts that fit them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+
+from softbatch.prompt_store.fingerprint import fingerprint
+from softbatch.prompt_store.manifest import Manifest, ModelRef
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.protocol import ModelInfo
+
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
+TINY_VOCAB = 49152  # the embedded model's, so that its tokenizer serves them too
+
+
+@contextmanager
+def in_threads(count: int) -> Iterator[None]:
+    """torch and the kernels compute with so many threads, and then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model directory and plain transformers in float32, to compare with."""
+
+    path: str
+    model: Any
+    tokenizer: Any
+    _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
+
+    def generate(self, token_ids: Sequence[int], max_tokens: int, prompt: SoftPrompt | None = None) -> list[int]:
+        """Greedy output tokens of transformers' own `generate`, eos included. Computed once for each question."""
+        digest = hashlib.sha256(repr((list(token_ids), max_tokens)).encode())
+        for name, tensor in sorted(prompt.tensors.items()) if prompt is not None else ():
+            digest.update(name.encode() + tensor.float().numpy().tobytes())
+        key = digest.hexdigest()
+        if key not in self._known:
+            self._known[key] = self._generate(token_ids, max_tokens, prompt)
+        return list(self._known[key])
+
+    @torch.inference_mode()
+    def _generate(self, token_ids: Sequence[int], max_tokens: int, prompt: SoftPrompt | None) -> list[int]:
+        options: dict[str, Any] = {"max_new_tokens": max_tokens, "do_sample": False, "pad_token_id": 0}
+        ids = torch.tensor([list(token_ids)])
+        if prompt is None:
+            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            return output[0, ids.shape[1] :].tolist()
+        if prompt.manifest.kind == "embeddings":
+            embeddings = torch.cat([prompt.embeddings[None], self.model.get_input_embeddings()(ids)], dim=1)
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+            output = self.model.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
+            return output[0].tolist()
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        for layer in range(prompt.keys.shape[0]):
+            cache.update(prompt.keys[layer][None].transpose(1, 2), prompt.values[layer][None].transpose(1, 2), layer)
+        virtual = prompt.manifest.num_virtual_tokens
+        # generate() takes the ids of the cached positions too; what they are does not matter.
+        whole = torch.cat([torch.zeros(1, virtual, dtype=torch.long), ids], dim=1)
+        output = self.model.generate(whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **options)
+        return output[0, whole.shape[1] :].tolist()
+
+
+def load_reference(path: str) -> Reference:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    return Reference(path, model, AutoTokenizer.from_pretrained(path))
+
+
+TINY_CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "qwen3": Qwen3Config(
+        vocab_size=TINY_VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=TINY_VOCAB,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+
+
+def make_soft_prompt(
+    kind: str, length: int, info: ModelInfo, *, seed: int = 0, scale: float = 0.3, **manifest: Any
+) -> SoftPrompt:
+    """A random soft prompt that fits the model; `scale` sets how far it moves the output."""
+    generator = torch.Generator().manual_seed(seed * 1000 + length)
+    described = Manifest(
+        kind=kind,
+        num_virtual_tokens=length,
+        model=ModelRef(name=info.name, fingerprint=info.fingerprint),
+        source="test",
+        created_at=1_700_000_000,
+        **({"replaces": "nothing"} | manifest),
+    )
+    if kind == "embeddings":
+        return SoftPrompt(described, embeddings=torch.randn(length, info.hidden_size, generator=generator) * scale)
+    shape = (info.num_layers, length, info.num_kv_heads, info.head_dim)
+    keys, values = (torch.randn(shape, generator=generator) * scale for _ in range(2))
+    return SoftPrompt(described, keys=keys, values=values)
+
+
+def reference_fingerprint(reference: Reference) -> str:
+    return fingerprint(reference.model, reference.tokenizer)
+
+
+def sample_texts(count: int) -> list[str]:
+    """Distinct prompts of mixed length."""
+    topics = [
+        "the sea",
+        "a bridge",
+        "winter",
+        "bread",
+        "an old clock",
+        "the moon",
+        "a letter",
+        "music",
+        "rain",
+        "maps",
+    ]
+    openings = [
+        "Tell me about {}.",
+        "Write a short story in which {} plays the main part, and somebody learns something from it.",
+        "{}:",
+        "Why does everybody in the village talk about {} today? Explain it step by step, with examples, and name at "
+        "least three reasons that a child would understand; then say what the mayor should do about it next week.",
+    ]
+    return [openings[i % len(openings)].format(topics[i // len(openings) % len(topics)]) for i in range(count)]
+
+
+def save_prompt(prompt: SoftPrompt, directory: Path, name: str) -> Path:
+    from softbatch.prompt_store.soft_prompt_file import save
+
+    path = directory / f"{name}.safetensors"
+    save(prompt, path)
+    return path
