@@ -12,7 +12,7 @@ from softbatch.scheduler.block_pool import BlockPool, OutOfBlocks
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, SoftPromptRef
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
 from softbatch.scheduler.sequence import Sequence
-from softbatch.scheduler.soft_prompt_cache import Residency
+from softbatch.scheduler.soft_prompt_cache import LoadState
 from softbatch.scheduler.step import Step, StepResult
 
 EOS = 0
@@ -46,22 +46,22 @@ class FakeRunner:
     """Stands where the model stands: a cache of which token lies at which slot, and tokens that follow from it.
 
     It records for every slot what was written, so that reading a wrong, stale or unwritten slot is noticed. Tokens
-    that have been sampled, but not taken in by the scheduler yet, it knows itself. With `revise`, what it says first
+    that have been sampled, but not taken in by the scheduler yet, it knows itself. With `resample`, what it says first
     of a token is wrong as often as that, as where a sampler has to look twice: a step launched meanwhile uses that.
     Rows and soft prompts fail as often as `fail` says."""
 
-    def __init__(self, scheduler: Scheduler, revise: float = 0.0, fail: float = 0.0) -> None:
+    def __init__(self, scheduler: Scheduler, resample: float = 0.0, fail: float = 0.0) -> None:
         self.scheduler = scheduler
         self.size = scheduler.config.block_size
         self.slots: dict[int, object] = {}
         self.kinds: dict[str, str] = {}
         self.pending: dict[str, int] = {}
-        self.revise = revise
+        self.resample = resample
         self.fail = fail
         self.rng = random.Random(7)
 
     def read(self, step: Step, kind: str) -> None:
-        for ref in step.reads:
+        for ref in step.soft_prompts_to_load:
             self.kinds[ref.sha256] = kind
 
     def finish_read(self, sha256: str) -> None:
@@ -81,7 +81,7 @@ class FakeRunner:
         for source, target in step.copies:
             for offset in range(self.size):
                 self.slots[target * self.size + offset] = self.slots.get(source * self.size + offset)
-        for prompt, start, count in step.fills:
+        for prompt, start, count in step.prefills:
             for position in range(start, start + count):
                 self.slots[self.slot(prompt.blocks, position)] = (prompt.ref.sha256, position)
         known = {row.sequence.request_id: self.known_tokens(row.sequence) for row in step.rows}
@@ -92,7 +92,7 @@ class FakeRunner:
             for position in range(row.start, row.end):
                 token = tokens[position - row.sequence.num_virtual]
                 self.slots[self.slot(row.sequence.block_table, position)] = ("token", position, token)
-        sampled, revised = {}, set()
+        sampled, resampled = {}, set()
         for row in step.rows:
             sequence, tokens = row.sequence, known[row.sequence.request_id]
             for position in range(row.end):
@@ -103,18 +103,20 @@ class FakeRunner:
                     assert held == ("token", position, tokens[position - sequence.num_virtual])
             if row.end == sequence.length:
                 sampled[sequence.request_id] = self.pending[sequence.request_id] = next_token(tokens)
-                if self.rng.random() < self.revise:
+                if self.rng.random() < self.resample:
                     self.pending[sequence.request_id] = 1000
-                    revised.add(sequence.request_id)
+                    resampled.add(sequence.request_id)
         errors = {row.sequence.request_id: "broken" for row in step.rows if self.rng.random() < self.fail}
-        fill_errors = {fill.prompt.ref.sha256: "broken" for fill in step.fills if self.rng.random() < self.fail}
-        self.scheduler.launched(step)
-        return StepResult(sampled, {}, {}, errors, fill_errors, frozenset(revised))
+        prefill_errors = {
+            prefill.prompt.ref.sha256: "broken" for prefill in step.prefills if self.rng.random() < self.fail
+        }
+        self.scheduler.mark_in_flight(step)
+        return StepResult(sampled, {}, {}, errors, prefill_errors, frozenset(resampled))
 
     def known_tokens(self, sequence: Sequence) -> list[int]:
         """With the one that has been sampled by the step before, where the scheduler waits for it."""
-        assert sequence.num_pending <= 1
-        return [*sequence.tokens, *([self.pending[sequence.request_id]] if sequence.num_pending else [])]
+        assert sequence.num_in_flight_tokens <= 1
+        return [*sequence.tokens, *([self.pending[sequence.request_id]] if sequence.num_in_flight_tokens else [])]
 
 
 def next_token(tokens: list[int]) -> int:
@@ -154,7 +156,7 @@ def drive(
     block_size=st.sampled_from([1, 3, 4, 16]),
     slots=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
-    ahead=st.sampled_from(["never", "always", "revised"]),
+    ahead=st.sampled_from(["never", "always", "resampled"]),
     fail=st.sampled_from([0.0, 0.02, 0.2]),
 )
 def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slots, extra_budget, ahead, fail):
@@ -168,8 +170,8 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         max_batch_tokens=slots + extra_budget,
         max_model_len=min(40, capacity),
     )
-    runner = FakeRunner(scheduler, revise=0.2 if ahead == "revised" else 0.0, fail=fail)
-    on_its_way: list[tuple[Step, StepResult]] = []
+    runner = FakeRunner(scheduler, resample=0.2 if ahead == "resampled" else 0.0, fail=fail)
+    in_flight: list[tuple[Step, StepResult]] = []
     prompts = [prompt_ref(f"p{i}", rng.choice([1, 2, block_size, block_size + 1, 7])) for i in range(4)]
     waiting, added, cancelled, received = list(range(30)), {}, set(), {}
     refused, failed = set(), set()
@@ -194,22 +196,22 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
             if scheduler.cancel(name):
                 cancelled.add(name)
         if rng.random() < 0.05:
-            scheduler.soft_prompts.forget(rng.choice(prompts).sha256)
+            scheduler.soft_prompts.evict_when_unused(rng.choice(prompts).sha256)
         step = scheduler.schedule()
         assert step.num_tokens <= scheduler.config.max_batch_tokens
         runner.read(step, rng.choice(["kv", "embeddings"]))
         if rng.random() < 0.3:
             for sha256 in list(runner.kinds):  # read ahead: those who wait for it may still join the step
                 runner.finish_read(sha256)
-            step.reads.clear()
-            scheduler.join(step)
+            step.soft_prompts_to_load.clear()
+            scheduler.admit_late(step)
             assert step.num_tokens <= scheduler.config.max_batch_tokens
             runner.read(step, rng.choice(["kv", "embeddings"]))
         scheduler.check_integrity()
-        on_its_way.append((step, runner.run(step)))
+        in_flight.append((step, runner.run(step)))
         scheduler.check_integrity()
-        while len(on_its_way) > (ahead != "never" and bool(step)):
-            for output in scheduler.postprocess(*on_its_way.pop(0)):
+        while len(in_flight) > (ahead != "never" and bool(step)):
+            for output in scheduler.postprocess(*in_flight.pop(0)):
                 assert output.request_id not in cancelled
                 received.setdefault(output.request_id, []).extend(output.token_ids)
                 if output.error is not None:
@@ -218,7 +220,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         for sha256 in list(runner.kinds):
             if rng.random() < 0.5:
                 runner.finish_read(sha256)
-        if not waiting and not scheduler.has_work and not on_its_way:
+        if not waiting and not scheduler.has_work and not in_flight:
             break
     assert not scheduler.has_work
     for name, req in added.items():
@@ -231,7 +233,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
     assert scheduler.waiting.num_tokens == 0
     assert scheduler.pool.num_used == sum(len(p.blocks) for p in scheduler.soft_prompts.all())
     for prompt in prompts:
-        scheduler.soft_prompts.forget(prompt.sha256)
+        scheduler.soft_prompts.evict_when_unused(prompt.sha256)
     assert scheduler.pool.num_used == 0
 
 
@@ -350,7 +352,7 @@ def test_a_soft_prompt_is_shared_pinned_evicted_and_reloaded():
     scheduler.add(request("a", length=2, max_tokens=3, soft_prompt=first))
     scheduler.add(request("b", length=2, max_tokens=3, soft_prompt=first))
     step, _ = drive(scheduler, runner, received)
-    assert [ref.sha256 for ref in step.reads] == ["first"]
+    assert [ref.sha256 for ref in step.soft_prompts_to_load] == ["first"]
     drive(scheduler, runner, received)
     shared = [s.block_table[:4] for s in scheduler.running]
     assert shared[0] == shared[1]
@@ -375,7 +377,7 @@ def test_others_run_on_while_a_soft_prompt_loads():
         step = scheduler.schedule()
         runner.read(step, "embeddings")
         scheduler.postprocess(step, runner.run(step))
-    assert scheduler.soft_prompts.get("slow").state is Residency.READING
+    assert scheduler.soft_prompts.get("slow").state is LoadState.READING
     assert [s.request_id for s in scheduler.waiting] == ["needs"]
     assert not scheduler.running
     failed = scheduler.soft_prompt_failed("slow", "unreadable")
@@ -399,7 +401,7 @@ def test_one_failing_row_leaves_alone():
     step = scheduler.schedule()
     result = runner.run(step)
     outputs = scheduler.postprocess(
-        step, StepResult(tokens=result.tokens, logprobs={}, scores={}, errors={"bad": "broken"}, fill_errors={})
+        step, StepResult(tokens=result.tokens, logprobs={}, scores={}, errors={"bad": "broken"}, prefill_errors={})
     )
     assert {o.request_id: o.finish_reason for o in outputs} == {"good": None, "bad": "error"}
     assert [s.request_id for s in scheduler.running] == ["good"]
@@ -437,8 +439,8 @@ def test_no_more_soft_prompts_are_loaded_than_slots_are_free():
     scheduler = make_scheduler(max_batch_size=2)
     for index in range(10):
         scheduler.add(request(f"r{index}", soft_prompt=prompt_ref(f"p{index}", 5)))
-    assert len(scheduler.schedule().reads) == 2
-    assert scheduler.schedule().reads == []
+    assert len(scheduler.schedule().soft_prompts_to_load) == 2
+    assert scheduler.schedule().soft_prompts_to_load == []
 
 
 def test_computing_a_soft_prompt_leaves_room_for_others():
@@ -449,7 +451,7 @@ def test_computing_a_soft_prompt_leaves_room_for_others():
     scheduler.add(request("plain", length=3))
     step = scheduler.schedule()
     assert [(row.sequence.request_id, row.num_tokens) for row in step.rows] == [("plain", 3)]
-    assert [fill.num_tokens for fill in step.fills] == [4]
+    assert [prefill.num_tokens for prefill in step.prefills] == [4]
 
 
 def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head():
@@ -470,7 +472,7 @@ def test_a_forgotten_soft_prompt_leaves_with_its_last_user():
     scheduler.add(request("user", length=2, max_tokens=4, soft_prompt=prompt_ref("p", 6)))
     drive(scheduler, runner, received)
     drive(scheduler, runner, received)
-    scheduler.soft_prompts.forget("p")
+    scheduler.soft_prompts.evict_when_unused("p")
     while scheduler.has_work:
         drive(scheduler, runner, received)
     assert len(received["user"]) == 4

@@ -24,7 +24,7 @@ IN_12_BITS = "bfloat16 in 12 bits"
 LONG_STEP = 33
 
 
-def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
+def supports(model: Any, dtype: torch.dtype) -> bool:
     """Whether `DecoderForward` computes this model; its kernels are built, at the first start, when it does."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -46,7 +46,7 @@ def plain_weights(dtype: torch.dtype) -> str:
     return IN_12_BITS if dtype == torch.bfloat16 and torch.ops.softbatch.has_12_bits() else _DTYPES[dtype]
 
 
-def only_in_one_call(named: str, model: Any, instead: str) -> ModelError:
+def unsupported_option_error(named: str, model: Any, instead: str) -> ModelError:
     """What to say where an option takes `DecoderForward` and the model does not run so."""
     dtype = str(model.dtype).removeprefix("torch.")
     return ModelError(
