@@ -1,4 +1,4 @@
-"""Who runs at each step: `schedule()` before it, `launched()` once it is on its way, `postprocess()` after it."""
+"""Who runs at each step: `schedule()` before it, `mark_in_flight()` at its launch, `postprocess()` after it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from softbatch.scheduler.block_pool import BlockPool
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
-from softbatch.scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt, SoftPromptCache
-from softbatch.scheduler.step import Fill, Step, StepResult, StepRow
+from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt, SoftPromptCache
+from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
 from softbatch.scheduler.waiting_queue import QueueFull, WaitingQueue
 
 
@@ -28,13 +28,13 @@ class SchedulerConfig:
 class Scheduler:
     """Owns the waiting queue, the running batch, the pool of blocks and the resident soft prompts.
 
-    Invariants, checked by `check_integrity`: at most `max_batch_size` run; every block has exactly the references
-    of its owners; a running sequence has blocks for everything it has computed. Decoding sequences go first in
-    every step, so that a long prefill never halts them.
+    Invariants, checked by `check_integrity`: at most `max_batch_size` sequences run; the reference count of every block
+    is the number of its owners; a running sequence has blocks for every position it has computed. Every step schedules
+    decodes first, so that a long prefill never stalls them.
 
-    A step may be scheduled while the one before is on its way, as if that had ended and nobody with it. Rows of those
-    who leave meanwhile count for nothing; what they write into blocks that are free again, comes before anything that
-    a later step writes there, as steps run one after another.
+    With async scheduling, step N+1 is scheduled while step N is in flight, assuming that no sequence finishes in N.
+    Rows of sequences that did finish are discarded. They may still write to freed blocks; that is safe because steps
+    run in order on the device and the new owner writes later.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -47,13 +47,15 @@ class Scheduler:
         self._arrivals = 0
         self._preemptions = 0
         self._out_of_memory = 0
-        self._most_running = config.max_batch_size  # fewer after the device ran out of memory, until somebody leaves
+        self._admission_limit = (
+            config.max_batch_size
+        )  # lower after running out of device memory, until a sequence leaves
         self._prefix_queries = 0
         self._prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or len(self.waiting) or self.soft_prompts.filling())
+        return bool(self.running or len(self.waiting) or self.soft_prompts.prefilling())
 
     def add(self, request: AddRequest) -> SequenceOutput | None:
         """Queue a sequence; returns its refusal if it can never fit or the queue is full."""
@@ -70,7 +72,7 @@ class Scheduler:
         return None
 
     def cancel(self, request_id: str) -> bool:
-        """Take a sequence out at once; False if it is not known (any more)."""
+        """Remove a sequence at once; False if it is unknown or has already left."""
         if self.waiting.remove(request_id):
             return True
         for sequence in self.running:
@@ -80,14 +82,14 @@ class Scheduler:
         return False
 
     def shrink(self, step: Step) -> bool:
-        """The device ran out of memory in this step: make it smaller; False if nothing can be taken from it.
+        """Make smaller a step for which the device ran out of memory; False if it cannot be made smaller.
 
-        Soft prompts that are being computed wait for a later step, then the newest sequence is preempted, and one that
-        is alone is computed in two halves. Nobody is admitted until a sequence has left.
+        First, prefills of soft prompts are postponed. Then the newest sequence is preempted. A row that is alone is
+        halved. Admission stays paused until a sequence leaves.
         """
         self._out_of_memory += 1
-        if step.fills and len(step.fills) + len(step.rows) > 1:
-            step.fills.pop()
+        if step.prefills and len(step.prefills) + len(step.rows) > 1:
+            step.prefills.pop()
             return True
         if len(step.rows) > 1:
             sequence = max((row.sequence for row in step.rows), key=lambda s: s.order)
@@ -95,57 +97,59 @@ class Scheduler:
             step.copies = [copy for copy in step.copies if copy[1] not in sequence.block_table]
             step.admitted = [name for name in step.admitted if name != sequence.request_id]
             self._preempt(sequence, step)
-            self._most_running = len(self.running)
+            self._admission_limit = len(self.running)
             return True
         step.rows = [row._replace(num_tokens=row.num_tokens // 2) for row in step.rows if row.num_tokens > 1]
-        step.fills = [fill._replace(num_tokens=fill.num_tokens // 2) for fill in step.fills if fill.num_tokens > 1]
+        step.prefills = [
+            prefill._replace(num_tokens=prefill.num_tokens // 2) for prefill in step.prefills if prefill.num_tokens > 1
+        ]
         return bool(step)
 
-    def hold_back(self) -> None:
-        """The device had no memory for something beside a step: nobody is admitted until a sequence has left."""
+    def pause_admission(self) -> None:
+        """Admit no sequence until one leaves: the device had no memory for an allocation outside a step."""
         self._out_of_memory += 1
-        self._most_running = len(self.running)
+        self._admission_limit = len(self.running)
 
     def schedule(self) -> Step:
         step = Step()
         budget = self._continue_decodes(step)
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
-        budget -= self._fill(step, budget, others=bool(prefilling))
+        budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
             if budget > 0:
                 budget -= self._add_row(step, sequence, budget)
         self._admit(step, budget)
         return step
 
-    def join(self, step: Step) -> None:
-        """Take into the step, where it has room, the soft prompts that have been read since it was scheduled, and
-        those who waited for them."""
+    def admit_late(self, step: Step) -> None:
+        """Add soft prompts that were read after `schedule()`, and sequences that waited for them, if the token budget
+        allows."""
         budget = self.config.max_batch_tokens - step.num_tokens
-        self._admit(step, budget - self._fill(step, budget, others=False))
+        self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False))
 
-    def launched(self, step: Step) -> None:
-        """The step is on its way: what it computes counts as computed, what it samples as a token to come."""
+    def mark_in_flight(self, step: Step) -> None:
+        """Count the step's positions as computed and the tokens it will sample as in flight."""
         for row in step.rows:
             sequence = row.sequence
             sequence.num_computed += row.num_tokens
             if sequence.score_from is None and sequence.num_computed == sequence.length:
-                sequence.num_pending += 1
-        for fill in step.fills:
-            fill.prompt.num_computed += fill.num_tokens
+                sequence.num_in_flight_tokens += 1
+        for prefill in step.prefills:
+            prefill.prompt.num_computed += prefill.num_tokens
 
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
-        """Take in what came of a launched step; finished and failed sequences leave the batch and free their slots."""
+        """Apply the result of a launched step. Finished and failed sequences leave the batch."""
         outputs = []
-        for prompt, start, count in step.fills:
+        for prompt, start, count in step.prefills:
             sha256 = prompt.ref.sha256
             if self.soft_prompts.get(sha256) is not prompt:
                 continue
-            if sha256 in result.fill_errors:
-                outputs += self.soft_prompt_failed(sha256, result.fill_errors[sha256])
+            if sha256 in result.prefill_errors:
+                outputs += self.soft_prompt_failed(sha256, result.prefill_errors[sha256])
             elif start + count == prompt.ref.num_virtual_tokens:
                 self.soft_prompt_ready(sha256)
         for row in step.rows:
-            if row.is_void:
+            if row.is_stale:
                 continue
             sequence, end = row.sequence, row.end
             if sequence.request_id in result.errors:
@@ -163,9 +167,9 @@ class Scheduler:
             token = result.tokens.get(sequence.request_id)
             if token is not None:
                 sequence.tokens.append(token)
-                sequence.num_pending -= 1
-                if sequence.request_id in result.revised:
-                    self._forget_steps(sequence, end)
+                sequence.num_in_flight_tokens -= 1
+                if sequence.request_id in result.resampled:
+                    self._discard_in_flight(sequence, end)
                 output.token_ids = [token]
                 if sequence.request_id in result.logprobs:
                     output.logprobs = [result.logprobs[sequence.request_id]]
@@ -176,40 +180,40 @@ class Scheduler:
             outputs.append(output)
         return outputs
 
-    def would_load(self, ref: SoftPromptRef, reading: int) -> bool:
-        """Whether a soft prompt will be read as soon as a request for it is here, beside `reading` others that may take
-        a quarter of the cache's size in memory. From another thread than the engine's this is a guess."""
+    def should_prefetch(self, ref: SoftPromptRef, reading: int) -> bool:
+        """Whether the next step would load this soft prompt, while `reading` others are being read. Prompts being read
+        may take a quarter of the cache's size. Called from another thread, the answer is a guess."""
         slots = self.config.max_batch_size - len(self.running)
         blocks = (reading + 1) * -(-ref.num_virtual_tokens // self.config.block_size)
         fits = reading < slots and blocks <= self.config.num_blocks // 4
         return fits and not len(self.waiting) and self.soft_prompts.get(ref.sha256) is None
 
     def soft_prompt_read(self, sha256: str) -> ResidentSoftPrompt | None:
-        """The file of an `embeddings` soft prompt has been read: compute its keys and values from now on."""
+        """The file of an `embeddings` soft prompt has been read: prefill it from the next step on."""
         prompt = self.soft_prompts.get(sha256)
         if prompt is not None:
-            self.soft_prompts.mark_filling(prompt)
+            self.soft_prompts.mark_prefilling(prompt)
         return prompt
 
     def soft_prompt_ready(self, sha256: str) -> None:
-        """Its keys and values lie in its blocks: admit those who wait for it."""
+        """Its keys and values are in its blocks: sequences that wait for it may be admitted."""
         prompt = self.soft_prompts.get(sha256)
         if prompt is not None:
             self.soft_prompts.mark_ready(prompt)
         parked = self.waiting.unpark(sha256)
-        if prompt is not None and prompt.forgotten and not parked:
-            self.soft_prompts.forget(sha256)
+        if prompt is not None and prompt.is_retired and not parked:
+            self.soft_prompts.evict_when_unused(sha256)
 
     def soft_prompt_failed(self, sha256: str, message: str) -> list[SequenceOutput]:
-        """It could not be loaded: those who wait for it fail with `message`, nobody else."""
-        self.soft_prompts.abandon(sha256)
+        """It could not be loaded: sequences that wait for it, and only those, fail with `message`."""
+        self.soft_prompts.drop(sha256)
         failed = self.waiting.unpark(sha256)
         for sequence in failed:
             self.waiting.remove(sequence.request_id)
         return [_failed(sequence, message) for sequence in failed]
 
     def fail(self, sequence: Sequence, message: str) -> SequenceOutput:
-        """Take a running sequence out with an error."""
+        """Remove a running sequence with an error."""
         output = _failed(sequence, message)
         self._leave(sequence)
         return output
@@ -249,14 +253,14 @@ class Scheduler:
                 raise AssertionError(f"soft prompt {prompt.ref.sha256} counts {prompt.users} users, has {users}")
 
     def _continue_decodes(self, step: Step) -> int:
-        """Give every decoding sequence its one token, preempting from the end when blocks run out."""
+        """Schedule one token per decoding sequence; preempt from the end of the batch when blocks run out."""
         budget = self.config.max_batch_tokens
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
                 while not self._blocks.grow(sequence):
-                    if any(other.will_end for other in self.running):  # and give its blocks back, after this step
+                    if any(other.will_end for other in self.running):  # its blocks come free after this step
                         break
                     victim = self.running[-1]
                     self._preempt(victim, step)
@@ -267,22 +271,22 @@ class Scheduler:
             index += 1
         return budget
 
-    def _fill(self, step: Step, budget: int, *, others: bool) -> int:
-        """Compute soft prompts that are not in the step yet; returns the tokens taken: at most half of the budget while
-        `others`, or those who wait, have a use for it."""
+    def _prefill_soft_prompts(self, step: Step, budget: int, *, others: bool) -> int:
+        """Schedule prefills of soft prompts that are not in the step yet; returns how many tokens they take. That is at
+        most half of the budget if `others` or waiting sequences could use the rest."""
         share = left = -(-budget // 2) if others or self.waiting.peek() else budget
-        known = {fill.prompt.ref.sha256 for fill in step.fills}
-        for prompt in self.soft_prompts.filling():
+        known = {prefill.prompt.ref.sha256 for prefill in step.prefills}
+        for prompt in self.soft_prompts.prefilling():
             count = min(prompt.ref.num_virtual_tokens - prompt.num_computed, left)
             if count > 0 and prompt.ref.sha256 not in known:
-                step.fills.append(Fill(prompt, prompt.num_computed, count))
+                step.prefills.append(SoftPromptPrefill(prompt, prompt.num_computed, count))
                 left -= count
         return share - left
 
     def _admit(self, step: Step, budget: int) -> None:
-        if step.preempted:  # whoever had to leave just now would only come back to leave again
+        if step.preempted:  # a sequence preempted in this step would come back only to be preempted again
             return
-        while budget > 0 and len(self.running) < self._most_running:
+        while budget > 0 and len(self.running) < self._admission_limit:
             sequence = self.waiting.peek()
             if sequence is None:
                 return
@@ -291,15 +295,15 @@ class Scheduler:
                 prompt = self._resident(sequence.soft_prompt, step)
                 if prompt is None:
                     return
-                if prompt.state is not Residency.READY:
+                if prompt.state is not LoadState.READY:
                     if sequence.missed_soft_prompt:
-                        return  # it was evicted again before this one's turn: from now on nobody overtakes
+                        return  # it was evicted before this sequence's turn: now no sequence may overtake
                     self.soft_prompts.misses += not sequence.was_admitted
                     sequence.missed_soft_prompt = True
                     self.waiting.park(sequence.soft_prompt.sha256)
                     continue
-            # One free block for each running sequence, which may need it soon: without that, a sequence admitted into
-            # the last block would be preempted a few steps later.
+            # Keep one free block per running sequence, which may need it soon. Otherwise a sequence admitted into the
+            # last block would be preempted a few steps later.
             if not self._blocks.take(sequence, prompt, spare=len(self.running)):
                 return
             self.waiting.pop()
@@ -312,20 +316,20 @@ class Scheduler:
             budget -= self._add_row(step, sequence, budget)
 
     def _resident(self, ref: SoftPromptRef, step: Step) -> ResidentSoftPrompt | None:
-        """The soft prompt in its blocks, or on its way there; None if it cannot be brought there now.
+        """The soft prompt, resident or loading; None if it can be neither now.
 
-        No more are loaded at once than there are free slots, so that none is loaded long before its turn."""
+        Only as many soft prompts load at once as there are free slots, so that none loads long before its turn."""
         prompt = self.soft_prompts.get(ref.sha256)
         if prompt is None:
             if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
                 return None
             prompt = self.soft_prompts.reserve(ref, spare=len(self.running))
             if prompt is not None:
-                step.reads.append(ref)
+                step.soft_prompts_to_load.append(ref)
         return prompt
 
     def _count_admission(self, sequence: Sequence) -> None:
-        """Hits and misses count a request once, not again after a preemption."""
+        """Count hits and misses once per request, not again after a preemption."""
         sequence.was_admitted = True
         self._prefix_queries += sequence.num_prompt
         self._prefix_hits += sequence.num_computed - sequence.num_virtual
@@ -334,7 +338,7 @@ class Scheduler:
 
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         count = min(sequence.length - sequence.num_computed, budget)
-        step.rows.append(StepRow(sequence, sequence.num_computed, count, sequence.attempt))
+        step.rows.append(StepRow(sequence, sequence.num_computed, count, sequence.epoch))
         return count
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -345,16 +349,16 @@ class Scheduler:
         step.preempted.append(sequence.request_id)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Out of the batch: blocks and the pin on the soft prompt go back."""
-        self._forget_steps(sequence, 0)
+        """Remove from the batch, release the blocks and unpin the soft prompt."""
+        self._discard_in_flight(sequence, 0)
         self.running.remove(sequence)
-        self._most_running = self.config.max_batch_size
+        self._admission_limit = self.config.max_batch_size
         self._blocks.give_back(sequence)
 
-    def _forget_steps(self, sequence: Sequence, num_computed: int) -> None:
-        """Whatever is on its way for this sequence counts for nothing, and neither do positions from here on."""
-        sequence.attempt += 1
-        sequence.num_pending = 0
+    def _discard_in_flight(self, sequence: Sequence, num_computed: int) -> None:
+        """Make every step in flight stale for this sequence, and discard its positions from `num_computed` on."""
+        sequence.epoch += 1
+        sequence.num_in_flight_tokens = 0
         sequence.num_computed = num_computed
 
 

@@ -9,25 +9,25 @@ from softbatch.scheduler.protocol import AddRequest, FinishReason
 
 
 class Sequence:
-    """A request inside the engine; `num_computed` says how far its keys and values have come, or will have when the
-    steps that are on their way have ended.
+    """A request inside the engine. `num_computed` counts the positions whose keys and values are computed, those of
+    steps in flight included.
 
-    Positions count the soft prompt's virtual tokens first, so `length` = virtual tokens + `tokens` + those that are
-    being sampled (`num_pending`). There are no phases: a step computes some of positions num_computed … length−1, and
-    whoever reaches `length` samples. `attempt` changes whenever steps on their way no longer count: the sequence has
-    left the batch, or a token they started from was another.
+    Positions count the soft prompt's virtual tokens first: `length` = virtual tokens + `tokens` +
+    `num_in_flight_tokens`, which steps in flight will sample. There are no phases: a step computes some of positions
+    num_computed … length−1, and a sequence that reaches `length` samples. `epoch` changes when steps in flight become
+    stale: the sequence has left the batch, or the sampler has replaced the token that they started from.
     The scheduler owns every field; the runner only reads.
     """
 
     __slots__ = (
         "arrival",
-        "attempt",
         "block_hashes",
         "block_table",
         "cache_salt",
+        "epoch",
         "missed_soft_prompt",
         "num_computed",
-        "num_pending",
+        "num_in_flight_tokens",
         "num_prompt",
         "num_registered",
         "num_virtual",
@@ -54,8 +54,8 @@ class Sequence:
         self.score_from = request.score_from
         self.scores: list[float] = []
         self.num_computed = 0
-        self.num_pending = 0
-        self.attempt = 0
+        self.num_in_flight_tokens = 0
+        self.epoch = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_registered = 0
@@ -65,7 +65,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens in the sequence so far, virtual and pending ones included."""
-        return self.num_virtual + len(self.tokens) + self.num_pending
+        return self.num_virtual + len(self.tokens) + self.num_in_flight_tokens
 
     @property
     def num_generated(self) -> int:
@@ -74,7 +74,9 @@ class Sequence:
     @property
     def will_end(self) -> bool:
         """Whether a pending token is the last one it may have."""
-        return self.num_pending > 0 and self.num_generated + self.num_pending >= self.params.max_tokens
+        return (
+            self.num_in_flight_tokens > 0 and self.num_generated + self.num_in_flight_tokens >= self.params.max_tokens
+        )
 
     @property
     def order(self) -> tuple[int, int]:

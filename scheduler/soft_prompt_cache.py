@@ -10,9 +10,9 @@ from softbatch.scheduler.block_pool import BlockPool
 from softbatch.scheduler.protocol import SoftPromptRef
 
 
-class Residency(enum.Enum):
+class LoadState(enum.Enum):
     READING = "reading"  # its file is being read in another thread
-    FILLING = "filling"  # its keys and values are being computed, chunk by chunk
+    PREFILLING = "prefilling"  # its keys and values are being computed, chunk by chunk
     READY = "ready"
 
 
@@ -22,14 +22,14 @@ class ResidentSoftPrompt:
 
     ref: SoftPromptRef
     blocks: list[int]
-    state: Residency = Residency.READING
+    state: LoadState = LoadState.READING
     users: int = 0
     num_computed: int = 0
-    forgotten: bool = False
+    is_retired: bool = False
 
     @property
     def evictable(self) -> bool:
-        return self.state is Residency.READY and self.users == 0
+        return self.state is LoadState.READY and self.users == 0
 
 
 class SoftPromptCache:
@@ -67,19 +67,19 @@ class SoftPromptCache:
     def all(self) -> list[ResidentSoftPrompt]:
         return list(self._resident.values())
 
-    def filling(self) -> list[ResidentSoftPrompt]:
+    def prefilling(self) -> list[ResidentSoftPrompt]:
         """Those whose keys and values still have to be computed, oldest first."""
-        return [p for p in self._loading.values() if p.state is Residency.FILLING]
+        return [p for p in self._loading.values() if p.state is LoadState.PREFILLING]
 
-    def mark_filling(self, prompt: ResidentSoftPrompt) -> None:
+    def mark_prefilling(self, prompt: ResidentSoftPrompt) -> None:
         """Its file has been read; its keys and values are to be computed."""
-        prompt.state = Residency.FILLING
+        prompt.state = LoadState.PREFILLING
 
     def mark_ready(self, prompt: ResidentSoftPrompt) -> None:
         """Its keys and values lie in its blocks."""
         if self._loading.pop(prompt.ref.sha256, None) is not None:
             self._ready_blocks += len(prompt.blocks)
-        prompt.state = Residency.READY
+        prompt.state = LoadState.READY
 
     def reserve(self, ref: SoftPromptRef, spare: int) -> ResidentSoftPrompt | None:
         """Take blocks for a soft prompt that is to be read, evicting others; None if that many, and `spare` more for
@@ -101,8 +101,8 @@ class SoftPromptCache:
         """Unpin; the sequence gives its block references back itself."""
         prompt = self._resident[sha256]
         prompt.users -= 1
-        if prompt.forgotten and prompt.evictable:
-            self._drop(sha256)
+        if prompt.is_retired and prompt.evictable:
+            self.drop(sha256)
 
     def shared_blocks(self, prompt: ResidentSoftPrompt) -> list[int]:
         """The blocks filled by virtual tokens alone; a partly filled last one is copied per sequence instead."""
@@ -122,34 +122,31 @@ class SoftPromptCache:
                 missing -= len(prompt.blocks)
                 if missing <= 0:
                     for victim in victims:
-                        self._drop(victim)
+                        self.drop(victim)
                         self.evictions += 1
                     return True
         return False
 
-    def forget(self, sha256: str) -> None:
+    def evict_when_unused(self, sha256: str) -> None:
         """The soft prompt was removed from the store: drop it now, or as soon as no sequence uses it."""
         prompt = self._resident.get(sha256)
         if prompt is None:
             return
         if prompt.evictable:
-            self._drop(sha256)
+            self.drop(sha256)
         else:
-            prompt.forgotten = True
-
-    def abandon(self, sha256: str) -> None:
-        """Loading failed: give its blocks back."""
-        self._drop(sha256)
+            prompt.is_retired = True
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the counts kept along the way are not those of the soft prompts."""
         prompts = self._resident.values()
-        if list(self._loading.values()) != [p for p in prompts if p.state is not Residency.READY]:
+        if list(self._loading.values()) != [p for p in prompts if p.state is not LoadState.READY]:
             raise AssertionError("the loading soft prompts are not those that are not ready")
-        if self._ready_blocks != sum(len(p.blocks) for p in prompts if p.state is Residency.READY):
+        if self._ready_blocks != sum(len(p.blocks) for p in prompts if p.state is LoadState.READY):
             raise AssertionError("the blocks of ready soft prompts are miscounted")
 
-    def _drop(self, sha256: str) -> None:
+    def drop(self, sha256: str) -> None:
+        """Give its blocks back: it is evicted, or loading it failed."""
         prompt = self._resident.pop(sha256)
         if self._loading.pop(sha256, None) is None:
             self._ready_blocks -= len(prompt.blocks)

@@ -11,23 +11,23 @@ from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
 
 
 class StepRow(NamedTuple):
-    """`num_tokens` positions of a sequence, from `start` on; it counts for nothing once its attempt is another."""
+    """`num_tokens` positions of a sequence, from `start` on; it counts for nothing once its epoch is another."""
 
     sequence: Sequence
     start: int
     num_tokens: int
-    attempt: int
+    epoch: int
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
 
     @property
-    def is_void(self) -> bool:
-        return self.attempt != self.sequence.attempt
+    def is_stale(self) -> bool:
+        return self.epoch != self.sequence.epoch
 
 
-class Fill(NamedTuple):
+class SoftPromptPrefill(NamedTuple):
     """`num_tokens` virtual tokens, from `start` on, of a soft prompt whose keys and values are computed."""
 
     prompt: ResidentSoftPrompt
@@ -44,18 +44,18 @@ class Step:
     """What one iteration computes: rows of new tokens, after `copies` of whole blocks (source, target)."""
 
     rows: list[StepRow] = field(default_factory=list)
-    fills: list[Fill] = field(default_factory=list)
+    prefills: list[SoftPromptPrefill] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    reads: list[SoftPromptRef] = field(default_factory=list)
+    soft_prompts_to_load: list[SoftPromptRef] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows) + sum(fill.num_tokens for fill in self.fills)
+        return sum(row.num_tokens for row in self.rows) + sum(prefill.num_tokens for prefill in self.prefills)
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.fills)
+        return bool(self.rows or self.prefills)
 
 
 class OutOfDeviceMemory(Exception):
@@ -70,11 +70,11 @@ class DeviceLost(RuntimeError):
 class StepResult:
     """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone.
 
-    `revised` names rows whose token is not the one that a step launched meanwhile has taken for it."""
+    `resampled` names rows whose token is not the one that a step launched meanwhile has taken for it."""
 
     tokens: dict[str, int]
     logprobs: dict[str, TokenLogprobs]
     scores: dict[str, list[float]]
     errors: dict[str, str]
-    fill_errors: dict[str, str]
-    revised: frozenset[str] = frozenset()
+    prefill_errors: dict[str, str]
+    resampled: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""What the scheduler itself costs per step: schedule(), launched() and postprocess(), no model.
+"""What the scheduler itself costs per step: schedule(), mark_in_flight() and postprocess(), no model.
 
 Against the number waiting, which must not matter, and the number running, which may. Between two measured steps
 nothing else happens, as in a server whose batch is full.
@@ -70,16 +70,16 @@ def _fill_cache(scheduler: Scheduler) -> None:
         scheduler.add(next(requests(1, f"p{index}", 1, ref)))
         while scheduler.has_work:
             step = scheduler.schedule()
-            for read in step.reads:
+            for read in step.soft_prompts_to_load:
                 scheduler.soft_prompt_ready(read.sha256)
             result = sampled(step)
-            scheduler.launched(step)
+            scheduler.mark_in_flight(step)
             scheduler.postprocess(step, result)
 
 
 def sampled(step: Step) -> StepResult:
     ends = {row.sequence.request_id: 1000 for row in step.rows if row.end == row.sequence.length}
-    return StepResult(tokens=ends, logprobs={}, scores={}, errors={}, fill_errors={})
+    return StepResult(tokens=ends, logprobs={}, scores={}, errors={}, prefill_errors={})
 
 
 def advance(scheduler: Scheduler) -> float:
@@ -89,7 +89,7 @@ def advance(scheduler: Scheduler) -> float:
     scheduled = time.perf_counter()
     result = sampled(step)
     resumed = time.perf_counter()
-    scheduler.launched(step)
+    scheduler.mark_in_flight(step)
     scheduler.postprocess(step, result)
     scheduler.stats(1)
     return time.perf_counter() - resumed + scheduled - started

@@ -20,7 +20,7 @@ from softbatch.scheduler.protocol import (
     StepOutput,
 )
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
-from softbatch.scheduler.soft_prompt_cache import Residency, ResidentSoftPrompt
+from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt
 from softbatch.scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 _TOO_SMALL = "the device's memory is too small for this"
 
 
-class Launched(Protocol):
-    """A step that is on its way."""
+class InFlightStep(Protocol):
+    """A step that has been launched."""
 
     def result(self) -> StepResult:
         """Waits for its end. Called once."""
@@ -41,7 +41,7 @@ class Launched(Protocol):
 class ModelRunner(Protocol):
     """What the engine asks of the model side."""
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: Step) -> InFlightStep:
         """Raises OutOfDeviceMemory."""
         ...
 
@@ -57,20 +57,20 @@ class ModelRunner(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _NothingRuns:
+class _FailedStep:
     """What comes of a step for which there is no memory, however small it is made."""
 
     step: Step
 
     def result(self) -> StepResult:
         errors = {row.sequence.request_id: _TOO_SMALL for row in self.step.rows}
-        return StepResult({}, {}, {}, errors, {fill.prompt.ref.sha256: _TOO_SMALL for fill in self.step.fills})
+        return StepResult({}, {}, {}, errors, {prefill.prompt.ref.sha256: _TOO_SMALL for prefill in self.step.prefills})
 
 
 @dataclass(eq=False)
-class _OnItsWay:
+class _InFlight:
     step: Step
-    launched: Launched
+    launched: InFlightStep
     since: float
     _result: StepResult | None = None
 
@@ -83,18 +83,18 @@ class _OnItsWay:
 class Engine:
     """Owns the scheduler, the runner and the reader of soft prompts; one `step()` is one iteration.
 
-    With `run_ahead`, an iteration launches the next step and then takes in the one before, which has run meanwhile;
-    without, the very step that it launches. Not thread-safe, except `expect`.
+    With `async_scheduling`, an iteration launches step N+1 and then processes the result of step N. Without it, an
+    iteration processes the step that it launched. Not thread-safe, except `prefetch`.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int, *, run_ahead: bool = False
+        self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int, *, async_scheduling: bool = False
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._bytes_per_block = bytes_per_block
-        self._run_ahead = run_ahead
-        self._on_its_way: _OnItsWay | None = None
+        self._async_scheduling = async_scheduling
+        self._in_flight: _InFlight | None = None
         self._last_end = 0.0
         self.reader: SoftPromptReader[StagedSoftPrompt] = SoftPromptReader(
             runner.read_soft_prompt, runner.prepare_to_read
@@ -108,18 +108,18 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether a step is on its way."""
-        return self._on_its_way is not None
+        """Whether a step is in flight."""
+        return self._in_flight is not None
 
     @property
     def stats(self) -> EngineStats:
         return self.scheduler.stats(self._bytes_per_block)
 
-    def expect(self, message: EngineInput) -> None:
+    def prefetch(self, message: EngineInput) -> None:
         """Begin to read the soft prompt of a request that is about to be handled, where nothing keeps it from being
         admitted at the next step: it need not wait for one more. Any thread may call this."""
         ref = message.soft_prompt if isinstance(message, AddRequest) else None
-        if ref is not None and self.scheduler.would_load(ref, len(self.reader)):
+        if ref is not None and self.scheduler.should_prefetch(ref, len(self.reader)):
             self.reader.start(ref)
 
     def handle(self, message: EngineInput) -> None:
@@ -131,7 +131,7 @@ class Engine:
             for request_id in message.request_ids:
                 self.scheduler.cancel(request_id)
         else:
-            self.scheduler.soft_prompts.forget(message.sha256)
+            self.scheduler.soft_prompts.evict_when_unused(message.sha256)
 
     def step(self) -> StepOutput:
         """One iteration. Without anything to compute its output says what changed otherwise, if anything did."""
@@ -141,19 +141,19 @@ class Engine:
         scheduled = time.perf_counter()
         self._start_reading(step)
         loaded = []
-        if readings := self.reader.collect():
+        if readings := self.reader.take_read():
             loaded = self._place(readings, outputs)
-            self.scheduler.join(step)
+            self.scheduler.admit_late(step)
             self._start_reading(step)
-        ended = [self._on_its_way] if self._on_its_way else []
-        self._on_its_way = self._launch(step, started) if step else None
-        if self._on_its_way and (not self._run_ahead or isinstance(self._on_its_way.launched, _NothingRuns)):
-            ended.append(self._on_its_way)
-            self._on_its_way = None
+        ended = [self._in_flight] if self._in_flight else []
+        self._in_flight = self._launch(step, started) if step else None
+        if self._in_flight and (not self._async_scheduling or isinstance(self._in_flight.launched, _FailedStep)):
+            ended.append(self._in_flight)
+            self._in_flight = None
         for one in ended:
             result = one.result()
             outputs += self.scheduler.postprocess(one.step, result)
-            loaded += self._collect_filled(one.step, result)
+            loaded += self._load_seconds_of_prefilled(one.step, result)
         last_end, now = self._last_end, time.perf_counter()
         if ended:
             self._last_end = now
@@ -169,13 +169,13 @@ class Engine:
             soft_prompt_load_seconds=loaded,
         )
 
-    def _launch(self, step: Step, since: float) -> _OnItsWay:
-        """Launch the step, made smaller as often as the device runs out of memory; before that, the step on its way is
-        waited for, which gives back what it holds."""
-        launched: Launched | None = None
-        before = self._on_its_way
+    def _launch(self, step: Step, since: float) -> _InFlight:
+        """Launch the step. If the device runs out of memory, wait for the step in flight, which frees what it holds; if
+        that is not enough, make the step smaller until it fits."""
+        launched: InFlightStep | None = None
+        before = self._in_flight
         while launched is None:
-            whole = Step(rows=step.rows, fills=step.fills)
+            whole = Step(rows=step.rows, prefills=step.prefills)
             try:
                 launched = self._runner.launch(step)
             except OutOfDeviceMemory:
@@ -185,17 +185,17 @@ class Engine:
                     continue
                 logger.warning("out of device memory in a step of %d tokens; running it again smaller", step.num_tokens)
                 if not self.scheduler.shrink(step):
-                    step.rows, step.fills = whole.rows, whole.fills
-                    launched = _NothingRuns(whole)
-        self.scheduler.launched(step)
-        return _OnItsWay(step, launched, since)
+                    step.rows, step.prefills = whole.rows, whole.prefills
+                    launched = _FailedStep(whole)
+        self.scheduler.mark_in_flight(step)
+        return _InFlight(step, launched, since)
 
     def close(self) -> None:
         self.reader.close()
 
     def _start_reading(self, step: Step) -> None:
-        while step.reads:
-            self.reader.start(step.reads.pop(0))
+        while step.soft_prompts_to_load:
+            self.reader.start(step.soft_prompts_to_load.pop(0))
 
     def _place(self, readings: list[Reading[StagedSoftPrompt]], outputs: list[SequenceOutput]) -> list[float]:
         """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now.
@@ -205,7 +205,7 @@ class Engine:
         for reading in readings:
             sha256 = reading.ref.sha256
             resident = self.scheduler.soft_prompts.get(sha256)
-            if resident is None or resident.state is not Residency.READING:
+            if resident is None or resident.state is not LoadState.READING:
                 continue
             try:
                 if self._runner.place_soft_prompt(resident, reading.result.result()):
@@ -216,7 +216,7 @@ class Engine:
                     self._requested[sha256] = reading.since
             except OutOfDeviceMemory:
                 if self.scheduler.running:  # once somebody has left there may be room
-                    self.scheduler.hold_back()
+                    self.scheduler.pause_admission()
                     self.reader.put_back(reading)
                     continue
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {_TOO_SMALL}")
@@ -228,9 +228,9 @@ class Engine:
                 outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {reason}")
         return ready
 
-    def _collect_filled(self, step: Step, result: StepResult) -> list[float]:
-        last = [fill.prompt.ref.sha256 for fill in step.fills if fill.is_last]
-        filled = [sha256 for sha256 in last if sha256 not in result.fill_errors]
+    def _load_seconds_of_prefilled(self, step: Step, result: StepResult) -> list[float]:
+        last = [prefill.prompt.ref.sha256 for prefill in step.prefills if prefill.is_last]
+        filled = [sha256 for sha256 in last if sha256 not in result.prefill_errors]
         return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
 
 
@@ -261,5 +261,5 @@ def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]
         block_size=kv.block_size,
         kv_bytes=kv.num_blocks * kv.bytes_per_block,
     )
-    run_ahead = config.async_scheduling == "on" or (config.async_scheduling == "auto" and loaded.info.is_on_gpu)
-    return Engine(scheduler, loaded.runner, kv.bytes_per_block, run_ahead=run_ahead), ready
+    async_scheduling = config.async_scheduling == "on" or (config.async_scheduling == "auto" and loaded.info.is_on_gpu)
+    return Engine(scheduler, loaded.runner, kv.bytes_per_block, async_scheduling=async_scheduling), ready

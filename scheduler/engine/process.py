@@ -91,7 +91,7 @@ class EngineProcess:
                 except msgspec.MsgspecError:
                     logger.exception("a message from the front end could not be read")
                     continue
-                engine.expect(message)
+                engine.prefetch(message)
                 self._messages.put(message)
         except BaseException:
             logger.exception("the engine receives no more messages")

@@ -49,7 +49,7 @@ class SoftPromptReader(Generic[T]):
             self._readings[ref.sha256] = reading
         reading.result.add_done_callback(lambda _: self.on_read())
 
-    def collect(self) -> list[Reading[T]]:
+    def take_read(self) -> list[Reading[T]]:
         """Those that are through, each once."""
         with self._lock:
             done = [reading for reading in self._readings.values() if reading.result.done()]

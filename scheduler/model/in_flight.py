@@ -28,11 +28,11 @@ class Scores:
 
 
 @dataclass(eq=False)
-class LaunchedStep:
+class InFlightStep:
     """What will come of a step. Its sampled tokens can be had on the device at once."""
 
     errors: dict[str, str] = field(default_factory=dict)
-    fill_errors: dict[str, str] = field(default_factory=dict)
+    prefill_errors: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
     _samples: list[tuple[list[str], Samples]] = field(default_factory=list)
     _tokens: list[torch.Tensor] = field(default_factory=list)
@@ -58,7 +58,7 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         """Waits for the step to end; to be called once."""
-        tokens, logprobs, scores, errors, revised = {}, {}, {}, dict(self.errors), set()
+        tokens, logprobs, scores, errors, resampled = {}, {}, {}, dict(self.errors), set()
         for request_ids, samples in self._samples:
             for request_id, sample in zip(request_ids, samples.read(), strict=True):
                 if sample.error is not None:
@@ -67,8 +67,8 @@ class LaunchedStep:
                 tokens[request_id] = sample.token_id
                 if sample.logprobs is not None:
                     logprobs[request_id] = sample.logprobs
-                if sample.revised:
-                    revised.add(request_id)
+                if sample.resampled:
+                    resampled.add(request_id)
         for request_id, found in self.scores.items():
             values = found.read()
             if all(map(math.isfinite, values)):
@@ -76,4 +76,4 @@ class LaunchedStep:
             else:
                 errors[request_id] = "the model's logits are not finite"
         self._samples = []  # probabilities of whole vocabularies; the tokens may still be asked for
-        return StepResult(tokens, logprobs, scores, errors, self.fill_errors, frozenset(revised))
+        return StepResult(tokens, logprobs, scores, errors, self.prefill_errors, frozenset(resampled))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.staging import small_tensor
 
 
@@ -30,8 +31,7 @@ class RowFormat:
         """Entries of `stored_as` of a key and of a value. Raises RuntimeError for heads that cannot be packed."""
         if self.packing == "none":
             return self.head_dim, self.head_dim
-        key, value = torch.ops.softbatch.packed_row_bytes(self.packing, self.head_dim)
-        return key, value
+        return ops.packed_row_bytes(self.packing, self.head_dim)
 
     @property
     def bytes_per_token(self) -> int:
@@ -42,8 +42,7 @@ class RowFormat:
         """[…, head_dim] as they are stored, though not yet rounded to `dtype` where they are not packed."""
         if self.packing == "none":
             return numbers
-        packed: torch.Tensor = torch.ops.softbatch.pack_rows(numbers.float(), self.packing, are_keys)
-        return packed
+        return ops.pack_rows(numbers.float(), self.packing, are_keys)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.attention.backend import AttentionBackend
-from softbatch.scheduler.model.cpu.decoder import only_in_one_call, runs_in_one_call
+from softbatch.scheduler.model.cpu.decoder import supports, unsupported_option_error
 from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, is_shortage
 from softbatch.scheduler.model.cuda.setup import measure_memory
 from softbatch.scheduler.model.kv_cache import KVCache, RowFormat
@@ -69,8 +69,8 @@ def _row_format(config: EngineConfig, model: Any, dtype: torch.dtype, head_dim: 
     if config.kv_cache_dtype == "auto":
         return RowFormat(dtype, head_dim)
     named, instead = f"--kv-cache-dtype {config.kv_cache_dtype}", "--kv-cache-dtype auto"
-    if not runs_in_one_call(model, dtype):
-        raise only_in_one_call(named, model, instead)
+    if not supports(model, dtype):
+        raise unsupported_option_error(named, model, instead)
     rows = RowFormat(dtype, head_dim, config.kv_cache_dtype)
     try:
         _ = rows.sizes

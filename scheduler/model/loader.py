@@ -18,7 +18,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
-from softbatch.scheduler.model.cpu.decoder import DecoderForward, only_in_one_call, runs_in_one_call
+from softbatch.scheduler.model.cpu.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.cuda.failures import failures_told
 from softbatch.scheduler.model.cuda.fused import FusedForward
@@ -163,7 +163,7 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
-    if runs_in_one_call(model, kv_cache.dtype):
+    if supports(model, kv_cache.dtype):
         weights = None if quantization == "none" else quantization
         try:
             decoder = DecoderForward(model, kv_cache, weights, release=True)
@@ -173,7 +173,7 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
             reason = (str(error).splitlines() or ["not enough memory"])[0]
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
     if quantization != "none":
-        raise only_in_one_call(f"--quantization {quantization}", model, "--quantization none")
+        raise unsupported_option_error(f"--quantization {quantization}", model, "--quantization none")
     if kv_cache.device.type == "cuda":
         forward = make_forward(model, kv_cache, backend)
         return forward, "merged for fused kernels" if isinstance(forward, FusedForward) else "as transformers has it"

@@ -15,17 +15,17 @@ from softbatch.prompt_store.soft_prompt_file import ModelSpec, check_fits, load
 from softbatch.scheduler.model.batch import BatchBuilder, Row, build_batch
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.forward import Forward
-from softbatch.scheduler.model.in_flight import LaunchedStep, Scores
+from softbatch.scheduler.model.in_flight import InFlightStep, Scores
 from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
 from softbatch.scheduler.model.sampling.sampler import SampleInput, needs_history, sample
 from softbatch.scheduler.model.staging import small_tensor
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
-from softbatch.scheduler.step import DeviceLost, Fill, OutOfDeviceMemory, Step, StepRow
+from softbatch.scheduler.step import DeviceLost, OutOfDeviceMemory, SoftPromptPrefill, Step, StepRow
 
 logger = logging.getLogger(__name__)
-_FILL_FAILED = "the model failed on this soft prompt"
+_PREFILL_FAILED = "the model failed on this soft prompt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +55,11 @@ class Runner:
         self._spec = spec
         self._max_prompt_bytes = max_prompt_bytes
         self._on_gpu = kv_cache.device.type == "cuda"
-        self._filling: dict[str, torch.Tensor] = {}
-        self._newest = LaunchedStep()
+        self._prefilling: dict[str, torch.Tensor] = {}
+        self._newest = InFlightStep()
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> LaunchedStep:
+    def launch(self, step: Step) -> InFlightStep:
         """Compute every row of the step. If that raises, each row is run once more alone and only those that
         raise again are reported as failed; writing the same keys and values twice changes nothing.
 
@@ -68,23 +68,23 @@ class Runner:
             self._newest = self._launch(step)
         return self._newest
 
-    def _launch(self, step: Step) -> LaunchedStep:
+    def _launch(self, step: Step) -> InFlightStep:
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
         # Of a soft prompt that has failed in the step before, which the scheduler did not know yet, nothing is left.
-        fills = [fill for fill in step.fills if fill.prompt.ref.sha256 in self._filling]
-        lost = {fill.prompt.ref.sha256: _FILL_FAILED for fill in step.fills if fill not in fills}
-        launched = LaunchedStep(fill_errors=dict(lost))
-        if not (step.rows or fills):
+        prefills = [prefill for prefill in step.prefills if prefill.prompt.ref.sha256 in self._prefilling]
+        lost = {prefill.prompt.ref.sha256: _PREFILL_FAILED for prefill in step.prefills if prefill not in prefills}
+        launched = InFlightStep(prefill_errors=dict(lost))
+        if not (step.rows or prefills):
             return launched
         try:
-            self._run(step.rows, fills, launched)
+            self._run(step.rows, prefills, launched)
         except Exception as error:
             if is_shortage(error):
                 raise
             logger.exception("a step failed; running its rows one by one")
             self._check_device()
-            launched = LaunchedStep(fill_errors=dict(lost))
+            launched = InFlightStep(prefill_errors=dict(lost))
             for row in step.rows:
                 try:
                     self._run([row], [], launched)
@@ -93,18 +93,18 @@ class Runner:
                         raise
                     logger.exception("request %s failed", row.sequence.request_id)
                     launched.errors[row.sequence.request_id] = "the model failed on this request"
-            for fill in fills:
+            for prefill in prefills:
                 try:
-                    self._run([], [fill], launched)
+                    self._run([], [prefill], launched)
                 except Exception as error:
                     if is_shortage(error):
                         raise
-                    logger.exception("soft prompt %s failed", fill.prompt.ref.sha256)
-                    launched.fill_errors[fill.prompt.ref.sha256] = _FILL_FAILED
-        for fill in fills:
-            sha256 = fill.prompt.ref.sha256
-            if fill.is_last or sha256 in launched.fill_errors:
-                self._filling.pop(sha256, None)
+                    logger.exception("soft prompt %s failed", prefill.prompt.ref.sha256)
+                    launched.prefill_errors[prefill.prompt.ref.sha256] = _PREFILL_FAILED
+        for prefill in prefills:
+            sha256 = prefill.prompt.ref.sha256
+            if prefill.is_last or sha256 in launched.prefill_errors:
+                self._prefilling.pop(sha256, None)
         return launched
 
     def prepare_to_read(self) -> None:
@@ -135,15 +135,15 @@ class Runner:
                     self._kv_cache.write(resident.blocks, staged.blocks)
                 if staged.embeddings is not None:
                     device = self._kv_cache.device
-                    self._filling[resident.ref.sha256] = staged.embeddings.to(device, non_blocking=True)
+                    self._prefilling[resident.ref.sha256] = staged.embeddings.to(device, non_blocking=True)
             except Exception as error:
                 if not is_shortage(error):
                     self._check_device()
                 raise
         return staged.embeddings is None
 
-    def _run(self, rows: list[StepRow], fills: list[Fill], launched: LaunchedStep) -> None:
-        batch = self._build([_as_row(row) for row in rows] + [self._fill_row(fill) for fill in fills])
+    def _run(self, rows: list[StepRow], prefills: list[SoftPromptPrefill], launched: InFlightStep) -> None:
+        batch = self._build([_as_row(row) for row in rows] + [self._prefill_row(prefill) for prefill in prefills])
         self._insert_pending(rows, batch.token_ids)
         logits = self._forward(batch)
         sampling, sampled_rows, at = [], [], 0
@@ -178,7 +178,7 @@ class Runner:
             token_ids[small_tensor(places, token_ids.device, torch.int64)] = tokens
 
     def _sample_input(self, s: Sequence) -> SampleInput:
-        is_missing = s.num_pending > 0 and needs_history(s.params)
+        is_missing = s.num_in_flight_tokens > 0 and needs_history(s.params)
         pending = self._newest.tokens_of([s.request_id]) if is_missing else None
         return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending)
 
@@ -196,9 +196,9 @@ class Runner:
             except RuntimeError as error:
                 raise DeviceLost(str(error)) from error
 
-    def _fill_row(self, fill: Fill) -> Row:
-        embeddings = self._filling[fill.prompt.ref.sha256][fill.start : fill.start + fill.num_tokens]
-        return Row(fill.start, (), fill.prompt.blocks, range(0), embeddings=embeddings)
+    def _prefill_row(self, prefill: SoftPromptPrefill) -> Row:
+        embeddings = self._prefilling[prefill.prompt.ref.sha256][prefill.start : prefill.start + prefill.num_tokens]
+        return Row(prefill.start, (), prefill.prompt.blocks, range(0), embeddings=embeddings)
 
 
 @contextmanager
@@ -223,4 +223,4 @@ def _as_row(row: StepRow) -> Row:
 
 
 def _ends_with_pending(row: StepRow) -> bool:
-    return row.sequence.num_pending > 0 and row.end == row.sequence.length
+    return row.sequence.num_in_flight_tokens > 0 and row.end == row.sequence.length

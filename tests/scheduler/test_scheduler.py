@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from softbatch.scheduler.block_pool import BlockPool, OutOfBlocks
 from softbatch.scheduler.protocol import AddRequest, SequenceOutput
 from softbatch.scheduler.scheduler import Scheduler
-from softbatch.scheduler.soft_prompt_cache import Residency
+from softbatch.scheduler.soft_prompt_cache import LoadState
 from softbatch.scheduler.step import Step, StepResult
 from tests.support.fake_runner import EOS, FakeRunner, make_scheduler, next_token, prompt_ref, request
 
@@ -49,7 +49,7 @@ def drive(
     block_size=st.sampled_from([1, 3, 4, 16]),
     slots=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
-    ahead=st.sampled_from(["never", "always", "revised"]),
+    ahead=st.sampled_from(["never", "always", "resampled"]),
     fail=st.sampled_from([0.0, 0.02, 0.2]),
 )
 def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slots, extra_budget, ahead, fail):
@@ -63,8 +63,8 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         max_batch_tokens=slots + extra_budget,
         max_model_len=min(40, capacity),
     )
-    runner = FakeRunner(scheduler, revise=0.2 if ahead == "revised" else 0.0, fail=fail)
-    on_its_way: list[tuple[Step, StepResult]] = []
+    runner = FakeRunner(scheduler, resample=0.2 if ahead == "resampled" else 0.0, fail=fail)
+    in_flight: list[tuple[Step, StepResult]] = []
     prompts = [prompt_ref(f"p{i}", rng.choice([1, 2, block_size, block_size + 1, 7])) for i in range(4)]
     waiting, added, cancelled, received = list(range(30)), {}, set(), {}
     refused, failed = set(), set()
@@ -89,22 +89,22 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
             if scheduler.cancel(name):
                 cancelled.add(name)
         if rng.random() < 0.05:
-            scheduler.soft_prompts.forget(rng.choice(prompts).sha256)
+            scheduler.soft_prompts.evict_when_unused(rng.choice(prompts).sha256)
         step = scheduler.schedule()
         assert step.num_tokens <= scheduler.config.max_batch_tokens
         runner.read(step, rng.choice(["kv", "embeddings"]))
         if rng.random() < 0.3:
             for sha256 in list(runner.kinds):  # read ahead: those who wait for it may still join the step
                 runner.finish_read(sha256)
-            step.reads.clear()
-            scheduler.join(step)
+            step.soft_prompts_to_load.clear()
+            scheduler.admit_late(step)
             assert step.num_tokens <= scheduler.config.max_batch_tokens
             runner.read(step, rng.choice(["kv", "embeddings"]))
         scheduler.check_integrity()
-        on_its_way.append((step, runner.run(step)))
+        in_flight.append((step, runner.run(step)))
         scheduler.check_integrity()
-        while len(on_its_way) > (ahead != "never" and bool(step)):
-            for output in scheduler.postprocess(*on_its_way.pop(0)):
+        while len(in_flight) > (ahead != "never" and bool(step)):
+            for output in scheduler.postprocess(*in_flight.pop(0)):
                 assert output.request_id not in cancelled
                 received.setdefault(output.request_id, []).extend(output.token_ids)
                 if output.error is not None:
@@ -113,7 +113,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         for sha256 in list(runner.kinds):
             if rng.random() < 0.5:
                 runner.finish_read(sha256)
-        if not waiting and not scheduler.has_work and not on_its_way:
+        if not waiting and not scheduler.has_work and not in_flight:
             break
     assert not scheduler.has_work
     for name, req in added.items():
@@ -126,7 +126,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
     assert scheduler.waiting.num_tokens == 0
     assert scheduler.pool.num_used == sum(len(p.blocks) for p in scheduler.soft_prompts.all())
     for prompt in prompts:
-        scheduler.soft_prompts.forget(prompt.sha256)
+        scheduler.soft_prompts.evict_when_unused(prompt.sha256)
     assert scheduler.pool.num_used == 0
 
 
@@ -245,7 +245,7 @@ def test_a_soft_prompt_is_shared_pinned_evicted_and_reloaded():
     scheduler.add(request("a", length=2, max_tokens=3, soft_prompt=first))
     scheduler.add(request("b", length=2, max_tokens=3, soft_prompt=first))
     step, _ = drive(scheduler, runner, received)
-    assert [ref.sha256 for ref in step.reads] == ["first"]
+    assert [ref.sha256 for ref in step.soft_prompts_to_load] == ["first"]
     drive(scheduler, runner, received)
     shared = [s.block_table[:4] for s in scheduler.running]
     assert shared[0] == shared[1]
@@ -270,7 +270,7 @@ def test_others_run_on_while_a_soft_prompt_loads():
         step = scheduler.schedule()
         runner.read(step, "embeddings")
         scheduler.postprocess(step, runner.run(step))
-    assert scheduler.soft_prompts.get("slow").state is Residency.READING
+    assert scheduler.soft_prompts.get("slow").state is LoadState.READING
     assert [s.request_id for s in scheduler.waiting] == ["needs"]
     assert not scheduler.running
     failed = scheduler.soft_prompt_failed("slow", "unreadable")
@@ -294,7 +294,7 @@ def test_one_failing_row_leaves_alone():
     step = scheduler.schedule()
     result = runner.run(step)
     outputs = scheduler.postprocess(
-        step, StepResult(tokens=result.tokens, logprobs={}, scores={}, errors={"bad": "broken"}, fill_errors={})
+        step, StepResult(tokens=result.tokens, logprobs={}, scores={}, errors={"bad": "broken"}, prefill_errors={})
     )
     assert {o.request_id: o.finish_reason for o in outputs} == {"good": None, "bad": "error"}
     assert [s.request_id for s in scheduler.running] == ["good"]
@@ -332,8 +332,8 @@ def test_no_more_soft_prompts_are_loaded_than_slots_are_free():
     scheduler = make_scheduler(max_batch_size=2)
     for index in range(10):
         scheduler.add(request(f"r{index}", soft_prompt=prompt_ref(f"p{index}", 5)))
-    assert len(scheduler.schedule().reads) == 2
-    assert scheduler.schedule().reads == []
+    assert len(scheduler.schedule().soft_prompts_to_load) == 2
+    assert scheduler.schedule().soft_prompts_to_load == []
 
 
 def test_computing_a_soft_prompt_leaves_room_for_others():
@@ -344,7 +344,7 @@ def test_computing_a_soft_prompt_leaves_room_for_others():
     scheduler.add(request("plain", length=3))
     step = scheduler.schedule()
     assert [(row.sequence.request_id, row.num_tokens) for row in step.rows] == [("plain", 3)]
-    assert [fill.num_tokens for fill in step.fills] == [4]
+    assert [prefill.num_tokens for prefill in step.prefills] == [4]
 
 
 def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head():
@@ -365,7 +365,7 @@ def test_a_forgotten_soft_prompt_leaves_with_its_last_user():
     scheduler.add(request("user", length=2, max_tokens=4, soft_prompt=prompt_ref("p", 6)))
     drive(scheduler, runner, received)
     drive(scheduler, runner, received)
-    scheduler.soft_prompts.forget("p")
+    scheduler.soft_prompts.evict_when_unused("p")
     while scheduler.has_work:
         drive(scheduler, runner, received)
     assert len(received["user"]) == 4

@@ -18,7 +18,8 @@ from transformers import (
 
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.batch import Row, build_batch
-from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, DecoderForward, runs_in_one_call
+from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, DecoderForward, supports
 from softbatch.scheduler.model.kv_cache import KVCache
 
 CPU = torch.device("cpu")
@@ -96,7 +97,8 @@ def make_decoder(name: str, weights: str) -> DecoderForward:
 
 
 def decoder_of(model: Any, weights: str) -> DecoderForward:
-    assert runs_in_one_call(model, model.dtype)
+    assert supports(model, model.dtype)
+    assert build_kernels()
     try:
         return DecoderForward(model, make_cache(model, model.dtype), weights)
     except RuntimeError as error:

@@ -40,22 +40,22 @@ class FakeRunner:
     """Stands where the model stands: a cache of which token lies at which slot, and tokens that follow from it.
 
     It records for every slot what was written, so that reading a wrong, stale or unwritten slot is noticed. Tokens
-    that have been sampled, but not taken in by the scheduler yet, it knows itself. With `revise`, what it says first
+    that have been sampled, but not taken in by the scheduler yet, it knows itself. With `resample`, what it says first
     of a token is wrong as often as that, as where a sampler has to look twice: a step launched meanwhile uses that.
     Rows and soft prompts fail as often as `fail` says."""
 
-    def __init__(self, scheduler: Scheduler, revise: float = 0.0, fail: float = 0.0) -> None:
+    def __init__(self, scheduler: Scheduler, resample: float = 0.0, fail: float = 0.0) -> None:
         self.scheduler = scheduler
         self.size = scheduler.config.block_size
         self.slots: dict[int, object] = {}
         self.kinds: dict[str, str] = {}
         self.pending: dict[str, int] = {}
-        self.revise = revise
+        self.resample = resample
         self.fail = fail
         self.rng = random.Random(7)
 
     def read(self, step: Step, kind: str) -> None:
-        for ref in step.reads:
+        for ref in step.soft_prompts_to_load:
             self.kinds[ref.sha256] = kind
 
     def finish_read(self, sha256: str) -> None:
@@ -75,7 +75,7 @@ class FakeRunner:
         for source, target in step.copies:
             for offset in range(self.size):
                 self.slots[target * self.size + offset] = self.slots.get(source * self.size + offset)
-        for prompt, start, count in step.fills:
+        for prompt, start, count in step.prefills:
             for position in range(start, start + count):
                 self.slots[self.slot(prompt.blocks, position)] = (prompt.ref.sha256, position)
         known = {row.sequence.request_id: self.known_tokens(row.sequence) for row in step.rows}
@@ -86,7 +86,7 @@ class FakeRunner:
             for position in range(row.start, row.end):
                 token = tokens[position - row.sequence.num_virtual]
                 self.slots[self.slot(row.sequence.block_table, position)] = ("token", position, token)
-        sampled, revised = {}, set()
+        sampled, resampled = {}, set()
         for row in step.rows:
             sequence, tokens = row.sequence, known[row.sequence.request_id]
             for position in range(row.end):
@@ -97,18 +97,20 @@ class FakeRunner:
                     assert held == ("token", position, tokens[position - sequence.num_virtual])
             if row.end == sequence.length:
                 sampled[sequence.request_id] = self.pending[sequence.request_id] = next_token(tokens)
-                if self.rng.random() < self.revise:
+                if self.rng.random() < self.resample:
                     self.pending[sequence.request_id] = 1000
-                    revised.add(sequence.request_id)
+                    resampled.add(sequence.request_id)
         errors = {row.sequence.request_id: "broken" for row in step.rows if self.rng.random() < self.fail}
-        fill_errors = {fill.prompt.ref.sha256: "broken" for fill in step.fills if self.rng.random() < self.fail}
-        self.scheduler.launched(step)
-        return StepResult(sampled, {}, {}, errors, fill_errors, frozenset(revised))
+        prefill_errors = {
+            prefill.prompt.ref.sha256: "broken" for prefill in step.prefills if self.rng.random() < self.fail
+        }
+        self.scheduler.mark_in_flight(step)
+        return StepResult(sampled, {}, {}, errors, prefill_errors, frozenset(resampled))
 
     def known_tokens(self, sequence: Sequence) -> list[int]:
         """With the one that has been sampled by the step before, where the scheduler waits for it."""
-        assert sequence.num_pending <= 1
-        return [*sequence.tokens, *([self.pending[sequence.request_id]] if sequence.num_pending else [])]
+        assert sequence.num_in_flight_tokens <= 1
+        return [*sequence.tokens, *([self.pending[sequence.request_id]] if sequence.num_in_flight_tokens else [])]
 
 
 def next_token(tokens: list[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +26,7 @@ def paged_attention(
     scale: float,
 ) -> torch.Tensor:
     """`AttentionBackend` in C++ for the dtypes in `DTYPES`. Raises RuntimeError for tensors that do not fit."""
-    out: torch.Tensor = torch.ops.softbatch.paged_attention(
+    return ops.paged_attention(
         query,
         key,
         value,
@@ -37,7 +38,6 @@ def paged_attention(
         batch.slot_mapping,
         scale,
     )
-    return out
 
 
 def behind_prefix(

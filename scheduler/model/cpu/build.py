@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.source import cache_directory
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _FLAGS_OF_MACHINE = {"native": ("-march=native",), "portable": ()}  # the second
 
 
 def build(log: logging.Logger = logger) -> bool:
-    """Loads the kernels as torch.ops.softbatch, compiled if need be; False, after one warning that says why, where
+    """Loads the kernels, which ops.py names, compiled if need be; False, after one warning that says why, where
     that is not possible.
 
     Processes that start at the same time each compile their own copy; the last to finish leaves its in the cache.
@@ -54,7 +55,7 @@ def build(log: logging.Logger = logger) -> bool:
 
 
 def is_loaded() -> bool:
-    return hasattr(torch.ops.softbatch, "paged_attention")
+    return ops.are_loaded()
 
 
 def _cached_library() -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from softbatch.scheduler.model.batch import RaggedBatch
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.source import ModelError
@@ -24,7 +25,7 @@ IN_12_BITS = "bfloat16 in 12 bits"
 LONG_STEP = 33
 
 
-def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
+def supports(model: Any, dtype: torch.dtype) -> bool:
     """Whether `DecoderForward` computes this model; its kernels are built, at the first start, when it does."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -43,10 +44,10 @@ def runs_in_one_call(model: Any, dtype: torch.dtype) -> bool:
 
 def plain_weights(dtype: torch.dtype) -> str:
     """How weights that are not quantised lie in memory on this machine: the same numbers, whichever it is."""
-    return IN_12_BITS if dtype == torch.bfloat16 and torch.ops.softbatch.has_12_bits() else _DTYPES[dtype]
+    return IN_12_BITS if dtype == torch.bfloat16 and ops.has_12_bits() else _DTYPES[dtype]
 
 
-def only_in_one_call(named: str, model: Any, instead: str) -> ModelError:
+def unsupported_option_error(named: str, model: Any, instead: str) -> ModelError:
     """What to say where an option takes `DecoderForward` and the model does not run so."""
     dtype = str(model.dtype).removeprefix("torch.")
     return ModelError(
@@ -77,7 +78,7 @@ def _has_room_for_a_copy(model: Any) -> bool:
 
 def _make_decoder(model: Any, kv_cache: KVCache, weights: str) -> Any:
     config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[0].self_attn
-    return torch.classes.softbatch.Decoder(
+    return ops.make_decoder(
         weights,
         _DTYPES[kv_cache.dtype],
         config.num_attention_heads,

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.prefix import AttendInLayer
-from softbatch.scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, runs_in_one_call
+from softbatch.scheduler.model.cpu import ops
+from softbatch.scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, supports
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kernels_of(model: Any) -> CpuModelKernels | None:
     """The model, whose layers' own weights go; None where these kernels do not compute it. Builds the kernels."""
-    if not runs_in_one_call(model, model.dtype) or hasattr(model.model.layers[0].self_attn, "q_norm"):
+    if not supports(model, model.dtype) or hasattr(model.model.layers[0].self_attn, "q_norm"):
         return None
     if model.lm_head.weight.shape[0] % 2:  # the objective's gradient takes the vocabulary's numbers by twos
         return None
@@ -34,13 +35,13 @@ class CpuModelKernels:
         first = model.model.layers[0].self_attn
         self._num_layers = config.num_hidden_layers
         self._rotary, self._norm, self._scale = model.model.rotary_emb, model.model.norm, float(first.scaling)
-        self._layers = torch.classes.softbatch.Layers(
+        self._layers = ops.make_layers(
             weights, config.num_attention_heads, config.num_key_value_heads, first.head_dim, config.rms_norm_eps
         )
         for layer in model.model.layers:
             self._layers.add_layer(*layer_tensors(layer))
             release_linears(layer)
-        self._objective = torch.classes.softbatch.Objective(weights, model.lm_head.weight, model.lm_head.bias)
+        self._objective = ops.make_objective(weights, model.lm_head.weight, model.lm_head.bias)
 
     def run_layers(self, embeds: Tensor, positions: Tensor, attend: AttendInLayer) -> Tensor:
         """Last hidden states of embeddings [batch, tokens, hidden] at `positions` [1 or batch, tokens]; differentiable
@@ -126,7 +127,7 @@ class _BehindPrefix(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, scale = inputs
         tensors = [tensor.contiguous() for tensor in tensors]
-        out, weights = torch.ops.softbatch.prefix_attention(*tensors, scale)
+        out, weights = ops.prefix_attention(tensors, scale)
         ctx.save_for_backward(*tensors, weights)
         ctx.scale = scale
         attended: Tensor = out
@@ -135,7 +136,7 @@ class _BehindPrefix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weights = ctx.saved_tensors
-        found = torch.ops.softbatch.prefix_attention_backward(*tensors, ctx.scale, weights, gradients[0].contiguous())
+        found = ops.prefix_attention_backward(tensors, ctx.scale, weights, gradients[0].contiguous())
         return *found, None
 
 

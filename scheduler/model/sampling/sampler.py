@@ -33,13 +33,13 @@ class SampleInput:
 
 @dataclass(frozen=True)
 class Sample:
-    """`error` set: the row's logits are not finite and nothing was sampled. `revised`: the token is not the one that
+    """`error` set: the row's logits are not finite and nothing was sampled. `resampled`: the token is not the one that
     the device has for this row."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
-    revised: bool = False
+    resampled: bool = False
 
 
 class Samples(Protocol):
@@ -92,10 +92,10 @@ class _OnDevice:
         tokens = [int(token) for token in chosen]
         looked_at = [index for index, needed in enumerate(needs_whole) if needed]
         again = self._drawn.from_whole(looked_at) if self._drawn is not None else {}
-        revised = {row: token for row, token in again.items() if token != tokens[row]}
-        logprobs = self._table.told(found, revised) if self._table is not None else {}
+        resampled = {row: token for row, token in again.items() if token != tokens[row]}
+        logprobs = self._table.told(found, resampled) if self._table is not None else {}
         return [
-            _sample_or_error(revised.get(row, token), bool(finite[row]), logprobs.get(row), row in revised)
+            _sample_or_error(resampled.get(row, token), bool(finite[row]), logprobs.get(row), row in resampled)
             for row, token in enumerate(tokens)
         ]
 
@@ -118,11 +118,11 @@ class _GreedyOnCpu:
 
 
 def _sample_or_error(
-    token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None, revised: bool = False
+    token_id: int, is_finite: bool, logprobs: TokenLogprobs | None = None, resampled: bool = False
 ) -> Sample:
     if not is_finite:
         return Sample(-1, error="the model's logits are not finite")
-    return Sample(token_id, logprobs, revised=revised)
+    return Sample(token_id, logprobs, resampled=resampled)
 
 
 def _most_probable(logits: torch.Tensor) -> torch.Tensor:
@@ -272,12 +272,12 @@ class _LogprobTable:
         top = self.table.topk(self.most, dim=-1)
         return [self.table.gather(1, mine[:, None]), top.indices, top.values]
 
-    def told(self, found: list[list[float]], revised: Mapping[int, int]) -> dict[int, TokenLogprobs]:
+    def told(self, found: list[list[float]], resampled: Mapping[int, int]) -> dict[int, TokenLogprobs]:
         """What `rows` gave, once read, by row of the batch; of a token that is another now its own is looked up."""
         chosen, ids, values = found
         result = {}
         for at, (row, count) in enumerate(zip(self.at, self.counts, strict=True)):
             mine = slice(at * self.most, at * self.most + count)
-            own = float(self.table[at, revised[row]]) if row in revised else chosen[at]
+            own = float(self.table[at, resampled[row]]) if row in resampled else chosen[at]
             result[row] = TokenLogprobs(own, [int(id) for id in ids[mine]], values[mine])
         return result

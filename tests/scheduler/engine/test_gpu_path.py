@@ -50,7 +50,7 @@ class Counting:
         return self._graphs(batch)
 
 
-def build(path: str, device: torch.device, run_ahead: bool = True) -> tuple[Engine, ModelInfo, Counting]:
+def build(path: str, device: torch.device, async_scheduling: bool = True) -> tuple[Engine, ModelInfo, Counting]:
     model, tokenizer = load_transformers(resolve(path), torch.float32, device)
     spec = spec_of("tiny", model, tokenizer)
     attention = build_attention(device)
@@ -80,7 +80,7 @@ def build(path: str, device: torch.device, run_ahead: bool = True) -> tuple[Engi
     limits = {"max_batch_size": BATCH, "max_batch_tokens": 11, "max_model_len": LONGEST, "max_queue_size": 50}
     config = SchedulerConfig(num_blocks=BLOCKS, block_size=BLOCK_SIZE, eos_token_ids=frozenset({2}), **limits)
     runner = Runner(counting, cache, spec, 1 << 28, batches)
-    engine = Engine(Scheduler(config), runner, cache.bytes_per_block, run_ahead=run_ahead)
+    engine = Engine(Scheduler(config), runner, cache.bytes_per_block, async_scheduling=async_scheduling)
     fields = {name: getattr(spec, name) for name in ("name", "fingerprint", "hidden_size", "num_layers")}
     info = ModelInfo(
         **fields,
@@ -98,13 +98,13 @@ def build(path: str, device: torch.device, run_ahead: bool = True) -> tuple[Engi
     return engine, info, counting
 
 
-@pytest.mark.parametrize(("kind", "run_ahead"), [("llama", False), ("qwen3", True), ("gpt2", True)])
+@pytest.mark.parametrize(("kind", "async_scheduling"), [("llama", False), ("qwen3", True), ("gpt2", True)])
 def test_greedy_output_equals_transformers(
-    tiny_models: dict[str, str], kind: str, run_ahead: bool, device: torch.device, tmp_path: Path
+    tiny_models: dict[str, str], kind: str, async_scheduling: bool, device: torch.device, tmp_path: Path
 ) -> None:
     """gpt2 is not fused: it runs through transformers' code with the Triton attention inside."""
     reference = load_reference(tiny_models[kind])
-    engine, info, counting = build(tiny_models[kind], device, run_ahead)
+    engine, info, counting = build(tiny_models[kind], device, async_scheduling)
     prompts = {n: make_soft_prompt("embeddings" if n % 2 else "kv", n, info, scale=0.5) for n in (4, 7)}
     refs = {n: SoftPromptRef(f"{n:064d}", str(save_prompt(p, tmp_path, f"p{n}")), n) for n, p in prompts.items()}
     cases = [(1, 0), (9, 0), (5, 4), (17, 7), (3, 7), (12, 0), (2, 4)]

@@ -62,7 +62,7 @@ def test_its_request_is_answered_as_always(
     ref, expected = told_by(reference, kind, info, tmp_path)
     first, second = asking("first", ref), asking("second", ref)
 
-    engine.expect(first)
+    engine.prefetch(first)
     assert len(engine.reader) == 1
     await_read(engine)
     engine.handle(first)
@@ -74,7 +74,7 @@ def test_its_request_is_answered_as_always(
         assert output.outputs[0].token_ids == expected[:1]
     engine.handle(CancelRequest(["first"]))
 
-    engine.expect(second)
+    engine.prefetch(second)
     assert len(engine.reader) == 0, "it is there already"
     assert tokens_of(drain(engine, [second])["second"]) == expected
     check_empty(engine)
@@ -93,7 +93,7 @@ def test_the_first_use_counts_as_a_miss_and_later_ones_as_hits(
     for number, expected in enumerate([(0, 1), (1, 1), (2, 1)]):
         request = asking(f"r{number}", ref)
         if ahead:
-            engine.expect(request)
+            engine.prefetch(request)
             await_read(engine)
         drain(engine, [request])
         assert counts(engine.stats) == expected
@@ -106,12 +106,12 @@ def test_nothing_is_read_ahead_of_those_who_wait(served: tuple[Engine, ModelInfo
         for i, name in enumerate("abcd")
     ]
     for ref in refs:
-        engine.expect(asking("any", ref))
+        engine.prefetch(asking("any", ref))
     assert len(engine.reader) == 2, "as many as there are slots"
     await_read(engine)
     engine.step()
     engine.handle(asking("waits", refs[3]))
-    engine.expect(asking("comes later", refs[2]))
+    engine.prefetch(asking("comes later", refs[2]))
     assert len(engine.reader) == 0
 
 
@@ -122,14 +122,14 @@ def test_a_broken_file_fails_its_request_and_a_request_that_never_comes_leaves_n
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not a soft prompt")
     request = asking("broken", SoftPromptRef("b" * 64, str(broken), 5))
-    engine.expect(request)
+    engine.prefetch(request)
     await_read(engine)
     engine.step()
     assert engine.scheduler.soft_prompts.get("b" * 64) is None
     assert [output.finish_reason for output in drain(engine, [request])["broken"]] == ["error"]
 
     path = save_prompt(make_soft_prompt("kv", 5, info), tmp_path, "never")
-    engine.expect(asking("never", SoftPromptRef("c" * 64, str(path), 5)))
+    engine.prefetch(asking("never", SoftPromptRef("c" * 64, str(path), 5)))
     await_read(engine)
     engine.step()
     assert engine.scheduler.soft_prompts.get("c" * 64) is None

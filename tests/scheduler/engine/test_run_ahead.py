@@ -14,7 +14,7 @@ import torch
 from softbatch.scheduler.engine.engine import Engine
 from softbatch.scheduler.model import runner
 from softbatch.scheduler.model.batch import RaggedBatch
-from softbatch.scheduler.model.in_flight import LaunchedStep
+from softbatch.scheduler.model.in_flight import InFlightStep
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
 from softbatch.scheduler.protocol import AddRequest, CancelRequest, SamplingParams, SequenceOutput, SoftPromptRef
@@ -67,15 +67,15 @@ def told(outputs: Sequence[SequenceOutput]) -> tuple[Any, ...]:
 def test_everything_a_request_may_ask_for_is_answered_alike(
     llama: str, monkeypatch: pytest.MonkeyPatch, num_blocks: int
 ) -> None:
-    revised: set[str] = set()
-    result = LaunchedStep.result
+    resampled: set[str] = set()
+    result = InFlightStep.result
 
-    def result_told(launched: LaunchedStep) -> StepResult:
+    def result_told(launched: InFlightStep) -> StepResult:
         found = result(launched)
-        revised.update(found.revised)
+        resampled.update(found.resampled)
         return found
 
-    monkeypatch.setattr(LaunchedStep, "result", result_told)
+    monkeypatch.setattr(InFlightStep, "result", result_told)
     answers, preemptions = {}, {}
     for ahead in ("off", "on"):
         engine = engine_of(llama, ahead, num_blocks)
@@ -90,7 +90,7 @@ def test_everything_a_request_may_ask_for_is_answered_alike(
             assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert found[2] == (None if scores is None else pytest.approx(scores, abs=1e-4))
     assert any(end == "stop" for *_, end, _, _ in answers["on"].values()), "no sequence has ended unforeseen"
-    assert "5" in revised, "the sampler has not looked twice"
+    assert "5" in resampled, "the sampler has not looked twice"
     assert (min(preemptions.values()) > 0) == (num_blocks < 200)
 
 
@@ -113,18 +113,18 @@ def test_the_next_step_is_launched_before_the_tokens_of_the_last_are_asked_for(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    launch, result = Runner.launch, LaunchedStep.result
+    launch, result = Runner.launch, InFlightStep.result
 
-    def launch_told(self: Runner, step: Step) -> LaunchedStep:
+    def launch_told(self: Runner, step: Step) -> InFlightStep:
         events.append("launch")
         return launch(self, step)
 
-    def result_told(launched: LaunchedStep) -> StepResult:
+    def result_told(launched: InFlightStep) -> StepResult:
         events.append("result")
         return result(launched)
 
     monkeypatch.setattr(Runner, "launch", launch_told)
-    monkeypatch.setattr(LaunchedStep, "result", result_told)
+    monkeypatch.setattr(InFlightStep, "result", result_told)
     drain(engine_of(llama, "on"), [make_request("a", [5, 6], max_tokens=4)])
     assert events == ["launch", "launch", "result", "launch", "result", "launch", "result", "result"]
     events.clear()

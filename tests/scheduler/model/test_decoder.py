@@ -29,7 +29,7 @@ from softbatch.scheduler.engine.engine import build_engine
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
-from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, runs_in_one_call
+from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, supports
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
@@ -58,7 +58,7 @@ pytestmark = needs_compiler
 def test_float32_equals_transformers(name: str) -> None:
     """One sequence, chunks and decoding mixed, more rows than a tile; keys and values lie in the cache alike."""
     model = make_model(CONFIGS[name], torch.float32)
-    assert runs_in_one_call(model, torch.float32)
+    assert supports(model, torch.float32)
     ours, theirs = make_cache(model, torch.float32), make_cache(model, torch.float32)
     decoder, plain = DecoderForward(model, ours), TransformersForward(model, theirs, reference)
     for steps in ([(0, 1)], [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16)], [(i, 1) for i in range(1, 40)]):
@@ -86,7 +86,7 @@ def test_near_transformers_in_every_format(weights: str) -> None:
 )
 def test_any_batch_in_float32(steps: list[tuple[int, int]], seed: int) -> None:
     model = make_model(CONFIGS["qwen2"], torch.float32)
-    runs_in_one_call(model, torch.float32)
+    supports(model, torch.float32)
     decoder = DecoderForward(model, make_cache(model, torch.float32))
     plain = TransformersForward(model, make_cache(model, torch.float32), reference)
     assert distance(run(decoder, steps, seed), run(plain, steps, seed)) < 2e-5
@@ -147,7 +147,7 @@ def test_nan_stays_in_its_row(weights: str) -> None:
 
 def test_which_processors_take_bfloat16_in_12_bits() -> None:
     """Those that can take it apart."""
-    runs_in_one_call(make_model(CONFIGS["llama"], torch.bfloat16), torch.bfloat16)
+    supports(make_model(CONFIGS["llama"], torch.bfloat16), torch.bfloat16)
     assert plain_weights(torch.float32) == "float32"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     can = {"avx512_bf16", "avx512vbmi"} <= set(cpuinfo.split())
@@ -217,7 +217,7 @@ def test_real_model_in_bfloat16_and_int8(smollm2: Reference, log_probs: tuple[li
     interface.register()
     model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.bfloat16)
     model.set_attn_implementation(interface.ATTENTION_NAME)
-    runs_in_one_call(model, torch.bfloat16)
+    supports(model, torch.bfloat16)
     theirs, _ = closeness(TransformersForward(model, make_cache(model, torch.bfloat16), reference), tokens, expected)
     ours, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16)), tokens, expected)
     assert ours < 5e-4
@@ -229,28 +229,28 @@ def test_real_model_in_bfloat16_and_int8(smollm2: Reference, log_probs: tuple[li
 
 
 def test_what_runs_in_one_call() -> None:
-    assert runs_in_one_call(make_model(CONFIGS["qwen3"], torch.float32), torch.float32)
-    assert not runs_in_one_call(make_model(CONFIGS["qwen3"], torch.float16), torch.float16)
+    assert supports(make_model(CONFIGS["qwen3"], torch.float32), torch.float32)
+    assert not supports(make_model(CONFIGS["qwen3"], torch.float16), torch.float16)
     gelu = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "hidden_act": "gelu"})
-    assert not runs_in_one_call(make_model(gelu, torch.float32), torch.float32)
+    assert not supports(make_model(gelu, torch.float32), torch.float32)
     dynamic = LlamaConfig(
         **{**CONFIGS["llama"].to_dict(), "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     )
-    assert not runs_in_one_call(make_model(dynamic, torch.float32), torch.float32)
+    assert not supports(make_model(dynamic, torch.float32), torch.float32)
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=VOCAB))
-    assert not runs_in_one_call(gpt2, torch.float32)
+    assert not supports(gpt2, torch.float32)
 
 
 def test_an_adapter_is_not_left_out() -> None:
     """peft puts modules of its own in the place of linear layers, whose `weight` is the base model's."""
     model = make_model(CONFIGS["llama"], torch.float32)
     get_peft_model(model, LoraConfig(target_modules=["v_proj"], r=2))
-    assert not runs_in_one_call(model, torch.float32)
+    assert not supports(model, torch.float32)
 
 
 def test_bad_metadata_is_refused_before_anything_is_written() -> None:
     model = make_model(CONFIGS["llama"], torch.float32)
-    runs_in_one_call(model, torch.float32)
+    supports(model, torch.float32)
     cache = make_cache(model, torch.float32)
     decoder = DecoderForward(model, cache)
     for row in (Row(0, [1, 2], [BLOCKS], range(1)), Row(0, [1], [0], range(3, 4)), Row(0, [1], [-1], range(1))):

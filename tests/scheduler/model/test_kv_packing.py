@@ -24,7 +24,7 @@ from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedB
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.cpu.decoder import DecoderForward, runs_in_one_call
+from softbatch.scheduler.model.cpu.decoder import DecoderForward, supports
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.source import ModelError
@@ -173,7 +173,7 @@ def test_the_decoder_attends_over_the_packed_rows(packing: str, name: str, weigh
     moves more of them over it."""
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
     model = wide_model(dtype, name)
-    assert runs_in_one_call(model, dtype)
+    assert supports(model, dtype)
     steps = [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16), (600, 1)]
     in_float32 = deepcopy(model).float()
     plain = make_cache(in_float32, torch.float32, "none")
@@ -212,7 +212,7 @@ def test_rows_behind_one_context_attend_as_they_do_alone(packing: str) -> None:
 @pytest.mark.parametrize("heads", [2, 6, 10])
 def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads: int) -> None:
     model = wide_model(torch.bfloat16, heads=heads)
-    runs_in_one_call(model, torch.bfloat16)
+    supports(model, torch.bfloat16)
     decoder = DecoderForward(model, make_cache(model, torch.bfloat16, packing))
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
     with torch.inference_mode():
@@ -227,7 +227,7 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_nan_stays_in_its_row(packing: str) -> None:
     model = wide_model()
-    runs_in_one_call(model, torch.float32)
+    supports(model, torch.float32)
     decoder = DecoderForward(model, make_cache(model, torch.float32, packing))
     rows = [Row(0, [5, 9], [0], range(1, 2)), Row(0, [7], [1], range(1)), Row(0, [6], [2], range(1))]
     batch = build_batch(rows, 16, CPU)
@@ -283,7 +283,7 @@ def test_how_near_the_embedded_model_stays(smollm2: Reference, packing: str, kl:
         expected = smollm2.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
     interface.register()
     model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.bfloat16)
-    runs_in_one_call(model, torch.bfloat16)
+    supports(model, torch.bfloat16)
     far, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16, packing)), tokens, expected)
     assert far < kl
     assert agreed > agreement

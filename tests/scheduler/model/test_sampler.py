@@ -201,12 +201,12 @@ def test_a_token_that_only_the_device_knows_counts_like_the_others(penalty: dict
         assert sample(logits, [pending]) == sample(logits, [known]), newest
 
 
-def test_a_token_that_took_a_second_look_is_told_as_revised() -> None:
+def test_a_token_that_took_a_second_look_is_told_as_resampled() -> None:
     logits = random_logits(40, seed=2)
     rows = [row(position=i, seed=i, temperature=9.0, top_p=0.99999) for i in range(39)] + [row(temperature=0.0)]
     samples = launch(logits, rows)
     found = samples.read()
-    assert [one.revised for one in found] == [
+    assert [one.resampled for one in found] == [
         one.token_id != int(token) for one, token in zip(found, samples.tokens, strict=True)
     ]
-    assert 10 < sum(one.revised for one in found) <= 39
+    assert 10 < sum(one.resampled for one in found) <= 39

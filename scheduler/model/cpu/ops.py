@@ -1,0 +1,87 @@
+"""The C++ operators and classes by name and type: no other file names `torch.ops.softbatch` or its classes.
+
+`build` in build.py must have succeeded before anything but `are_loaded` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def are_loaded() -> bool:
+    return hasattr(torch.ops.softbatch, "paged_attention")
+
+
+def has_12_bits() -> bool:
+    """Whether the kernels built for this machine can keep bfloat16 weights in 12 bits."""
+    return bool(torch.ops.softbatch.has_12_bits())
+
+
+def packed_row_bytes(packing: str, head_dim: int) -> tuple[int, int]:
+    """Bytes of a packed key and of a packed value. Raises RuntimeError for heads that cannot be packed."""
+    key, value = torch.ops.softbatch.packed_row_bytes(packing, head_dim)
+    return key, value
+
+
+def pack_rows(numbers: Tensor, packing: str, are_keys: bool) -> Tensor:
+    """float32 […, head_dim] as uint8 […, bytes]."""
+    packed: Tensor = torch.ops.softbatch.pack_rows(numbers, packing, are_keys)
+    return packed
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    scale: float,
+) -> Tensor:
+    """Raises RuntimeError for tensors that do not fit."""
+    out: Tensor = torch.ops.softbatch.paged_attention(
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        query_start,
+        context_len,
+        block_table,
+        slot_mapping,
+        scale,
+    )
+    return out
+
+
+def prefix_attention(inputs: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of query, key and value behind a prefix's keys and values; also the weights that backward needs."""
+    out, weights = torch.ops.softbatch.prefix_attention(*inputs, scale)
+    return out, weights
+
+
+def prefix_attention_backward(inputs: Sequence[Tensor], scale: float, weights: Tensor, grad: Tensor) -> list[Tensor]:
+    """Gradients in the five inputs of `prefix_attention`."""
+    return list(torch.ops.softbatch.prefix_attention_backward(*inputs, scale, weights, grad))
+
+
+def make_decoder(*arguments: Any) -> Any:
+    """The C++ class Decoder: all layers of a served model."""
+    return torch.classes.softbatch.Decoder(*arguments)
+
+
+def make_layers(weights: str, num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float) -> Any:
+    """The C++ class Layers: those of a frozen model, with gradients."""
+    return torch.classes.softbatch.Layers(weights, num_heads, num_kv_heads, head_dim, epsilon)
+
+
+def make_objective(weights: str, head: Tensor, bias: Tensor | None) -> Any:
+    """The C++ class Objective: the loss behind a frozen model's head."""
+    return torch.classes.softbatch.Objective(weights, head, bias)
