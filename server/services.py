@@ -18,6 +18,7 @@ from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.engine_client import EngineClient, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
@@ -69,6 +70,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             spec = ready.model.spec
             leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
+            admission = Admission(engine, leases)
             metrics.watch(
                 waiting=lambda: engine.num_waiting,
                 running=lambda: engine.num_running,
@@ -81,8 +83,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 yield Services(
                     settings=settings,
                     engine=engine,
-                    generator=Generator(engine, leases, text, encoder, settings.seed),
-                    scorer=Scorer(engine, leases, encoder, ready.model.eos_token_ids),
+                    generator=Generator(admission, text, encoder, settings.seed),
+                    scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,
                     compressions=compressions,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from typing import Literal
 
 import msgspec
 
-from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput, TokenLogprobs
+from softbatch.scheduler.protocol import SamplingParams, SequenceOutput, TokenLogprobs
 from softbatch.server.requests.active_request import ActiveRequest
-from softbatch.server.requests.engine_client import EngineClient
-from softbatch.server.requests.leases import Lease, SoftPromptLeases
+from softbatch.server.requests.admission import Admission, Places
+from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
@@ -76,21 +75,19 @@ class Generation:
         request: GenerationRequest,
         active: ActiveRequest,
         lease: Lease | None,
-        engine: EngineClient,
-        leases: SoftPromptLeases,
+        admission: Admission,
         text: TextProcessor,
     ) -> None:
         self.created = int(time.time())
         self.completion_tokens = 0
         self._active = active
         self._lease = lease
-        self._engine = engine
-        self._leases = leases
+        self._admission = admission
         self._text = text
         self._detokenizer = Detokenizer(text, active.add.token_ids)
         self._stops = StopStrings(request.stop, request.include_stop)
         self._finished: float | None = None
-        engine.submit(active)
+        admission.submit(active)
 
     @property
     def request_id(self) -> str:
@@ -122,7 +119,7 @@ class Generation:
 
     async def __aiter__(self) -> AsyncGenerator[Delta, None]:
         try:
-            async with aclosing(self._engine.outputs(self._active)) as batches:
+            async with aclosing(self._admission.outputs(self._active)) as batches:
                 async for outputs in batches:
                     delta = self._delta(outputs)
                     if delta.finish_reason is not None:
@@ -140,9 +137,8 @@ class Generation:
     def _close(self, reason: str) -> None:
         if self._finished is None:
             self._finished = time.monotonic()
-            self._engine.cancel(self._active, reason)
-            if self._lease is not None:
-                self._leases.release(self._lease)
+            self._admission.cancel(self._active, reason)
+            self._admission.release(self._lease)
 
     def _delta(self, outputs: Sequence[SequenceOutput]) -> Delta:
         pieces: list[str] = []
@@ -181,14 +177,12 @@ class Generator:
 
     def __init__(
         self,
-        engine: EngineClient,
-        leases: SoftPromptLeases,
+        admission: Admission,
         text: TextProcessor,
         encoder: PromptEncoder,
         seed: int,
     ) -> None:
-        self._engine = engine
-        self._leases = leases
+        self._admission = admission
         self._text = text
         self._encoder = encoder
         self._random = random.Random(seed)
@@ -199,30 +193,22 @@ class Generator:
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """All or none: places are reserved and every request is prepared before the first is submitted."""
-        arrived = time.monotonic()
-        self._engine.reserve(len(requests))
         leases: list[Lease | None] = []
-        try:
-            prepared: list[ActiveRequest] = []
+        prepared: list[ActiveRequest] = []
+        with self._admission.reserve(len(requests)) as places:
             for request in requests:
-                leases.append(await self._leases.acquire(request.soft_prompt) if request.soft_prompt else None)
+                leases.append(await places.lease(request.soft_prompt))
                 # Several choices of one prompt are tokenised once.
                 same = prepared and request.prompt is requests[len(prepared) - 1].prompt
                 known = prepared[-1].add.token_ids if same else None
-                prepared.append(await self._prepare(request, leases[-1], arrived, known))
-        except BaseException:
-            self._engine.unreserve(len(requests))
-            for lease in leases:
-                if lease is not None:
-                    self._leases.release(lease)
-            raise
+                prepared.append(await self._prepare(request, leases[-1], places, known))
         return [
-            Generation(request, active, lease, self._engine, self._leases, self._text)
+            Generation(request, active, lease, self._admission, self._text)
             for request, active, lease in zip(requests, prepared, leases, strict=True)
         ]
 
     async def _prepare(
-        self, request: GenerationRequest, lease: Lease | None, arrived: float, known: list[int] | None
+        self, request: GenerationRequest, lease: Lease | None, places: Places, known: list[int] | None
     ) -> ActiveRequest:
         token_ids = known
         if token_ids is None:
@@ -234,12 +220,11 @@ class Generator:
             max_tokens=self._encoder.room(lease, len(token_ids), request.max_tokens),
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
         )
-        add = AddRequest(
-            request_id=uuid.uuid4().hex,
-            token_ids=token_ids,
-            params=params,
-            soft_prompt=lease.ref if lease else None,
+        return places.prepare(
+            token_ids,
+            params,
+            lease,
+            route=request.route,
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
-        return ActiveRequest.of(add, lease, request.route, arrived)

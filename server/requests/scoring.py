@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from softbatch.scheduler.protocol import AddRequest, SamplingParams
+from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.failures import InvalidPrompt
 from softbatch.server.requests.active_request import ActiveRequest
-from softbatch.server.requests.engine_client import EngineClient
-from softbatch.server.requests.leases import Lease, SoftPromptLeases
+from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 
 
@@ -40,11 +37,8 @@ class Scores:
 class Scorer:
     """Scores candidates as requests like any other: queued, batched, preempted, cancelled when the caller leaves."""
 
-    def __init__(
-        self, engine: EngineClient, leases: SoftPromptLeases, encoder: PromptEncoder, eos_token_ids: Sequence[int]
-    ) -> None:
-        self._engine = engine
-        self._leases = leases
+    def __init__(self, admission: Admission, encoder: PromptEncoder, eos_token_ids: Sequence[int]) -> None:
+        self._admission = admission
         self._encoder = encoder
         self._eos = tuple(eos_token_ids[:1])
 
@@ -52,33 +46,28 @@ class Scorer:
         self, prompt: Prompt, candidates: Sequence[str], *, soft_prompt: str | None, end: bool, route: str
     ) -> Scores:
         """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises Failure."""
-        arrived = time.monotonic()
-        self._engine.reserve(len(candidates))
-        lease = None
-        try:
-            lease = await self._leases.acquire(soft_prompt) if soft_prompt else None
+        with self._admission.reserve(len(candidates)) as places:
+            lease = await places.lease(soft_prompt)
             shared = await self._encoder.token_ids(prompt, lease)
             answers = [await self._answer(text, index, end) for index, text in enumerate(candidates)]
             for answer in answers:
                 self._encoder.room(lease, len(shared) + len(answer) - 1, 1)
-        except BaseException:
-            self._engine.unreserve(len(candidates))
-            if lease is not None:
-                self._leases.release(lease)
-            raise
-        requests = [ActiveRequest.of(_request(shared, answer, lease), lease, route, arrived) for answer in answers]
+            params = SamplingParams(max_tokens=0)
+            requests = [
+                places.prepare(shared + answer, params, lease, route=route, score_from=len(shared))
+                for answer in answers
+            ]
         for request in requests:
-            self._engine.submit(request)
+            self._admission.submit(request)
         waits = [asyncio.ensure_future(self._await_score(request)) for request in requests]
         try:
             scored = await asyncio.gather(*waits)
         finally:
             for request, wait in zip(requests, waits, strict=True):
-                self._engine.cancel(request, "cancelled")
+                self._admission.cancel(request, "cancelled")
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-            if lease is not None:
-                self._leases.release(lease)
+            self._admission.release(lease)
         return Scores(
             tuple(CandidateScore(tuple(a), tuple(s)) for a, s in zip(answers, scored, strict=True)),
             prompt_tokens=len(shared),
@@ -94,16 +83,6 @@ class Scorer:
 
     async def _await_score(self, request: ActiveRequest) -> list[float]:
         scores: list[float] = []
-        async for outputs in self._engine.outputs(request):
+        async for outputs in self._admission.outputs(request):
             scores = outputs[-1].scores or scores
         return scores
-
-
-def _request(shared: list[int], answer: list[int], lease: Lease | None) -> AddRequest:
-    return AddRequest(
-        request_id=uuid.uuid4().hex,
-        token_ids=shared + answer,
-        params=SamplingParams(max_tokens=0),
-        soft_prompt=lease.ref if lease else None,
-        score_from=len(shared),
-    )

@@ -1,0 +1,90 @@
+"""The way of requests to the engine and back: a place in the queue, a hold on the soft prompt, and both given back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+
+from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
+from softbatch.server.requests.active_request import ActiveRequest
+from softbatch.server.requests.engine_client import EngineClient
+from softbatch.server.requests.leases import Lease, SoftPromptLeases
+
+
+class Places:
+    """Places held for requests that are being prepared, and the leases taken for them so far."""
+
+    def __init__(self, leases: SoftPromptLeases, arrived: float) -> None:
+        self._leases = leases
+        self._arrived = arrived
+        self.leased: list[Lease] = []
+
+    async def lease(self, soft_prompt: str | None) -> Lease | None:
+        """Raises UnknownSoftPrompt or UnusableSoftPrompt."""
+        if not soft_prompt:
+            return None
+        lease = await self._leases.acquire(soft_prompt)
+        self.leased.append(lease)
+        return lease
+
+    def prepare(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        lease: Lease | None,
+        *,
+        route: str,
+        priority: int = 0,
+        cache_salt: str = "",
+        score_from: int | None = None,
+    ) -> ActiveRequest:
+        add = AddRequest(
+            request_id=uuid.uuid4().hex,
+            token_ids=token_ids,
+            params=params,
+            soft_prompt=lease.ref if lease else None,
+            priority=priority,
+            cache_salt=cache_salt,
+            score_from=score_from,
+        )
+        return ActiveRequest.of(add, lease, route, self._arrived)
+
+
+class Admission:
+    """Prepares all requests of a caller before it submits the first; a failure before that leaves nothing held."""
+
+    def __init__(self, engine: EngineClient, leases: SoftPromptLeases) -> None:
+        self._engine = engine
+        self._leases = leases
+
+    @contextlib.contextmanager
+    def reserve(self, count: int) -> Iterator[Places]:
+        """Hold `count` places, one for each `submit` after the block. Raises QueueFull, EngineAway or
+        TooManySequences."""
+        places = Places(self._leases, time.monotonic())
+        self._engine.reserve(count)
+        try:
+            yield places
+        except BaseException:
+            self._engine.unreserve(count)
+            for lease in places.leased:
+                self._leases.release(lease)
+            raise
+
+    def submit(self, request: ActiveRequest) -> None:
+        self._engine.submit(request)
+
+    def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
+        """Raises Failure."""
+        return self._engine.outputs(request)
+
+    def cancel(self, request: ActiveRequest, reason: str) -> None:
+        """Harmless when the request has ended."""
+        self._engine.cancel(request, reason)
+
+    def release(self, lease: Lease | None) -> None:
+        """Once for each lease, when the last request that uses it has ended."""
+        if lease is not None:
+            self._leases.release(lease)
