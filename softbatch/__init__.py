@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softbatch.prompt_store.stores.directory import PromptStore as PromptStore
+    from softbatch.server.compressions.offline import compress as compress
 
-_EXPORTS = {"PromptStore": "softbatch.prompt_store.stores.directory"}
-__all__ = ["PromptStore", "__version__"]
+_EXPORTS = {
+    "PromptStore": "softbatch.prompt_store.stores.directory",
+    "compress": "softbatch.server.compressions.offline",
+}
+__all__ = ["PromptStore", "__version__", "compress"]
 
 
 def __getattr__(name: str) -> Any:

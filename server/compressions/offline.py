@@ -1,0 +1,97 @@
+"""`softbatch.compress`: a context becomes a registered soft prompt, from Python and without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.objectives import Objective
+from softbatch.prompt_store.compression.progress import Progress
+from softbatch.prompt_store.compression.training.student import Kind
+from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS
+from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
+from softbatch.server.compressions.request import (
+    CompressionRequest,
+    InputError,
+    ModelChoice,
+    make_settings,
+    read_context,
+)
+from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, has_work, locked, register, run_compression
+
+
+def compress(
+    context: str | Path,
+    name: str,
+    store: PromptStore,
+    model: str = EMBEDDED_ALIAS,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    objective: Objective | None = None,
+    alpha: float | None = None,
+    kind: Kind | None = None,
+    virtual_tokens: int | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    answer_tokens: int | None = None,
+    instruction: str | None = None,
+    questions: Sequence[Example] = (),
+    seed: int | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> StoredPrompt:
+    """Learn a soft prompt for a text, or for a file's text when `context` is a Path, and register it in `store`.
+
+    None means what the flag of `softbatch compress` means when it is left out. The report is in the store's
+    directory; its figures are `manifest.fidelity`. Raises InputError, SoftPromptError, ModelError or ValueError when
+    it cannot be done, and Stopped when `should_stop` said so: `resume` then goes on with it.
+    """
+    request = CompressionRequest(
+        name=name,
+        context=read_context(context) if isinstance(context, Path) else context,
+        settings=make_settings(
+            objective=objective,
+            alpha=alpha,
+            kind=kind,
+            virtual_tokens=virtual_tokens,
+            minutes=minutes,
+            steps=steps,
+            max_answer_tokens=answer_tokens,
+            instruction=instruction,
+            seed=seed,
+        ),
+        questions=tuple(questions),
+        choice=ModelChoice(model, dtype=dtype, device=device),
+        store=str(store.root),
+        max_prompt_bytes=store.max_bytes,
+    )
+    store.check_free(name)
+    directory = store.root / DIRECTORY / name
+    if name == LOCK:
+        raise InputError("name", f"name: {LOCK} is what a server's own file is called there; choose another one")
+    prepared = PreparedRun.checked(request, ModelFiles.open(request.choice), directory, store.max_bytes)
+    if prepared.model.name == name:
+        raise InputError("name", f"name: {name} is the name of the base model", code="name_taken")
+    return _registered(prepared, store, resume, on_progress, should_stop)
+
+
+def _registered(
+    prepared: PreparedRun,
+    store: PromptStore,
+    resume: bool,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> StoredPrompt:
+    name = prepared.request.name
+    directory = store.root / DIRECTORY / name
+    with locked(directory):
+        if has_work(directory) and not resume:
+            raise InputError("name", f"unfinished work for {name} lies in {directory}: resume it or delete it")
+        finished = run_compression(prepared, directory, resume, on_progress, should_stop)
+        stored = register(store, name, finished)
+        discard(directory)
+    return stored
