@@ -196,7 +196,7 @@ def errors() -> str:
     )
     text += '```json\n{"error": {"message": "…", "type": "…", "param": "…", "code": "…"}}\n```\n\n'
     text += "`message` is for people and may change. `param` names the field at fault, or is null. `code` is stable:\n"
-    text += "decide on it. 429 and 503 carry `Retry-After`: the same request may work later.\n"
+    text += "decide on it. If an answer carries `Retry-After`, the same request may work later.\n"
     text += "\n## Types\n"
     types = [("401", "`authentication_error`"), ("429", "`requests`"), ("other 4xx", "`invalid_request_error`")]
     text += _table(("status", "`type`"), [*types, ("5xx", "`server_error`")])
