@@ -1,4 +1,4 @@
-"""Imports point down only: server → scheduler → prompt_store; and the scheduler's own files stay free of torch."""
+"""The plan of the house: imports point down, each kind of code stays in its room, and no name stands twice."""
 
 from __future__ import annotations
 
@@ -63,3 +63,52 @@ def test_every_package_is_installed() -> None:
         for path in (ROOT / name).rglob("*.py")
     }
     assert set(listed) == {"softbatch", *found}
+
+
+PRODUCT = sorted(path for package in ABOVE for path in (ROOT / package).rglob("*.py"))
+CSRC = ROOT / "scheduler" / "model" / "cpu" / "csrc"
+KERNEL_SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp"})
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_scheduling_knows_no_clock_socket_or_path() -> None:
+    for path in (ROOT / "scheduler").glob("*.py"):
+        found = imported(path) & {"time", "zmq", "pathlib"}
+        assert not found, f"{short(path)} imports {sorted(found)}: scheduling decides, others wait, send and read"
+
+
+def test_the_engine_names_no_torch() -> None:
+    for path in (ROOT / "scheduler" / "engine").rglob("*.py"):
+        found = top_level_imports(path) & {"torch", "transformers"}
+        assert not found, f"{short(path)} imports {sorted(found)}: the engine steps what the runner computes"
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """Packages that a file imports when it is imported itself, functions excepted."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_no_base_name_twice() -> None:
+    """A route, its schema and its command may share one name."""
+    rooms = {"server/routes", "server/schemas", "server/cli"}
+    for files in (PRODUCT, KERNEL_SOURCES):
+        places: dict[str, list[str]] = {}
+        for path in files:
+            if path.name != "__init__.py":
+                places.setdefault(path.name, []).append(short(path))
+        for name, paths in places.items():
+            others = [path for path in paths if path.rpartition("/")[0] not in rooms]
+            assert len(others) + bool(len(paths) > len(others)) == 1, f"one name, {paths}"
