@@ -11,7 +11,7 @@ from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
 from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt, SoftPromptCache
 from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
-from softbatch.scheduler.waiting_queue import QueueFull, WaitingQueue
+from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Scheduler:
             return _failed(sequence, "the KV cache is too small for this request")
         try:
             self.waiting.push(sequence)
-        except QueueFull:
+        except WaitingQueueFull:
             return _failed(sequence, "the waiting queue is full")
         return None
 

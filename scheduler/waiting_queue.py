@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from softbatch.scheduler.sequence import Sequence
 
 
-class QueueFull(Exception):
+class WaitingQueueFull(Exception):
     """The waiting queue holds as many sequences as it may."""
 
 
@@ -34,9 +34,9 @@ class WaitingQueue:
         return iter(self._members.values())
 
     def push(self, sequence: Sequence, *, bounded: bool = True) -> None:
-        """Raises QueueFull."""
+        """Raises WaitingQueueFull."""
         if bounded and len(self._members) >= self.max_size:
-            raise QueueFull
+            raise WaitingQueueFull
         self._members[sequence.request_id] = sequence
         self.num_tokens += sequence.length
         heapq.heappush(self._heap, (sequence.order, sequence))

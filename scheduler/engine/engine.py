@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _TOO_SMALL = "the device's memory is too small for this"
 
 
-class InFlightStep(Protocol):
+class SubmittedStep(Protocol):
     """A step that has been launched."""
 
     def result(self) -> StepResult:
@@ -41,7 +41,7 @@ class InFlightStep(Protocol):
 class ModelRunner(Protocol):
     """What the engine asks of the model side."""
 
-    def launch(self, step: Step) -> InFlightStep:
+    def launch(self, step: Step) -> SubmittedStep:
         """Raises OutOfDeviceMemory."""
         ...
 
@@ -70,7 +70,7 @@ class _FailedStep:
 @dataclass(eq=False)
 class _InFlight:
     step: Step
-    launched: InFlightStep
+    launched: SubmittedStep
     since: float
     _result: StepResult | None = None
 
@@ -172,7 +172,7 @@ class Engine:
     def _launch(self, step: Step, since: float) -> _InFlight:
         """Launch the step. If the device runs out of memory, wait for the step in flight, which frees what it holds; if
         that is not enough, make the step smaller until it fits."""
-        launched: InFlightStep | None = None
+        launched: SubmittedStep | None = None
         before = self._in_flight
         while launched is None:
             whole = Step(rows=step.rows, prefills=step.prefills)

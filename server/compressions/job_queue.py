@@ -23,8 +23,8 @@ from softbatch.server.compressions.request import CompressionRequest
 from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, register
 from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
-from softbatch.server.failures import shown
 from softbatch.server.http.errors import ApiError, unavailable
+from softbatch.server.request_failures import shown
 
 logger = logging.getLogger(__name__)
 MAX_QUEUED = 8

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from softbatch.server.failures import (
+from softbatch.server.request_failures import (
     EngineAway,
     EngineRestarted,
     Failure,

@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect
 from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
 from softbatch.prompt_store.soft_prompt_file import save
 from softbatch.prompt_store.stores.directory import StoredPrompt
-from softbatch.server.failures import shown
 from softbatch.server.http.errors import ApiError, invalid
+from softbatch.server.request_failures import shown
 from softbatch.server.services import Services
 
 MAX_FILES = 2

@@ -11,8 +11,8 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from softbatch.server.failures import Failure
 from softbatch.server.http.errors import as_api_error, error_json, internal_error
+from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation
 
 logger = logging.getLogger(__name__)

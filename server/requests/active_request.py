@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from softbatch.scheduler.protocol import AddRequest, SequenceOutput
-from softbatch.server.failures import Failure
+from softbatch.server.request_failures import Failure
 from softbatch.server.requests.leases import Lease
 
 

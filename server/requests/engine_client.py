@@ -29,8 +29,8 @@ from softbatch.scheduler.protocol import (
     StartupPhase,
     StepOutput,
 )
-from softbatch.server.failures import EngineAway, EngineRestarted, QueueFull, RequestFailed, TooManySequences
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.request_failures import EngineAway, EngineRestarted, QueueFull, RequestFailed, TooManySequences
 from softbatch.server.requests.active_request import ActiveRequest
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
 from softbatch.scheduler.protocol import SoftPromptRef
-from softbatch.server.failures import SoftPromptOfAnotherModel, UnknownSoftPrompt, UnusableSoftPrompt
+from softbatch.server.request_failures import SoftPromptOfAnotherModel, UnknownSoftPrompt, UnusableSoftPrompt
 
 # Two changes of a directory within so short a time may leave it with one and the same time.
 DIRECTORY_TIME_NS = 2_000_000_000

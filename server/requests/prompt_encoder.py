@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from softbatch.server.failures import InvalidPrompt, PromptTooLong
+from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
 from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.text import Message, TextProcessor
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import SamplingParams
-from softbatch.server.failures import InvalidPrompt
+from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from softbatch.prompt_store.manifest import Replaces
 from softbatch.prompt_store.template import TemplateError, render_chat
-from softbatch.server.failures import InvalidPrompt, PromptTooLong
+from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
 
 PROMPT_TAIL = 8
 Message = dict[str, str]

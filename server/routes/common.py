@@ -12,8 +12,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from softbatch.scheduler.protocol import Ready
-from softbatch.server.failures import Failure
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
+from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest
 from softbatch.server.schemas.replies import CachedTokens, Usage
 from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest

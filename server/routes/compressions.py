@@ -21,9 +21,9 @@ from softbatch.server.compressions.request import (
     ModelShape,
     make_settings,
 )
-from softbatch.server.failures import shown
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.sse import EventStream
+from softbatch.server.request_failures import shown
 from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.compressions import (

@@ -11,9 +11,9 @@ from fastapi.responses import FileResponse
 
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import StoredPrompt
-from softbatch.server.failures import UnknownSoftPrompt, shown
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
+from softbatch.server.request_failures import UnknownSoftPrompt, shown
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject

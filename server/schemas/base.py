@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from softbatch.server.failures import printable, shown
+from softbatch.server.request_failures import printable, shown
 
 MAX_INT32 = 2**31 - 1
 MAX_NAME_CHARS = 256

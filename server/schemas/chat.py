@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from softbatch.server.failures import shown
+from softbatch.server.request_failures import shown
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.replies import Usage, is_none
 from softbatch.server.schemas.sampling import (

@@ -11,8 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
-from softbatch.server import failures
-from softbatch.server.failures import Failure, UnknownSoftPrompt, shown
+from softbatch.server import request_failures
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MIB, BodyLimitMiddleware
 from softbatch.server.http.errors import (
@@ -25,6 +24,7 @@ from softbatch.server.http.errors import (
     unavailable,
     unknown_model,
 )
+from softbatch.server.request_failures import Failure, UnknownSoftPrompt, shown
 
 KEYS = ("first-key", "zweiter-schlüssel")
 LIMIT = 1000
@@ -260,7 +260,9 @@ class TestErrors:
         assert (error.status, error.type, error.code) == (status, kind, code)
 
     def test_every_failure_has_a_status(self) -> None:
-        kinds = [kind for kind in vars(failures).values() if isinstance(kind, type) and issubclass(kind, Failure)]
+        kinds = [
+            kind for kind in vars(request_failures).values() if isinstance(kind, type) and issubclass(kind, Failure)
+        ]
         assert set(kinds) - {Failure} == set(STATUS)
 
     def test_messages_are_bounded_and_printable(self) -> None:

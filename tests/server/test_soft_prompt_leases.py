@@ -10,7 +10,7 @@ import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
-from softbatch.server.failures import UnknownSoftPrompt
+from softbatch.server.request_failures import UnknownSoftPrompt
 from softbatch.server.requests.leases import SoftPromptLeases
 from tests.support.models import make_soft_prompt, save_prompt
 

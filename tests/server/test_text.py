@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
-from softbatch.server.failures import PromptTooLong
+from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
 
