@@ -75,6 +75,45 @@ class SoftPromptOfAnotherModel(UnusableSoftPrompt):
     """The soft prompt was made for a model other than the one served."""
 
 
+class CompressionNotFound(Failure):
+    """No compression job has this id."""
+
+    def __init__(self, job_id: str) -> None:
+        message = f"there is no compression {shown(job_id)}; GET /v1/compressions lists them"
+        super().__init__(message, param="id", code="compression_not_found")
+
+
+class CompressionNameTaken(Failure):
+    """An unfinished compression will register this name."""
+
+    def __init__(self, name: str) -> None:
+        message = f"name: another compression named {shown(name)} is queued or running"
+        super().__init__(message, param="name", code="name_taken")
+
+
+class CompressionEnded(Failure):
+    """The job has reached another final state than the one asked for."""
+
+    def __init__(self, status: str) -> None:
+        message = f"the compression has {status} already; it cannot be cancelled any more"
+        super().__init__(message, param="id", code="already_finished")
+
+
+class TooManyCompressions(Failure):
+    """The queue of compressions is full."""
+
+    def __init__(self, queued: int) -> None:
+        message = f"{queued} compressions are queued already; try again when one has finished"
+        super().__init__(message, code="rate_limit_exceeded", retry_after=60)
+
+
+class CompressionsUnavailable(Failure):
+    """Compressions cannot be read or queued here at the moment."""
+
+    def __init__(self, message: str, *, code: str = "unavailable") -> None:
+        super().__init__(message, code=code, retry_after=5)
+
+
 def shown(value: str) -> str:
     """A client's own word as it may stand in a message: quoted, printable, short."""
     clipped = value if len(value) <= MAX_ECHO_CHARS else value[:MAX_ECHO_CHARS] + "…"

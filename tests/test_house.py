@@ -244,15 +244,6 @@ KNOWN: dict[str, set[str]] = {
         "scheduler.model: batch",
         "scheduler.model: cpu",
         "scheduler.model: kv_cache",
-        "server: compressions",
-        "server: http",
-        "server: services",
-    },
-    "classes of one name": {
-        "Client",
-        "Progress",
-        "Reporter",
-        "Scores",
     },
     "functions of more than 60 lines": {
         "scheduler/model/attention/triton.py:attend",
@@ -261,13 +252,6 @@ KNOWN: dict[str, set[str]] = {
         "scheduler/model/cpu/csrc/attention/prefill.h:tile_item",
         "scheduler/model/cpu/csrc/llama/decoder.cpp:forward",
         "scheduler/model/cpu/csrc/ops/prefix_attention.cpp:backward",
-        "server/observability/metrics.py:__init__",
-    },
-    "intrinsics outside their rooms": {
-        "scheduler/model/cpu/csrc/threads/team.h",
-    },
-    "status codes outside server/http and server/routes": {
-        "server/compressions/job_queue.py",
     },
 }
 

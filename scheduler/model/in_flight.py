@@ -13,7 +13,7 @@ from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.step import StepResult
 
 
-class Scores:
+class StepScores:
     """Log-probabilities, on their way from the device, of the tokens that follow some positions.
 
     `logits` [n, vocab] are those positions', `following` the n tokens."""
@@ -33,7 +33,7 @@ class InFlightStep:
 
     errors: dict[str, str] = field(default_factory=dict)
     prefill_errors: dict[str, str] = field(default_factory=dict)
-    scores: dict[str, Scores] = field(default_factory=dict)
+    scores: dict[str, StepScores] = field(default_factory=dict)
     _samples: list[tuple[list[str], Samples]] = field(default_factory=list)
     _tokens: list[torch.Tensor] = field(default_factory=list)
     _places: dict[str, int] = field(default_factory=dict)

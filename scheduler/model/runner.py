@@ -15,7 +15,7 @@ from softbatch.prompt_store.soft_prompt_file import ModelSpec, check_fits, load
 from softbatch.scheduler.model.batch import BatchBuilder, Row, build_batch
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.forward import Forward
-from softbatch.scheduler.model.in_flight import InFlightStep, Scores
+from softbatch.scheduler.model.in_flight import InFlightStep, StepScores
 from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
 from softbatch.scheduler.model.sampling.sampler import SampleInput, needs_history, sample
 from softbatch.scheduler.model.staging import small_tensor
@@ -152,7 +152,7 @@ class Runner:
             if row.sequence.score_from is not None:
                 first = row.start - row.sequence.num_virtual
                 following = [row.sequence.tokens[first + offset + 1] for offset in wanted]
-                launched.scores[row.sequence.request_id] = Scores(logits[at : at + len(wanted)], following)
+                launched.scores[row.sequence.request_id] = StepScores(logits[at : at + len(wanted)], following)
             elif wanted:
                 sampling.append(row.sequence)
                 sampled_rows.append(at)

@@ -22,7 +22,7 @@ from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table
 from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView, duration
-from softbatch.server.cli.registry import Client, LocalRegistry, Registry, RemoteRegistry
+from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistry, ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
@@ -197,7 +197,7 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
 
 def _registry(settings: Settings, options: argparse.Namespace) -> Registry:
     if options.server:
-        return RemoteRegistry(Client(options.server, next(iter(settings.api_key), None)))
+        return RemoteRegistry(ServerClient(options.server, next(iter(settings.api_key), None)))
     return LocalRegistry(PromptStore(settings.prompt_store, settings.max_prompt_mib << 20))
 
 

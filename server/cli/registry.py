@@ -59,7 +59,7 @@ class LocalRegistry:
 
 
 class RemoteRegistry:
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: ServerClient) -> None:
         self._client = client
 
     @cached_property
@@ -99,7 +99,7 @@ def _is_the_model(name: str) -> str:
     return f"--name: {name} is the model's own name; choose another one"
 
 
-class Client:
+class ServerClient:
     """A running softbatch server over HTTP. Raises UsageError with the server's own words."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:

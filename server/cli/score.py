@@ -22,7 +22,7 @@ from softbatch.prompt_store.template import render_chat
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, choice_of
-from softbatch.server.cli.registry import Client
+from softbatch.server.cli.registry import ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.local_engine import LocalEngine
 from softbatch.server.compressions.prepare import ModelFiles
@@ -87,7 +87,7 @@ def _ask(options: argparse.Namespace, settings: Settings, context: str | None) -
         "soft_prompt": options.soft_prompt,
         "context": context,
     }
-    client = Client(options.server, next(iter(settings.api_key), None))
+    client = ServerClient(options.server, next(iter(settings.api_key), None))
     _, reply = client.call("POST", "/v1/score", {name: value for name, value in body.items() if value is not None})
     return [
         Scored(

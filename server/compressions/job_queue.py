@@ -23,8 +23,13 @@ from softbatch.server.compressions.request import CompressionRequest
 from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, register
 from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
-from softbatch.server.http.errors import ApiError, unavailable
-from softbatch.server.request_failures import shown
+from softbatch.server.request_failures import (
+    CompressionEnded,
+    CompressionNameTaken,
+    CompressionNotFound,
+    CompressionsUnavailable,
+    TooManyCompressions,
+)
 
 logger = logging.getLogger(__name__)
 MAX_QUEUED = 8
@@ -73,38 +78,31 @@ class CompressionJobs:
     # --- for the routes -------------------------------------------------------------------------------------
 
     def list(self) -> Sequence[Job]:
-        """Newest first. Raises ApiError 503 where another server runs the compressions."""
+        """Newest first. Raises CompressionsUnavailable where another server runs the compressions."""
         self._check_owner()
         return list(self._jobs.values())[::-1]
 
     def get(self, job_id: str) -> Job:
-        """Raises ApiError 404."""
+        """Raises CompressionNotFound."""
         self._check_owner()
         job = self._jobs.get(job_id)
         if job is None:
-            message = f"there is no compression {shown(job_id)}; GET /v1/compressions lists them"
-            raise ApiError(404, message, param="id", code="compression_not_found")
+            raise CompressionNotFound(job_id)
         return job
 
     def check_place(self, name: str) -> None:
-        """Raises ApiError 409 when an unfinished job has this name, 429 when the queue is full."""
+        """Raises CompressionNameTaken, TooManyCompressions or CompressionsUnavailable."""
         self._check_owner()
         if self._is_draining():
-            raise unavailable("the server is shutting down; try again in a moment")
+            raise CompressionsUnavailable("the server is shutting down; try again in a moment")
         unfinished = [job for job in self._jobs.values() if not job.is_final]
         if name in self._reserved or any(job.record.name == name for job in unfinished):
-            message = f"name: another compression named {shown(name)} is queued or running"
-            raise ApiError(409, message, param="name", code="name_taken")
+            raise CompressionNameTaken(name)
         if len(self._reserved) + self._count("queued") >= MAX_QUEUED:
-            raise ApiError(
-                429,
-                f"{MAX_QUEUED} compressions are queued already; try again when one has finished",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": "60"},
-            )
+            raise TooManyCompressions(MAX_QUEUED)
 
     async def create(self, request: CompressionRequest) -> Job:
-        """Queue a checked request; when this returns, it is on disk. Raises ApiError 409, 429 or 503."""
+        """Queue a checked request; when this returns, it is on disk. Raises what check_place does."""
         self.check_place(request.name)
         self._reserved.add(request.name)
         try:
@@ -120,14 +118,16 @@ class CompressionJobs:
             self._jobs[record.id] = job
         except OSError as error:
             logger.exception("a compression cannot be queued")
-            raise unavailable(f"the server cannot write its files: {error.strerror}", code="disk_error") from error
+            raise CompressionsUnavailable(
+                f"the server cannot write its files: {error.strerror}", code="disk_error"
+            ) from error
         finally:
             self._reserved.discard(request.name)
         self._wake.set()
         return job
 
     async def cancel(self, job: Job) -> None:
-        """Returns when the job has ended. Raises ApiError 409 when it had ended before in another way."""
+        """Returns when the job has ended. Raises CompressionEnded when it had ended otherwise."""
         if not job.is_final:
             job.cancelled = True
             if job.record.status == "queued":
@@ -137,8 +137,7 @@ class CompressionJobs:
         while not job.is_final:
             await job.changed.wait()
         if job.record.status != "cancelled":
-            message = f"the compression has {job.record.status} already; it cannot be cancelled any more"
-            raise ApiError(409, message, param="id", code="already_finished")
+            raise CompressionEnded(job.record.status)
 
     async def watch(self, job: Job) -> AsyncGenerator[Job, None]:
         """The job whenever it has changed, up to its final state; ends early only when the server stops."""
@@ -161,7 +160,7 @@ class CompressionJobs:
     def _check_owner(self) -> None:
         if self._lock is None:
             message = "another server on this prompt store runs its compressions; ask that one"
-            raise unavailable(message, code="compressions_elsewhere")
+            raise CompressionsUnavailable(message, code="compressions_elsewhere")
 
     def _try_lock(self) -> None:
         try:

@@ -35,7 +35,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s compression: %(message)s")
     directory = Path(sys.argv[1])
     try:
-        message = _run(directory, Reporter(output))
+        message = _run(directory, WorkerReporter(output))
     except InputError as error:
         message = FailedMessage(error.code, str(error), error.param)
     except Exception as error:
@@ -53,7 +53,7 @@ def _give_way() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-class Reporter:
+class WorkerReporter:
     """Sends a phase's beginning and end at once, what lies between now and then."""
 
     def __init__(self, output: BinaryIO) -> None:
@@ -69,7 +69,7 @@ class Reporter:
             _send(self._output, progress)
 
 
-def _run(directory: Path, report: Reporter) -> WorkerMessage:
+def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
     report(ProgressMessage("loading", 0, 1))
     import torch
 

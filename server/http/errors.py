@@ -13,6 +13,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from softbatch.server.request_failures import (
+    CompressionEnded,
+    CompressionNameTaken,
+    CompressionNotFound,
+    CompressionsUnavailable,
     EngineAway,
     EngineRestarted,
     Failure,
@@ -21,6 +25,7 @@ from softbatch.server.request_failures import (
     QueueFull,
     RequestFailed,
     SoftPromptOfAnotherModel,
+    TooManyCompressions,
     TooManySequences,
     UnknownSoftPrompt,
     UnusableSoftPrompt,
@@ -45,11 +50,16 @@ STATUS: Mapping[type[Failure], int] = {
     InvalidPrompt: 400,
     PromptTooLong: 400,
     TooManySequences: 400,
+    CompressionNotFound: 404,
     UnknownSoftPrompt: 404,
+    CompressionEnded: 409,
+    CompressionNameTaken: 409,
     SoftPromptOfAnotherModel: 409,
     UnusableSoftPrompt: 422,
     QueueFull: 429,
+    TooManyCompressions: 429,
     RequestFailed: 500,
+    CompressionsUnavailable: 503,
     EngineAway: 503,
     EngineRestarted: 503,
 }

@@ -44,59 +44,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"softbatch_{name}", text, labels, registry=self.registry)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"softbatch_{name}", text, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"softbatch_{name}", text, buckets=buckets, registry=self.registry)
-
-        self.requests_waiting = gauge("requests_waiting", "Requests in the waiting queue.")
-        self.queue_tokens = gauge("queue_tokens", "Tokens of the requests in the waiting queue.")
-        self.requests_rejected = counter("requests_rejected_total", "Requests turned away.", "reason")
-        self.queue_time = histogram("queue_time_seconds", "From arrival to the first admission.", _QUEUE)
-
-        self.requests_running = gauge("requests_running", "Requests in the running batch.")
-        self.slots = gauge("slots", "The most requests that can run at once.")
-        self.batch_size = histogram("batch_size", "Requests computed in a step.", _SIZES)
-        self.iteration_tokens = histogram("iteration_tokens", "Tokens computed in a step.", _SIZES)
-        self.step_duration = histogram("step_duration_seconds", "Duration of a step.", _STEP)
-
-        self.kv_usage = gauge("kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
-        self.kv_blocks = gauge("kv_blocks_total", "KV blocks there are.")
-        self.kv_bytes = gauge("kv_cache_bytes", "Memory of all KV blocks.")
-        self.preemptions = counter("preemptions_total", "Sequences put back to the queue for lack of blocks.")
-        self.out_of_memory = counter(
-            "out_of_memory_total", "Times a step ran out of device memory and was run again, smaller."
-        )
-        self.prefix_queries = counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
-        self.prefix_hits = counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
-
-        self.requests_finished = counter("requests_finished_total", "Requests that ended.", "reason")
-        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
-        self.between_tokens = histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
-        self.whole_request = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
-        self.prompt_tokens = counter("prompt_tokens_total", "Text tokens of admitted prompts.")
-        self.generation_tokens = counter("generation_tokens_total", "Tokens generated.")
-
-        self.soft_prompts_registered = gauge("soft_prompts_registered", "Soft prompts in the store.")
-        self.soft_prompts_resident = gauge("soft_prompts_resident", "Soft prompts in KV blocks.")
-        self.soft_prompts_resident_bytes = gauge("soft_prompts_resident_bytes", "Bytes of their KV blocks.")
-        self.soft_prompt_hits = counter("soft_prompt_cache_hits_total", "Requests whose soft prompt was resident.")
-        self.soft_prompt_misses = counter("soft_prompt_cache_misses_total", "Requests for which one had to be read.")
-        self.soft_prompt_evictions = counter("soft_prompt_cache_evictions_total", "Soft prompts evicted.")
-        self.soft_prompt_load = histogram("soft_prompt_load_seconds", "From need to resident.", _STEP)
-        self.virtual_tokens = counter("virtual_tokens_total", "Virtual tokens of admitted requests.")
-        self.context_tokens_saved = counter(
-            "context_tokens_saved_total",
-            "Context tokens that soft prompts stood for, less their virtual tokens.",
-        )
-
-        self.engine_restarts = counter("engine_restarts_total", "Times the engine process was started again.")
-        self.last_step = gauge("engine_last_step_timestamp_seconds", "Unix time of the last step or heartbeat.")
-
+        self._make_batch_metrics()
+        self._make_request_metrics()
+        self._make_soft_prompt_metrics()
         self._totals = {
             "preemptions_total": self.preemptions,
             "out_of_memory_total": self.out_of_memory,
@@ -108,6 +58,69 @@ class Metrics:
         }
         self._seen = dict.fromkeys(self._totals, 0)
         self._num_blocks = 1
+
+    def _make_batch_metrics(self) -> None:
+        """Queue, batch, KV cache and engine."""
+        self.requests_waiting = self._gauge("requests_waiting", "Requests in the waiting queue.")
+        self.queue_tokens = self._gauge("queue_tokens", "Tokens of the requests in the waiting queue.")
+        self.requests_rejected = self._counter("requests_rejected_total", "Requests turned away.", "reason")
+        self.queue_time = self._histogram("queue_time_seconds", "From arrival to the first admission.", _QUEUE)
+
+        self.requests_running = self._gauge("requests_running", "Requests in the running batch.")
+        self.slots = self._gauge("slots", "The most requests that can run at once.")
+        self.batch_size = self._histogram("batch_size", "Requests computed in a step.", _SIZES)
+        self.iteration_tokens = self._histogram("iteration_tokens", "Tokens computed in a step.", _SIZES)
+        self.step_duration = self._histogram("step_duration_seconds", "Duration of a step.", _STEP)
+
+        self.kv_usage = self._gauge("kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
+        self.kv_blocks = self._gauge("kv_blocks_total", "KV blocks there are.")
+        self.kv_bytes = self._gauge("kv_cache_bytes", "Memory of all KV blocks.")
+        self.preemptions = self._counter("preemptions_total", "Sequences put back to the queue for lack of blocks.")
+        self.out_of_memory = self._counter(
+            "out_of_memory_total", "Times a step ran out of device memory and was run again, smaller."
+        )
+        self.prefix_queries = self._counter(
+            "prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_hits = self._counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
+
+        self.engine_restarts = self._counter("engine_restarts_total", "Times the engine process was started again.")
+        self.last_step = self._gauge("engine_last_step_timestamp_seconds", "Unix time of the last step or heartbeat.")
+
+    def _make_request_metrics(self) -> None:
+        self.requests_finished = self._counter("requests_finished_total", "Requests that ended.", "reason")
+        self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
+        self.between_tokens = self._histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
+        self.whole_request = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self.prompt_tokens = self._counter("prompt_tokens_total", "Text tokens of admitted prompts.")
+        self.generation_tokens = self._counter("generation_tokens_total", "Tokens generated.")
+
+    def _make_soft_prompt_metrics(self) -> None:
+        self.soft_prompts_registered = self._gauge("soft_prompts_registered", "Soft prompts in the store.")
+        self.soft_prompts_resident = self._gauge("soft_prompts_resident", "Soft prompts in KV blocks.")
+        self.soft_prompts_resident_bytes = self._gauge("soft_prompts_resident_bytes", "Bytes of their KV blocks.")
+        self.soft_prompt_hits = self._counter(
+            "soft_prompt_cache_hits_total", "Requests whose soft prompt was resident."
+        )
+        self.soft_prompt_misses = self._counter(
+            "soft_prompt_cache_misses_total", "Requests for which one had to be read."
+        )
+        self.soft_prompt_evictions = self._counter("soft_prompt_cache_evictions_total", "Soft prompts evicted.")
+        self.soft_prompt_load = self._histogram("soft_prompt_load_seconds", "From need to resident.", _STEP)
+        self.virtual_tokens = self._counter("virtual_tokens_total", "Virtual tokens of admitted requests.")
+        self.context_tokens_saved = self._counter(
+            "context_tokens_saved_total",
+            "Context tokens that soft prompts stood for, less their virtual tokens.",
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"softbatch_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"softbatch_{name}", text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"softbatch_{name}", text, buckets=buckets, registry=self.registry)
 
     def watch(self, *, waiting: Callable[[], int], running: Callable[[], int], registered: Callable[[], int]) -> None:
         """Read these levels at the moment of the scrape."""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
-from softbatch.server.schemas.info import Progress, Queue, QueueEntry
+from softbatch.server.schemas.info import Queue, QueueEntry, RequestProgress
 
 if TYPE_CHECKING:
     from softbatch.server.requests.active_request import ActiveRequest
@@ -44,5 +44,7 @@ def _entry(active: ActiveRequest) -> QueueEntry:
         soft_prompt=active.soft_prompt,
         prompt_tokens=active.prompt_tokens,
         virtual_tokens=active.virtual_tokens,
-        progress=Progress(num_computed=active.num_computed, generated=active.generated, max_tokens=active.max_tokens),
+        progress=RequestProgress(
+            num_computed=active.num_computed, generated=active.generated, max_tokens=active.max_tokens
+        ),
     )

@@ -38,7 +38,7 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class Progress(BaseModel):
+class RequestProgress(BaseModel):
     """How far a request has come, in tokens."""
 
     num_computed: int = Field(description="positions whose keys and values are in the cache")
@@ -55,7 +55,7 @@ class QueueEntry(BaseModel):
     soft_prompt: str | None
     prompt_tokens: int
     virtual_tokens: int
-    progress: Progress
+    progress: RequestProgress
 
 
 class Queue(BaseModel):

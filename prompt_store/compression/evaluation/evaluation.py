@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.evaluation.fidelity import (
-    Scores,
+    FidelityScores,
     answer_scores,
     position_scores,
     position_table,
@@ -56,7 +56,7 @@ class Candidate:
 class Measured:
     """Scores on the held-out pairs, each pair's mean KL, the free answers to some of them, and what it cost."""
 
-    scores: Scores
+    scores: FidelityScores
     kl: list[float]
     answers: list[str]
     seconds: float
@@ -142,7 +142,7 @@ class Evaluation:
         return {name: found[name] for name in BASELINES}
 
     @cached_property
-    def _off_topic(self) -> tuple[list[TrainingPair], list[Tensor], Scores]:
+    def _off_topic(self) -> tuple[list[TrainingPair], list[Tensor], FidelityScores]:
         """The off-topic pairs, the states on them without any context, and the full context's scores."""
         prompts = [self.renderer.question(question) for question in OFF_TOPIC]
         gold = greedy(self.decoder, self.no_context, prompts, _OFF_TOPIC_TOKENS, self.renderer.stop_ids)
@@ -176,7 +176,7 @@ def load_measured(path: Path) -> dict[str, Measured] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {
             name: Measured(
-                Scores(**found["scores"]), list(found["kl"]), list(found["answers"]), float(found["seconds"])
+                FidelityScores(**found["scores"]), list(found["kl"]), list(found["answers"]), float(found["seconds"])
             )
             for name, found in record.items()
         }

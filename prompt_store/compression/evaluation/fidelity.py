@@ -20,7 +20,7 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Scores:
+class FidelityScores:
     """Means over answer positions (`kl` … `nll`) and over questions (`exact_match`, `token_f1`).
 
     kl, kl_p95: KL(full context ‖ this) in nats, its mean and 95th percentile. kl_closed: 1 − kl / kl(no
@@ -45,7 +45,7 @@ class Scores:
     def as_dict(self) -> dict[str, float | None]:
         return {name: value if value is None else round(value, 6) for name, value in asdict(self).items()}
 
-    def closed_against(self, no_context: Scores) -> Scores:
+    def closed_against(self, no_context: FidelityScores) -> FidelityScores:
         """With kl_closed, which needs the KL of the model without the context (None if that is zero)."""
         closed = 1.0 - self.kl / no_context.kl if no_context.kl > 0 else None
         return replace(self, kl_closed=closed)
@@ -53,16 +53,16 @@ class Scores:
 
 def position_scores(
     decoder: Decoder, states: Sequence[Tensor], teacher: Sequence[Tensor], pairs: Sequence[TrainingPair]
-) -> Scores:
+) -> FidelityScores:
     """Compare last hidden states pair by pair with the teacher's; exact over the vocabulary."""
     return scores_of(position_table(decoder, states, teacher, pairs))
 
 
-def scores_of(table: Tensor) -> Scores:
+def scores_of(table: Tensor) -> FidelityScores:
     """The means of a `position_table`."""
     means = table.mean(1).tolist()
     worst = float(table[0].quantile(0.95))
-    return Scores(means[0], worst, means[1], means[2], means[3], means[4], means[5])
+    return FidelityScores(means[0], worst, means[1], means[2], means[3], means[4], means[5])
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.compressions.record import Job, JobRecord, load_jobs, new_id, save
 from softbatch.server.compressions.run import DIRECTORY
-from softbatch.server.http.errors import ApiError
+from softbatch.server.request_failures import CompressionEnded
 
 SPEC = ModelSpec("tiny", "0" * 64, 64, 3, 2, 8)
 
@@ -47,7 +47,7 @@ def test_a_job_that_was_running_can_be_cancelled_at_once(tmp_path: Path) -> None
 
 def test_a_job_that_fails_meanwhile_has_one_end(tmp_path: Path) -> None:
     directory = left_behind(tmp_path, "running")  # without its request
-    with pytest.raises(ApiError, match="has failed already"):
+    with pytest.raises(CompressionEnded, match="has failed already"):
         asyncio.run(cancel(tmp_path, directory.name, 1))
     (found,) = load_jobs(tmp_path / DIRECTORY, SPEC.fingerprint)
     assert found.record.status == "failed"

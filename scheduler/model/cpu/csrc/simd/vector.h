@@ -201,4 +201,11 @@ INLINE Vec exp2(Vec x) {
   return y * (Vec)(((Bits)shifted << 23) + (127u << 23));
 }
 
+// Tells the processor that this thread waits in a loop.
+inline void spin_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 }  // namespace softbatch

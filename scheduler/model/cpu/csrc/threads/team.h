@@ -111,9 +111,7 @@ class Team {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+      spin_pause();
       if (spins >= kSpins) sched_yield();
     }
   }
