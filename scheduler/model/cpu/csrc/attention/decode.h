@@ -26,7 +26,7 @@ struct NextTile {
 
 // A vector of a cache's numbers as the products take it.
 template <typename F, typename T>
-INLINE auto take(const T* p) {
+INLINE auto load_as(const T* p) {
   if constexpr (F::kDepth == 2) {
     return F::lanes(p);
   } else {
@@ -39,7 +39,7 @@ template <typename F, typename T>
 INLINE auto take_first(const T* p, int64_t count) {
   T padded[kLanes * F::kDepth] = {};
   std::memcpy(padded, p, count * sizeof(T));
-  return take<F>(padded);
+  return load_as<F>(padded);
 }
 
 // Scores and weights of keys lie by fours: those of four keys for a head, then for the next of a bundle of kHeads.
@@ -83,7 +83,7 @@ INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* 
   for (int64_t i = 0; i < count; i += kFour) {
     Vec acc[H][kFour] = {};
     const auto step = [&](int64_t d, auto take_key) ALWAYS_INLINE {
-      decltype(take<F>(keys)) key[kFour];
+      decltype(load_as<F>(keys)) key[kFour];
 #pragma GCC unroll 4
       for (int j = 0; j < kFour; ++j)
         key[j] = take_key(keys + offsets[i + j] + d);
@@ -102,7 +102,7 @@ INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* 
     int64_t d = 0;
 #pragma GCC unroll 8
     for (; d + kWidth <= dim; d += kWidth)
-      step(d, [](const T* p) { return take<F>(p); });
+      step(d, [](const T* p) { return load_as<F>(p); });
     if (d < dim) step(d, [&](const T* p) { return take_first<F>(p, dim - d); });
     Vec four[kFourVecs];
     fold_four<H>(acc, four);
@@ -134,9 +134,9 @@ INLINE void weigh_part(const typename F::Element* weights, const float* decay, c
     for (int j = 0; j < kFour; j += kDepth)
 #pragma GCC unroll 4
       for (int n = 0; n < N; n += kDepth) {
-        decltype(take<F>(values)) rows[kDepth];
+        decltype(load_as<F>(values)) rows[kDepth];
         for (int k = 0; k < kDepth; ++k)
-          rows[k] = j + k < valid ? take_value(values + offsets[i + j + k] + n * kLanes) : decltype(take<F>(values)){};
+          rows[k] = j + k < valid ? take_value(values + offsets[i + j + k] + n * kLanes) : decltype(load_as<F>(values)){};
         F::zip(rows);
 #pragma GCC unroll 2
         for (int k = 0; k < kDepth; ++k)
@@ -158,12 +158,12 @@ INLINE void weigh_part(const typename F::Element* weights, const float* decay, c
 }
 
 template <int H, int D, typename F, typename T>
-INLINE void weigh_values(const typename F::Element* weights, const float* decay, const T* values,
+INLINE void accumulate_values(const typename F::Element* weights, const float* decay, const T* values,
                          const int64_t* offsets, int64_t count, int64_t any_dim, const NextTile<T>* ahead, float* acc,
                          int64_t stride) {
   constexpr int64_t kWidth = kLanes * F::kDepth;
   const int64_t dim = D ? D : any_dim;
-  const auto whole = [](const T* p) { return take<F>(p); };
+  const auto whole = [](const T* p) { return load_as<F>(p); };
   const auto part = [&](auto N, int64_t d, const auto& take_value) ALWAYS_INLINE {
     weigh_part<H, N.value, F>(weights, decay, values + d, offsets, count, d == 0 ? ahead : nullptr, dim, acc + d,
                               stride, take_value);
@@ -180,7 +180,7 @@ INLINE void weigh_values(const typename F::Element* weights, const float* decay,
 // Turns the scores of `count` keys into weights, zeros up to a multiple of four, and rescales the running sums; `decay` is
 // of what came before.
 template <int H, typename F>
-INLINE void soften(float* scores, int64_t count, Bundle& bundle, float* decay, typename F::Element* weights) {
+INLINE void softmax_update(float* scores, int64_t count, Bundle& bundle, float* decay, typename F::Element* weights) {
   constexpr int kVecs = (H * kFour + kLanes - 1) / kLanes;  // those that hold a head
   const int64_t fours = round_up(count, kFour), floats = fours * kHeads;
   for (int64_t i = count; i < fours; ++i)
@@ -294,8 +294,8 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
         const int64_t row = n * p.group + h, bundle = n * bundles + h / kHeads;
         const NextTile<T>* ahead = h == 0 ? any_ahead : nullptr;
         dot_keys<H.value, D, F>(query + row * stride / F::kDepth, stride, keys, places, fours, dim, p.scale, ahead, scores);
-        soften<H.value, F>(scores, count, softmax[bundle], decay, weights);
-        weigh_values<H.value, D, F>(weights, decay, values, places, count, dim, ahead, acc + row * stride, stride);
+        softmax_update<H.value, F>(scores, count, softmax[bundle], decay, weights);
+        accumulate_values<H.value, D, F>(weights, decay, values, places, count, dim, ahead, acc + row * stride, stride);
       });
     }
     std::swap(offsets, next_offsets);

@@ -55,7 +55,7 @@ INLINE void hadamard(Vec* v) {
 }
 
 // Turns every group of a row, in place; done twice it changes nothing.
-INLINE void turn_groups(float* row, int64_t dim) {
+INLINE void hadamard_rotate(float* row, int64_t dim) {
   const float norm = 1.0f / std::sqrt(static_cast<float>(kKvGroup));
   for (int64_t g = 0; g < dim; g += kKvGroup) {
     Vec v[kKvGroup / kLanes];

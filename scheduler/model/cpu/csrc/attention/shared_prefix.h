@@ -45,17 +45,17 @@ class Sharing {
 
  private:
   // Finds the ranges from `from` on of sequences that are known to be alike up to key `alike`.
-  void find(std::vector<int64_t> among, SharedPart from, int64_t alike) {
+  void find(std::vector<int64_t> members, SharedPart from, int64_t alike) {
     // The last key is the query's own token, which is nobody else's.
     const auto is_short = [&](int64_t s) { return p_.context_len[s] <= alike + kKeyTile; };
-    among.erase(std::remove_if(among.begin(), among.end(), is_short), among.end());
-    if (!are_enough(among.size())) return;
-    std::sort(among.begin(), among.end(), [&](int64_t a, int64_t b) { return compare(a, b, alike) < 0; });
-    for (size_t first = 0, last = 0; first < among.size(); first = last) {
-      while (last < among.size() && compare(among[first], among[last], alike) == 0)
+    members.erase(std::remove_if(members.begin(), members.end(), is_short), members.end());
+    if (!are_enough(members.size())) return;
+    std::sort(members.begin(), members.end(), [&](int64_t a, int64_t b) { return compare(a, b, alike) < 0; });
+    for (size_t first = 0, last = 0; first < members.size(); first = last) {
+      while (last < members.size() && compare(members[first], members[last], alike) == 0)
         ++last;
       if (!are_enough(last - first)) continue;
-      SharedRange range{from.end, alike + kKeyTile, from.parts, {among.begin() + first, among.begin() + last}};
+      SharedRange range{from.end, alike + kKeyTile, from.parts, {members.begin() + first, members.begin() + last}};
       const auto has_next = [&](int64_t s) {
         return p_.context_len[s] > range.end + kKeyTile && compare(range.sequences[0], s, range.end) == 0;
       };

@@ -205,12 +205,12 @@ class Decoder final : public DecoderBase {
           const int64_t slot = slots[t] / p.block_size * p.block_stride + slots[t] % p.block_size * p.slot_stride;
           for (int64_t h = 0; h < heads_; ++h) {
             rotate(from + h * dim_, layer->query_norm, epsilon_, cosine, sine, dim_, buffer);
-            if (kv_packing_) turn_groups(buffer, dim_);
+            if (kv_packing_) hadamard_rotate(buffer, dim_);
             narrow_row(buffer, dim_, query + t * width + h * dim_);
           }
           for (int64_t h = 0; h < kv_heads_; ++h) {
             rotate(from + width + h * dim_, layer->key_norm, epsilon_, cosine, sine, dim_, buffer);
-            if (kv_packing_) turn_groups(buffer, dim_);
+            if (kv_packing_) hadamard_rotate(buffer, dim_);
             mine.keys.put(buffer, dim_, slot + h * p.head_stride);
             mine.values.put(from + width + kv_width + h * dim_, dim_, slot + h * p.head_stride);
           }

@@ -29,19 +29,19 @@ struct Layout<Compact> : Layout<at::BFloat16> {
   static constexpr int64_t kStep = kNumbers * 12 / 8;
 
   // A weight whose exponent is none of the panel's sixteen.
-  struct Other {
+  struct Outlier {
     int32_t step;
     uint16_t place, bits;
   };
   struct alignas(64) Head {
     uint8_t exponents[kExponents];
-    const Other* others;  // in the order of their steps, and one behind the last step
+    const Outlier* others;  // in the order of their steps, and one behind the last step
   };
   // Two steps share a vector of exponents: the first has the lower halves of its bytes.
-  struct alignas(64) Two {
+  struct alignas(64) StepPair {
     uint8_t signs_mantissas[2][kNumbers], exponents[kNumbers];
   };
-  static_assert(sizeof(Two) == 2 * kStep);
+  static_assert(sizeof(StepPair) == 2 * kStep);
 
   static int64_t panel_bytes(int64_t inputs) { return sizeof(Head) + groups(inputs) * kGroup * kStep; }
 
@@ -66,11 +66,11 @@ struct Layout<Compact> : Layout<at::BFloat16> {
     for (int i = 0; i < kExponents; ++i)
       code[often[i]] = i;
 
-    std::vector<Other> others;
-    Two* to = reinterpret_cast<Two*>(panel + sizeof(Head));
+    std::vector<Outlier> others;
+    StepPair* to = reinterpret_cast<StepPair*>(panel + sizeof(Head));
     const int32_t steps = plain.size() / kNumbers;
     for (int32_t step = 0; step < steps; ++step) {
-      Two& two = to[step / 2];
+      StepPair& two = to[step / 2];
       for (int byte = 0; byte < kNumbers; ++byte) {
         const uint16_t bits = plain[step * kNumbers + place(byte)];
         const int c = code[exponent(bits)];
@@ -81,7 +81,7 @@ struct Layout<Compact> : Layout<at::BFloat16> {
       }
     }
     others.push_back({steps, 0, 0});
-    head.others = std::copy(others.begin(), others.end(), arena.allocate<Other>(others.size())) - others.size();
+    head.others = std::copy(others.begin(), others.end(), arena.allocate<Outlier>(others.size())) - others.size();
   }
 
   class Reader {
@@ -93,7 +93,7 @@ struct Layout<Compact> : Layout<at::BFloat16> {
       high_ = _mm512_andnot_si512(top, _mm512_srli_epi16(exponents, 1));
       low_ = _mm512_and_si512(top, _mm512_slli_epi16(exponents, 7));
       others_ = head.others;
-      at_ = reinterpret_cast<const Two*>(panel + sizeof(Head));
+      at_ = reinterpret_cast<const StepPair*>(panel + sizeof(Head));
     }
     template <typename S>
     INLINE void two(const S& step) {
@@ -125,8 +125,8 @@ struct Layout<Compact> : Layout<at::BFloat16> {
     }
 
     __m512i high_, low_;
-    const Other* others_;
-    const Two* at_;
+    const Outlier* others_;
+    const StepPair* at_;
     int32_t steps_ = 0;
   };
 
@@ -166,7 +166,7 @@ struct Layout<Compact> : Layout<at::BFloat16> {
   };
 
   template <int M>
-  static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {
+  static void multiply(const char* tile, const char* panel, int64_t inputs, Prefetch ahead, float* sums) {
     Plain::multiply<M, Reader>(tile, panel, inputs, ahead, sums);
   }
 };

@@ -104,16 +104,16 @@ struct Division {
 
 template <typename W>
 Division divide(const Activations<W>& x, int64_t panels, int64_t threads) {
-  const auto among = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
-  if (!uses_matrix_tiles<W>()) return {x.tiles, 1, 1, among(x.tiles, kTilesTogether)};
-  const int64_t groups = std::clamp<int64_t>(x.tiles / kTilesOfThread, 1, threads), tiles = among(x.tiles, groups);
+  const auto ceil_div = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  if (!uses_matrix_tiles<W>()) return {x.tiles, 1, 1, ceil_div(x.tiles, kTilesTogether)};
+  const int64_t groups = std::clamp<int64_t>(x.tiles / kTilesOfThread, 1, threads), tiles = ceil_div(x.tiles, groups);
   const int64_t fitting =
       std::max<int64_t>(kTilesTogether, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
-  const int64_t enough = among(kItemsEach * threads, panels * groups);
-  return {x.tiles, 2, groups, std::min(std::max(among(tiles, fitting), enough), among(tiles, 2))};
+  const int64_t enough = ceil_div(kItemsEach * threads, panels * groups);
+  return {x.tiles, 2, groups, std::min(std::max(ceil_div(tiles, fitting), enough), ceil_div(tiles, 2))};
 }
 
-using TileKernel = void (*)(const char*, const char*, int64_t, Ahead, float*);
+using TileKernel = void (*)(const char*, const char*, int64_t, Prefetch, float*);
 
 template <typename W, int... M>
 constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequence<int, M...>) {
@@ -135,7 +135,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
     const int64_t first_tile = division.first_tile(part), tiles = division.first_tile(part + 1) - first_tile;
     const char* next = weights.panel(panel_after);
     const auto ahead = [&](int64_t share, int64_t shares) {
-      return panel_after == panel ? Ahead::none(next) : Ahead::share(next, bytes, Layout<W>::kStep, share, shares);
+      return panel_after == panel ? Prefetch::none(next) : Prefetch::share(next, bytes, Layout<W>::kStep, share, shares);
     };
     const auto finish = [&](int64_t t, float* of_tile) {
       for (int64_t row = 0, rows = x.rows_of(t); row < rows; ++row) {
@@ -154,7 +154,7 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
         const auto step = [&](int64_t i) ALWAYS_INLINE { return columns.step(i); };
         for (int64_t i = 0; i < tiles; i += 2) {
           const int64_t t = first_tile + i;
-          Ahead share = ahead(i / 2, (tiles + 1) / 2);
+          Prefetch share = ahead(i / 2, (tiles + 1) / 2);
           const auto during = [&]() ALWAYS_INLINE {
             columns.prepare();
             share.fetch(kMatrixPairs);

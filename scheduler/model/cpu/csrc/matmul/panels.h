@@ -31,15 +31,15 @@ constexpr int kTile = 6;  // 16 registers
 
 // While one panel is multiplied, the next is fetched into the cache, every tile of rows a share of it: all at once would
 // take longer to come than one tile's products take, and memory would rest during the others'.
-struct Ahead {
+struct Prefetch {
   static constexpr int64_t kMost = 4 * kColumns;
 
   const char* next;
   int64_t step;  // bytes of the next panel for a step of this; 0: nothing to fetch
 
-  static Ahead none(const char* any) { return {any, 0}; }
+  static Prefetch none(const char* any) { return {any, 0}; }
   // One of `shares` parts of a panel of `bytes`, `step` of them, at most kMost, for every step.
-  static Ahead share(const char* panel, int64_t bytes, int64_t step, int64_t share, int64_t shares) {
+  static Prefetch share(const char* panel, int64_t bytes, int64_t step, int64_t share, int64_t shares) {
     return {panel + bytes * share / shares, (step + shares - 1) / shares};
   }
 
@@ -65,7 +65,7 @@ struct Layout {
   // Elements of a row that lie together in a tile; the rest of the last group is zeros, in the weights too.
   static constexpr int64_t kGroup = 16;
   static constexpr int64_t kStep = kColumns * F::kDepth * sizeof(W);  // a panel's share of an element
-  static_assert(kStep <= Ahead::kMost);
+  static_assert(kStep <= Prefetch::kMost);
 
   static int64_t groups(int64_t inputs) { return (inputs / F::kDepth + kGroup - 1) / kGroup; }
   static int64_t panel_bytes(int64_t inputs) { return groups(inputs) * kGroup * kStep; }
@@ -135,7 +135,7 @@ struct Layout {
 
   // sums[m][0 ... kColumns - 1] for the M rows of a tile.
   template <int M, typename R = Reader>
-  static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {
+  static void multiply(const char* tile, const char* panel, int64_t inputs, Prefetch ahead, float* sums) {
     const Element* x = reinterpret_cast<const Element*>(tile);
     Vec acc[M][2] = {};
     R reader(panel);
@@ -169,7 +169,7 @@ struct Layout<int8_t> {
   static constexpr int kZero = 128;
   static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 127 / top stays finite
   static constexpr int64_t kStep = 4 * kColumns;                                   // four inputs of a panel
-  static_assert(kStep <= Ahead::kMost && kColumns * sizeof(float) <= Ahead::kMost);
+  static_assert(kStep <= Prefetch::kMost && kColumns * sizeof(float) <= Prefetch::kMost);
   static constexpr int64_t kGroupBytes = kGroup * kColumns + kColumns * sizeof(float);  // with its scales, first
   static constexpr int64_t kRowBytes = kGroup + 2 * sizeof(float);  // a row's share of a tile's group, the same
   typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
@@ -239,7 +239,7 @@ struct Layout<int8_t> {
   }
 
   template <int M>
-  static void multiply(const char* tile, const char* panel, int64_t inputs, Ahead ahead, float* sums) {
+  static void multiply(const char* tile, const char* panel, int64_t inputs, Prefetch ahead, float* sums) {
     Vec total[M][2] = {};
     for (int64_t g = 0; g < inputs / kGroup; ++g) {
       const float* scales = reinterpret_cast<const float*>(tile);

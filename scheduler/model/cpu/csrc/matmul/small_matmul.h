@@ -55,7 +55,7 @@ void multiply_small(const SmallMatrix& x, const SmallMatrix& w, Buffer<char>& sc
     for (int64_t r = 0; r < count; ++r)
       L::put(x.row(first + r), inputs, r, count, tile);
     for (int64_t p = 0; p < panels; ++p) {
-      kernels[count - 1](tile, packed + p * bytes, inputs, Ahead::none(packed), sums);
+      kernels[count - 1](tile, packed + p * bytes, inputs, Prefetch::none(packed), sums);
       for (int64_t r = 0; r < count; ++r)
         done(first + r, p * kColumns, sums + r * kColumns);
     }

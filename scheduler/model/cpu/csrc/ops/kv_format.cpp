@@ -31,7 +31,7 @@ at::Tensor pack_rows(const at::Tensor& rows, const std::string& packing, bool ar
   std::vector<float> row(dim);
   for (int64_t i = 0; i < from.numel() / dim; ++i) {
     std::memcpy(row.data(), from.const_data_ptr<float>() + i * dim, dim * sizeof(float));
-    if (are_keys) turn_groups(row.data(), dim);
+    if (are_keys) hadamard_rotate(row.data(), dim);
     codec.encode(row.data(), dim, to.data_ptr<uint8_t>() + i * codec.bytes);
   }
   return to;
