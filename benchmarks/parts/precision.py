@@ -17,8 +17,8 @@ import torch
 from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.scheduler.model.batch import Row, build_batch
-from softbatch.scheduler.model.cpu.decoder import DecoderForward, supports
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
 from softbatch.scheduler.model.loader import load_transformers
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 

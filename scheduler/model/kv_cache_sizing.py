@@ -10,10 +10,10 @@ import torch
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.attention.backend import AttentionBackend
-from softbatch.scheduler.model.cpu.decoder import supports, unsupported_option_error
 from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, is_shortage
 from softbatch.scheduler.model.cuda.setup import measure_memory
 from softbatch.scheduler.model.kv_cache import KVCache, RowFormat
+from softbatch.scheduler.model.llama.decoder import supports, unsupported_option_error
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 

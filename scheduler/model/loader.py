@@ -18,7 +18,6 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
-from softbatch.scheduler.model.cpu.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.cuda.failures import failures_told
 from softbatch.scheduler.model.cuda.fused import FusedForward
@@ -27,6 +26,7 @@ from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, wit
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
+from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.self_check import eager_logits, self_check

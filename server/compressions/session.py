@@ -18,8 +18,8 @@ from softbatch.prompt_store.soft_prompt_file import SoftPrompt, load
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.attention import cpu
 from softbatch.scheduler.model.cpu.build import is_loaded
-from softbatch.scheduler.model.cpu.training import DTYPES as DTYPES_WITH_GRADIENTS
-from softbatch.scheduler.model.cpu.training import behind_prefix_with_gradients, kernels_of
+from softbatch.scheduler.model.llama.training import DTYPES as DTYPES_WITH_GRADIENTS
+from softbatch.scheduler.model.llama.training import behind_prefix_with_gradients, kernels_of
 from softbatch.scheduler.model.loader import DTYPES, load_transformers
 from softbatch.server.compressions.local_engine import LocalEngine
 from softbatch.server.compressions.prepare import ModelFiles

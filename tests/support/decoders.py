@@ -19,8 +19,8 @@ from transformers import (
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, DecoderForward, supports
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.llama.decoder import IN_12_BITS, DecoderForward, supports
 
 CPU = torch.device("cpu")
 BLOCKS = 160

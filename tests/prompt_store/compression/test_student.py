@@ -35,7 +35,7 @@ from softbatch.prompt_store.compression.training.matching import (
 )
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.scheduler.model.attention import cpu
-from softbatch.scheduler.model.cpu.training import CpuModelKernels
+from softbatch.scheduler.model.llama.training import CpuModelKernels
 from softbatch.scheduler.model.loader import load_transformers
 from softbatch.scheduler.model.source import resolve
 from softbatch.server.compressions.session import CPU_KERNELS

@@ -29,8 +29,8 @@ from softbatch.scheduler.engine.engine import build_engine
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
-from softbatch.scheduler.model.cpu.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, supports
 from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.llama.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, supports
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.decoders import (

@@ -24,9 +24,9 @@ from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedB
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.cpu.decoder import DecoderForward, supports
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig, SoftPromptRef
 from tests.support import decoders

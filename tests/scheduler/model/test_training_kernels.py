@@ -18,8 +18,13 @@ from transformers import LlamaConfig
 from softbatch.prompt_store.compression.frozen.prefix import attend as attend_in_torch
 from softbatch.prompt_store.compression.objectives import mixed, objective_from_hidden
 from softbatch.scheduler.model.cpu.build import build
-from softbatch.scheduler.model.cpu.decoder import plain_weights
-from softbatch.scheduler.model.cpu.training import CpuModelKernels, behind_prefix_with_gradients, kernels_of, objective
+from softbatch.scheduler.model.llama.decoder import plain_weights
+from softbatch.scheduler.model.llama.training import (
+    CpuModelKernels,
+    behind_prefix_with_gradients,
+    kernels_of,
+    objective,
+)
 from tests.support.decoders import CONFIGS, make_model
 from tests.support.models import in_threads
 

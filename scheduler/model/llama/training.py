@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.prefix import AttendInLayer
 from softbatch.scheduler.model.cpu import ops
-from softbatch.scheduler.model.cpu.decoder import layer_tensors, plain_weights, release_linears, supports
+from softbatch.scheduler.model.llama.decoder import layer_tensors, plain_weights, release_linears, supports
 
 DTYPES = (torch.float32, torch.bfloat16)
 
