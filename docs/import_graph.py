@@ -16,7 +16,7 @@ def rooms() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
-            if path.name == "__init__.py" and not path.read_text():
+            if path.name == "__init__.py" and not any(True for _ in _imported(path)):
                 continue
             room = _room(path)
             targets = found.setdefault(room, set())
@@ -76,8 +76,12 @@ def svg() -> str:
     graph = rooms()
     height = floors(graph)
     levels = [[room for room in sorted(graph) if height[room] == level] for level in range(max(height.values()) + 1)]
+    widest = max(map(len, levels))
     place = {
-        room: (20 + column * (WIDTH + GAP_X), 20 + (len(levels) - 1 - level) * (HEIGHT + GAP_Y))
+        room: (
+            20 + (column + (widest - len(row)) / 2) * (WIDTH + GAP_X),
+            20 + (len(levels) - 1 - level) * (HEIGHT + GAP_Y),
+        )
         for level, row in enumerate(levels)
         for column, room in enumerate(row)
     }
