@@ -18,6 +18,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.cuda.failures import failures_told
 from softbatch.scheduler.model.cuda.fused import FusedForward
@@ -163,7 +164,7 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
-    if supports(model, kv_cache.dtype):
+    if supports(model, kv_cache.dtype) and build_kernels():
         weights = None if quantization == "none" else quantization
         try:
             decoder = DecoderForward(model, kv_cache, weights, release=True)
