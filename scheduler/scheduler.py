@@ -10,6 +10,7 @@ from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
 from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt, SoftPromptCache
+from softbatch.scheduler.soft_prompt_loads import SoftPromptLoads
 from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
 from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
 
@@ -43,6 +44,7 @@ class Scheduler:
         self.soft_prompts = SoftPromptCache(self.pool)
         self._blocks = SequenceBlocks(self.pool, self.soft_prompts)
         self.waiting = WaitingQueue(config.max_queue_size)
+        self.soft_prompt_loads = SoftPromptLoads(self.soft_prompts, self.waiting, config.num_blocks, config.block_size)
         self.running: list[Sequence] = []  # by order: the last is the first to be preempted
         self._arrivals = 0
         self._preemptions = 0
@@ -62,13 +64,13 @@ class Scheduler:
         sequence = Sequence(request, self._arrivals)
         self._arrivals += 1
         if sequence.max_length > self.config.max_model_len:
-            return _failed(sequence, f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
+            return sequence.failure(f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
         if self._blocks.most(sequence) > self.config.num_blocks:
-            return _failed(sequence, "the KV cache is too small for this request")
+            return sequence.failure("the KV cache is too small for this request")
         try:
             self.waiting.push(sequence)
         except WaitingQueueFull:
-            return _failed(sequence, "the waiting queue is full")
+            return sequence.failure("the waiting queue is full")
         return None
 
     def cancel(self, request_id: str) -> bool:
@@ -95,7 +97,7 @@ class Scheduler:
             sequence = max((row.sequence for row in step.rows), key=lambda s: s.order)
             step.rows = [row for row in step.rows if row.sequence is not sequence]
             step.copies = [copy for copy in step.copies if copy[1] not in sequence.block_table]
-            step.admitted = [name for name in step.admitted if name != sequence.request_id]
+            step.report.admitted = [name for name in step.report.admitted if name != sequence.request_id]
             self._preempt(sequence, step)
             self._admission_limit = len(self.running)
             return True
@@ -139,15 +141,7 @@ class Scheduler:
 
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
         """Apply the result of a launched step. Finished and failed sequences leave the batch."""
-        outputs = []
-        for prompt, start, count in step.prefills:
-            sha256 = prompt.ref.sha256
-            if self.soft_prompts.get(sha256) is not prompt:
-                continue
-            if sha256 in result.prefill_errors:
-                outputs += self.soft_prompt_failed(sha256, result.prefill_errors[sha256])
-            elif start + count == prompt.ref.num_virtual_tokens:
-                self.soft_prompt_ready(sha256)
+        outputs = self.soft_prompt_loads.postprocess(step, result)
         for row in step.rows:
             if row.is_stale:
                 continue
@@ -180,41 +174,14 @@ class Scheduler:
             outputs.append(output)
         return outputs
 
-    def should_prefetch(self, ref: SoftPromptRef, reading: int) -> bool:
-        """Whether the next step would load this soft prompt, while `reading` others are being read. Prompts being read
-        may take a quarter of the cache's size. Called from another thread, the answer is a guess."""
-        slots = self.config.max_batch_size - len(self.running)
-        blocks = (reading + 1) * -(-ref.num_virtual_tokens // self.config.block_size)
-        fits = reading < slots and blocks <= self.config.num_blocks // 4
-        return fits and not len(self.waiting) and self.soft_prompts.get(ref.sha256) is None
-
-    def soft_prompt_read(self, sha256: str) -> ResidentSoftPrompt | None:
-        """The file of an `embeddings` soft prompt has been read: prefill it from the next step on."""
-        prompt = self.soft_prompts.get(sha256)
-        if prompt is not None:
-            self.soft_prompts.mark_prefilling(prompt)
-        return prompt
-
-    def soft_prompt_ready(self, sha256: str) -> None:
-        """Its keys and values are in its blocks: sequences that wait for it may be admitted."""
-        prompt = self.soft_prompts.get(sha256)
-        if prompt is not None:
-            self.soft_prompts.mark_ready(prompt)
-        parked = self.waiting.unpark(sha256)
-        if prompt is not None and prompt.is_retired and not parked:
-            self.soft_prompts.evict_when_unused(sha256)
-
-    def soft_prompt_failed(self, sha256: str, message: str) -> list[SequenceOutput]:
-        """It could not be loaded: sequences that wait for it, and only those, fail with `message`."""
-        self.soft_prompts.drop(sha256)
-        failed = self.waiting.unpark(sha256)
-        for sequence in failed:
-            self.waiting.remove(sequence.request_id)
-        return [_failed(sequence, message) for sequence in failed]
+    def should_prefetch(self, ref: SoftPromptRef, num_reading: int) -> bool:
+        """Whether the next step would load this soft prompt, while `num_reading` others are being read."""
+        free_slots = self.config.max_batch_size - len(self.running)
+        return self.soft_prompt_loads.should_prefetch(ref, num_reading, free_slots)
 
     def fail(self, sequence: Sequence, message: str) -> SequenceOutput:
         """Remove a running sequence with an error."""
-        output = _failed(sequence, message)
+        output = sequence.failure(message)
         self._leave(sequence)
         return output
 
@@ -284,7 +251,7 @@ class Scheduler:
         return share - left
 
     def _admit(self, step: Step, budget: int) -> None:
-        if step.preempted:  # a sequence preempted in this step would come back only to be preempted again
+        if step.report.preempted:  # a sequence preempted in this step would come back only to be preempted again
             return
         while budget > 0 and len(self.running) < self._admission_limit:
             sequence = self.waiting.peek()
@@ -312,7 +279,7 @@ class Scheduler:
             if not sequence.was_admitted:
                 self._count_admission(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
-            step.admitted.append(sequence.request_id)
+            step.report.admitted.append(sequence.request_id)
             budget -= self._add_row(step, sequence, budget)
 
     def _resident(self, ref: SoftPromptRef, step: Step) -> ResidentSoftPrompt | None:
@@ -346,7 +313,7 @@ class Scheduler:
         sequence.scores = []
         self.waiting.push(sequence, bounded=False)
         self._preemptions += 1
-        step.preempted.append(sequence.request_id)
+        step.report.preempted.append(sequence.request_id)
 
     def _leave(self, sequence: Sequence) -> None:
         """Remove from the batch, release the blocks and unpin the soft prompt."""
@@ -360,7 +327,3 @@ class Scheduler:
         sequence.epoch += 1
         sequence.num_in_flight_tokens = 0
         sequence.num_computed = num_computed
-
-
-def _failed(sequence: Sequence, message: str) -> SequenceOutput:
-    return SequenceOutput(sequence.request_id, sequence.num_computed, finish_reason="error", error=message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-from softbatch.scheduler.protocol import AddRequest, FinishReason
+from softbatch.scheduler.protocol import AddRequest, FinishReason, SequenceOutput
 
 
 class Sequence:
@@ -105,6 +105,10 @@ class Sequence:
         if not self.params.ignore_eos and newest in eos_token_ids:
             return "eos"
         return "length" if self.num_generated >= self.params.max_tokens else None
+
+    def failure(self, message: str) -> SequenceOutput:
+        """The last output of a sequence that ends with an error."""
+        return SequenceOutput(self.request_id, self.num_computed, finish_reason="error", error=message)
 
     def hash_blocks(self, count: int, block_size: int) -> list[bytes]:
         """SHA-256 of the blocks that follow the soft prompt's own full ones, `count` of them or fewer.

@@ -53,7 +53,7 @@ class EngineProcess:
             self._send(StartupFailed(str(error)))
             self._outbox.close()
             return 1
-        engine.reader.on_read = lambda: self._messages.put(None)
+        engine.loader.on_read = lambda: self._messages.put(None)
         threading.Thread(target=self._receive, args=(engine,), daemon=True, name="inbox").start()
         self._send(ready)
         while True:
