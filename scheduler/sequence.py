@@ -79,11 +79,6 @@ class Sequence:
         )
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Smaller goes first; keeps its place through preemption."""
-        return (self.priority, self.arrival)
-
-    @property
     def max_length(self) -> int:
         """The longest this sequence can become."""
         return self.num_virtual + self.num_prompt + self.params.max_tokens

@@ -67,6 +67,10 @@ class SoftPromptCache:
     def all(self) -> list[ResidentSoftPrompt]:
         return list(self._resident.values())
 
+    def blocks_for(self, ref: SoftPromptRef) -> int:
+        """The number of blocks that the soft prompt fills, the last one perhaps in part."""
+        return -(-ref.num_virtual_tokens // self._pool.block_size)
+
     def prefilling(self) -> list[ResidentSoftPrompt]:
         """Those whose keys and values still have to be computed, oldest first."""
         return [p for p in self._loading.values() if p.state is LoadState.PREFILLING]
@@ -84,7 +88,7 @@ class SoftPromptCache:
     def reserve(self, ref: SoftPromptRef, spare: int) -> ResidentSoftPrompt | None:
         """Take blocks for a soft prompt that is to be read, evicting others; None if that many, and `spare` more for
         those who run already, cannot be had."""
-        count = -(-ref.num_virtual_tokens // self._pool.block_size)
+        count = self.blocks_for(ref)
         if not self.make_room(count + spare):
             return None
         prompt = ResidentSoftPrompt(ref, self._pool.allocate(count))

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from softbatch.scheduler.protocol import SequenceOutput, SoftPromptRef
-from softbatch.scheduler.soft_prompt_cache import SoftPromptCache
+from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt, SoftPromptCache
 from softbatch.scheduler.step import Step, StepResult
 from softbatch.scheduler.waiting_queue import WaitingQueue
 
 
 class SoftPromptLoads:
-    """Says when a soft prompt is ready or has failed, to the cache that holds it and to the sequences parked on it.
+    """Decides which soft prompts load, and tells the cache and the parked sequences how each load ends.
 
-    A load goes from `READING` to `READY`. Between them, one of kind `embeddings` is `PREFILLING`: steps compute its
-    keys and values. Whoever loads it calls `start_prefill`, `finish` or `fail`, and `postprocess` after each step.
+    A load goes from `READING` to `READY`. In between, a soft prompt of kind `embeddings` is `PREFILLING`: steps compute
+    its keys and values. The engine reports progress by `start_prefill`, `finish` and `fail`.
     """
 
-    def __init__(self, cache: SoftPromptCache, waiting: WaitingQueue, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, cache: SoftPromptCache, waiting: WaitingQueue, max_batch_size: int, max_prefetch_blocks: int
+    ) -> None:
         self._cache = cache
         self._waiting = waiting
-        self._max_prefetch_blocks = num_blocks // 4
-        self._block_size = block_size
+        self._max_batch_size = max_batch_size
+        self._max_prefetch_blocks = max_prefetch_blocks
 
-    def should_prefetch(self, ref: SoftPromptRef, num_reading: int, free_slots: int) -> bool:
+    def find(self, ref: SoftPromptRef, step: Step, num_running: int) -> ResidentSoftPrompt | None:
+        """The soft prompt, ready or loading, asking `step` to load it if need be; None if it cannot load now.
+
+        No more soft prompts load at once than slots are free, so that none loads long before its turn.
+        """
+        prompt = self._cache.get(ref.sha256)
+        if prompt is None and self._cache.num_loading < self._max_batch_size - num_running:
+            prompt = self._cache.reserve(ref, spare=num_running)
+            if prompt is not None:
+                step.soft_prompts_to_load.append(ref)
+        return prompt
+
+    def should_prefetch(self, ref: SoftPromptRef, num_reading: int, num_running: int) -> bool:
         """Whether the next step would load this soft prompt, while `num_reading` others are being read.
 
-        Prefetching may take a quarter of the KV cache. From another thread than the engine's, the answer is a guess.
+        From another thread than the engine's, the answer is a guess.
         """
-        blocks = (num_reading + 1) * -(-ref.num_virtual_tokens // self._block_size)
-        fits = num_reading < free_slots and blocks <= self._max_prefetch_blocks
-        return fits and not len(self._waiting) and self._cache.get(ref.sha256) is None
+        has_slot = num_reading < self._max_batch_size - num_running
+        has_blocks = (num_reading + 1) * self._cache.blocks_for(ref) <= self._max_prefetch_blocks
+        return has_slot and has_blocks and not len(self._waiting) and self._cache.get(ref.sha256) is None
 
     def start_prefill(self, sha256: str) -> None:
         """The file of an `embeddings` soft prompt has been read: steps compute its keys and values from now on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
+from softbatch.scheduler.policy import precedence
 from softbatch.scheduler.sequence import Sequence
 
 
@@ -39,7 +40,7 @@ class WaitingQueue:
             raise WaitingQueueFull
         self._members[sequence.request_id] = sequence
         self.num_tokens += sequence.length
-        heapq.heappush(self._heap, (sequence.order, sequence))
+        heapq.heappush(self._heap, (precedence(sequence), sequence))
 
     def peek(self) -> Sequence | None:
         """The next one to admit, or None when nobody can be offered."""
@@ -64,7 +65,7 @@ class WaitingQueue:
         """Offer those parked on `key` again, each at its old place; returns them."""
         parked = [s for s in self._parked.pop(key, []) if self._waits(s)]
         for sequence in parked:
-            heapq.heappush(self._heap, (sequence.order, sequence))
+            heapq.heappush(self._heap, (precedence(sequence), sequence))
         return parked
 
     def remove(self, request_id: str) -> Sequence | None:

@@ -71,7 +71,8 @@ class SoftPromptLoader:
 
     def prefetch(self, ref: SoftPromptRef) -> None:
         """Read a soft prompt before its request is scheduled, if the next step would load it. Thread-safe."""
-        if self._scheduler.should_prefetch(ref, self.num_reading):
+        scheduler = self._scheduler
+        if scheduler.soft_prompt_loads.should_prefetch(ref, self.num_reading, len(scheduler.running)):
             self.read(ref)
 
     def start(self, step: Step) -> None:
