@@ -64,7 +64,7 @@ class Runner:
         are reported as failed. Writing the same keys and values twice does no harm.
 
         On a GPU, the work is only queued. Raises OutOfDeviceMemory and DeviceLost."""
-        with _shortage_told():
+        with _as_out_of_device_memory():
             self._newest = self._launch(step)
         return self._newest
 
@@ -126,7 +126,7 @@ class Runner:
         """Copy a soft prompt into its blocks. False if it has embeddings instead, which steps have to prefill.
 
         Raises OutOfDeviceMemory and DeviceLost."""
-        with _shortage_told():
+        with _as_out_of_device_memory():
             try:
                 if staged.blocks is not None:
                     self._kv_cache.write(resident.blocks, staged.blocks)
@@ -197,7 +197,7 @@ class Runner:
 
 
 @contextmanager
-def _shortage_told() -> Iterator[None]:
+def _as_out_of_device_memory() -> Iterator[None]:
     """Turns the various errors for a full device into OutOfDeviceMemory."""
     try:
         yield
