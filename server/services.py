@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
@@ -38,7 +39,7 @@ class Services:
     engine: EngineClient
     generator: Generator
     scorer: Scorer
-    store: PromptStore
+    store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
@@ -98,7 +99,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             await engine.stop()
 
 
-def _warn_of_broken(store: PromptStore) -> None:
+def _warn_of_broken(store: SoftPromptStore) -> None:
     """Reads every soft prompt once, in a thread: with many of them that takes a while."""
     for name, reason in store.broken():
         logger.warning("soft prompt %s cannot be used: %s", name, reason)

@@ -1,4 +1,4 @@
-"""The engine as a process of its own: requests in and steps out over ZeroMQ, a heartbeat, and `main`."""
+"""The engine process: requests in and step outputs out over ZeroMQ, a heartbeat, and `main`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class EngineProcess:
             self._send(StartupFailed(str(error)))
             self._outbox.close()
             return 1
-        engine.reader.on_read = lambda: self._messages.put(None)
+        engine.loader.on_read = lambda: self._messages.put(None)
         threading.Thread(target=self._receive, args=(engine,), daemon=True, name="inbox").start()
         self._send(ready)
         while True:
@@ -82,7 +82,7 @@ class EngineProcess:
                 message = self._messages.get_nowait()
 
     def _receive(self, engine: Engine) -> None:
-        """Takes messages in as they come, in a thread of its own: a step need not end before files are read."""
+        """Receive messages in a thread of its own, so that soft prompts are prefetched while a step runs."""
         decoder = msgspec.msgpack.Decoder(EngineInput)
         try:
             while True:

@@ -20,7 +20,7 @@ from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
-from softbatch.scheduler.model.cuda.failures import failures_told
+from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
 from softbatch.scheduler.model.cuda.graphs import CudaCapturer
 from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
@@ -63,7 +63,7 @@ class Phases:
 
 def load(config: EngineConfig, report: Report) -> Loaded:
     """Load what `config` names; `report(phase, seconds, detail)` follows the progress. Raises ModelError."""
-    with failures_told():
+    with as_model_error():
         return _load(config, report)
 
 
