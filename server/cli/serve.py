@@ -16,7 +16,7 @@ import uvloop
 
 from softbatch.server.app import create_app
 from softbatch.server.cli.settings_flags import UsageError, add_flags, settings_from
-from softbatch.server.requests.engine_client import StartupError
+from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.services import running_services
 from softbatch.server.settings import Settings
 
@@ -70,7 +70,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             """Admits nothing from the moment it is told to stop; what runs is finished."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                services.engine.draining = True
+                services.admission.draining = True
                 super().handle_exit(sig, frame)
 
         server = DrainingServer(config)
@@ -80,7 +80,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
 
         services.engine.on_give_up = stop
         await server.serve(sockets=[listener])
-        if services.engine.gave_up:
+        if services.supervisor.gave_up:
             raise StartupError("the engine died and could not be started again; see the log above")
 
 
