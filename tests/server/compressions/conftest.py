@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +18,8 @@ Run = Callable[..., int]
 
 
 @pytest.fixture(scope="session")
-def tiny_path(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    shutil.copytree(tiny_models["llama"], path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    return str(path)
+def tiny_path(tiny_compressible: str) -> str:
+    return tiny_compressible
 
 
 @pytest.fixture
