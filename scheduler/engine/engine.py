@@ -25,6 +25,7 @@ from softbatch.scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepRe
 
 if TYPE_CHECKING:
     from softbatch.scheduler.model.runner import StagedSoftPrompt
+    from softbatch.scheduler.model.source import ModelSource
 
 logger = logging.getLogger(__name__)
 _TOO_SMALL = "the device's memory is too small for this"
@@ -238,11 +239,12 @@ class Reporter(Protocol):
     def __call__(self, name: str, seconds: float, detail: str) -> None: ...
 
 
-def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
-    """Load the model and put an engine around it. Raises ModelError."""
+def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | None = None) -> tuple[Engine, Ready]:
+    """Load the model and put an engine around it; `source` is the model where it was resolved before. Raises
+    ModelError."""
     from softbatch.scheduler.model.loader import load
 
-    loaded = load(config, report)
+    loaded = load(config, report, source)
     kv = loaded.kv_cache
     scheduler = Scheduler(
         SchedulerConfig(
