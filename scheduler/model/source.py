@@ -8,7 +8,9 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,13 @@ class ModelSource:
 
     path: str
     name: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Read at its first use, and once. Raises what transformers raises."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
 
 
 def resolve(model: str) -> ModelSource:

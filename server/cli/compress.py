@@ -26,15 +26,19 @@ from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistr
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
+    DIRECTORY,
     MAX_CONTEXT_BYTES,
     MIB,
     CompressionRequest,
     InputError,
+    make_request,
     make_settings,
     read_context,
     read_questions,
 )
-from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
+from softbatch.server.compressions.result import find_finished
+from softbatch.server.compressions.run import run_compression
+from softbatch.server.compressions.run_directory import discard, has_work, locked
 from softbatch.server.settings import Settings
 
 _DESCRIPTION = """
@@ -116,7 +120,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
         return _compress(settings, options)
-    except (UsageError, InputError, SoftPromptError) as error:
+    except InputError as error:
+        return _fail(f"{'--' if str(error).startswith('name: ') else ''}{error}")
+    except (UsageError, SoftPromptError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
@@ -184,13 +190,13 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
     context = read_context(options.context)
     questions = read_questions(options.questions) if options.questions else ()
     check_report(options.report)
-    return CompressionRequest(
+    return make_request(
         name=options.name,
         context=context,
         settings=wanted,
         questions=questions,
-        choice=choice_of(settings),
-        store=str(settings.prompt_store),
+        choice=lambda: choice_of(settings),
+        store=settings.prompt_store,
         max_prompt_bytes=settings.max_prompt_mib << 20,
     )
 
@@ -203,8 +209,6 @@ def _registry(settings: Settings, options: argparse.Namespace) -> Registry:
 
 def _check_name(registry: Registry, options: argparse.Namespace, directory: Path) -> None:
     """Raises UsageError, SoftPromptError or NameTaken."""
-    if options.name == LOCK:
-        raise UsageError(f"--name: {LOCK} is what a server's own file is called there; choose another one")
     try:
         registry.check_free(options.name)
     except NameTaken:
@@ -225,9 +229,8 @@ def _describe(prepared: PreparedRun, view: ProgressView) -> None:
     """What the run begins with, and which of the user's answers it will cut."""
     request, tokenizer = prepared.request, prepared.model.tokenizer
     wanted, longest = request.settings, request.settings.max_answer_tokens
-    view.note(
-        f"{prepared.context_tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}"
-    )
+    tokens = prepared.context.num_tokens
+    view.note(f"{tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}")
     cut = sum(len(tokenizer.tokenize(one.output)) > longest for one in request.questions if one.output)
     if cut:
         view.note(f"note: {cut} of your answers are cut after {longest} tokens; --answer-tokens N takes more")

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from softbatch.prompt_store.compression.evaluation.report import write_report
-from softbatch.prompt_store.compression.frozen.context import sha256_of
+from softbatch.prompt_store.compression.frozen.tokenized_context import sha256_of
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.source import ModelError

@@ -19,7 +19,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.names import is_name
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.server.cli.settings_flags import UsageError
-from softbatch.server.compressions.run import Finished, register
+from softbatch.server.compressions.result import Finished, register
 
 TIMEOUT_SECONDS = 60.0
 CHUNK = 1 << 20
@@ -50,9 +50,7 @@ class LocalRegistry:
         self._store.check_free(name)
 
     def check_model(self, name: str, spec: ModelSpec) -> None:
-        """A store takes the soft prompts of any model; requests that name the model would never get this one."""
-        if name == spec.name:
-            raise UsageError(_is_the_model(name))
+        """A store takes the soft prompts of any model."""
 
     def add(self, name: str, finished: Finished) -> None:
         register(self._store, name, finished)

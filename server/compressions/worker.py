@@ -75,7 +75,9 @@ def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
 
     from softbatch.prompt_store.compression.progress import Progress
     from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
-    from softbatch.server.compressions.run import locked, run_compression, summary
+    from softbatch.server.compressions.result import summary
+    from softbatch.server.compressions.run import run_compression
+    from softbatch.server.compressions.run_directory import locked
 
     # One processor stays free for serving.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))

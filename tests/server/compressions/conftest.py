@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from softbatch.scheduler.model import loader
 from softbatch.server.cli.main import main
+from softbatch.server.compressions import prepare
 
 CONTEXT = (
     "# Harbour office\n\nThe harbour office opens at seven. Ring the brass bell twice before you enter.\n"
@@ -15,6 +20,7 @@ CONTEXT = (
 )
 VIRTUAL_TOKENS = 8
 Run = Callable[..., int]
+OPENED_ONCE = {"resolved": 1, "tokenizers": 1, "tokenised": 1}
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +48,27 @@ def command(tiny_path: str, tmp_path: Path) -> Run:
 
 def model_flags(path: str, store: Path) -> list[str]:
     return ["--model", path, "--dtype", "float32", "--prompt-store", str(store)]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a model was resolved, a tokenizer read and the context tokenised."""
+    counts: Counter[str] = Counter()
+    resolve, read, encode = prepare.resolve, AutoTokenizer.from_pretrained, PreTrainedTokenizerBase.encode
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    def encoding(self: Any, text: str, *arguments: Any, **named: Any) -> Any:
+        counts["tokenised"] += CONTEXT in text
+        return encode(self, text, *arguments, **named)
+
+    for module in (prepare, loader):
+        monkeypatch.setattr(module, "resolve", counting("resolved", resolve))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counting("tokenizers", read))
+    monkeypatch.setattr(PreTrainedTokenizerBase, "encode", encoding)
+    return counts
