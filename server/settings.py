@@ -90,6 +90,12 @@ class Settings(BaseSettings):
             return tuple(key for part in parts for key in part.replace(",", " ").split())
         return value
 
+    @field_validator("port", mode="before")
+    @classmethod
+    def _not_of_kubernetes(cls, value: object) -> object:
+        """Kubernetes sets SOFTBATCH_PORT to an address in every container beside a service that is named softbatch."""
+        return cls.model_fields["port"].default if str(value).startswith("tcp://") else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.max_batch_tokens < self.max_batch_size:

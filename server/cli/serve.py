@@ -9,15 +9,9 @@ import signal
 import socket
 import sys
 from types import FrameType
-from typing import Any
 
-import uvicorn
-import uvloop
-
-from softbatch.server.app import create_app
-from softbatch.server.cli.settings_flags import UsageError, add_flags, settings_from
+from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
 from softbatch.server.requests.engine_client import StartupError
-from softbatch.server.services import running_services
 from softbatch.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -26,24 +20,17 @@ BACKLOG = 2048
 DRAIN_SECONDS = 300
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="serve a model over HTTP",
-        description="Serve a model over HTTP. Every flag can also be set through the environment.",
-    )
-    add_flags(parser)
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
-        settings = settings_from(options)
+        settings = settings_from(options, warn=False)
+        warn_of_unknown_variables()
         listener = _listen(settings)
         # While it serves, uvicorn takes the signal, and raises it again behind the last request. An exception lets the
         # engine and the temporary files go; the default would end the process on the spot.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        import uvloop  # here and below: what takes seconds to import comes behind everything that may be refused
+
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, listener))
     except (UsageError, StartupError) as error:
@@ -53,6 +40,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
+    import uvicorn
+
+    from softbatch.server.app import create_app
+    from softbatch.server.services import running_services
+
     async with running_services(settings) as services:
         config = uvicorn.Config(
             create_app(services),

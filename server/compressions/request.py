@@ -13,9 +13,8 @@ import msgspec
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl
 from softbatch.prompt_store.compression.frozen.context import QUESTION_ROOM
+from softbatch.server.compressions.limits import MAX_CONTEXT_BYTES, MIB
 
-MIB = 1 << 20
-MAX_CONTEXT_BYTES = 8 * MIB
 # The manifest of a soft prompt keeps the instruction; longer texts do not fit there.
 MAX_INSTRUCTION_CHARS = 4096
 # σ in float32 lies on disk up to this often at once: the checkpoint (σ and Adam's two moments), its successor while
