@@ -77,6 +77,10 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
         description="key that clients must send as a bearer token; repeat it or separate keys with commas",
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least serious lines of the log that are written; info has a line for each request"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
 
     @field_validator("api_key", mode="before")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
 from types import FrameType
 
+from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
 from softbatch.server.requests.engine_client import StartupError
 from softbatch.server.settings import Settings
@@ -21,9 +23,11 @@ DRAIN_SECONDS = 300
 
 
 def run(options: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
         settings = settings_from(options, warn=False)
+        # For this process, and for the engine and the compressions, which it starts.
+        os.environ.update({LEVEL_VARIABLE: settings.log_level, FORMAT_VARIABLE: settings.log_format})
+        configure_logging()
         warn_of_unknown_variables()
         listener = _listen(settings)
         # While it serves, uvicorn takes the signal, and raises it again behind the last request. An exception lets the

@@ -1,4 +1,4 @@
-"""API keys: every route but the health checks wants one, once any is set."""
+"""API keys: every route but the health checks and the documentation wants one, once any is set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AuthMiddleware:
         self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = self._digests and scope["type"] != "lifespan" and not is_public(scope["path"])
+        guarded = self._digests and scope["type"] != "lifespan" and not _is_public(scope)
         if not guarded or self._is_known(Headers(scope=scope).get("authorization", "")):
             await self.app(scope, receive, send)
             return
@@ -46,6 +46,13 @@ class AuthMiddleware:
         return known and scheme.lower() == "bearer"
 
 
-def is_public(path: str) -> bool:
-    """Probes carry no key."""
+def is_probe(path: str) -> bool:
+    """Whether the path is one that probes ask, every few seconds and without a key."""
     return path == "/health" or path.startswith("/health/")
+
+
+def _is_public(scope: Scope) -> bool:
+    """Probes carry no key; nor does a browser that opens the documentation, which is the same for every server."""
+    path: str = scope["path"]
+    is_page = path in ("/docs", "/openapi.json") or path.startswith("/docs/assets/")
+    return is_probe(path) or ((is_page or path == "/") and scope.get("method") in ("GET", "HEAD"))

@@ -49,6 +49,10 @@ class ActiveRequest:
         return self.add.request_id
 
     @property
+    def token_ids(self) -> list[int]:
+        return self.add.token_ids
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.add.token_ids)
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
+from softbatch.server.observability.request_record import note_start
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
@@ -75,6 +76,7 @@ class Admission:
 
     def submit(self, request: ActiveRequest) -> None:
         self._engine.submit(request)
+        note_start(request)
 
     def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Raises Failure."""

@@ -151,10 +151,27 @@ class TestAuth:
         assert client.get(path).status_code == 200
 
     @pytest.mark.parametrize(
-        "path", ["/healthy", "/health%2e", "/docs", "/openapi.json", "/nowhere", "//health", "/v1/models/"]
+        "path",
+        [
+            "/healthy",
+            "/health%2e",
+            "/docs/",
+            "/docs/assets",
+            "/docs/assetsx",
+            "/openapi.json/",
+            "/nowhere",
+            "http://testserver//health",
+            "/v1/models/",
+        ],
     )
     def test_everything_else_does(self, client: TestClient, path: str) -> None:
         error_of(client.get(path), 401)
+
+    @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/docs/assets/swagger-ui.css", "/"])
+    def test_only_reading_the_documentation_needs_none(self, client: TestClient, path: str) -> None:
+        assert client.get(path).status_code != 401
+        assert client.head(path).status_code != 401
+        error_of(client.post(path), 401)
 
     def test_the_host_header_opens_nothing(self, client: TestClient) -> None:
         for host in ("testserver/health?", "testserver/health/", "health"):
