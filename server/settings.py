@@ -54,6 +54,12 @@ class Settings(BaseSettings):
         le=16_777_216,
         description="longest sequence, virtual tokens included; default: the model's",
     )
+    default_max_tokens: int = Field(
+        1024,
+        ge=1,
+        le=16_777_216,
+        description="most tokens of an answer whose request names no limit, as chats may; cut off by the window",
+    )
     max_queue_size: int = Field(
         256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
     )
@@ -70,6 +76,20 @@ class Settings(BaseSettings):
     async_scheduling: Literal["auto", "on", "off"] = Field(
         "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
     )
+    max_connections: int = Field(4096, ge=1, le=1_000_000, description="open connections; further ones get 503")
+    max_connections_per_address: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="of one client address; default: no limit, as behind a proxy all have one address",
+    )
+    max_header_bytes: int = Field(32_768, ge=1024, le=1 << 20, description="of a request's address and headers")
+    max_headers: int = Field(100, ge=10, le=10_000, description="of a request")
+    head_timeout: float = Field(15, gt=0, le=3600, description="seconds in which a request's headers must be there")
+    body_timeout: float = Field(
+        60, gt=0, le=3600, description="seconds in which its body must be there; a second more for each 16 KiB of it"
+    )
+    keep_alive_timeout: int = Field(75, ge=1, le=3600, description="seconds that an idle connection is kept open")
     prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,8 @@ from softbatch.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
+# What is open beside the connections: files of soft prompts, sockets of the engine, logs.
+SPARE_FILES = 256
 # Running requests may take this long to finish once the server was told to stop.
 DRAIN_SECONDS = 300
 
@@ -47,17 +50,24 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
     from softbatch.server.app import create_app
+    from softbatch.server.http.connections import ConnectionBounds, Connections
     from softbatch.server.services import running_services
 
     async with running_services(settings) as services:
+        _allow_open_files(settings.max_connections + SPARE_FILES)
+        connections = Connections(ConnectionBounds.of(settings), services.metrics)
         config = uvicorn.Config(
             create_app(services),
+            http=connections.protocol(),
+            ws="none",
+            callback_notify=connections.sweep,
+            timeout_notify=1,
             lifespan="off",
             backlog=BACKLOG,
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=settings.keep_alive_timeout,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
         logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
@@ -78,6 +88,17 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         await server.serve(sockets=[listener])
         if services.engine.gave_up:
             raise StartupError("the engine died and could not be started again; see the log above")
+
+
+def _allow_open_files(count: int) -> None:
+    """A connection is an open file, of which many systems allow 1024 unless a process asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count:
+        logger.warning("this system allows %d open files, too few for --max-connections", allowed)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -22,6 +22,7 @@ class Info(BaseModel):
     max_concurrent_requests: int = Field(description="running and waiting together")
     max_input_tokens: int
     max_total_tokens: int
+    default_max_tokens: int = Field(description="of a chat's answer if the request names no limit")
     version: str
     slots: int = Field(description="sequences that run at once")
     max_queue_size: int
