@@ -36,10 +36,10 @@ def create_app(services: Services) -> FastAPI:
     def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    install_docs(app, has_keys=bool(services.settings.api_key))
+    install_docs(app, has_keys=bool(services.settings.api_key or services.settings.admin_key))
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_upload_bytes=services.settings.max_prompt_mib << 20)
-    app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key)
+    app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key, admin_keys=services.settings.admin_key)
     app.add_middleware(RequestLogMiddleware)
     return app
 

@@ -97,13 +97,18 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
         description="key that clients must send as a bearer token; repeat it or separate keys with commas",
     )
+    admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
+        "is one, an --api-key may not",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "admin_key", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value
@@ -127,7 +132,7 @@ class Settings(BaseSettings):
                 f"--max-batch-tokens {self.max_batch_tokens} is less than --max-batch-size {self.max_batch_size}: "
                 "every running sequence needs one token of each step"
             )
-        if not self.api_key and self.host not in LOOPBACK:
+        if not (self.api_key or self.admin_key) and self.host not in LOOPBACK:
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
             )

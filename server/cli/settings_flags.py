@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             dest=name,
             default=argparse.SUPPRESS,
             metavar=_metavar(field),
-            action="append" if name == "api_key" else "store",
+            action="append" if name in ("api_key", "admin_key") else "store",
             help=f"{field.description}{default} [SOFTBATCH_{name.upper()}]".replace("%", "%%"),
         )
 

@@ -57,6 +57,8 @@ class RequestLogMiddleware:
 
 def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
     fields: dict[str, object] = {"id": record.id, "status": status, "seconds": round(seconds, 4)}
+    if record.owner:
+        fields["key"] = record.owner
     if record.started:
         fields["prompt_tokens"] = record.prompt_tokens
         fields["completion_tokens"] = record.completion_tokens

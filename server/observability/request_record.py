@@ -1,4 +1,4 @@
-"""What is told of one HTTP request at its end; the engine's requests that it starts are counted into it."""
+"""What is known of the HTTP request that is being served: its id, whose it is, and what it has started."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ class Started(Protocol):
 
 @dataclass(eq=False)
 class RequestRecord:
-    """`id` is the client's own X-Request-Id, or one made here; it goes back in the same header."""
+    """`id` is the client's own X-Request-Id, or one made here; it goes back in the same header. `owner` tells the API
+    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything."""
 
     id: str
+    owner: str = ""
+    is_admin: bool = True
     started: list[Started] = field(default_factory=list)
 
     @property
@@ -49,6 +52,17 @@ _current: ContextVar[RequestRecord | None] = ContextVar("current", default=None)
 def begin(record: RequestRecord) -> None:
     """From here on, whatever this task and its children start belongs to the record."""
     _current.set(record)
+
+
+def current() -> RequestRecord:
+    """Outside of a request, that of nobody in particular."""
+    return _current.get() or RequestRecord("")
+
+
+def own_salt(given: str) -> str:
+    """The cache salt of the request being served: prefixes are shared among the requests of one owner alone."""
+    owner = current().owner
+    return f"{owner}\0{given}" if owner else given
 
 
 def note_start(active: Started) -> None:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
-from softbatch.server.observability.request_record import note_start
+from softbatch.server.observability.request_record import note_start, own_salt
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
@@ -47,7 +47,7 @@ class Places:
             params=params,
             soft_prompt=lease.ref if lease else None,
             priority=priority,
-            cache_salt=cache_salt,
+            cache_salt=own_salt(cache_salt),
             score_from=score_from,
         )
         return ActiveRequest.of(add, lease, route, self._arrived)

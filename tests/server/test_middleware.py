@@ -182,6 +182,41 @@ class TestAuth:
         assert client_of(app).get("/v1/models").status_code == 200
 
 
+class TestAdmins:
+    @pytest.fixture
+    def client(self, app: FastAPI) -> TestClient:
+        app.add_middleware(AuthMiddleware, api_keys=("user",), admin_keys=("root",))
+        return client_of(app)
+
+    def status(self, client: TestClient, key: str, method: str, path: str) -> int:
+        status: int = client.request(method, path, headers={"authorization": f"Bearer {key}"}).status_code
+        return status
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", "/v1/soft_prompts"),
+            ("POST", "/v1/soft_prompts/"),
+            ("DELETE", "/v1/soft_prompts/manual"),
+            ("PUT", "/v1/soft_prompts/manual"),
+            ("GET", "/v1/compressions"),
+            ("POST", "/v1/compressions"),
+            ("GET", "/v1/compressions/x/report"),
+        ],
+    )
+    def test_only_they_change_what_all_share(self, client: TestClient, method: str, path: str) -> None:
+        reply = client.request(method, path, headers={"authorization": "Bearer user"})
+        assert error_of(reply, 403)["code"] == "admin_key_needed"
+        assert self.status(client, "root", method, path) not in (401, 403)
+        assert self.status(client, "nobody", method, path) == 401
+
+    @pytest.mark.parametrize(
+        ("method", "path"), [("GET", "/v1/models"), ("POST", "/parsed"), ("GET", "/v1/soft_prompts/manual")]
+    )
+    def test_the_others_may_use_it(self, client: TestClient, method: str, path: str) -> None:
+        assert self.status(client, "user", method, path) not in (401, 403)
+
+
 class TestBodyLimit:
     @pytest.fixture
     def client(self, app: FastAPI) -> TestClient:
