@@ -71,7 +71,9 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
             text = TextProcessor(tokenizer, ready.model.max_model_len)
             logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
-            encoder = PromptEncoder(text, ready.model.vocab_size, ready.model.max_model_len)
+            encoder = PromptEncoder(
+                text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
+            )
             spec = ready.model.spec
             leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)

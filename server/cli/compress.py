@@ -20,15 +20,13 @@ from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table
-from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
+from softbatch.server.cli.model_flags import check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView, duration
 from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistry, ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
     DIRECTORY,
-    MAX_CONTEXT_BYTES,
-    MIB,
     CompressionRequest,
     InputError,
     make_request,
@@ -41,79 +39,7 @@ from softbatch.server.compressions.run import run_compression
 from softbatch.server.compressions.run_directory import discard, has_work, locked
 from softbatch.server.settings import Settings
 
-_DESCRIPTION = """
-Learn a soft prompt that stands for CONTEXT, measure how faithful it is, and register it under NAME. Everything
-runs on this machine and needs no server. Ctrl-C keeps what has been done; --resume goes on with it.
-"""
 _INTERRUPTED = 130
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "compress", help="turn a context into a registered soft prompt", description=_DESCRIPTION
-    )
-    parser.add_argument(
-        "context",
-        type=Path,
-        metavar="CONTEXT",
-        help=f"a text file (txt, md, …), up to {MAX_CONTEXT_BYTES // MIB} MiB",
-    )
-    parser.add_argument("--name", required=True, help="what requests will call the soft prompt")
-    _add_settings(parser)
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="where report.html goes (default: in the prompt store)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
-    add_server_flags(parser, "register at this server instead of in the prompt store")
-    add_model_flags(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """How the soft prompt is learnt."""
-    parser.add_argument(
-        "--objective",
-        default="kl",
-        metavar="{kl,nll,mixed}",
-        help="kl keeps the model's uncertainty, nll reproduces its answers, mixed weighs both (default: kl)",
-    )
-    parser.add_argument("--alpha", type=float, metavar="A", help="weight of nll in mixed, 0 to 1 (default: 0.5)")
-    parser.add_argument(
-        "--kind",
-        default="kv",
-        metavar="{kv,embeddings}",
-        help="keys and values of every layer, or input embeddings: far smaller, less faithful (default: kv)",
-    )
-    parser.add_argument("--virtual-tokens", type=int, metavar="N", help="length of the soft prompt (default: 64)")
-    parser.add_argument(
-        "--questions",
-        type=Path,
-        metavar="Q.jsonl",
-        help='questions of your own to train on, a line each: {"input": "…"}, with "output" if you have the answer',
-    )
-    parser.add_argument(
-        "--model-questions",
-        type=int,
-        metavar="N",
-        help="questions the model itself asks, beside those from templates; small models ask poor ones (default: 0)",
-    )
-    parser.add_argument(
-        "--answer-tokens",
-        type=int,
-        metavar="N",
-        help="how much of an answer is trained on, your own included (default: 48)",
-    )
-    parser.add_argument("--instruction", metavar="TEXT", help="put before the context and compressed with it")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, metavar="M", help="budget for everything (default: 10)")
-    length.add_argument("--steps", type=int, metavar="N", help="training steps, however long they take")
-    parser.add_argument(
-        "--seed",
-        dest="training_seed",
-        type=int,
-        metavar="S",
-        help="the same seed and --steps give the same soft prompt",
-    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from softbatch.prompt_store.compression.compression_settings import CompressionS
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.frozen.tokenized_context import QUESTION_ROOM, TokenizedContext
 from softbatch.prompt_store.template import TemplateError
+from softbatch.server.compressions.limits import MIB
 from softbatch.server.compressions.request import MIB, CompressionRequest, InputError, ModelShape
 
 # σ in float32 lies on disk up to this often at once: the checkpoint (σ and Adam's two moments), its successor while

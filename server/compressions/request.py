@@ -12,9 +12,8 @@ import msgspec
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.context_text import ContextTextError, clean_context, decode_context
 from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES, MAX_TEXT, DataError, Example, load_jsonl
+from softbatch.server.compressions.limits import MAX_CONTEXT_BYTES, MIB
 
-MIB = 1 << 20
-MAX_CONTEXT_BYTES = 8 * MIB
 DIRECTORY = ".compressions"  # in a prompt store
 LOCK = "lock"  # in it, of the server that runs the compressions; and in each one's directory
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.server.compressions.request import CompressionRequest, InputError
 from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
 
@@ -32,7 +33,7 @@ def main() -> int:
     _give_way()
     output = _take_output()
     _exit_with_server()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s compression: %(message)s")
+    configure_logging("compression")
     directory = Path(sys.argv[1])
     try:
         message = _run(directory, WorkerReporter(output))

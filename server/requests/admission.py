@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.request_record import note_start, own_salt
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_client import EngineClient
@@ -51,7 +52,7 @@ class Places:
             params=params,
             soft_prompt=lease.ref if lease else None,
             priority=priority,
-            cache_salt=cache_salt,
+            cache_salt=own_salt(cache_salt),
             score_from=score_from,
         )
         return ActiveRequest.of(add, lease, route, self._arrived)
@@ -110,6 +111,7 @@ class Admission:
         """Its reserved place becomes that of an active request."""
         self._reserved -= 1
         self._engine.submit(request)
+        note_start(request)
 
     def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Raises Failure."""

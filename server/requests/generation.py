@@ -24,8 +24,8 @@ from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcess
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means as many as fit;
-    `seed` None draws one; `truncate` keeps only that many of the last prompt tokens."""
+    """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
+    default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens."""
 
     prompt: Prompt
     params: SamplingParams

@@ -115,7 +115,9 @@ class ChatCompletionRequest(OpenAIRequest):
     }
 
     messages: Messages
-    max_completion_tokens: TokenCount | None = Field(default=None, description="left out: as many as fit")
+    max_completion_tokens: TokenCount | None = Field(
+        default=None, description="left out: the server's --default-max-tokens, see /info"
+    )
     max_tokens: TokenCount | None = Field(default=None, description="older name of max_completion_tokens")
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")

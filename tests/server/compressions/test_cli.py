@@ -112,7 +112,7 @@ def test_compress_registers_what_it_measured(store: Path, own_questions: Path) -
 
 
 def test_prompts_show_has_the_fidelity(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["prompts", "show", "harbour", "--prompt-store", str(store)]) == 0
+    assert main(["prompts", "show", "harbour", "--json", "--prompt-store", str(store)]) == 0
     shown = json.loads(capfd.readouterr().out)
     assert {*METRICS, "baselines", "off_topic"} <= set(shown["fidelity"])
 
