@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is loaded: its kernels then run on the CPU
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
-from tests.support.models import TINY_CONFIGS, Reference, load_reference
+from tests.support.models import TINY_CONFIGS, Reference, load_reference, save_tiny
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +28,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Directories of tiny random models whose outputs vary: the weights are spread wider than at initialisation."""
     tokenizer = AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path)
     paths = {}
-    for name, config in TINY_CONFIGS.items():
-        torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.15)
+    for name in TINY_CONFIGS:
         path = tmp_path_factory.mktemp("models") / name
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+        save_tiny(name, path, tokenizer)
         paths[name] = str(path)
     return paths
 

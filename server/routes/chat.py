@@ -149,18 +149,13 @@ async def _events(
 def _logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
     content = []
     for token in tokens:
-        top = [TokenLogprob(token=t.text, logprob=t.logprob, bytes=_bytes(t.text)) for t in token.top]
+        top = [TokenLogprob(token=t.text, logprob=t.logprob, bytes=list(t.utf8)) for t in token.top]
         content.append(
             ChatTokenLogprob(
                 token=token.text,
                 logprob=token.logprob if token.logprob is not None else 0.0,
-                bytes=_bytes(token.text),
+                bytes=list(token.utf8),
                 top_logprobs=top,
             )
         )
     return ChatLogprobs(content=content)
-
-
-def _bytes(text: str) -> list[int] | None:
-    """UTF-8, unless the token is only part of a character, which no text can show."""
-    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())

@@ -123,7 +123,7 @@ async def _events(
             logprobs = None
             if body.logprobs is not None:
                 logprobs = _logprobs(delta.tokens, offsets[index])
-                offsets[index] += sum(len(token) for token in logprobs.tokens)
+                offsets[index] += sum(_characters_begun(token) for token in delta.tokens)
             if not text and not (logprobs and logprobs.tokens) and delta.finish_reason is None:
                 continue
             if logprobs is None and delta.finish_reason is None:
@@ -136,7 +136,7 @@ async def _events(
 
 
 def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
-    """`offset` is where the first token begins."""
+    """`offset` is how many characters the tokens before have begun."""
     reply = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token in tokens:
         logprob = token.logprob if token.logprob is not None else 0.0
@@ -148,6 +148,11 @@ def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
         reply.tokens.append(token.text)
         reply.token_logprobs.append(logprob)
         reply.top_logprobs.append(top)
-        reply.text_offset.append(offset)
-        offset += len(token.text)
+        reply.text_offset.append(offset - (token.utf8[:1] > b"\x7f" and token.utf8[0] < 0xC0))
+        offset += _characters_begun(token)
     return reply
+
+
+def _characters_begun(token: Token) -> int:
+    """All bytes of a character but the first are from 0x80 to 0xBF."""
+    return len(token.utf8) if token.utf8.isascii() else sum(byte & 0xC0 != 0x80 for byte in token.utf8)

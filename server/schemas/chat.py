@@ -142,7 +142,9 @@ class ChatCompletionRequest(OpenAIRequest):
 class TokenLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None = Field(description="null when the token is only part of a character")
+    bytes: list[int] = Field(
+        description="UTF-8; of a chosen token its part of the content, so that all of them joined are the content"
+    )
 
 
 class ChatTokenLogprob(TokenLogprob):

@@ -117,6 +117,19 @@ TINY_CONFIGS = {
 }
 
 
+def save_tiny(name: str, path: Path, tokenizer: Any, **config: Any) -> None:
+    """A tiny random model of the seed that all tests share; its weights are spread wider than at initialisation, so
+    that its outputs vary."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(type(TINY_CONFIGS[name])(**TINY_CONFIGS[name].to_dict() | config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
 def make_soft_prompt(
     kind: str, length: int, info: ModelInfo, *, seed: int = 0, scale: float = 0.3, **manifest: Any
 ) -> SoftPrompt:
