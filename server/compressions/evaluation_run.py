@@ -35,6 +35,7 @@ def evaluate(
     instruction = instruction if isinstance(instruction, str) else None
     longest = longest if isinstance(longest, int) and 4 <= longest <= 4096 else LONGEST_ANSWER
     files = ModelFiles.open(choice)
+    files.check_text(context, "context")
     tokens = files.count_tokens(context, instruction)
     session = CompressionSession.open(files, tokens, longest, store.max_bytes, instruction)
     try:

@@ -43,6 +43,10 @@ class ModelFiles:
         """What manifests call the model."""
         return self.choice.served_model_name or self.source.name
 
+    def check_text(self, text: str, param: str) -> None:
+        """Raises TemplateError for a text with a token that the model does not have."""
+        Renderer(self.tokenizer, vocab_size=self.shape.vocab_size).check(text, param)
+
     def count_tokens(self, context: str, instruction: str | None) -> int:
         """Length of the turn that a soft prompt of this context stands for. Raises TemplateError."""
         return len(Renderer(self.tokenizer, instruction).context(context))
@@ -71,6 +75,7 @@ class PreparedRun:
             request,
             model.shape,
             lambda: model.count_tokens(request.context, settings.instruction),
+            model.check_text,
             directory,
             max_prompt_bytes,
         )
@@ -81,12 +86,14 @@ def check_compression(
     request: CompressionRequest,
     shape: ModelShape,
     count_tokens: Callable[[], int],
+    check_text: Callable[[str, str], None],
     directory: Path,
     max_prompt_bytes: int,
 ) -> int:
     """Everything that can be said against it once its model's shape is known; returns the context's tokens.
 
-    The context is tokenised last, because it may be long. Raises InputError, and what `count_tokens` raises.
+    The context is tokenised last, because it may be long. Raises InputError, and what `count_tokens` and
+    `check_text`, which is told the field, raise.
     """
     settings = request.settings
     check_context(request.context)
@@ -95,7 +102,10 @@ def check_compression(
             text = getattr(question, field)
             if text is not None and not text.strip():
                 raise InputError(f"questions.{index}.{field}", f"questions.{index}.{field}: it must not be blank")
+            check_text(text or "", f"questions.{index}.{field}")
+    check_text(settings.instruction or "", "instruction")
     check_room(directory, shape, settings, request.questions, max_prompt_bytes)
+    check_text(request.context, "context")
     tokens = count_tokens()
     check_length(tokens, settings, shape.max_positions)
     return tokens

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from softbatch.prompt_store.manifest import Replaces
 from softbatch.prompt_store.template import TemplateError, render_chat
-from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
+from softbatch.server.request_failures import InvalidPrompt, PromptTooLong, shown
 from softbatch.server.requests.detokenizer import TokenBytes, decode_whole
 
 Message = dict[str, str]
@@ -61,6 +61,11 @@ class TextProcessor:
     def piece(self, token_id: int) -> str:
         """The text of one token by itself, special ones included; incomplete characters show as U+FFFD."""
         return self.tokens.shown(token_id)
+
+    def named(self, token_id: int) -> str:
+        """How the tokenizer writes a token, to stand behind its id in a message; empty if it has none of this id."""
+        token = self.backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        return "" if token is None else f" ({shown(token)})"
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special

@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse
 from transformers import AutoConfig
 
 from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.template import TemplateError, context_turn
 from softbatch.server.compressions.prepare import check_compression
@@ -148,7 +149,8 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         turn = context_turn(services.text.tokenizer, request.context, wanted.instruction)
         return len(services.text.backend.encode(turn, add_special_tokens=False).ids)
 
-    check_compression(request, shape, count_tokens, settings.prompt_store, max_bytes)
+    check_text = Renderer(services.text.tokenizer, vocab_size=shape.vocab_size).check
+    check_compression(request, shape, count_tokens, check_text, settings.prompt_store, max_bytes)
     return request
 
 

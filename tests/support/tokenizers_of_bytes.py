@@ -52,9 +52,16 @@ def byte_fallback(*, strip: bool = True) -> Tokenizer:
 
 def _with_added(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
-    tokenizer.add_tokens([AddedToken("<extra word>", special=False)])
+    tokenizer.add_tokens([AddedToken("<extra>", special=False, normalized=False)])
     return tokenizer
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
 def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<s>")
+    names = {"eos_token": "<|im_end|>", "bos_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **names)
