@@ -83,7 +83,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 yield Services(
                     settings=settings,
                     engine=engine,
-                    generator=Generator(admission, text, encoder, settings.seed),
+                    generator=Generator(admission, text, encoder, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,

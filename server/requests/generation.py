@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from softbatch.scheduler.protocol import SamplingParams, SequenceOutput, TokenLogprobs
+from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission, Places
 from softbatch.server.requests.leases import Lease
@@ -92,7 +93,13 @@ class Generation:
         self._lease = lease
         self._admission = admission
         self._text = text
-        self._output = OutputText(text.tokens, active.add.token_ids, request.stop, include_stop=request.include_stop)
+        self._output = OutputText(
+            text.tokens,
+            active.add.token_ids,
+            request.stop,
+            include_stop=request.include_stop,
+            min_tokens=request.params.min_tokens,
+        )
         self._unsettled: deque[tuple[int, TokenLogprobs | None]] = deque()
         self._finished: float | None = None
         admission.submit(active)
@@ -203,11 +210,13 @@ class Generator:
         text: TextProcessor,
         encoder: PromptEncoder,
         seed: int,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._admission = admission
         self._text = text
         self._encoder = encoder
         self._random = random.Random(seed)
+        self._eos = tuple(eos_token_ids)
 
     async def start(self, request: GenerationRequest) -> Generation:
         """Raises QueueFull, EngineAway, UnknownSoftPrompt, or InvalidPrompt for a prompt that cannot be served."""
@@ -233,14 +242,22 @@ class Generator:
         self, request: GenerationRequest, lease: Lease | None, places: Places, known: list[int] | None
     ) -> ActiveRequest:
         token_ids = known
+        self._encoder.check_ids(request.params.stop_token_ids, "stop_token_ids")
         if token_ids is None:
             token_ids = await self._encoder.token_ids(request.prompt, lease, request.add_special_tokens)
             if request.truncate:
                 token_ids = token_ids[-request.truncate :]
+        params = request.params
+        room = self._encoder.room(lease, len(token_ids), request.max_tokens)
+        if params.min_tokens > room:
+            message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
+            raise PromptTooLong(message, param="min_tokens")
+        endings = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos)) if params.min_tokens else ()
         params = msgspec.structs.replace(
-            request.params,
-            max_tokens=self._encoder.room(lease, len(token_ids), request.max_tokens),
+            params,
+            max_tokens=room,
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
+            ending_ids=endings,
         )
         return places.prepare(
             token_ids,

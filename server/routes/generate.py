@@ -31,6 +31,7 @@ router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 NAMES = {
     "prompt": "inputs",
     "max_tokens": "parameters.max_new_tokens",
+    "min_tokens": "parameters.min_new_tokens",
     "soft_prompt": "parameters.soft_prompt",
 }
 FINISH_REASONS: Mapping[str, GenerateFinishReason] = {

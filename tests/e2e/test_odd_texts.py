@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.support.models import Reference, save_tiny
-from tests.support.servers import Server, running_server, stream_json
+from tests.support.servers import Server, error_of, running_server, stream_json
 from tests.support.tokenizers_of_bytes import as_transformers, byte_fallback
 
 HALF_A_CHARACTER = [504, 2399, 314, 17097, 133]
@@ -18,7 +20,8 @@ BROKEN = "The menu says caf\ufffd"
 def fallback_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     path = tmp_path_factory.mktemp("models") / "fallback"
     tokenizer = as_transformers(byte_fallback())
-    save_tiny("llama", path, tokenizer, vocab_size=len(tokenizer))
+    # One token less than the tokenizer has: that of "<extra>".
+    save_tiny("llama", path, tokenizer, vocab_size=len(tokenizer) - 1)
     flags = ("--model", str(path), "--dtype", "float32", "--kv-cache-gib", "0.01")
     with running_server(tmp_path_factory.mktemp("fallback-server"), *flags) as server:
         yield server
@@ -85,3 +88,52 @@ def test_a_special_token_as_a_stop_string(smollm2_server: Server, stop: str) -> 
     ]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
     assert choice["message"]["content"] == plain["message"]["content"]
+
+
+def test_a_chat_that_may_not_end_yet(smollm2_server: Server) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ask = {"messages": question, "max_tokens": 24, "temperature": 0}
+    plain = smollm2_server.post("/v1/chat/completions", ask).json()
+    assert plain["choices"][0]["finish_reason"] == "stop"
+    assert plain["usage"]["completion_tokens"] < 20
+    longer = smollm2_server.post("/v1/chat/completions", ask | {"min_tokens": 20}).json()
+    assert longer["usage"]["completion_tokens"] > 20
+    assert longer["choices"][0]["message"]["content"].startswith(plain["choices"][0]["message"]["content"])
+
+
+EXTRA = "say <extra> now"
+CHAT = [{"role": "user", "content": EXTRA}]
+FINE = {"input": "hello", "candidates": ["hello"]}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": EXTRA}, "prompt"),
+        ("/v1/completions", {"prompt": ["hello", EXTRA], "stream": True}, "prompt"),
+        ("/v1/completions", {"prompt": [5, -1]}, "prompt"),
+        ("/v1/completions", {"prompt": "hello", "stop_token_ids": [5, -1]}, "stop_token_ids"),
+        ("/v1/chat/completions", {"messages": CHAT}, "messages"),
+        ("/generate", {"inputs": EXTRA}, "inputs"),
+        ("/generate_stream", {"inputs": EXTRA}, "inputs"),
+        ("/v1/score", {**FINE, "input": EXTRA}, "input"),
+        ("/v1/score", {**FINE, "context": EXTRA}, "input"),
+        ("/v1/score", {**FINE, "candidates": ["hello", EXTRA]}, "candidates.1"),
+        ("/v1/compressions", {"name": "extra", "context": EXTRA * 9, "virtual_tokens": 4}, "context"),
+        (
+            "/v1/compressions",
+            {"name": "x", "context": "hello " * 99, "questions": [{"input": EXTRA}]},
+            "questions.0.input",
+        ),
+    ],
+)
+def test_tokens_that_the_model_does_not_have(fallback_server: Server, route: str, body: Any, param: str) -> None:
+    """The tokenizer has them, but the embedding has no row for them."""
+    extra = fallback_server.post("/tokenize", {"prompt": "<extra>"}).json()["tokens"][-1]
+    reply = fallback_server.post(route, json.loads(json.dumps(body).replace("-1]", f"{extra}]")))
+    assert reply.status_code == 400, reply.text
+    error = error_of(reply)
+    assert (error["param"], error["code"]) == (param, "token_id")
+    assert f"token {extra}" in error["message"]
+    assert "'<extra>'" in error["message"]
+    assert f"0 to {extra - 1}" in error["message"]
