@@ -43,7 +43,7 @@ ROUTE = "/v1/chat/completions"
 
 @router.post(ROUTE, response_model=ChatCompletion, summary="Answer a conversation (OpenAI)")
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
-    """With a soft prompt that stands for the system turn, send the turns after it.
+    """With a soft prompt that stands for the system turn, a system message begins the first user turn.
 
     With `stream: true` the reply is a stream of events `data: {...}`, ended by `data: [DONE]`.
     """
