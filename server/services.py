@@ -94,7 +94,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     supervisor=supervisor,
                     engine=engine,
                     admission=admission,
-                    generator=Generator(admission, text, encoder, settings.seed),
+                    generator=Generator(admission, text, encoder, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,

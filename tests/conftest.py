@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is loaded: its kernels then run on the CPU
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
-from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny
+from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
 
 FEW_TOKENS = 4096
 
@@ -41,9 +41,7 @@ def tiny_compressible(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     Most of a compression's time goes into distributions over the whole vocabulary.
     """
-    config = LlamaConfig.from_dict(
-        TINY_CONFIGS["llama"].to_dict() | {"vocab_size": FEW_TOKENS, "max_position_embeddings": 2048}
-    )
+    config = tiny_config("llama", vocab_size=FEW_TOKENS, max_position_embeddings=2048)
     path = tmp_path_factory.mktemp("models") / "tiny-llama"
     save_tiny(config, AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path), path)
     keep_first_tokens(path, FEW_TOKENS)

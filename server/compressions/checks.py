@@ -8,10 +8,11 @@ from pathlib import Path
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.compression.frozen.tokenized_context import QUESTION_ROOM, TokenizedContext
 from softbatch.prompt_store.template import TemplateError
 from softbatch.server.compressions.limits import MIB
-from softbatch.server.compressions.request import MIB, CompressionRequest, InputError, ModelShape
+from softbatch.server.compressions.request import CompressionRequest, InputError, ModelShape
 
 # σ in float32 lies on disk up to this often at once: the checkpoint (σ and Adam's two moments), its successor while
 # that is being written, the finished file, and the store's copy of it.
@@ -34,6 +35,7 @@ def check_compression(
     settings = request.settings
     if request.name == model_name:
         raise InputError("name", f"name: {model_name} is the model's own name; choose another one", code="name_taken")
+    check_tokens(request, context.renderer)
     check_room(directory, shape, settings, request.questions, max_prompt_bytes)
     check_window(settings, shape.max_positions)
     try:
@@ -47,6 +49,14 @@ def check_compression(
         context.check_questions(request.questions)
     except ValueError as error:
         raise InputError("questions", str(error)) from None
+
+
+def check_tokens(request: CompressionRequest, renderer: Renderer) -> None:
+    """Raises TemplateError for an instruction or a question with a token that the model does not have."""
+    renderer.check(request.settings.instruction or "", "instruction")
+    for index, question in enumerate(request.questions):
+        renderer.check(question.input, f"questions.{index}.input")
+        renderer.check(question.output or "", f"questions.{index}.output")
 
 
 def check_window(settings: CompressionSettings, window: int | None) -> None:

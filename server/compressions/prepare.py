@@ -42,7 +42,10 @@ class ModelFiles:
 
     def context(self, text: str, instruction: str | None, max_answer_tokens: int) -> TokenizedContext:
         """A text as this model reads it."""
-        return TokenizedContext(self.tokenizer, text, instruction, max_answer_tokens, self.shape.max_positions)
+        shape = self.shape
+        return TokenizedContext(
+            self.tokenizer, text, instruction, max_answer_tokens, shape.max_positions, shape.vocab_size
+        )
 
 
 def _shape_of(source: ModelSource) -> ModelShape:

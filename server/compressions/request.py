@@ -57,6 +57,7 @@ class ModelShape:
     head_dim: int
     hidden_size: int
     max_positions: int | None = None
+    vocab_size: int | None = None
 
     @property
     def elements_per_token(self) -> int:
@@ -74,6 +75,7 @@ class ModelShape:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
             max_positions=getattr(text, "max_position_embeddings", None),
+            vocab_size=getattr(text, "vocab_size", None),
         )
 
 

@@ -34,9 +34,9 @@ class PromptEncoder:
             token_ids = await self.encode(prompt, add_special_tokens and replaces == "nothing")
         else:
             token_ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            self._check_ids(token_ids)
         if not token_ids:
             raise InvalidPrompt("the prompt is empty; give at least one token", param="prompt")
+        self.check_ids(token_ids, "prompt")
         return token_ids
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -60,12 +60,16 @@ class PromptEncoder:
             )
         return min(left, self._default_max_tokens) if wanted is None else wanted
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
-        wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            raise InvalidPrompt(
-                f"token id {wrong} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt"
-            )
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises InvalidPrompt for a token that the tokenizer may have, but the model has no embedding for."""
+        if not token_ids or (max(token_ids) < self._vocab_size and min(token_ids) >= 0):
+            return
+        wrong = next(token for token in token_ids if not 0 <= token < self._vocab_size)
+        raise InvalidPrompt(
+            f"the model has no token {wrong}{self._text.named(wrong)}: its token ids are 0 to {self._vocab_size - 1}",
+            param=param,
+            code="token_id",
+        )
 
 
 def _are_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:

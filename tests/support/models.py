@@ -82,6 +82,12 @@ def load_reference(path: str) -> Reference:
     return Reference(path, model, AutoTokenizer.from_pretrained(path))
 
 
+def tiny_config(name: str, **changes: Any) -> Any:
+    """One of the tiny models' configs with changes."""
+    known = TINY_CONFIGS[name]
+    return type(known).from_dict(known.to_dict() | changes)
+
+
 def save_tiny(config: Any, tokenizer: Any, path: Path) -> str:
     """A random model whose outputs vary: the weights are spread wider than at initialisation."""
     torch.manual_seed(7)

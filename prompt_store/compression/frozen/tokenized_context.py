@@ -27,15 +27,22 @@ class TokenizedContext:
     """Tokenised at the first use of `segments`, and once. `window` None: the model sets no bound."""
 
     def __init__(
-        self, tokenizer: Any, text: str, instruction: str | None, max_answer_tokens: int, window: int | None
+        self,
+        tokenizer: Any,
+        text: str,
+        instruction: str | None,
+        max_answer_tokens: int,
+        window: int | None,
+        vocab_size: int | None = None,
     ) -> None:
         self.text, self.max_answer_tokens = text, max_answer_tokens
         self.window = window or UNBOUNDED
-        self.renderer = Renderer(tokenizer, instruction)
+        self.renderer = Renderer(tokenizer, instruction, vocab_size)
 
     @cached_property
     def segments(self) -> list[Segment]:
         """Raises TemplateError, or ValueError when the window is too small for any part of the context."""
+        self.renderer.check(self.text, "context")
         return self.renderer.segments(self.text, self.window - QUESTION_ROOM - self.max_answer_tokens)
 
     @property
