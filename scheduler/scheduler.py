@@ -258,7 +258,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
+            if sequence.length - sequence.num_computed == 1 and not sequence.will_end and not sequence.awaits_token:
                 while not self._blocks.grow(sequence):
                     if any(other.will_end for other in self.running):  # its blocks come free after this step
                         break

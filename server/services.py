@@ -22,6 +22,7 @@ from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.engine_client import EngineClient, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
+from softbatch.server.requests.output_format import GrammarCompiler
 from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
@@ -67,6 +68,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             text = TextProcessor(tokenizer, ready.model.max_model_len)
             logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
             encoder = PromptEncoder(text, ready.model.vocab_size, ready.model.max_model_len)
+            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, ready.model.eos_token_ids)
+            exits.callback(grammars.close)
             spec = ready.model.spec
             leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
@@ -83,7 +86,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 yield Services(
                     settings=settings,
                     engine=engine,
-                    generator=Generator(admission, text, encoder, settings.seed),
+                    generator=Generator(admission, text, encoder, grammars, settings.seed),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,

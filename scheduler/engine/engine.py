@@ -51,6 +51,10 @@ class ModelRunner(Protocol):
 
     def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt: ...
 
+    def prepare_grammar(self, grammar: str) -> None:
+        """Called in the thread that receives requests, so that no step waits for it."""
+        ...
+
     def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
         """Raises OutOfDeviceMemory."""
         ...
@@ -116,9 +120,13 @@ class Engine:
         return self.scheduler.stats(self._bytes_per_block)
 
     def prefetch(self, message: EngineInput) -> None:
-        """Begin to read the soft prompt of a request that is about to be handled, where nothing keeps it from being
-        admitted at the next step: it need not wait for one more. Any thread may call this."""
-        ref = message.soft_prompt if isinstance(message, AddRequest) else None
+        """Begin with what a request that is about to be handled will need: compile its grammar, and read its soft
+        prompt if nothing keeps the request from being admitted at the next step. Any thread may call this."""
+        if not isinstance(message, AddRequest):
+            return
+        if message.params.grammar:
+            self._runner.prepare_grammar(message.params.grammar)
+        ref = message.soft_prompt
         if ref is not None and self.scheduler.should_prefetch(ref, len(self.reader)):
             self.reader.start(ref)
 

@@ -18,6 +18,7 @@ from softbatch.scheduler.protocol import SamplingParams, SequenceOutput, TokenLo
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission, Places
 from softbatch.server.requests.leases import Lease
+from softbatch.server.requests.output_format import GrammarCompiler, OutputFormat
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
 
@@ -38,6 +39,7 @@ class GenerationRequest:
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str = ""
+    output_format: OutputFormat | None = None
     route: str = ""
 
 
@@ -180,15 +182,18 @@ class Generator:
         admission: Admission,
         text: TextProcessor,
         encoder: PromptEncoder,
+        grammars: GrammarCompiler,
         seed: int,
     ) -> None:
         self._admission = admission
         self._text = text
         self._encoder = encoder
+        self._grammars = grammars
         self._random = random.Random(seed)
 
     async def start(self, request: GenerationRequest) -> Generation:
-        """Raises QueueFull, EngineAway, UnknownSoftPrompt, or InvalidPrompt for a prompt that cannot be served."""
+        """Raises QueueFull, EngineAway, UnknownSoftPrompt, InvalidGrammar, or InvalidPrompt for a prompt that cannot
+        be served."""
         return (await self.start_many([request]))[0]
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -215,8 +220,10 @@ class Generator:
             token_ids = await self._encoder.token_ids(request.prompt, lease, request.add_special_tokens)
             if request.truncate:
                 token_ids = token_ids[-request.truncate :]
+        wanted = request.output_format
         params = msgspec.structs.replace(
             request.params,
+            grammar=await self._grammars.compile(wanted) if wanted is not None else "",
             max_tokens=self._encoder.room(lease, len(token_ids), request.max_tokens),
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
         )

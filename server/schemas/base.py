@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -47,7 +48,7 @@ class RequestModel(BaseModel):
             raise refusal("not_an_object", "must be a JSON object")
         known: dict[str, Any] = {}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in _fields_of(cls):
                 if value is not None:
                     known[name] = value
             elif name in cls.unsupported:
@@ -60,9 +61,15 @@ class RequestModel(BaseModel):
         return known
 
 
+@functools.cache
+def _fields_of(model: type[RequestModel]) -> frozenset[str]:
+    """The names of a model's fields on the wire."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
 def _unknown_field(name: str, model: type[RequestModel]) -> str:
     message = f"unknown field {shown(name)}"
-    close = difflib.get_close_matches(name[:MAX_NAME_CHARS], list(model.model_fields), n=1)
+    close = difflib.get_close_matches(name[:MAX_NAME_CHARS], sorted(_fields_of(model)), n=1)
     return f"{message}; did you mean {shown(close[0])}?" if close else message
 
 
