@@ -19,7 +19,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
     alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
-    chosen before there are `min_tokens`.
+    chosen before there are `min_tokens`. `grammar` is what the output must follow, in llguidance's form; empty:
+    anything. An output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves
+    nothing else to say.
     """
 
     max_tokens: int = 16
@@ -36,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     min_tokens: int = 0
     ending_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
 
 class SoftPromptRef(msgspec.Struct, frozen=True):

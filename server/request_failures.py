@@ -30,6 +30,10 @@ class PromptTooLong(InvalidPrompt):
         super().__init__(message, param=param, code="context_length_exceeded")
 
 
+class InvalidGrammar(Failure):
+    """What the output must follow cannot be followed by any text, or not be read."""
+
+
 class TooManySequences(Failure):
     """One request asks for more sequences than the server ever takes at once."""
 

@@ -24,6 +24,7 @@ from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
+from softbatch.server.requests.output_format import GrammarCompiler
 from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
@@ -74,6 +75,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
+            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, ready.model.eos_token_ids)
+            exits.callback(grammars.close)
             spec = ready.model.spec
             leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
@@ -94,7 +97,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     supervisor=supervisor,
                     engine=engine,
                     admission=admission,
-                    generator=Generator(admission, text, encoder, settings.seed, ready.model.eos_token_ids),
+                    generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,

@@ -42,6 +42,10 @@ class ModelRunner(SoftPromptRunner, Protocol):
         """Raises OutOfDeviceMemory and DeviceLost."""
         ...
 
+    def prepare_grammar(self, grammar: str) -> None:
+        """Called in the thread that receives requests, so that no step waits for it."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class _FailedStep:
@@ -102,9 +106,13 @@ class Engine:
         return self.scheduler.stats(self._bytes_per_block)
 
     def prefetch(self, message: EngineInput) -> None:
-        """Read the soft prompt of a request that is about to be handled, if the request could be admitted at the next
-        step: then it need not wait for another one. Thread-safe."""
-        if isinstance(message, AddRequest) and message.soft_prompt is not None:
+        """Begin with what a request that is about to be handled will need: compile its grammar, and read its soft
+        prompt if the request could be admitted at the next step. Thread-safe."""
+        if not isinstance(message, AddRequest):
+            return
+        if message.params.grammar:
+            self._runner.prepare_grammar(message.params.grammar)
+        if message.soft_prompt is not None:
             self.loader.prefetch(message.soft_prompt)
 
     def handle(self, message: EngineInput) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
@@ -16,6 +17,8 @@ import zmq
 from softbatch.scheduler.engine.engine import Engine, build_engine
 from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.scheduler.protocol import (
+    AddRequest,
+    CancelRequest,
     EngineConfig,
     EngineInput,
     EngineOutput,
@@ -85,6 +88,7 @@ class EngineProcess:
     def _receive(self, engine: Engine) -> None:
         """Receive messages in a thread of its own, so that soft prompts are prefetched while a step runs."""
         decoder = msgspec.msgpack.Decoder(EngineInput)
+        compiling = ThreadPoolExecutor(1, "grammars")
         try:
             while True:
                 try:
@@ -92,11 +96,20 @@ class EngineProcess:
                 except msgspec.MsgspecError:
                     logger.exception("a message from the front end could not be read")
                     continue
-                engine.prefetch(message)
-                self._messages.put(message)
+                if isinstance(message, AddRequest) and message.params.grammar:
+                    # Behind it nobody waits for a grammar to be compiled.
+                    compiling.submit(self._hand_on, engine, message)
+                    continue
+                self._hand_on(engine, message)
+                if isinstance(message, CancelRequest):  # it may be about a request that is still to be handed on
+                    compiling.submit(self._messages.put, message)
         except BaseException:
             logger.exception("the engine receives no more messages")
             os._exit(1)  # the front end starts another
+
+    def _hand_on(self, engine: Engine, message: EngineInput) -> None:
+        engine.prefetch(message)
+        self._messages.put(message)
 
     def _send(self, message: EngineOutput) -> None:
         self._outbox.send(self._encoder.encode(message))

@@ -30,6 +30,7 @@ from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
+from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
 from softbatch.scheduler.model.self_check import eager_logits, self_check
 from softbatch.scheduler.model.source import ModelError, ModelSource, resolve
 from softbatch.scheduler.protocol import EngineConfig, ModelInfo
@@ -108,7 +109,10 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
         attention=name,
         num_parameters=num_parameters,
     )
-    runner = _checked_runner(expected, forward, kv_cache, info, config)
+    grammars = GrammarMasks(
+        lambda: grammar_tokenizer(tokenizer.backend_tokenizer, info.vocab_size, info.eos_token_ids), info.vocab_size
+    )
+    runner = _checked_runner(expected, forward, kv_cache, info, config, grammars)
     phases.done("self-check", "paged attention agrees with transformers' own")
     if on_gpu:
         graphs, build = with_graphs(
@@ -120,7 +124,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
             max_model_len=max_model_len,
             capturer=CudaCapturer(),
         )
-        runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build)
+        runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
         phases.done("CUDA graphs", graphs.capture_all())
     return Loaded(runner, kv_cache, info)
 
@@ -183,9 +187,14 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
 
 
 def _checked_runner(
-    expected: torch.Tensor, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig
+    expected: torch.Tensor,
+    forward: Forward,
+    kv_cache: KVCache,
+    info: ModelInfo,
+    config: EngineConfig,
+    grammars: GrammarMasks,
 ) -> Runner:
-    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
+    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, grammars=grammars)
     rounded_by = [option for option, _ in _rounding(config)]
     try:
         self_check(expected, runner, info.vocab_size, kv_cache.block_size, rounded_by)

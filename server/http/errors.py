@@ -20,6 +20,7 @@ from softbatch.server.request_failures import (
     EngineAway,
     EngineRestarted,
     Failure,
+    InvalidGrammar,
     InvalidPrompt,
     PromptTooLong,
     QueueFull,
@@ -48,6 +49,7 @@ _DEFAULT_CODES = {
 
 
 STATUS: Mapping[type[Failure], int] = {
+    InvalidGrammar: 400,
     InvalidPrompt: 400,
     PromptTooLong: 400,
     TooManySequences: 400,

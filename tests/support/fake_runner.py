@@ -54,6 +54,9 @@ class FakeRunner:
         self.fail = fail
         self.rng = random.Random(7)
 
+    def prepare_grammar(self, grammar: str) -> None:
+        """It follows none."""
+
     def read(self, step: Step, kind: str) -> None:
         for ref in step.soft_prompts_to_load:
             self.kinds[ref.sha256] = kind
