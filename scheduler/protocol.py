@@ -18,7 +18,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """How the next token of one sequence is chosen, and when the sequence ends.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
-    alternatives reported per token (0: the chosen token's alone; None: no log-probabilities).
+    alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
+    chosen before there are `min_tokens`.
     """
 
     max_tokens: int = 16
@@ -33,6 +34,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    ending_ids: tuple[int, ...] = ()
 
 
 class SoftPromptRef(msgspec.Struct, frozen=True):

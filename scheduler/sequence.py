@@ -73,6 +73,11 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def may_end(self) -> bool:
+        """Whether the token that is sampled next may end the text."""
+        return self.num_generated + self.num_in_flight_tokens >= self.params.min_tokens
+
+    @property
     def will_end(self) -> bool:
         """Whether a token in flight is the last that `max_tokens` allows."""
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from softbatch.scheduler.engine.soft_prompt_loader import SoftPromptLoader, SoftPromptRunner
 from softbatch.scheduler.protocol import (
@@ -20,6 +20,9 @@ from softbatch.scheduler.protocol import (
 )
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
 from softbatch.scheduler.step import TOO_LITTLE_MEMORY, OutOfDeviceMemory, Step, StepResult
+
+if TYPE_CHECKING:
+    from softbatch.scheduler.model.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +181,12 @@ class Reporter(Protocol):
     def __call__(self, name: str, seconds: float, detail: str) -> None: ...
 
 
-def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
-    """Load the model and put an engine around it. Raises ModelError."""
+def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | None = None) -> tuple[Engine, Ready]:
+    """Load the model and put an engine around it; `source` is the model where it was resolved before. Raises
+    ModelError."""
     from softbatch.scheduler.model.loader import load
 
-    loaded = load(config, report)
+    loaded = load(config, report, source)
     kv = loaded.kv_cache
     scheduler = Scheduler(
         SchedulerConfig(

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from softbatch.scheduler.engine.engine import Engine, build_engine
+from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.scheduler.protocol import (
     EngineConfig,
     EngineInput,
@@ -118,7 +119,7 @@ def _exit_with_front_end() -> None:
 
 def main() -> int:
     """Run `python -m softbatch.scheduler.engine.process CONFIG`, an EngineConfig as JSON; stdin is the lifeline."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    configure_logging("engine")
     # Ctrl-C and service managers signal the whole group: the front end decides, and it still has requests to finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

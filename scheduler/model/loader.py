@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from softbatch.prompt_store.fingerprint import fingerprint
@@ -18,6 +18,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
@@ -60,13 +61,14 @@ class Phases:
         self._since = now
 
 
-def load(config: EngineConfig, report: Report) -> Loaded:
-    """Load what `config` names; `report(phase, seconds, detail)` follows the progress. Raises ModelError."""
+def load(config: EngineConfig, report: Report, source: ModelSource | None = None) -> Loaded:
+    """Load what `config` names; `report(phase, seconds, detail)` follows the progress. `source` is its model where that
+    was resolved before. Raises ModelError."""
     with as_model_error():
-        return _load(config, report)
+        return _load(config, report, source)
 
 
-def _load(config: EngineConfig, report: Report) -> Loaded:
+def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> Loaded:
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python, torch and transformers imported")
     device = _device(config.device)
@@ -75,7 +77,7 @@ def _load(config: EngineConfig, report: Report) -> Loaded:
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     dtype = _dtype(config.dtype, device)
-    source = resolve(config.model)
+    source = source or resolve(config.model)
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device)
     phases.done("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters in {_name(dtype)}")
@@ -128,7 +130,7 @@ def load_transformers(source: ModelSource, dtype: torch.dtype, device: torch.dev
     interface.register()
     disable_progress_bar()  # the phases say how far the start has come
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        tokenizer = source.tokenizer
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation="eager")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         logger.debug("loading failed", exc_info=True)
@@ -163,7 +165,7 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
-    if supports(model, kv_cache.dtype):
+    if supports(model, kv_cache.dtype) and build_kernels():
         weights = None if quantization == "none" else quantization
         try:
             decoder = DecoderForward(model, kv_cache, weights, release=True)

