@@ -22,11 +22,11 @@ from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sam
 from softbatch.scheduler.protocol import EngineConfig, SamplingParams
 
 
-def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend) -> Forward:
+def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, longest: int | None = None) -> Forward:
     """The fastest way to run the model in kernels started one by one."""
     if isinstance(backend, TritonAttention) and fused.supports(model):
         return fused.FusedForward(model, kv_cache, backend)
-    return TransformersForward(model, kv_cache, backend)
+    return TransformersForward(model, kv_cache, backend, longest)
 
 
 def with_graphs(
@@ -87,7 +87,7 @@ def largest_step(
         dtype=model.dtype,
         device=device,
     )
-    forward = make_forward(model, kv_cache, backend)
+    forward = make_forward(model, kv_cache, backend, max_model_len)
     planner = make_planner(model, backend, spec)
     rows, left = [], config.max_batch_tokens
     while left > 0:  # all in the same blocks: what comes out does not matter
