@@ -6,8 +6,6 @@ import hashlib
 import json
 from typing import Any
 
-import torch
-
 # The config fields that shape what the network computes; a field a model lacks is left out.
 _ARCHITECTURE = (
     "model_type",
@@ -41,6 +39,8 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     transformers model and tokenizer. The same checkpoint has the same fingerprint loaded in float32 or
     bfloat16, under any name and any attention implementation. Take it before weights are repacked.
     """
+    import torch
+
     digest = hashlib.sha256()
 
     def feed(part: bytes) -> None:

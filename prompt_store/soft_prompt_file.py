@@ -10,11 +10,9 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from softbatch.prompt_store.atomic_files import replacing, sync
 from softbatch.prompt_store.fingerprint import fingerprint
@@ -27,6 +25,9 @@ from softbatch.prompt_store.manifest import (
     SoftPromptError,
     parse_manifest,
 )
+
+if TYPE_CHECKING:  # a header is read without torch, so that listing a store takes no time
+    import torch
 
 __all__ = [
     "ContextRef",
@@ -44,7 +45,7 @@ __all__ = [
 
 _HEADER_KEY = "softbatch"
 _TENSOR_NAMES = {"embeddings": ("embeddings",), "kv": ("keys", "values")}
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +64,10 @@ class SoftPrompt:
 
     def __post_init__(self) -> None:
         tensors = self.tensors
-        _check_layout(self.manifest, {name: (t.shape, t.dtype) for name, t in tensors.items()})
+        _check_layout(self.manifest, {name: (t.shape, str(t.dtype)) for name, t in tensors.items()})
         for name, tensor in tensors.items():
             if not _all_finite(tensor):
-                where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+                where = (~tensor.isfinite()).nonzero()[0].tolist()
                 raise SoftPromptError(
                     f"tensor {name} holds NaN or an infinite value, the first at {where}",
                     param=name,
@@ -95,6 +96,8 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 def save(prompt: SoftPrompt, path: Path) -> None:
     """Write the file in one step: whoever opens `path` sees either the old content or all of the new, even
     after a crash."""
+    from safetensors.torch import save_file
+
     # Clones: safetensors refuses two tensors that share memory, as views of one KV tensor do.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in prompt.tensors.items()}
     with replacing(path) as temporary:
@@ -217,7 +220,7 @@ def _manifest_of(file: Any) -> Manifest:
     return manifest
 
 
-def _check_layout(manifest: Manifest, layout: Mapping[str, tuple[Sequence[int], Any]]) -> None:
+def _check_layout(manifest: Manifest, layout: Mapping[str, tuple[Sequence[int], str]]) -> None:
     names = _TENSOR_NAMES[manifest.kind]
     if set(layout) != set(names):
         raise SoftPromptError(

@@ -40,19 +40,15 @@ def render_chat(
     """The text to tokenise without adding special tokens.
 
     With `replaces` None or 'nothing' the whole rendering. With 'system' what comes after the system turn, as
-    the soft prompt stands for all before: no BOS, no system turn, no default system turn. `messages` are
+    the soft prompt stands for all before: no BOS, no system turn, no default system turn. What the messages say in
+    system turns at their front then goes to the front of the first user turn. `messages` are
     {"role", "content"} with text content; which roles may follow which is up to the template.
     Raises TemplateError.
     """
     _check_messages(messages)
     if replaces != "system":
         return _render(tokenizer, messages, add_generation_prompt)
-    if messages[0]["role"] in _SYSTEM_ROLES:
-        raise TemplateError(
-            "messages.0.role: the soft prompt already stands for the system turn; leave this turn out, or "
-            "move its text into the user's turn",
-            param="messages.0.role",
-        )
+    messages = _instructions_to_user(messages)
     placement = _placement(tokenizer)
     placeholder = secrets.token_hex(16)
     prefix = _prefix(tokenizer, placeholder, placement)
@@ -93,6 +89,20 @@ def context_turn(tokenizer: Any, context: str, instruction: str | None = None) -
     if not text.strip():
         raise TemplateError("context: it must not be empty", param="context")
     return _prefix(tokenizer, text, _placement(tokenizer))
+
+
+def _instructions_to_user(messages: Messages) -> Messages:
+    """Without system turns at the front: the soft prompt has their place, and the first user turn begins with them."""
+    count = next((at for at, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES), len(messages))
+    rest, texts = messages[count:], [text for message in messages[:count] if (text := message["content"].strip())]
+    if not texts:
+        if not rest:
+            raise TemplateError("messages: a user's turn is needed behind the system turn")
+        return rest
+    if rest and rest[0]["role"] == "user":
+        texts.append(rest[0]["content"])
+        rest = rest[1:]
+    return [_turn("user", _SEPARATOR.join(texts)), *rest]
 
 
 def _placement(tokenizer: Any) -> Placement:

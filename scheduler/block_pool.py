@@ -13,8 +13,8 @@ class OutOfBlocks(Exception):
 class BlockPool:
     """Owns the KV blocks 0 … num_blocks−1. Each is free or referenced by one or more owners.
 
-    A full block whose content is known by hash stays findable after its last owner let go, until the pool hands
-    it out again: free blocks without a hash go first, then those unused for longest.
+    A full block whose content hash is known can be reused after its last owner has released it, until the pool
+    allocates it again. Free blocks without a hash are allocated first, then the least recently used ones.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -34,7 +34,7 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks, each with one reference; their old content is forgotten. Raises OutOfBlocks."""
+        """Take `count` blocks, each with one reference, and drop their content hashes. Raises OutOfBlocks."""
         if count > len(self._free):
             raise OutOfBlocks
         blocks = []
@@ -46,14 +46,14 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add one reference to each block, taking it out of the free ones if need be."""
+        """Add one reference to each block; a free one is free no more."""
         for block in blocks:
             if self._references[block] == 0:
                 del self._free[block]
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference of each block. The end of a chain is reused before its start."""
+        """Remove one reference of each block. The end of a sequence is allocated again before its start."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] < 0:
@@ -64,13 +64,13 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def register(self, block: int, content: bytes) -> None:
-        """Make a full block findable by its content; the first block with that content stays the one found."""
+        """Make a full block reusable by its content hash. A block registered before with that content stays."""
         if content not in self._block_of and block not in self._hash_of:
             self._block_of[content] = block
             self._hash_of[block] = content
 
     def match(self, chain: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known start of a chain of content hashes; takes no reference."""
+        """The blocks of the longest cached prefix of a chain of content hashes. Adds no reference."""
         found = []
         for content in chain:
             block = self._block_of.get(content)
@@ -80,7 +80,7 @@ class BlockPool:
         return found
 
     def num_free_among(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks nobody references, so that sharing them uses up free ones."""
+        """How many of these blocks are free, so that sharing them leaves fewer free ones."""
         return sum(1 for block in blocks if self._references[block] == 0)
 
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:

@@ -18,7 +18,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """How the next token of one sequence is chosen, and when the sequence ends.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
-    alternatives reported per token (0: the chosen token's alone; None: no log-probabilities).
+    alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
+    chosen before there are `min_tokens`.
     """
 
     max_tokens: int = 16
@@ -33,10 +34,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    ending_ids: tuple[int, ...] = ()
 
 
 class SoftPromptRef(msgspec.Struct, frozen=True):
-    """A soft prompt as the engine knows it: its content hash is its identity, `path` where its file lies."""
+    """A soft prompt as the engine knows it. The content hash is its identity; `path` is the leased file."""
 
     sha256: str
     path: str
@@ -62,13 +65,13 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop these sequences; those that are still known leave the batch before the next step."""
+    """Stop these sequences before the next step. Unknown ones are ignored."""
 
     request_ids: list[str]
 
 
 class ForgetSoftPrompt(msgspec.Struct, frozen=True, tag="forget"):
-    """The soft prompt was removed from the store: drop it as soon as no sequence uses it."""
+    """The soft prompt was deleted from the store: evict it as soon as no sequence uses it."""
 
     sha256: str
 
@@ -85,7 +88,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, array_like=True):
-    """What one step brought one sequence. `num_computed` counts virtual tokens too."""
+    """What one step computed for one sequence. `num_computed` includes virtual tokens."""
 
     request_id: str
     num_computed: int
@@ -98,7 +101,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The state right after a step; `*_total` count since the engine started, the rest are levels."""
+    """The state after a step. Fields named `*_total` count since the engine started; the others are levels."""
 
     waiting: int
     running: int
@@ -116,9 +119,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses, `started_at` is when the
-    front end started it (monotonic seconds). Without `kv_cache_gib` the KV cache takes what `gpu_memory_utilization`
-    leaves it on a GPU, and 1 GiB elsewhere."""
+    """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses.
+
+    `started_at` is when the front end started the process, in monotonic seconds. `kv_cache_gib` None: on a GPU the KV
+    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size."""
 
     model: str
     served_model_name: str | None = None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
 from softbatch.scheduler.block_pool import BlockPool
-from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput, SoftPromptRef
+from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim
+from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
-from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt, SoftPromptCache
+from softbatch.scheduler.soft_prompt_cache import LoadState, SoftPromptCache
+from softbatch.scheduler.soft_prompt_loads import SoftPromptLoads
 from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
 from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
 
@@ -43,13 +44,15 @@ class Scheduler:
         self.soft_prompts = SoftPromptCache(self.pool)
         self._blocks = SequenceBlocks(self.pool, self.soft_prompts)
         self.waiting = WaitingQueue(config.max_queue_size)
-        self.running: list[Sequence] = []  # by order: the last is the first to be preempted
+        self.soft_prompt_loads = SoftPromptLoads(
+            self.soft_prompts, self.waiting, config.max_batch_size, config.num_blocks // 4
+        )
+        self.running: list[Sequence] = []  # in order of precedence
+        # Lower than the batch size after the device ran out of memory, until a sequence leaves.
+        self._admission_limit = config.max_batch_size
         self._arrivals = 0
         self._preemptions = 0
         self._out_of_memory = 0
-        self._admission_limit = (
-            config.max_batch_size
-        )  # lower after running out of device memory, until a sequence leaves
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -62,13 +65,13 @@ class Scheduler:
         sequence = Sequence(request, self._arrivals)
         self._arrivals += 1
         if sequence.max_length > self.config.max_model_len:
-            return _failed(sequence, f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
+            return sequence.failure(f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
         if self._blocks.most(sequence) > self.config.num_blocks:
-            return _failed(sequence, "the KV cache is too small for this request")
+            return sequence.failure("the KV cache is too small for this request")
         try:
             self.waiting.push(sequence)
         except WaitingQueueFull:
-            return _failed(sequence, "the waiting queue is full")
+            return sequence.failure("the waiting queue is full")
         return None
 
     def cancel(self, request_id: str) -> bool:
@@ -82,20 +85,20 @@ class Scheduler:
         return False
 
     def shrink(self, step: Step) -> bool:
-        """Make smaller a step for which the device ran out of memory; False if it cannot be made smaller.
+        """Shrink a step that ran out of device memory; False if it cannot get smaller.
 
-        First, prefills of soft prompts are postponed. Then the newest sequence is preempted. A row that is alone is
-        halved. Admission stays paused until a sequence leaves.
+        First, prefills of soft prompts are postponed. Then sequences are preempted, and admission pauses until a
+        sequence leaves. If one row is left, its number of tokens is halved.
         """
         self._out_of_memory += 1
         if step.prefills and len(step.prefills) + len(step.rows) > 1:
             step.prefills.pop()
             return True
         if len(step.rows) > 1:
-            sequence = max((row.sequence for row in step.rows), key=lambda s: s.order)
+            sequence = preemption_victim(row.sequence for row in step.rows)
             step.rows = [row for row in step.rows if row.sequence is not sequence]
             step.copies = [copy for copy in step.copies if copy[1] not in sequence.block_table]
-            step.admitted = [name for name in step.admitted if name != sequence.request_id]
+            step.report.admitted = [name for name in step.report.admitted if name != sequence.request_id]
             self._preempt(sequence, step)
             self._admission_limit = len(self.running)
             return True
@@ -111,6 +114,7 @@ class Scheduler:
         self._admission_limit = len(self.running)
 
     def schedule(self) -> Step:
+        """Plan the next step: decodes, then prefills of soft prompts, then of sequences, then admissions."""
         step = Step()
         budget = self._continue_decodes(step)
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
@@ -122,8 +126,8 @@ class Scheduler:
         return step
 
     def admit_late(self, step: Step) -> None:
-        """Add soft prompts that were read after `schedule()`, and sequences that waited for them, if the token budget
-        allows."""
+        """Add soft prompts that were read after `schedule()`, and sequences that waited for them, within the token
+        budget."""
         budget = self.config.max_batch_tokens - step.num_tokens
         self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False))
 
@@ -139,21 +143,14 @@ class Scheduler:
 
     def postprocess(self, step: Step, result: StepResult) -> list[SequenceOutput]:
         """Apply the result of a launched step. Finished and failed sequences leave the batch."""
-        outputs = []
-        for prompt, start, count in step.prefills:
-            sha256 = prompt.ref.sha256
-            if self.soft_prompts.get(sha256) is not prompt:
-                continue
-            if sha256 in result.prefill_errors:
-                outputs += self.soft_prompt_failed(sha256, result.prefill_errors[sha256])
-            elif start + count == prompt.ref.num_virtual_tokens:
-                self.soft_prompt_ready(sha256)
+        outputs = self.soft_prompt_loads.postprocess(step, result)
         for row in step.rows:
             if row.is_stale:
                 continue
             sequence, end = row.sequence, row.end
             if sequence.request_id in result.errors:
-                outputs.append(self.fail(sequence, result.errors[sequence.request_id]))
+                outputs.append(sequence.failure(result.errors[sequence.request_id]))
+                self._leave(sequence)
                 continue
             self._blocks.register(sequence, end)
             output = SequenceOutput(sequence.request_id, end)
@@ -180,44 +177,6 @@ class Scheduler:
             outputs.append(output)
         return outputs
 
-    def should_prefetch(self, ref: SoftPromptRef, reading: int) -> bool:
-        """Whether the next step would load this soft prompt, while `reading` others are being read. Prompts being read
-        may take a quarter of the cache's size. Called from another thread, the answer is a guess."""
-        slots = self.config.max_batch_size - len(self.running)
-        blocks = (reading + 1) * -(-ref.num_virtual_tokens // self.config.block_size)
-        fits = reading < slots and blocks <= self.config.num_blocks // 4
-        return fits and not len(self.waiting) and self.soft_prompts.get(ref.sha256) is None
-
-    def soft_prompt_read(self, sha256: str) -> ResidentSoftPrompt | None:
-        """The file of an `embeddings` soft prompt has been read: prefill it from the next step on."""
-        prompt = self.soft_prompts.get(sha256)
-        if prompt is not None:
-            self.soft_prompts.mark_prefilling(prompt)
-        return prompt
-
-    def soft_prompt_ready(self, sha256: str) -> None:
-        """Its keys and values are in its blocks: sequences that wait for it may be admitted."""
-        prompt = self.soft_prompts.get(sha256)
-        if prompt is not None:
-            self.soft_prompts.mark_ready(prompt)
-        parked = self.waiting.unpark(sha256)
-        if prompt is not None and prompt.is_retired and not parked:
-            self.soft_prompts.evict_when_unused(sha256)
-
-    def soft_prompt_failed(self, sha256: str, message: str) -> list[SequenceOutput]:
-        """It could not be loaded: sequences that wait for it, and only those, fail with `message`."""
-        self.soft_prompts.drop(sha256)
-        failed = self.waiting.unpark(sha256)
-        for sequence in failed:
-            self.waiting.remove(sequence.request_id)
-        return [_failed(sequence, message) for sequence in failed]
-
-    def fail(self, sequence: Sequence, message: str) -> SequenceOutput:
-        """Remove a running sequence with an error."""
-        output = _failed(sequence, message)
-        self._leave(sequence)
-        return output
-
     def stats(self, bytes_per_block: int) -> EngineStats:
         return EngineStats(
             waiting=len(self.waiting),
@@ -242,7 +201,7 @@ class Scheduler:
         self.pool.check_integrity([s.block_table for s in self.running] + [p.blocks for p in prompts])
         if len(self.running) > self.config.max_batch_size:
             raise AssertionError("more sequences run than there are slots")
-        if [s.order for s in self.running] != sorted(s.order for s in self.running):
+        if self.running != sorted(self.running, key=precedence):
             raise AssertionError("the running batch is out of order")
         for sequence in self.running:
             if len(sequence.block_table) * self.config.block_size < sequence.num_computed:
@@ -253,16 +212,16 @@ class Scheduler:
                 raise AssertionError(f"soft prompt {prompt.ref.sha256} counts {prompt.users} users, has {users}")
 
     def _continue_decodes(self, step: Step) -> int:
-        """Schedule one token per decoding sequence; preempt from the end of the batch when blocks run out."""
+        """Schedule one token per decoding sequence. If blocks run out, preempt. Returns the remaining token budget."""
         budget = self.config.max_batch_tokens
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
                 while not self._blocks.grow(sequence):
-                    if any(other.will_end for other in self.running):  # its blocks come free after this step
+                    if not must_preempt(self.running):
                         break
-                    victim = self.running[-1]
+                    victim = preemption_victim(self.running)
                     self._preempt(victim, step)
                     if victim is sequence:
                         return budget
@@ -272,8 +231,8 @@ class Scheduler:
         return budget
 
     def _prefill_soft_prompts(self, step: Step, budget: int, *, others: bool) -> int:
-        """Schedule prefills of soft prompts that are not in the step yet; returns how many tokens they take. That is at
-        most half of the budget if `others` or waiting sequences could use the rest."""
+        """Schedule prefills of soft prompts that are not in the step yet. Returns how many tokens they take, at most
+        half of the budget if `others` or waiting sequences could use the rest."""
         share = left = -(-budget // 2) if others or self.waiting.peek() else budget
         known = {prefill.prompt.ref.sha256 for prefill in step.prefills}
         for prompt in self.soft_prompts.prefilling():
@@ -284,26 +243,27 @@ class Scheduler:
         return share - left
 
     def _admit(self, step: Step, budget: int) -> None:
-        if step.preempted:  # a sequence preempted in this step would come back only to be preempted again
-            return
+        """Admit waiting sequences while slots, blocks and token budget last. Park those whose soft prompt loads."""
+        if step.report.preempted:
+            return  # a sequence that this step preempted would be admitted only to be preempted again
         while budget > 0 and len(self.running) < self._admission_limit:
             sequence = self.waiting.peek()
             if sequence is None:
                 return
             prompt = None
             if sequence.soft_prompt is not None:
-                prompt = self._resident(sequence.soft_prompt, step)
+                prompt = self.soft_prompt_loads.find(sequence.soft_prompt, step, len(self.running))
                 if prompt is None:
                     return
                 if prompt.state is not LoadState.READY:
                     if sequence.missed_soft_prompt:
-                        return  # it was evicted before this sequence's turn: now no sequence may overtake
+                        return  # the soft prompt was evicted before this sequence's turn: no sequence may overtake now
                     self.soft_prompts.misses += not sequence.was_admitted
                     sequence.missed_soft_prompt = True
                     self.waiting.park(sequence.soft_prompt.sha256)
                     continue
-            # Keep one free block per running sequence, which may need it soon. Otherwise a sequence admitted into the
-            # last block would be preempted a few steps later.
+            # Keep one free block per running sequence. Otherwise a sequence that is admitted into the last block would
+            # be preempted a few steps later.
             if not self._blocks.take(sequence, prompt, spare=len(self.running)):
                 return
             self.waiting.pop()
@@ -311,22 +271,9 @@ class Scheduler:
                 step.copies.append(copy)
             if not sequence.was_admitted:
                 self._count_admission(sequence)
-            bisect.insort(self.running, sequence, key=lambda s: s.order)
-            step.admitted.append(sequence.request_id)
+            insert(self.running, sequence)
+            step.report.admitted.append(sequence.request_id)
             budget -= self._add_row(step, sequence, budget)
-
-    def _resident(self, ref: SoftPromptRef, step: Step) -> ResidentSoftPrompt | None:
-        """The soft prompt, resident or loading; None if it can be neither now.
-
-        Only as many soft prompts load at once as there are free slots, so that none loads long before its turn."""
-        prompt = self.soft_prompts.get(ref.sha256)
-        if prompt is None:
-            if self.soft_prompts.num_loading >= self.config.max_batch_size - len(self.running):
-                return None
-            prompt = self.soft_prompts.reserve(ref, spare=len(self.running))
-            if prompt is not None:
-                step.soft_prompts_to_load.append(ref)
-        return prompt
 
     def _count_admission(self, sequence: Sequence) -> None:
         """Count hits and misses once per request, not again after a preemption."""
@@ -346,10 +293,10 @@ class Scheduler:
         sequence.scores = []
         self.waiting.push(sequence, bounded=False)
         self._preemptions += 1
-        step.preempted.append(sequence.request_id)
+        step.report.preempted.append(sequence.request_id)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Remove from the batch, release the blocks and unpin the soft prompt."""
+        """Remove the sequence from the batch, release its blocks and unpin its soft prompt."""
         self._discard_in_flight(sequence, 0)
         self.running.remove(sequence)
         self._admission_limit = self.config.max_batch_size
@@ -360,7 +307,3 @@ class Scheduler:
         sequence.epoch += 1
         sequence.num_in_flight_tokens = 0
         sequence.num_computed = num_computed
-
-
-def _failed(sequence: Sequence, message: str) -> SequenceOutput:
-    return SequenceOutput(sequence.request_id, sequence.num_computed, finish_reason="error", error=message)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-from softbatch.scheduler.protocol import AddRequest, FinishReason
+from softbatch.scheduler.protocol import AddRequest, FinishReason, SequenceOutput
 
 
 class Sequence:
-    """A request inside the engine. `num_computed` counts the positions whose keys and values are computed, those of
-    steps in flight included.
+    """A request inside the engine. The scheduler owns every field; the runner only reads.
 
-    Positions count the soft prompt's virtual tokens first: `length` = virtual tokens + `tokens` +
-    `num_in_flight_tokens`, which steps in flight will sample. There are no phases: a step computes some of positions
-    num_computed … length−1, and a sequence that reaches `length` samples. `epoch` changes when steps in flight become
-    stale: the sequence has left the batch, or the sampler has replaced the token that they started from.
-    The scheduler owns every field; the runner only reads.
+    There are no phases. `num_computed` counts the positions whose keys and values are computed, including those of
+    steps in flight. A step computes some of the positions num_computed … length−1. If it reaches `length`, a token is
+    sampled. Virtual tokens come first: `length` = virtual tokens + `tokens` + `num_in_flight_tokens`. The last are
+    tokens that steps in flight will sample.
+
+    A change of `epoch` makes the steps in flight stale. That happens if the sequence leaves the batch, or if the
+    sampler replaces the token that the next step has started from.
     """
 
     __slots__ = (
@@ -64,7 +65,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens in the sequence so far, virtual and pending ones included."""
+        """All tokens so far, virtual ones and those in flight included."""
         return self.num_virtual + len(self.tokens) + self.num_in_flight_tokens
 
     @property
@@ -72,25 +73,25 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def may_end(self) -> bool:
+        """Whether the token that is sampled next may end the text."""
+        return self.num_generated + self.num_in_flight_tokens >= self.params.min_tokens
+
+    @property
     def will_end(self) -> bool:
-        """Whether a pending token is the last one it may have."""
+        """Whether a token in flight is the last that `max_tokens` allows."""
         return (
             self.num_in_flight_tokens > 0 and self.num_generated + self.num_in_flight_tokens >= self.params.max_tokens
         )
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Smaller goes first; keeps its place through preemption."""
-        return (self.priority, self.arrival)
-
-    @property
     def max_length(self) -> int:
-        """The longest this sequence can become."""
+        """The length at which the sequence must end."""
         return self.num_virtual + self.num_prompt + self.params.max_tokens
 
     def logit_rows(self, start: int, count: int) -> range:
-        """Which of the `count` positions from `start` on, counted from there, need their logits: the last one where
-        the sequence samples, or those that come before a token to be scored."""
+        """Which of the `count` positions from `start` on need logits, counted from `start`: the last one if a token is
+        sampled, or those before a token to be scored."""
         first = start - self.num_virtual
         if self.score_from is not None:
             start = max(0, self.score_from - 1 - first)
@@ -106,11 +107,15 @@ class Sequence:
             return "eos"
         return "length" if self.num_generated >= self.params.max_tokens else None
 
-    def hash_blocks(self, count: int, block_size: int) -> list[bytes]:
-        """SHA-256 of the blocks that follow the soft prompt's own full ones, `count` of them or fewer.
+    def failure(self, message: str) -> SequenceOutput:
+        """The last output of a sequence that ends with an error."""
+        return SequenceOutput(self.request_id, self.num_computed, finish_reason="error", error=message)
 
-        Each hash covers everything before it: the chain starts from the soft prompt's content hash and the cache
-        salt, so blocks are only ever shared between sequences with the same soft prompt, salt and tokens.
+    def hash_blocks(self, count: int, block_size: int) -> list[bytes]:
+        """SHA-256 of up to `count` full blocks that follow the soft prompt's own full blocks.
+
+        Each hash covers all blocks before it. The chain starts from the soft prompt's content hash and the cache salt,
+        so that only sequences with the same soft prompt, salt and tokens share blocks.
         """
         hashes = self.block_hashes
         first = self.num_virtual // block_size

@@ -1,4 +1,4 @@
-"""The KV blocks of sequences: shared with a soft prompt, reused by content, new; given back when they leave."""
+"""The KV blocks of a sequence: shared with its soft prompt, reused from other sequences, or newly allocated."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt, SoftPrompt
 
 
 class SequenceBlocks:
-    """Changes sequences' block tables, their pins on soft prompts, and what of them others may reuse."""
+    """Owns the changes to block tables, to pins on soft prompts, and to what other sequences may reuse."""
 
     def __init__(self, pool: BlockPool, soft_prompts: SoftPromptCache) -> None:
         self.pool, self.soft_prompts = pool, soft_prompts
 
     def most(self, sequence: Sequence) -> int:
-        """Blocks that must exist for this sequence to run alone, its soft prompt's partly filled one included."""
+        """The number of blocks that the sequence needs to run alone, the soft prompt's partly filled one included."""
         size = self.pool.block_size
         return -(-sequence.max_length // size) + (1 if sequence.num_virtual % size else 0)
 
     def take(self, sequence: Sequence, prompt: ResidentSoftPrompt | None, spare: int) -> bool:
-        """Blocks for all tokens known so far, if `spare` ones stay free; `num_computed` tells what is in them."""
+        """Give the sequence blocks for its known tokens and set `num_computed`; False if fewer than `spare` would stay
+        free."""
         size = self.pool.block_size
         virtual_blocks = sequence.num_virtual // size
-        # Whatever comes before a token that is sampled or scored is computed anew: its logits are needed.
+        # The position before a sampled or scored token is always computed, because its logits are needed.
         known = len(sequence.tokens) if sequence.score_from is None else sequence.score_from
         reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
         reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
@@ -40,13 +41,13 @@ class SequenceBlocks:
         return True
 
     def copy_of_last(self, sequence: Sequence, prompt: ResidentSoftPrompt) -> tuple[int, int] | None:
-        """(from, to): the soft prompt's partly filled last block; None without one, or if a reused block holds it."""
+        """(from, to) of the soft prompt's partly filled last block. None without one, or if a reused block holds it."""
         if sequence.num_virtual % self.pool.block_size == 0 or sequence.num_computed != sequence.num_virtual:
             return None
         return prompt.blocks[-1], sequence.block_table[sequence.num_virtual // self.pool.block_size]
 
     def grow(self, sequence: Sequence) -> bool:
-        """Room for all tokens known so far and those to come of this step; False when no block is left."""
+        """Add a block if the next token needs one; False if no block is left."""
         if sequence.length <= len(sequence.block_table) * self.pool.block_size:
             return True
         if not self.soft_prompts.make_room(1):
@@ -55,7 +56,7 @@ class SequenceBlocks:
         return True
 
     def register(self, sequence: Sequence, end: int) -> None:
-        """Make the blocks that have been filled, up to position `end`, findable for later sequences."""
+        """Make the blocks that are full, up to position `end`, reusable by later sequences."""
         size = self.pool.block_size
         first = sequence.num_virtual // size
         full = end // size - first

@@ -1,4 +1,4 @@
-"""Which soft prompts lie in KV blocks: loaded on demand, shared by all who name them, evicted when unused."""
+"""The soft prompts in KV blocks: loaded on demand, shared by the sequences that use them, evicted when unused."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ResidentSoftPrompt:
 class SoftPromptCache:
     """Owns one reference to every block of every resident soft prompt.
 
-    A soft prompt is pinned while it loads and while a running sequence uses it; all others are given up, least
-    recently used first, when blocks are needed. What every step asks for costs the same however many are resident.
+    A soft prompt is pinned while it loads and while a running sequence uses it. All others are evicted, least recently
+    used first, when blocks are needed. What a step asks for costs the same however many are resident.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -49,12 +49,12 @@ class SoftPromptCache:
         self.evictions = 0
 
     def __len__(self) -> int:
-        """Those that are ready."""
+        """The number of soft prompts that are ready."""
         return len(self._resident) - len(self._loading)
 
     @property
     def num_blocks(self) -> int:
-        """Of those that are ready."""
+        """The blocks of soft prompts that are ready."""
         return self._ready_blocks
 
     @property
@@ -67,24 +67,28 @@ class SoftPromptCache:
     def all(self) -> list[ResidentSoftPrompt]:
         return list(self._resident.values())
 
+    def blocks_for(self, ref: SoftPromptRef) -> int:
+        """The number of blocks that the soft prompt fills, the last one perhaps in part."""
+        return -(-ref.num_virtual_tokens // self._pool.block_size)
+
     def prefilling(self) -> list[ResidentSoftPrompt]:
-        """Those whose keys and values still have to be computed, oldest first."""
+        """The soft prompts whose keys and values are being computed, oldest first."""
         return [p for p in self._loading.values() if p.state is LoadState.PREFILLING]
 
     def mark_prefilling(self, prompt: ResidentSoftPrompt) -> None:
-        """Its file has been read; its keys and values are to be computed."""
+        """The file has been read: steps compute the keys and values from now on."""
         prompt.state = LoadState.PREFILLING
 
     def mark_ready(self, prompt: ResidentSoftPrompt) -> None:
-        """Its keys and values lie in its blocks."""
+        """The keys and values are in the blocks."""
         if self._loading.pop(prompt.ref.sha256, None) is not None:
             self._ready_blocks += len(prompt.blocks)
         prompt.state = LoadState.READY
 
     def reserve(self, ref: SoftPromptRef, spare: int) -> ResidentSoftPrompt | None:
-        """Take blocks for a soft prompt that is to be read, evicting others; None if that many, and `spare` more for
-        those who run already, cannot be had."""
-        count = -(-ref.num_virtual_tokens // self._pool.block_size)
+        """Allocate blocks for a soft prompt that is to be loaded, evicting others if need be. None if fewer than
+        `spare` blocks would stay free."""
+        count = self.blocks_for(ref)
         if not self.make_room(count + spare):
             return None
         prompt = ResidentSoftPrompt(ref, self._pool.allocate(count))
@@ -92,26 +96,25 @@ class SoftPromptCache:
         return prompt
 
     def acquire(self, prompt: ResidentSoftPrompt) -> None:
-        """Pin for one more running sequence, and share the full blocks with it."""
+        """Pin the soft prompt for one more running sequence, and share the full blocks with it."""
         prompt.users += 1
         self._resident.move_to_end(prompt.ref.sha256)
         self._pool.share(self.shared_blocks(prompt))
 
     def release(self, sha256: str) -> None:
-        """Unpin; the sequence gives its block references back itself."""
+        """Unpin the soft prompt. The sequence releases its references to the blocks itself."""
         prompt = self._resident[sha256]
         prompt.users -= 1
         if prompt.is_retired and prompt.evictable:
             self.drop(sha256)
 
     def shared_blocks(self, prompt: ResidentSoftPrompt) -> list[int]:
-        """The blocks filled by virtual tokens alone; a partly filled last one is copied per sequence instead."""
+        """The blocks that virtual tokens fill. A partly filled last one is copied per sequence instead."""
         return prompt.blocks[: prompt.ref.num_virtual_tokens // self._pool.block_size]
 
     def make_room(self, count: int, *, keep: str | None = None) -> bool:
-        """Evict unused soft prompts, except `keep`, until `count` blocks are free; False if that cannot be.
-
-        Blocks are only given up when that is enough, so that a hopeless wish evicts nobody."""
+        """Evict unused soft prompts, except `keep`, until `count` blocks are free. If that is impossible, evict none
+        and return False."""
         missing = count - self._pool.num_free
         if missing <= 0:
             return True
@@ -128,7 +131,7 @@ class SoftPromptCache:
         return False
 
     def evict_when_unused(self, sha256: str) -> None:
-        """The soft prompt was removed from the store: drop it now, or as soon as no sequence uses it."""
+        """The soft prompt was deleted from the store: drop it now, or as soon as no sequence uses it."""
         prompt = self._resident.get(sha256)
         if prompt is None:
             return
@@ -138,7 +141,7 @@ class SoftPromptCache:
             prompt.is_retired = True
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when the counts kept along the way are not those of the soft prompts."""
+        """Raise AssertionError if the running counts disagree with the soft prompts."""
         prompts = self._resident.values()
         if list(self._loading.values()) != [p for p in prompts if p.state is not LoadState.READY]:
             raise AssertionError("the loading soft prompts are not those that are not ready")
@@ -146,7 +149,7 @@ class SoftPromptCache:
             raise AssertionError("the blocks of ready soft prompts are miscounted")
 
     def drop(self, sha256: str) -> None:
-        """Give its blocks back: it is evicted, or loading it failed."""
+        """Release the blocks of a soft prompt that is evicted, deleted or could not be loaded."""
         prompt = self._resident.pop(sha256)
         if self._loading.pop(sha256, None) is None:
             self._ready_blocks -= len(prompt.blocks)

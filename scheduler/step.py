@@ -1,17 +1,19 @@
-"""What scheduler and model tell each other: a step, and what came of it."""
+"""What the scheduler, the engine and the model tell each other: a step, its result, and its news."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from softbatch.scheduler.protocol import SoftPromptRef, TokenLogprobs
+from softbatch.scheduler.protocol import SequenceOutput, SoftPromptRef, TokenLogprobs
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
 
+TOO_LITTLE_MEMORY = "the device's memory is too small for this"
+
 
 class StepRow(NamedTuple):
-    """`num_tokens` positions of a sequence, from `start` on; it counts for nothing once its epoch is another."""
+    """`num_tokens` positions of a sequence, from `start` on. The row is stale if the sequence's epoch has changed."""
 
     sequence: Sequence
     start: int
@@ -28,7 +30,7 @@ class StepRow(NamedTuple):
 
 
 class SoftPromptPrefill(NamedTuple):
-    """`num_tokens` virtual tokens, from `start` on, of a soft prompt whose keys and values are computed."""
+    """`num_tokens` virtual tokens, from `start` on, of an `embeddings` soft prompt: a chunk of its prefill."""
 
     prompt: ResidentSoftPrompt
     start: int
@@ -40,15 +42,25 @@ class SoftPromptPrefill(NamedTuple):
 
 
 @dataclass(eq=False)
+class StepReport:
+    """The news of one iteration for the front end. With async scheduling, `outputs` are those of the step before."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    soft_prompt_load_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Step:
-    """What one iteration computes: rows of new tokens, after `copies` of whole blocks (source, target)."""
+    """What one iteration computes: `rows` of sequences and `prefills` of soft prompts, after `copies` of whole blocks
+    (source, target). `soft_prompts_to_load` are to be read meanwhile; `report` fills up as the step is made and run."""
 
     rows: list[StepRow] = field(default_factory=list)
     prefills: list[SoftPromptPrefill] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     soft_prompts_to_load: list[SoftPromptRef] = field(default_factory=list)
-    admitted: list[str] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
+    report: StepReport = field(default_factory=StepReport)
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +71,7 @@ class Step:
 
 
 class OutOfDeviceMemory(Exception):
-    """The device had too little memory left for a step; nothing of the step counts, and it may be run again."""
+    """The device had too little memory left for a step. The step has changed nothing and may be run again."""
 
 
 class DeviceLost(RuntimeError):
@@ -68,9 +80,10 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """The sampled token of each row that reached its end, by request id; `errors` names rows that failed alone.
+    """What a step has computed, by request id: sampled `tokens`, their `logprobs`, `scores`, and `errors` of rows that
+    failed alone. `prefill_errors` are by the content hash of a soft prompt.
 
-    `resampled` names rows whose token is not the one that a step launched meanwhile has taken for it."""
+    `resampled` names sequences for which the next step, already in flight, was launched with another token."""
 
     tokens: dict[str, int]
     logprobs: dict[str, TokenLogprobs]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
+from softbatch.scheduler.policy import precedence
 from softbatch.scheduler.sequence import Sequence
 
 
 class WaitingQueueFull(Exception):
-    """The waiting queue holds as many sequences as it may."""
+    """The waiting queue holds `max_size` sequences."""
 
 
 class WaitingQueue:
-    """Sequences that are not running, by priority, then arrival; owns the truth of who waits.
+    """Owns the sequences that are not running, in order of precedence.
 
-    A sequence parked on a soft prompt keeps its place and its share of the bound, but is not offered until
-    the soft prompt is unparked. Preempted sequences come back with `push(…, bounded=False)`: they were accepted
-    before and their old arrival puts them first.
+    A sequence parked on a soft prompt counts as waiting and keeps its precedence, but `peek` does not show it until
+    `unpark`. A preempted sequence returns by `push(…, bounded=False)`, for it has been accepted before.
     """
 
     def __init__(self, max_size: int) -> None:
@@ -39,10 +39,10 @@ class WaitingQueue:
             raise WaitingQueueFull
         self._members[sequence.request_id] = sequence
         self.num_tokens += sequence.length
-        heapq.heappush(self._heap, (sequence.order, sequence))
+        heapq.heappush(self._heap, (precedence(sequence), sequence))
 
     def peek(self) -> Sequence | None:
-        """The next one to admit, or None when nobody can be offered."""
+        """The next sequence to admit, or None if there is none or all are parked."""
         while self._heap:
             sequence = self._heap[0][1]
             if self._waits(sequence):
@@ -53,30 +53,30 @@ class WaitingQueue:
     def pop(self) -> Sequence:
         """Take the sequence that `peek` showed."""
         sequence = heapq.heappop(self._heap)[1]
-        self._forget(sequence)
+        self._drop(sequence)
         return sequence
 
     def park(self, key: str) -> None:
-        """Set the sequence that `peek` showed aside until `unpark(key)`."""
+        """Hide the sequence that `peek` showed until `unpark(key)`."""
         self._parked.setdefault(key, []).append(heapq.heappop(self._heap)[1])
 
     def unpark(self, key: str) -> list[Sequence]:
-        """Offer those parked on `key` again, each at its old place; returns them."""
+        """Let `peek` show the sequences parked on `key` again; returns them."""
         parked = [s for s in self._parked.pop(key, []) if self._waits(s)]
         for sequence in parked:
-            heapq.heappush(self._heap, (sequence.order, sequence))
+            heapq.heappush(self._heap, (precedence(sequence), sequence))
         return parked
 
     def remove(self, request_id: str) -> Sequence | None:
-        """Take a sequence out wherever it stands; None if it is not waiting."""
+        """Remove a sequence, parked or not; None if it is not waiting."""
         sequence = self._members.get(request_id)
         if sequence is not None:
-            self._forget(sequence)
+            self._drop(sequence)
             self._sweep()
         return sequence
 
     def _sweep(self) -> None:
-        """Keep those who left from piling up behind a blocked head: memory stays in proportion to who waits."""
+        """Delete entries of removed sequences behind a blocked head, so that memory stays bounded by the queue."""
         if len(self._heap) > 2 * len(self._members) + 16:
             self._heap = [entry for entry in self._heap if self._waits(entry[1])]
             heapq.heapify(self._heap)
@@ -87,6 +87,6 @@ class WaitingQueue:
     def _waits(self, sequence: Sequence) -> bool:
         return self._members.get(sequence.request_id) is sequence
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _drop(self, sequence: Sequence) -> None:
         del self._members[sequence.request_id]
         self.num_tokens -= sequence.length

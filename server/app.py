@@ -7,7 +7,9 @@ from fastapi.responses import RedirectResponse, Response
 
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import BodyLimitMiddleware
+from softbatch.server.http.docs_page import install_docs
 from softbatch.server.http.errors import install_handlers
+from softbatch.server.http.request_log import RequestLogMiddleware
 from softbatch.server.routes import ROUTERS
 from softbatch.server.services import Services
 from softbatch.server.version import VERSION
@@ -19,6 +21,8 @@ def create_app(services: Services) -> FastAPI:
         version=VERSION,
         summary="Language model serving with continuous batching and compressed prompts",
         description=_DESCRIPTION,
+        docs_url=None,  # FastAPI's own pages load scripts from other hosts
+        redoc_url=None,
     )
     app.state.services = services
     for router in ROUTERS:
@@ -32,9 +36,11 @@ def create_app(services: Services) -> FastAPI:
     def root() -> RedirectResponse:
         return RedirectResponse("/docs")
 
+    install_docs(app, has_keys=bool(services.settings.api_key or services.settings.admin_key))
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_upload_bytes=services.settings.max_prompt_mib << 20)
-    app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key)
+    app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key, admin_keys=services.settings.admin_key)
+    app.add_middleware(RequestLogMiddleware)
     return app
 
 

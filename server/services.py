@@ -11,15 +11,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.requests.admission import Admission
-from softbatch.server.requests.engine_client import EngineClient, StartupError
+from softbatch.server.requests.engine_client import EngineClient
+from softbatch.server.requests.engine_supervisor import EngineSupervisor, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
 from softbatch.server.requests.prompt_encoder import PromptEncoder
@@ -35,10 +36,12 @@ class Services:
     """The parts that routes use, made once at start."""
 
     settings: Settings
+    supervisor: EngineSupervisor
     engine: EngineClient
+    admission: Admission
     generator: Generator
     scorer: Scorer
-    store: PromptStore
+    store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
@@ -59,18 +62,23 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
     with contextlib.ExitStack() as exits:
         # The sockets' paths are short, for ipc:// allows about 100 characters.
         directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="softbatch-", ignore_cleanup_errors=True))
-        engine = EngineClient(_engine_config(settings), Path(directory), metrics)
+        supervisor = EngineSupervisor(_engine_config(settings), Path(directory))
+        engine = EngineClient(supervisor, metrics)
         try:
-            ready = await engine.start()
+            ready = await supervisor.start(engine)
             since = time.monotonic()
-            tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
+            tokenizer = await asyncio.to_thread(load_tokenizer, ready.model.tokenizer_path)
             text = TextProcessor(tokenizer, ready.model.max_model_len)
             logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
-            encoder = PromptEncoder(text, ready.model.vocab_size, ready.model.max_model_len)
+            encoder = PromptEncoder(
+                text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
+            )
             spec = ready.model.spec
             leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
-            admission = Admission(engine, leases)
+            admission = Admission(
+                engine, leases, metrics, slots=settings.max_batch_size, max_waiting=settings.max_queue_size
+            )
             metrics.watch(
                 waiting=lambda: engine.num_waiting,
                 running=lambda: engine.num_running,
@@ -78,12 +86,14 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             )
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
-            jobs = CompressionJobs(store, spec, metrics.registry, lambda: engine.draining)
+            jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
             async with jobs.running() as compressions:
                 yield Services(
                     settings=settings,
+                    supervisor=supervisor,
                     engine=engine,
-                    generator=Generator(admission, text, encoder, settings.seed),
+                    admission=admission,
+                    generator=Generator(admission, text, encoder, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,
@@ -95,10 +105,11 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 )
             await checking
         finally:
-            await engine.stop()
+            await supervisor.stop()
+            engine.fail_all("the server is shutting down")
 
 
-def _warn_of_broken(store: PromptStore) -> None:
+def _warn_of_broken(store: SoftPromptStore) -> None:
     """Reads every soft prompt once, in a thread: with many of them that takes a while."""
     for name, reason in store.broken():
         logger.warning("soft prompt %s cannot be used: %s", name, reason)

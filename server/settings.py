@@ -54,6 +54,12 @@ class Settings(BaseSettings):
         le=16_777_216,
         description="longest sequence, virtual tokens included; default: the model's",
     )
+    default_max_tokens: int = Field(
+        1024,
+        ge=1,
+        le=16_777_216,
+        description="most tokens of an answer whose request names no limit, as chats may; cut off by the window",
+    )
     max_queue_size: int = Field(
         256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
     )
@@ -70,6 +76,20 @@ class Settings(BaseSettings):
     async_scheduling: Literal["auto", "on", "off"] = Field(
         "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
     )
+    max_connections: int = Field(4096, ge=1, le=1_000_000, description="open connections; further ones get 503")
+    max_connections_per_address: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="of one client address; default: no limit, as behind a proxy all have one address",
+    )
+    max_header_bytes: int = Field(32_768, ge=1024, le=1 << 20, description="of a request's address and headers")
+    max_headers: int = Field(100, ge=10, le=10_000, description="of a request")
+    head_timeout: float = Field(15, gt=0, le=3600, description="seconds in which a request's headers must be there")
+    body_timeout: float = Field(
+        60, gt=0, le=3600, description="seconds in which its body must be there; a second more for each 16 KiB of it"
+    )
+    keep_alive_timeout: int = Field(75, ge=1, le=3600, description="seconds that an idle connection is kept open")
     prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -77,9 +97,18 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
         description="key that clients must send as a bearer token; repeat it or separate keys with commas",
     )
+    admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
+        "is one, an --api-key may not",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least serious lines of the log that are written; info has a line for each request"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "admin_key", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value
@@ -90,6 +119,12 @@ class Settings(BaseSettings):
             return tuple(key for part in parts for key in part.replace(",", " ").split())
         return value
 
+    @field_validator("port", mode="before")
+    @classmethod
+    def _not_of_kubernetes(cls, value: object) -> object:
+        """Kubernetes sets SOFTBATCH_PORT to an address in every container beside a service that is named softbatch."""
+        return cls.model_fields["port"].default if str(value).startswith("tcp://") else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.max_batch_tokens < self.max_batch_size:
@@ -97,7 +132,7 @@ class Settings(BaseSettings):
                 f"--max-batch-tokens {self.max_batch_tokens} is less than --max-batch-size {self.max_batch_size}: "
                 "every running sequence needs one token of each step"
             )
-        if not self.api_key and self.host not in LOOPBACK:
+        if not (self.api_key or self.admin_key) and self.host not in LOOPBACK:
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
             )

@@ -12,10 +12,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is loaded: its kernels then run on the CPU
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
-from tests.support.models import TINY_CONFIGS, Reference, load_reference
+from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
+
+FEW_TOKENS = 4096
 
 
 @pytest.fixture(scope="session")
@@ -25,21 +27,25 @@ def smollm2() -> Reference:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Directories of tiny random models whose outputs vary: the weights are spread wider than at initialisation."""
+    """Directories of tiny random models with the embedded model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path)
-    paths = {}
-    for name, config in TINY_CONFIGS.items():
-        torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0, 0.15)
-        path = tmp_path_factory.mktemp("models") / name
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        paths[name] = str(path)
-    return paths
+    return {
+        name: save_tiny(config, tokenizer, tmp_path_factory.mktemp("models") / name)
+        for name, config in TINY_CONFIGS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_compressible(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model to compress contexts with: a window that holds one, and a vocabulary that costs little to compare.
+
+    Most of a compression's time goes into distributions over the whole vocabulary.
+    """
+    config = tiny_config("llama", vocab_size=FEW_TOKENS, max_position_embeddings=2048)
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny(config, AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path), path)
+    keep_first_tokens(path, FEW_TOKENS)
+    return str(path)
 
 
 @pytest.fixture(scope="session", params=sorted(TINY_CONFIGS))

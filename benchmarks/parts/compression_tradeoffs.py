@@ -83,15 +83,15 @@ class Prepared:
 def prepare(example: str, model: str, questions: int, out: Path) -> Prepared:
     text = (ROOT / "examples" / example / "context.md").read_text()
     files = ModelFiles.open(ModelChoice(model))
-    tokens = files.count_tokens(text, None)
-    bench = CompressionSession.open(files, tokens, ANSWER_TOKENS, MAX_PROMPT_BYTES)
-    context = Context(bench.decoder, bench.tokenizer, text, None, ANSWER_TOKENS)
+    tokenized = files.context(text, None, ANSWER_TOKENS)
+    bench = CompressionSession.open(files, tokenized, MAX_PROMPT_BYTES)
+    context = Context(bench.decoder, tokenized)
 
     def answered(path: Path, examples: list[Example]) -> list[Example]:
         done = load_jsonl(path) if path.exists() else []
         while len(done) < len(examples):
             part = examples[len(done) : len(done) + 128]
-            answers = with_gold(context, part, bench.generate, ANSWER_TOKENS)
+            answers = with_gold(context, part, bench.generate)
             done += [a if (a.output or "").strip() else q for a, q in zip(answers, part, strict=True)]
             save_jsonl(done, path)
             print(f"gold answers: {len(done)} of {len(examples)}", flush=True)

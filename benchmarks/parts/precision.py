@@ -17,6 +17,7 @@ import torch
 from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
 from softbatch.scheduler.model.loader import load_transformers
@@ -40,7 +41,7 @@ class Decoder:
 
     def __init__(self, dtype: torch.dtype, weights: str, packing: str = "none") -> None:
         model, self.tokenizer = load_transformers(resolve(EMBEDDED_ALIAS), dtype, CPU)
-        if not supports(model, dtype):
+        if not (supports(model, dtype) and build_kernels()):
             raise SystemExit("the kernels cannot be built here; see the warning above")
         prompt = load(EXAMPLES / "manual" / "manual.safetensors", 1 << 30)
         self.virtual = prompt.manifest.num_virtual_tokens

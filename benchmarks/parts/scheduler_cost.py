@@ -71,7 +71,7 @@ def _fill_cache(scheduler: Scheduler) -> None:
         while scheduler.has_work:
             step = scheduler.schedule()
             for read in step.soft_prompts_to_load:
-                scheduler.soft_prompt_ready(read.sha256)
+                scheduler.soft_prompt_loads.finish(read.sha256)
             result = sampled(step)
             scheduler.mark_in_flight(step)
             scheduler.postprocess(step, result)

@@ -6,6 +6,7 @@ a ramp until every client has had its first token, then a window of fixed length
     make bench                         everything, three rounds, about half an hour
     make bench ARGS=--quick            one short round
     make bench ARGS="--servers softbatch,vllm --workloads hot,many"
+    make bench ARGS="--servers softbatch --before ../main"      beside another checkout of softbatch
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from benchmarks.flags import names_of
 from benchmarks.machine import machine
 from benchmarks.serving.peers import BENCH, Unavailable
 from benchmarks.serving.plot import draw
-from benchmarks.serving.servers import Launch, Server, llama, softbatch, vllm
+from benchmarks.serving.servers import Launch, Server, llama, softbatch, softbatch_before, vllm
 from benchmarks.serving.soft_prompts import register
-from benchmarks.serving.tables import Run, describe
+from benchmarks.serving.tables import BEFORE, Run, describe
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.bench.figures import Objective
 from softbatch.server.bench.load import Plan
@@ -75,14 +76,15 @@ class Cell:
 
 
 def plan_of(options: argparse.Namespace, servers: Sequence[str]) -> list[Cell]:
-    """Servers take turns within each cell of the table, so that a machine's slow minute meets them all."""
+    """Servers take turns within each cell of the table, so that a machine's slow minute meets them all. Every other
+    round has them in the opposite order."""
     return [
         Cell(number, workload, concurrency, server)
         for number in range(options.rounds)
         for workload in options.workloads
         for concurrency in CONCURRENCY[workload]
         if not options.concurrency or concurrency in options.concurrency
-        for server in servers
+        for server in (servers if number % 2 == 0 else servers[::-1])
         if _is_asked(workload, server)
     ]
 
@@ -92,7 +94,7 @@ def _is_asked(workload: str, server: str) -> bool:
     A packed KV cache is for *hot*, where its memory is watched."""
     if server.startswith("softbatch-kv"):
         return workload == "hot"
-    return workload in ("plain", "short") or server in ("softbatch", "vllm")
+    return workload in ("plain", "short") or server in ("softbatch", BEFORE, "vllm")
 
 
 def launches(options: argparse.Namespace) -> Iterator[tuple[str, Launch | Unavailable]]:
@@ -106,7 +108,9 @@ def launches(options: argparse.Namespace) -> Iterator[tuple[str, Launch | Unavai
         "softbatch-kv-int8": lambda port: softbatch(port, store, kv_cache_dtype="int8"),
         "softbatch-kv-k6v4": lambda port: softbatch(port, store, kv_cache_dtype="k6v4"),
     }
-    for number, name in enumerate(options.servers):
+    if options.before:
+        makers[BEFORE] = lambda port: softbatch_before(options.before, port, store)
+    for number, name in enumerate([*options.servers, *([BEFORE] if options.before else [])]):
         try:
             yield name, makers[name](options.port + number)
         except Unavailable as error:
@@ -229,6 +233,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round with windows half as long")
     parser.add_argument("--rounds", type=int, help="default: 3")
     parser.add_argument("--servers", type=names_of(SERVERS), default=list(SERVERS))
+    parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout of softbatch, measured in turn")
     parser.add_argument("--workloads", type=names_of(CONCURRENCY), default=list(CONCURRENCY))
     parser.add_argument("--concurrency", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--port", type=int, default=8390, help="the first of a few ports")

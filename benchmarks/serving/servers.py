@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,26 @@ class Launch:
 
 def softbatch(port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto") -> Launch:
     """With the flags a user would choose for this load."""
-    command = [sys.executable, "-m", "softbatch", "serve", "--port", str(port), "--dtype", "bfloat16"]
+    return _softbatch(PROJECT, "softbatch", port, store, quantization, kv_cache_dtype)
+
+
+def softbatch_before(checkout: Path, port: int, store: Path) -> Launch:
+    """Another checkout of softbatch. Raises Unavailable."""
+    for package in ("softbatch", "server"):  # older checkouts have no package of softbatch's name
+        if (checkout / package / "__main__.py").exists():
+            launch = _softbatch(checkout.resolve(), package, port, store)
+            return replace(launch, name="softbatch-before")
+    raise Unavailable(f"{checkout} is no checkout of softbatch")
+
+
+def _softbatch(
+    checkout: Path, package: str, port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto"
+) -> Launch:
+    command = [sys.executable, "-m", package, "serve", "--port", str(port), "--dtype", "bfloat16"]
     command += ["--max-batch-size", "64", "--prompt-store", str(store)]
     command += ["--quantization", quantization, "--kv-cache-dtype", kv_cache_dtype]
     formats = [quantization] * (quantization != "none") + [f"kv-{kv_cache_dtype}"] * (kv_cache_dtype != "auto")
-    return Launch("-".join(["softbatch", *formats]), tuple(command), {"PYTHONPATH": str(PROJECT)}, soft_prompts=True)
+    return Launch("-".join(["softbatch", *formats]), tuple(command), {"PYTHONPATH": str(checkout)}, soft_prompts=True)
 
 
 def vllm(port: int) -> Launch:

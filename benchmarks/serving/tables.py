@@ -81,6 +81,7 @@ TARGETS = (
     Target("softbatch", "vllm", ("hot",), "requests/s", requests_per_second, {8: 3.0, 32: 4.0}),
     Target("softbatch", "vllm", ("many",), "requests/s", requests_per_second, {8: 15.0, 32: 25.0}),
 )
+BEFORE = "softbatch-before"
 READY_SECONDS = 15.0
 KV_RATIO = 15.0
 
@@ -129,6 +130,7 @@ def describe(head: Mapping[str, Any], runs: Sequence[Run]) -> str:
             table = list(_table(results, workload, measure))
             lines += [*table, ""] if table else []
     lines += ["### Ratios", "", "| ratio | target | reached | |", "|---|---|---|---|", *_ratios(results), ""]
+    lines += [*_beside_before(results)]
     lines += [*_first_token(results), *_kv(results), *_ready(head["ready_seconds"]), "", *_client(runs)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -162,6 +164,27 @@ def _ratios(results: Results) -> Iterator[str]:
                 if ratio is not None:
                     what = f"{workload} at {concurrency}: {target.ours} ÷ {target.peer}, {target.unit}"
                     yield f"| {what} | ≥ {least:g} | {ratio:.2f} | {_verdict(ratio >= least)} |"
+
+
+def _beside_before(results: Results) -> Iterator[str]:
+    """The median of each round's ratio: the two servers of a round are measured one right after the other."""
+    if not {"softbatch", BEFORE} <= set(results.servers):
+        return
+    yield from (
+        "### Beside the other checkout, output tokens/s",
+        "",
+        "| workload | concurrency | ratio |",
+        "|---|---|---|",
+    )
+    for workload in results.workloads:
+        for concurrency in results.concurrencies(workload):
+            now, then = (
+                results.values(name, workload, concurrency, tokens_per_second) for name in ("softbatch", BEFORE)
+            )
+            ratios = [ours / theirs for ours, theirs in zip(now, then, strict=False) if theirs]
+            if ratios:
+                yield f"| {workload} | {concurrency} | {_cell(ratios)} |"
+    yield ""
 
 
 def _first_token(results: Results) -> Iterator[str]:

@@ -4,9 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES
 from softbatch.prompt_store.compression.objectives import weight_of_nll
 from softbatch.prompt_store.compression.training.matching import MatchingSettings
 from softbatch.prompt_store.compression.training.student import Kind
+from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
+
+# The manifest of a soft prompt keeps the instruction; longer texts do not fit there.
+MAX_INSTRUCTION_CHARS = 4096
+MAX_MINUTES = 30 * 24 * 60
+# The smallest and the largest value of a setting, wherever it is asked for.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "virtual_tokens": (2, MAX_VIRTUAL_TOKENS),
+    "steps": (1, 1_000_000),
+    "questions": (0, MAX_EXAMPLES),
+    "model_questions": (0, 10_000),
+    "held_out": (4, 10_000),
+    "free_answers": (0, 1_000),
+    "max_answer_tokens": (4, 4_096),
+    "batch_size": (1, 1_024),
+    "learning_rate": (1e-8, 10),
+    "matching_steps": (0, 100_000),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -43,31 +63,16 @@ class CompressionSettings:
         weight_of_nll(self.objective, self.alpha)
         if self.steps is None and self.minutes is None:
             raise ValueError("give minutes or steps")
-        if self.minutes is not None and not 0 < self.minutes <= 30 * 24 * 60:
-            raise ValueError(f"minutes must lie between 0 and {30 * 24 * 60}, got {self.minutes}")
-        for name, low, high in _BOUNDS:
+        if self.minutes is not None and not 0 < self.minutes <= MAX_MINUTES:
+            raise ValueError(f"minutes must lie between 0 and {MAX_MINUTES}, got {self.minutes}")
+        for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not low <= value <= high):
                 raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
-        if self.instruction is not None and len(self.instruction) > 20_000:
-            raise ValueError("instruction is longer than 20000 characters")
+        if self.instruction is not None and len(self.instruction) > MAX_INSTRUCTION_CHARS:
+            raise ValueError(f"instruction is longer than {MAX_INSTRUCTION_CHARS} characters")
 
     @property
     def seconds(self) -> float | None:
         """The budget for the whole run, None when steps bound it."""
         return None if self.steps is not None or self.minutes is None else self.minutes * 60.0
-
-
-_BOUNDS: tuple[tuple[str, float, float], ...] = (
-    ("virtual_tokens", 2, 65_536),
-    ("steps", 1, 1_000_000),
-    ("questions", 0, 100_000),
-    ("model_questions", 0, 10_000),
-    ("held_out", 4, 10_000),
-    ("free_answers", 0, 1_000),
-    ("max_answer_tokens", 4, 4_096),
-    ("batch_size", 1, 1_024),
-    ("learning_rate", 1e-8, 10),
-    ("matching_steps", 0, 100_000),
-    ("seed", 0, 2**63 - 1),
-)

@@ -6,7 +6,6 @@ already spent counts against the budget.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,10 +28,11 @@ from softbatch.prompt_store.compression.evaluation.evaluation import (
     save_measured,
 )
 from softbatch.prompt_store.compression.evaluation.report import break_even, build_report, thinned, write_report
-from softbatch.prompt_store.compression.frozen.context import Context, sha256_of
+from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.hidden_states import (
     Observed,
@@ -43,7 +43,7 @@ from softbatch.prompt_store.compression.training.hidden_states import (
 from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingResult, TrainingSettings
-from softbatch.prompt_store.compression.work_directory import JobDirectory, load_states, save_states
+from softbatch.prompt_store.compression.work_directory import JobDirectory, identity_of, load_states, save_states
 
 # Shares of a time budget after which a phase takes what it has and goes on.
 HELD_OUT_SHARE = 0.05
@@ -58,15 +58,6 @@ SMALL_BUDGET = 300.0
 TEACHER_BATCH = 8
 EVALUATION_STEPS = 7
 MATCHING_FILE = "matching.safetensors"
-
-
-def identity_of(settings: CompressionSettings, context: str, user_examples: Sequence[Example]) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
-    return {
-        "settings": asdict(settings),
-        "context": sha256_of(context),
-        "user_examples": hashlib.sha256(repr(list(user_examples)).encode()).hexdigest(),
-    }
 
 
 class Stopped(Exception):
@@ -88,15 +79,12 @@ class Compression:
     """One compression of one context. `generate` answers prompts greedily (see data.examples.Generate): every prompt
     begins with the same context tokens, except that a long context's segments come one after another. `opening` seconds
     of the budget have gone into opening the model.
-
-    Raises ValueError (DataError, TemplateError) for bad input before any work is done.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: Any,
-        context: str,
+        context: TokenizedContext,
         settings: CompressionSettings,
         generate: Generate,
         directory: Path,
@@ -108,15 +96,13 @@ class Compression:
         opening: float = 0.0,
     ) -> None:
         self.decoder, self.settings, self.generate = decoder, settings, generate
-        self.context = Context(decoder, tokenizer, context, settings.instruction, settings.max_answer_tokens)
-        self.context.check_length(settings.virtual_tokens)
-        self.context.check_questions(user_examples)
+        self.context = Context(decoder, context)
         self.user_examples, self.wrong_prefix, self.clock = list(user_examples), wrong_prefix, clock
         self.on_progress, self.should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
         self.opening = opening
         self.budget = None if settings.seconds is None else max(1.0, settings.seconds - opening)
         self.directory = directory
-        self.job = JobDirectory(directory, identity_of(settings, context, self.user_examples), clock)
+        self.job = JobDirectory(directory, identity_of(settings, context.text, self.user_examples), clock)
 
     @property
     def _haste(self) -> float:
@@ -185,14 +171,14 @@ class Compression:
         facts = self._facts(tensors, pairs, result, prefill_seconds)
         report = build_report(evaluation, sigma, baselines, off_topic, facts)
         write_report(report, self.directory)
-        return Outcome(settings.kind, tensors, report, context.sha256, context.num_tokens)
+        return Outcome(settings.kind, tensors, report, context.tokenized.sha256, context.num_tokens)
 
     def _questions(self) -> list[Example]:
         """All questions, the user's first, without answers of the model yet; the same on every call."""
         path = self.directory / "questions.jsonl"
         if path.exists():
             return load_jsonl(path)
-        settings, text = self.settings, self.context.text
+        settings, text = self.settings, self.context.tokenized.text
         count = settings.questions + settings.held_out
         own: list[Example] = []
         if settings.model_questions:
@@ -204,7 +190,7 @@ class Compression:
             own = own[: settings.model_questions]
         templates = template_questions(text, count, settings.seed)
         examples = merge(self.user_examples, own + templates, text, count + len(self.user_examples))
-        save_jsonl(self.context.placed(examples), path)
+        save_jsonl(self.context.tokenized.placed(examples), path)
         self.on_progress(Progress("self_study", len(examples), len(examples)))
         return load_jsonl(path)  # as a resumed run reads them, positions rounded
 
@@ -218,7 +204,7 @@ class Compression:
             if self._is_late(share) and len(done) >= self.settings.batch_size:
                 break
             batch = examples[len(done) : len(done) + size]
-            for example in with_gold(self.context, batch, self.generate, self.settings.max_answer_tokens):
+            for example in with_gold(self.context, batch, self.generate):
                 # The file has no empty answers; one that echoes the question is as unusable.
                 empty = not (example.output or "").strip()
                 done.append(replace(example, output=example.input) if empty else example)

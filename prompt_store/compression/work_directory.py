@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softbatch.prompt_store.atomic_files import replace_file
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.frozen.tokenized_context import sha256_of
 
 
 def save_states(states: Sequence[Tensor], path: Path) -> None:
@@ -29,6 +34,15 @@ def load_states(path: Path) -> list[Tensor]:
         return list(torch.split(tensors["states"], tensors["sizes"].tolist()))
     except (OSError, KeyError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"resume: {path.name} in the work directory cannot be read: {error}") from None
+
+
+def identity_of(settings: CompressionSettings, context: str, user_examples: Sequence[Example]) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    return {
+        "settings": asdict(settings),
+        "context": sha256_of(context),
+        "user_examples": hashlib.sha256(repr(list(user_examples)).encode()).hexdigest(),
+    }
 
 
 def seconds_spent(work: Path, identity: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Name -> soft prompt, on a directory that is itself the registry: one `<name>.safetensors` per prompt."""
+"""The store that is a directory: one `<name>.safetensors` per soft prompt, and no other state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import socket
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +25,10 @@ from softbatch.prompt_store.soft_prompt_file import (
     load,
     read_manifest,
 )
+from softbatch.prompt_store.stores.store import NameTaken as NameTaken
+from softbatch.prompt_store.stores.store import SoftPromptStore, Version
+from softbatch.prompt_store.stores.store import StoredPrompt as StoredPrompt
+from softbatch.prompt_store.stores.store import UnknownPrompt as UnknownPrompt
 
 _SUFFIX = ".safetensors"
 # A dot at the start: no prompt name begins with one, so a temporary file is never listed.
@@ -36,42 +39,12 @@ _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSU
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 _CHUNK = 1 << 20
 
-Version = tuple[int, int, int, int]
 
-
-class NameTaken(SoftPromptError):
-    """Another soft prompt has this name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"a soft prompt named '{name}' exists already", param="name", code="name_taken")
-
-
-class UnknownPrompt(SoftPromptError):
-    """No soft prompt has this name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"there is no soft prompt named '{name[:128]}'", param="soft_prompt", code="unknown_prompt")
-
-
-@dataclass(frozen=True)
-class StoredPrompt:
-    """A registered soft prompt. `sha256` is over the file's bytes and is its identity in every cache;
-    `created_at` is when it was registered, in Unix seconds."""
-
-    name: str
-    path: Path
-    sha256: str
-    num_bytes: int
-    manifest: Manifest
-    created_at: int
-    version: Version = field(repr=False)
-
-
-class PromptStore:
+class PromptStore(SoftPromptStore):
     """The directory is the only state, so any number of processes and hosts may share it.
 
-    Prompts never change under their name: a file appears whole (by link) and goes (by unlink). `max_bytes`
-    bounds each file. Adding needs a file system with hard links. Methods block on the disk; thread-safe.
+    A file appears whole (by link) and goes (by unlink). `max_bytes` bounds each file. Adding needs a file system with
+    hard links.
     """
 
     def __init__(self, root: Path, max_bytes: int) -> None:
@@ -82,16 +55,11 @@ class PromptStore:
         self._remove_stale_temps()
 
     def check_free(self, name: str) -> None:
-        """A cheap look before an upload; `add` decides. Raises SoftPromptError invalid_name, or NameTaken."""
         check_name(name)
         if self._path(name).exists():
             raise NameTaken(name)
 
     def add(self, name: str, file: Path, spec: ModelSpec | None = None) -> StoredPrompt:
-        """Register a copy of `file`, whole or not at all, after checking all of it, and that it fits `spec`.
-
-        Raises SoftPromptError (invalid_name, or what `load` and `check_fits` raise), or NameTaken.
-        """
         self.check_free(name)
         temp = self.root / f".add-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}"
         try:
@@ -113,10 +81,7 @@ class PromptStore:
         return stored
 
     def get(self, name: str) -> StoredPrompt:
-        """One stat when the file is known; otherwise its header and hash are read.
-
-        Raises UnknownPrompt, or SoftPromptError when the file under this name is broken.
-        """
+        """One stat if the file is known; otherwise its header and hash are read."""
         if not is_name(name):
             raise UnknownPrompt(name)
         try:
@@ -134,15 +99,15 @@ class PromptStore:
         return found
 
     def list(self) -> Sequence[StoredPrompt]:
-        """All usable soft prompts, sorted by name."""
         return [found for _, found in self._scan() if isinstance(found, StoredPrompt)]
 
     def broken(self) -> Sequence[tuple[str, str]]:
-        """(name, reason) of every file in the directory that is no usable soft prompt, sorted by name."""
         return [(name, str(found)) for name, found in self._scan() if isinstance(found, SoftPromptError)]
 
+    def changed_at(self) -> int:
+        return self.root.stat().st_mtime_ns
+
     def remove(self, name: str) -> None:
-        """Forget the name; leases keep the content. Raises UnknownPrompt."""
         if not is_name(name):
             raise UnknownPrompt(name)
         try:
@@ -154,18 +119,13 @@ class PromptStore:
         sync(self.root)
 
     def export(self, name: str, path: Path) -> None:
-        """Copy the file to `path` in one step. Raises UnknownPrompt."""
         stored = self.get(name)
         with replacing(path) as temp:
             self._copy_content(stored, temp)
         sync(path.parent)
 
     def lease(self, stored: StoredPrompt, directory: Path) -> Path:
-        """`<directory>/<sha256>.safetensors` with this very content, which stays when the name is removed.
-
-        A hard link where possible, otherwise a copy; the caller owns the directory and deletes from it.
-        Raises UnknownPrompt when the content is already gone.
-        """
+        """A hard link if possible, otherwise a copy, named `<sha256>.safetensors`."""
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / f"{stored.sha256}{_SUFFIX}"
         if target.exists():

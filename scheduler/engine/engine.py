@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from softbatch.scheduler.engine.soft_prompt_loader import Reading, SoftPromptReader
+from softbatch.scheduler.engine.soft_prompt_loader import SoftPromptLoader, SoftPromptRunner
 from softbatch.scheduler.protocol import (
     AddRequest,
     CancelRequest,
@@ -16,18 +16,15 @@ from softbatch.scheduler.protocol import (
     EngineStats,
     Ready,
     SequenceOutput,
-    SoftPromptRef,
     StepOutput,
 )
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
-from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt
-from softbatch.scheduler.step import DeviceLost, OutOfDeviceMemory, Step, StepResult
+from softbatch.scheduler.step import TOO_LITTLE_MEMORY, OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:
-    from softbatch.scheduler.model.runner import StagedSoftPrompt
+    from softbatch.scheduler.model.source import ModelSource
 
 logger = logging.getLogger(__name__)
-_TOO_SMALL = "the device's memory is too small for this"
 
 
 class SubmittedStep(Protocol):
@@ -38,21 +35,11 @@ class SubmittedStep(Protocol):
         ...
 
 
-class ModelRunner(Protocol):
+class ModelRunner(SoftPromptRunner, Protocol):
     """What the engine asks of the model side."""
 
     def launch(self, step: Step) -> SubmittedStep:
-        """Raises OutOfDeviceMemory."""
-        ...
-
-    def prepare_to_read(self) -> None:
-        """Called in the thread that reads soft prompts."""
-        ...
-
-    def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt: ...
-
-    def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
-        """Raises OutOfDeviceMemory."""
+        """Raises OutOfDeviceMemory and DeviceLost."""
         ...
 
 
@@ -63,8 +50,10 @@ class _FailedStep:
     step: Step
 
     def result(self) -> StepResult:
-        errors = {row.sequence.request_id: _TOO_SMALL for row in self.step.rows}
-        return StepResult({}, {}, {}, errors, {prefill.prompt.ref.sha256: _TOO_SMALL for prefill in self.step.prefills})
+        errors = {row.sequence.request_id: TOO_LITTLE_MEMORY for row in self.step.rows}
+        return StepResult(
+            {}, {}, {}, errors, {prefill.prompt.ref.sha256: TOO_LITTLE_MEMORY for prefill in self.step.prefills}
+        )
 
 
 @dataclass(eq=False)
@@ -81,7 +70,7 @@ class _InFlight:
 
 
 class Engine:
-    """Owns the scheduler, the runner and the reader of soft prompts; one `step()` is one iteration.
+    """Owns the scheduler, the runner and the loader of soft prompts; one `step()` is one iteration.
 
     With `async_scheduling`, an iteration launches step N+1 and then processes the result of step N. Without it, an
     iteration processes the step that it launched. Not thread-safe, except `prefetch`.
@@ -91,20 +80,17 @@ class Engine:
         self, scheduler: Scheduler, runner: ModelRunner, bytes_per_block: int, *, async_scheduling: bool = False
     ) -> None:
         self.scheduler = scheduler
+        self.loader = SoftPromptLoader(scheduler, runner)
         self._runner = runner
         self._bytes_per_block = bytes_per_block
         self._async_scheduling = async_scheduling
         self._in_flight: _InFlight | None = None
         self._last_end = 0.0
-        self.reader: SoftPromptReader[StagedSoftPrompt] = SoftPromptReader(
-            runner.read_soft_prompt, runner.prepare_to_read
-        )
-        self._requested: dict[str, float] = {}
         self._refused: list[SequenceOutput] = []
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self.is_running or bool(self._refused) or len(self.reader) > 0
+        return self.scheduler.has_work or self.is_running or bool(self._refused) or self.loader.num_reading > 0
 
     @property
     def is_running(self) -> bool:
@@ -116,11 +102,10 @@ class Engine:
         return self.scheduler.stats(self._bytes_per_block)
 
     def prefetch(self, message: EngineInput) -> None:
-        """Begin to read the soft prompt of a request that is about to be handled, where nothing keeps it from being
-        admitted at the next step: it need not wait for one more. Any thread may call this."""
-        ref = message.soft_prompt if isinstance(message, AddRequest) else None
-        if ref is not None and self.scheduler.should_prefetch(ref, len(self.reader)):
-            self.reader.start(ref)
+        """Read the soft prompt of a request that is about to be handled, if the request could be admitted at the next
+        step: then it need not wait for another one. Thread-safe."""
+        if isinstance(message, AddRequest) and message.soft_prompt is not None:
+            self.loader.prefetch(message.soft_prompt)
 
     def handle(self, message: EngineInput) -> None:
         if isinstance(message, AddRequest):
@@ -134,44 +119,42 @@ class Engine:
             self.scheduler.soft_prompts.evict_when_unused(message.sha256)
 
     def step(self) -> StepOutput:
-        """One iteration. Without anything to compute its output says what changed otherwise, if anything did."""
+        """One iteration. If there is nothing to compute, the output still has other news, such as refusals."""
         started = time.perf_counter()
-        outputs, self._refused = self._refused, []
         step = self.scheduler.schedule()
         scheduled = time.perf_counter()
-        self._start_reading(step)
-        loaded = []
-        if readings := self.reader.take_read():
-            loaded = self._place(readings, outputs)
+        report = step.report
+        report.outputs, self._refused = self._refused, []
+        self.loader.start(step)
+        if self.loader.place_read(report):
             self.scheduler.admit_late(step)
-            self._start_reading(step)
+            self.loader.start(step)
         ended = [self._in_flight] if self._in_flight else []
         self._in_flight = self._launch(step, started) if step else None
         if self._in_flight and (not self._async_scheduling or isinstance(self._in_flight.launched, _FailedStep)):
             ended.append(self._in_flight)
             self._in_flight = None
         for one in ended:
-            result = one.result()
-            outputs += self.scheduler.postprocess(one.step, result)
-            loaded += self._load_seconds_of_prefilled(one.step, result)
+            report.outputs += self.scheduler.postprocess(one.step, one.result())
+        self.loader.report_prefilled(report)
         last_end, now = self._last_end, time.perf_counter()
         if ended:
             self._last_end = now
         return StepOutput(
-            outputs=outputs,
+            outputs=report.outputs,
             stats=self.stats,
-            admitted=step.admitted,
-            preempted=step.preempted,
+            admitted=report.admitted,
+            preempted=report.preempted,
             batch_size=sum(len(one.step.rows) for one in ended),
             num_tokens=sum(one.step.num_tokens for one in ended),
             step_seconds=now - max(ended[0].since, last_end) if ended else 0.0,
             schedule_seconds=scheduled - started,
-            soft_prompt_load_seconds=loaded,
+            soft_prompt_load_seconds=report.soft_prompt_load_seconds,
         )
 
     def _launch(self, step: Step, since: float) -> _InFlight:
-        """Launch the step. If the device runs out of memory, wait for the step in flight, which frees what it holds; if
-        that is not enough, make the step smaller until it fits."""
+        """Launch the step. If the device runs out of memory, wait for the step in flight, which then releases its
+        memory. If that is not enough, make the step smaller until it fits."""
         launched: SubmittedStep | None = None
         before = self._in_flight
         while launched is None:
@@ -191,58 +174,19 @@ class Engine:
         return _InFlight(step, launched, since)
 
     def close(self) -> None:
-        self.reader.close()
-
-    def _start_reading(self, step: Step) -> None:
-        while step.soft_prompts_to_load:
-            self.reader.start(step.soft_prompts_to_load.pop(0))
-
-    def _place(self, readings: list[Reading[StagedSoftPrompt]], outputs: list[SequenceOutput]) -> list[float]:
-        """Place the soft prompts whose files have been read; returns the seconds each took that lies ready now.
-
-        What was read ahead of a request that did not come, or could not be scheduled, is dropped."""
-        ready = []
-        for reading in readings:
-            sha256 = reading.ref.sha256
-            resident = self.scheduler.soft_prompts.get(sha256)
-            if resident is None or resident.state is not LoadState.READING:
-                continue
-            try:
-                if self._runner.place_soft_prompt(resident, reading.result.result()):
-                    self.scheduler.soft_prompt_ready(sha256)
-                    ready.append(time.monotonic() - reading.since)
-                else:
-                    self.scheduler.soft_prompt_read(sha256)
-                    self._requested[sha256] = reading.since
-            except OutOfDeviceMemory:
-                if self.scheduler.running:  # once somebody has left there may be room
-                    self.scheduler.pause_admission()
-                    self.reader.put_back(reading)
-                    continue
-                outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {_TOO_SMALL}")
-            except DeviceLost:
-                raise
-            except Exception as error:
-                logger.exception("soft prompt %s cannot be loaded", sha256)
-                reason = str(error) if isinstance(error, ValueError) else "it cannot be read"
-                outputs += self.scheduler.soft_prompt_failed(sha256, f"soft prompt: {reason}")
-        return ready
-
-    def _load_seconds_of_prefilled(self, step: Step, result: StepResult) -> list[float]:
-        last = [prefill.prompt.ref.sha256 for prefill in step.prefills if prefill.is_last]
-        filled = [sha256 for sha256 in last if sha256 not in result.prefill_errors]
-        return [time.monotonic() - self._requested.pop(sha256) for sha256 in filled if sha256 in self._requested]
+        self.loader.close()
 
 
 class Reporter(Protocol):
     def __call__(self, name: str, seconds: float, detail: str) -> None: ...
 
 
-def build_engine(config: EngineConfig, report: Reporter) -> tuple[Engine, Ready]:
-    """Load the model and put an engine around it. Raises ModelError."""
+def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | None = None) -> tuple[Engine, Ready]:
+    """Load the model and put an engine around it; `source` is the model where it was resolved before. Raises
+    ModelError."""
     from softbatch.scheduler.model.loader import load
 
-    loaded = load(config, report)
+    loaded = load(config, report, source)
     kv = loaded.kv_cache
     scheduler = Scheduler(
         SchedulerConfig(

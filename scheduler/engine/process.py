@@ -1,4 +1,4 @@
-"""The engine as a process of its own: requests in and steps out over ZeroMQ, a heartbeat, and `main`."""
+"""The engine process: requests in and step outputs out over ZeroMQ, a heartbeat, and `main`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from softbatch.scheduler.engine.engine import Engine, build_engine
+from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.scheduler.protocol import (
     EngineConfig,
     EngineInput,
@@ -53,7 +54,7 @@ class EngineProcess:
             self._send(StartupFailed(str(error)))
             self._outbox.close()
             return 1
-        engine.reader.on_read = lambda: self._messages.put(None)
+        engine.loader.on_read = lambda: self._messages.put(None)
         threading.Thread(target=self._receive, args=(engine,), daemon=True, name="inbox").start()
         self._send(ready)
         while True:
@@ -82,7 +83,7 @@ class EngineProcess:
                 message = self._messages.get_nowait()
 
     def _receive(self, engine: Engine) -> None:
-        """Takes messages in as they come, in a thread of its own: a step need not end before files are read."""
+        """Receive messages in a thread of its own, so that soft prompts are prefetched while a step runs."""
         decoder = msgspec.msgpack.Decoder(EngineInput)
         try:
             while True:
@@ -118,7 +119,7 @@ def _exit_with_front_end() -> None:
 
 def main() -> int:
     """Run `python -m softbatch.scheduler.engine.process CONFIG`, an EngineConfig as JSON; stdin is the lifeline."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    configure_logging("engine")
     # Ctrl-C and service managers signal the whole group: the front end decides, and it still has requests to finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,70 +1,149 @@
-"""Reads soft prompts' files in a thread of its own, so that loading one stalls nobody."""
+"""Brings soft prompts into the KV cache: reads their files in a thread of its own, so that no step waits for a disk."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from softbatch.scheduler.protocol import SoftPromptRef
+from softbatch.scheduler.scheduler import Scheduler
+from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt
+from softbatch.scheduler.step import TOO_LITTLE_MEMORY, DeviceLost, OutOfDeviceMemory, Step, StepReport
 
-T = TypeVar("T")  # what a file becomes
+if TYPE_CHECKING:
+    from softbatch.scheduler.model.runner import StagedSoftPrompt
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reading(Generic[T]):
-    """`result` is there once it has been read; `since` is when that was asked for (monotonic)."""
+class SoftPromptRunner(Protocol):
+    """What the loader asks of the model side."""
+
+    def prepare_to_read(self) -> None:
+        """Called once in the thread that reads, before anything is read."""
+        ...
+
+    def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt:
+        """Called in the thread that reads. Raises SoftPromptError."""
+        ...
+
+    def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
+        """True if the keys and values are in the blocks now, False if steps have to compute them.
+
+        Raises OutOfDeviceMemory and DeviceLost."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """The reading of one file, from when it was asked for (monotonic)."""
 
     ref: SoftPromptRef
     since: float
-    result: Future[T]
+    staged: Future[StagedSoftPrompt]
 
 
-class SoftPromptReader(Generic[T]):
-    """Owns the thread, and what it has read until that is collected. Any thread may call it.
+class SoftPromptLoader:
+    """Owns every load from the start of its reading until the soft prompt is ready or has failed, and its time.
 
-    `on_read` is called, in whatever thread, whenever there is something to collect.
+    The scheduler decides what is loaded and owns the blocks. `on_read` is called, in any thread, whenever there may be
+    something to place. Not thread-safe, except `prefetch`.
     """
 
-    def __init__(self, read: Callable[[SoftPromptRef], T], prepare: Callable[[], None]) -> None:
-        """`prepare` is called once in that thread, before anything is read."""
-        self._read = read
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="soft-prompt-reader", initializer=prepare)
-        self._readings: dict[str, Reading[T]] = {}
-        self._lock = threading.Lock()
-        self.on_read: Callable[[], None] = _nothing
+    def __init__(self, scheduler: Scheduler, runner: SoftPromptRunner) -> None:
+        self.on_read: Callable[[], None] = _do_nothing
+        self._scheduler = scheduler
+        self._runner = runner
+        self._thread = ThreadPoolExecutor(1, "soft-prompt-reader", initializer=runner.prepare_to_read)
+        self._reads: dict[str, _Read] = {}  # by content hash, until they are placed
+        self._lock = threading.Lock()  # for `_reads`
+        self._prefilling: dict[str, tuple[ResidentSoftPrompt, float]] = {}  # and when their loads began
 
-    def __len__(self) -> int:
-        return len(self._readings)
+    @property
+    def num_reading(self) -> int:
+        """Files that are being read, or have been read and are not placed yet."""
+        return len(self._reads)
 
-    def start(self, ref: SoftPromptRef) -> None:
-        """Without effect where it has not been collected since it was started last."""
+    def prefetch(self, ref: SoftPromptRef) -> None:
+        """Read a soft prompt before its request is scheduled, if the next step would load it. Thread-safe."""
+        scheduler = self._scheduler
+        if scheduler.soft_prompt_loads.should_prefetch(ref, self.num_reading, len(scheduler.running)):
+            self.read(ref)
+
+    def start(self, step: Step) -> None:
+        """Read what the step asks for."""
+        while step.soft_prompts_to_load:
+            self.read(step.soft_prompts_to_load.pop(0))
+
+    def read(self, ref: SoftPromptRef) -> None:
+        """Read a file, unless that goes on already."""
         with self._lock:
-            if ref.sha256 in self._readings:
+            if ref.sha256 in self._reads:
                 return
-            reading = Reading(ref, time.monotonic(), self._thread.submit(self._read, ref))
-            self._readings[ref.sha256] = reading
-        reading.result.add_done_callback(lambda _: self.on_read())
+            read = _Read(ref, time.monotonic(), self._thread.submit(self._runner.read_soft_prompt, ref))
+            self._reads[ref.sha256] = read
+        read.staged.add_done_callback(lambda _: self.on_read())
 
-    def take_read(self) -> list[Reading[T]]:
-        """Those that are through, each once."""
-        with self._lock:
-            done = [reading for reading in self._readings.values() if reading.result.done()]
-            for reading in done:
-                del self._readings[reading.ref.sha256]
-        return done
+    def place_read(self, report: StepReport) -> bool:
+        """Place the soft prompts whose files have been read; False if there were none.
 
-    def put_back(self, reading: Reading[T]) -> None:
-        """To be collected another time."""
-        with self._lock:
-            self._readings.setdefault(reading.ref.sha256, reading)
+        A soft prompt that no sequence waits for, because its request was prefetched but did not come, is dropped."""
+        reads = self._take_done()
+        for read in reads:
+            resident = self._scheduler.soft_prompts.get(read.ref.sha256)
+            if resident is not None and resident.state is LoadState.READING:
+                self._place(read, resident, report)
+        return bool(reads)
+
+    def report_prefilled(self, report: StepReport) -> None:
+        """Report the load times of soft prompts whose keys and values have been computed by now."""
+        for sha256, (resident, since) in list(self._prefilling.items()):
+            if resident.state is LoadState.READY:
+                report.soft_prompt_load_seconds.append(time.monotonic() - since)
+            elif self._scheduler.soft_prompts.get(sha256) is resident:
+                continue
+            del self._prefilling[sha256]
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def _take_done(self) -> list[_Read]:
+        with self._lock:
+            done = [read for read in self._reads.values() if read.staged.done()]
+            for read in done:
+                del self._reads[read.ref.sha256]
+        return done
 
-def _nothing() -> None:
+    def _place(self, read: _Read, resident: ResidentSoftPrompt, report: StepReport) -> None:
+        loads, sha256 = self._scheduler.soft_prompt_loads, read.ref.sha256
+        try:
+            is_ready = self._runner.place_soft_prompt(resident, read.staged.result())
+        except OutOfDeviceMemory:
+            if self._scheduler.running:  # there may be room once a sequence has left
+                self._scheduler.pause_admission()
+                with self._lock:
+                    self._reads.setdefault(sha256, read)
+            else:
+                report.outputs += loads.fail(sha256, f"soft prompt: {TOO_LITTLE_MEMORY}")
+        except DeviceLost:
+            raise
+        except Exception as error:
+            logger.exception("soft prompt %s cannot be loaded", sha256)
+            reason = str(error) if isinstance(error, ValueError) else "it cannot be read"
+            report.outputs += loads.fail(sha256, f"soft prompt: {reason}")
+        else:
+            if is_ready:
+                loads.finish(sha256)
+                report.soft_prompt_load_seconds.append(time.monotonic() - read.since)
+            else:
+                loads.start_prefill(sha256)
+                self._prefilling[sha256] = (resident, read.since)
+
+
+def _do_nothing() -> None:
     pass

@@ -18,8 +18,8 @@ from softbatch.scheduler.model.staging import to_device
 class Row:
     """`count` new positions from `start` on, of a sequence with these blocks.
 
-    Its input is `token_ids`, or `embeddings` [count, hidden] where a soft prompt is being computed. `logit_rows` are
-    the positions, counted from `start`, whose logits are wanted.
+    The input is `token_ids`, or `embeddings` [count, hidden] of a soft prompt that is being prefilled. `logit_rows` are
+    the positions, counted from `start`, that need logits.
     """
 
     start: int
@@ -35,30 +35,30 @@ class Row:
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """T tokens of S rows, one after another."""
+    """The T tokens of S rows, concatenated."""
 
-    token_ids: torch.Tensor  # int64 [T], 0 where embeddings stand
+    token_ids: torch.Tensor  # int64 [T], 0 for embeddings
     positions: torch.Tensor  # int64 [T]
     logit_rows: torch.Tensor  # int64 [R], row by row
     embeddings: tuple[tuple[int, torch.Tensor], ...]  # (first row, [count, hidden])
     attention: PagedBatch
-    shape: BatchShape | None = None  # set where it has been filled up to this shape
-    num_logits: int = 0  # those of `logit_rows` that were asked for
+    shape: BatchShape | None = None  # set if the batch is padded to this shape
+    num_logits: int = 0  # without padding
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The sizes of all arrays but the block table's width, for batches that share static memory."""
+    """The sizes of all arrays of padded batches, which share static memory. Only the block table's width differs."""
 
     tokens: int
     logits: int
     narrow_tiles: int
     wide_tiles: int
-    is_decoding: bool  # one token a row
+    is_decoding: bool  # one token per row
 
     def fill_up(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays, lengthened by sequences without tokens and tiles without work. Their tokens fill the shape
-        already: there may be as many sequences, and as many rows to merge, as tokens."""
+        """Pad the arrays with sequences without tokens and tiles without work. The number of tokens is right already.
+        There may be as many sequences, and as many rows to merge, as tokens."""
         rules = {
             "logit_rows": (self.logits, 0),
             "query_start": (self.tokens + 1, self.tokens),
@@ -77,7 +77,7 @@ class BatchShape:
 
 
 class BatchBuilder(Protocol):
-    """Makes a step's rows one batch on the device."""
+    """Concatenates a step's rows into one batch on the device."""
 
     def __call__(self, rows: Sequence[Row]) -> RaggedBatch: ...
 
@@ -89,7 +89,7 @@ def build_batch(
     planner: Planner | None = None,
     shape: BatchShape | None = None,
 ) -> RaggedBatch:
-    """With a planner, the batch carries the plan of the GPU's attention. With a shape, it is filled up to that."""
+    """Concatenate the rows. A planner adds the plan of the GPU's attention; a shape pads the batch."""
     counts = np.array([row.count for row in rows])
     starts = np.array([row.start for row in rows])
     query_start = np.concatenate([[0], np.cumsum(counts)])

@@ -1,4 +1,4 @@
-"""From a step's ragged batch to its logits: one signature behind which every way to run the model stands."""
+"""The one signature of every forward pass: from a step's ragged batch to its logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Forward(Protocol):
 
 
 class TransformersForward:
-    """Any `transformers` model through its own modelling code, with our attention inside."""
+    """Runs any `transformers` model by its own modelling code, with our attention inside."""
 
     def __init__(self, model: Any, kv_cache: KVCache, backend: AttentionBackend, longest: int | None = None) -> None:
         """No sequence has more than `longest` tokens; None: it is not known."""

@@ -1,4 +1,4 @@
-"""A step between its launch and its result: on a GPU the host need not wait for the one before it makes the next."""
+"""A step in flight: launched, but its result has not been read. The host may plan the next step meanwhile."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from softbatch.scheduler.step import StepResult
 
 
 class StepScores:
-    """Log-probabilities, on their way from the device, of the tokens that follow some positions.
+    """Log-probabilities of given tokens, which are being copied from the device.
 
-    `logits` [n, vocab] are those positions', `following` the n tokens."""
+    `logits` [n, vocab] predict the n tokens of `following`."""
 
     def __init__(self, logits: torch.Tensor, following: Sequence[int]) -> None:
         targets = small_tensor(following, logits.device, torch.int64)
@@ -29,7 +29,7 @@ class StepScores:
 
 @dataclass(eq=False)
 class InFlightStep:
-    """What will come of a step. Its sampled tokens can be had on the device at once."""
+    """The pending result of a step. Its sampled tokens are available on the device at once."""
 
     errors: dict[str, str] = field(default_factory=dict)
     prefill_errors: dict[str, str] = field(default_factory=dict)
@@ -46,8 +46,8 @@ class InFlightStep:
         self._tokens.append(samples.tokens)
 
     def tokens_of(self, request_ids: Sequence[str]) -> torch.Tensor | None:
-        """The tokens it has sampled for these requests, int64 [n], where they are: any for one that failed, None if all
-        have failed."""
+        """The tokens sampled for these requests, int64 [n] on the device. None if all requests failed; the token of a
+        single failed request is arbitrary."""
         if not self._tokens:
             return None
         if len(self._tokens) > 1:
@@ -57,7 +57,7 @@ class InFlightStep:
         return tokens[small_tensor(places, tokens.device, torch.int64)]
 
     def result(self) -> StepResult:
-        """Waits for the step to end; to be called once."""
+        """Wait for the step to end and read its result. Called once."""
         tokens, logprobs, scores, errors, resampled = {}, {}, {}, dict(self.errors), set()
         for request_ids, samples in self._samples:
             for request_id, sample in zip(request_ids, samples.read(), strict=True):

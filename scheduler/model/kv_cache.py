@@ -12,10 +12,10 @@ from softbatch.scheduler.model.staging import small_tensor
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How one head's key or value of one token lies in the cache: as `dtype`, or packed by the CPU kernels.
+    """How the cache stores one head's key or value of one token: as `dtype`, or packed by the CPU kernels.
 
-    `packing` is none, int8 (8 bits a number, keys and values) or k6v4 (6 bits for keys, 4 for values); see
-    cpu/kv_packing.h. Packed keys are rotated: only kernels that rotate queries alike can read them.
+    `packing` is none, int8 (8 bits a number, keys and values) or k6v4 (6 bits for keys, 4 for values). The layout is in
+    cpu/csrc/attention/kv_format.h. Packed keys are rotated, so that only kernels that rotate queries too can read them.
     """
 
     dtype: torch.dtype
@@ -47,18 +47,17 @@ class RowFormat:
 
 @dataclass(frozen=True, eq=False)
 class StagedBlocks:
-    """A soft prompt's keys and values as they are stored: [layers, blocks, kv_heads, block_size, entries]."""
+    """A soft prompt's keys and values as the cache stores them: [layers, blocks, kv_heads, block_size, entries]."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 class KVCache:
-    """Owns the memory; which block belongs to whom is the scheduler's knowledge.
+    """Owns the memory of all blocks; the scheduler knows which block belongs to which sequence.
 
-    It is zeroed, so that its pages are there before the first request: on a virtual machine, asking for two more
-    megabytes amid a step can hold that up for four milliseconds. With `scratch_block`, one more lies behind the last:
-    rows that only fill up a batch write there.
+    The memory is zeroed at the start, so that the operating system provides its pages then and not in the middle of a
+    step. `scratch_block` adds one block behind the last, which padding rows write to.
     """
 
     def __init__(
@@ -98,20 +97,21 @@ class KVCache:
         """Copy whole blocks, source to target, in every layer."""
         sources = small_tensor([source for source, _ in copies], self.device, torch.int64)
         targets = small_tensor([target for _, target in copies], self.device, torch.int64)
-        for cache in (*self.keys, *self.values):  # not all at once: what is copied lies in memory a second time
+        for cache in (*self.keys, *self.values):  # layer by layer: a copy needs its size in memory once more
             cache[targets] = cache[sources]
 
     def stage(self, keys: torch.Tensor, values: torch.Tensor) -> StagedBlocks:
-        """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last filled up with zeros.
-        Touches no block of the cache: any thread may call it. For a GPU they lie in pinned memory, so that `write`
-        waits for nothing."""
+        """`keys` and `values` [layers, n, kv_heads, head_dim] as blocks on the host, the last padded with zeros.
+
+        Thread-safe, for it touches no block of the cache. For a GPU the blocks are pinned, so that `write` need not
+        wait."""
         return StagedBlocks(
             self._in_blocks(self.format.rows(keys, are_keys=True)),
             self._in_blocks(self.format.rows(values, are_keys=False)),
         )
 
     def write(self, blocks: list[int], staged: StagedBlocks) -> None:
-        """Write what `stage` made to `blocks`."""
+        """Copy staged blocks to `blocks`."""
         both = ((self._keys, staged.keys), (self._values, staged.values))
         if self.device.type == "cpu":  # by numpy, which stays in this thread
             for memory, rows in both:

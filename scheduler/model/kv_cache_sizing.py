@@ -10,6 +10,7 @@ import torch
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, is_shortage
 from softbatch.scheduler.model.cuda.setup import measure_memory
 from softbatch.scheduler.model.kv_cache import KVCache, RowFormat
@@ -69,7 +70,7 @@ def _row_format(config: EngineConfig, model: Any, dtype: torch.dtype, head_dim: 
     if config.kv_cache_dtype == "auto":
         return RowFormat(dtype, head_dim)
     named, instead = f"--kv-cache-dtype {config.kv_cache_dtype}", "--kv-cache-dtype auto"
-    if not supports(model, dtype):
+    if not (supports(model, dtype) and build_kernels()):
         raise unsupported_option_error(named, model, instead)
     rows = RowFormat(dtype, head_dim, config.kv_cache_dtype)
     try:

@@ -17,8 +17,9 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
-from softbatch.scheduler.model.cuda.failures import failures_told
+from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
 from softbatch.scheduler.model.cuda.graphs import CudaCapturer
 from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
@@ -28,7 +29,7 @@ from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
-from softbatch.scheduler.model.model_files import first_line, load_tokenizer, read_config
+from softbatch.scheduler.model.model_files import first_line, read_config
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.self_check import Yardstick, measure, self_check
@@ -63,13 +64,14 @@ class Phases:
         self._since = now
 
 
-def load(config: EngineConfig, report: Report) -> Loaded:
-    """Load what `config` names; `report(phase, seconds, detail)` follows the progress. Raises ModelError."""
-    with failures_told():
-        return _load(config, report)
+def load(config: EngineConfig, report: Report, source: ModelSource | None = None) -> Loaded:
+    """Load what `config` names; `report(phase, seconds, detail)` follows the progress. `source` is its model where that
+    was resolved before. Raises ModelError."""
+    with as_model_error():
+        return _load(config, report, source)
 
 
-def _load(config: EngineConfig, report: Report) -> Loaded:
+def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> Loaded:
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python, torch and transformers imported")
     device = _device(config.device)
@@ -78,7 +80,7 @@ def _load(config: EngineConfig, report: Report) -> Loaded:
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     dtype = _dtype(config.dtype, device)
-    source = resolve(config.model, lambda found: check_config(found, config.max_model_len))
+    source = source or resolve(config.model, lambda found: check_config(found, config.max_model_len))
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
     phases.done("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters in {_name(dtype)}")
@@ -136,9 +138,9 @@ def load_transformers(
     try:
         config = read_config(source.path)
         check_config(config, max_model_len)
-        tokenizer = load_tokenizer(source.path)
     except ModelError as error:
         raise ModelError(f"--model {source.name}: {error}") from error
+    tokenizer = source.tokenizer
     model = load_weights(source.name, source.path, dtype, config=config, attn_implementation="eager")
     _check_vocabulary(source.name, model, tokenizer)
     try:
@@ -199,7 +201,7 @@ def _forward(
     model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str, longest: int
 ) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
-    if supports(model, kv_cache.dtype):
+    if supports(model, kv_cache.dtype) and build_kernels():
         weights = None if quantization == "none" else quantization
         try:
             decoder = DecoderForward(model, kv_cache, weights, release=True)

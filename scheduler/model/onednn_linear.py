@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out once for the CPU's matrix kernels, instead of at every call."""
+"""Linear layers whose weights are laid out for the CPU's matrix kernels once, and not at every call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class PackedLinear(nn.Module):
-    """y = x Wᵀ + b in oneDNN's own weight layout. Serves only: it has no gradient and cannot be saved."""
+    """y = x Wᵀ + b in oneDNN's own weight layout, for serving: without gradients, and not to be saved."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -16,7 +16,7 @@ class PackedLinear(nn.Module):
         self._bias = linear.bias.detach() if linear.bias is not None else None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if inputs.numel() == 0:  # a step of prefill chunks alone samples nothing
+        if inputs.numel() == 0:  # a step of prefill chunks alone needs no logits
             return inputs.new_empty(*inputs.shape[:-1], self.out_features)
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self._bias, "none", [], "")
         return output
@@ -25,8 +25,8 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> int:
     """Replace the model's bfloat16 linear layers on the CPU by packed ones; returns how many.
 
-    float32 stays as it is: it is the reference. The output layer's plain weight lives on where the input embeddings
-    share it; all other plain weights are freed.
+    float32 layers stay, for they are the reference. The plain weights are freed, except the output layer's if the input
+    embeddings share it.
     """
     if not torch.backends.mkldnn.is_available():
         return 0

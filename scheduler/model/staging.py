@@ -1,4 +1,4 @@
-"""Between host and device, each way in one copy that the host does not wait for."""
+"""Copies between host and device: one per step and direction, without waiting."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from itertools import islice
 import numpy as np
 import torch
 
-_ALIGNMENT = 16  # bytes; kernels are compiled for pointers aligned so
+_ALIGNMENT = 16  # bytes; kernels are compiled for pointers with this alignment
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies within the one buffer."""
+    """The place of an array in the common buffer."""
 
     offset: int
     shape: tuple[int, ...]
@@ -30,8 +30,8 @@ def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
 
 
 class ToHost:
-    """Numbers on their way from the device, all in one copy: only `read` waits for them, and not for what the device
-    was given to do since."""
+    """Numbers that are being copied from the device, all in one copy. Only `read` waits, and only for work that was
+    queued before the copy."""
 
     def __init__(self, parts: Sequence[torch.Tensor]) -> None:
         self._sizes = [part.numel() for part in parts]
@@ -53,13 +53,13 @@ class ToHost:
 
 
 def small_tensor(values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A few numbers on the device. torch.tensor(…, device=…) would wait for all that the device has to do."""
+    """A few numbers on the device. torch.tensor(…, device=…) would wait for all queued work."""
     tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 
 
 def pack(arrays: Mapping[str, np.ndarray], *, pin: bool) -> tuple[torch.Tensor, dict[str, Place]]:
-    """All arrays in one buffer of bytes. Pinned memory is torch's: it is reused only after copies from it are done."""
+    """All arrays in one buffer of bytes. torch reuses pinned memory only after copies from it are done."""
     places, size = {}, 0
     for name, array in arrays.items():
         places[name] = Place(size, array.shape, torch.from_numpy(array).dtype)

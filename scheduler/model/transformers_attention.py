@@ -16,7 +16,7 @@ ATTENTION_NAME = "softbatch"
 
 @dataclass(frozen=True)
 class PagedForward:
-    """What one forward pass hands from the runner through the model to every attention layer."""
+    """What the runner passes through the model to every attention layer of one forward pass."""
 
     kv_cache: KVCache
     batch: PagedBatch
@@ -37,8 +37,8 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature ([1, heads, T, head_dim] in, [1, T, heads, head_dim] out).
 
-    No mask is registered under our name, so none is made. Raises NotImplementedError for variants of attention that
-    would silently come out wrong.
+    No mask function is registered under our name, so that transformers makes no mask. Raises NotImplementedError for
+    variants of attention whose result would be wrong.
     """
     window = options.pop("sliding_window", None)
     if window is not None and (paged.longest is None or window < paged.longest):
@@ -60,5 +60,5 @@ def paged_attention(
 
 
 def register() -> None:
-    """Make the name known to transformers; harmless to repeat."""
+    """Register the name with transformers. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)

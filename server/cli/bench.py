@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import urllib.parse
 import urllib.request
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,48 +19,6 @@ from softbatch.server.bench.processes import listening_on
 from softbatch.server.bench.workload import WORKLOADS, Requests, Workload
 from softbatch.server.cli.settings_flags import UsageError
 from softbatch.server.settings import LOOPBACK
-
-_WORKLOADS = "; ".join(
-    f"{w.name}: {w.input_tokens} tokens in, {w.output_tokens} out"
-    + (f", behind one of {w.contexts} contexts of {w.context_tokens} tokens" if w.contexts else "")
-    for w in WORKLOADS.values()
-)
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="put load on a server and measure it",
-        description="A closed loop of clients, or Poisson arrivals, against POST /v1/completions of any "
-        "OpenAI-compatible server; prompts are random token ids, outputs have a fixed length. The server's processor "
-        "time and memory are measured too when it runs on this machine.",
-    )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
-    parser.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
-    parser.add_argument("--api-key", metavar="KEY", help="sent as a bearer token [SOFTBATCH_API_KEY]")
-    work = parser.add_argument_group("what is asked")
-    work.add_argument("--workload", choices=sorted(WORKLOADS), default="short", help=_WORKLOADS)
-    work.add_argument("--input-tokens", type=_count, metavar="N", help="instead of the workload's")
-    work.add_argument("--output-tokens", type=_count, metavar="N", help="instead of the workload's")
-    work.add_argument("--contexts", type=_count, metavar="N", help="instead of the workload's")
-    work.add_argument(
-        "--soft-prompt",
-        metavar="NAME",
-        help="send the soft prompt of this name instead of the context; {index} is the context's number",
-    )
-    work.add_argument("--vocab-size", type=_vocabulary, default=32_000, metavar="N", help="tokens to draw from")
-    work.add_argument("--seed", type=int, default=0, help="another seed, other prompts (default: %(default)s)")
-    load = parser.add_argument_group("how much")
-    load.add_argument("--concurrency", type=_count, default=8, metavar="N", help="clients of the closed loop")
-    load.add_argument("--rate", type=_positive, metavar="R", help="Poisson arrivals, R a second, instead of clients")
-    load.add_argument("--requests", type=_count, metavar="N", help="send so many (default: 8 for each client)")
-    load.add_argument("--duration", type=_positive, metavar="SECONDS", help="measure a window of a steady load")
-    goal = parser.add_argument_group("objective: which requests count as good")
-    goal.add_argument("--slo-first-token", type=_positive, default=2.0, metavar="SECONDS", help="(default: 2)")
-    goal.add_argument("--slo-per-token", type=_positive, default=0.2, metavar="SECONDS", help="(default: 0.2)")
-    parser.add_argument("--pid", type=_count, help="the server's process; default: who listens on the port")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -167,25 +122,3 @@ def print_report(report: Report) -> None:
 def _cells(spread: Spread | None) -> tuple[str, ...]:
     values = (spread.p50, spread.p99, spread.mean) if spread is not None else (None,) * 3
     return tuple("-" if value is None else f"{value:.1f}" for value in values)
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def _vocabulary(text: str) -> int:
-    if _count(text) < 2:
-        raise argparse.ArgumentTypeError("a vocabulary has at least 2 tokens")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value

@@ -20,103 +20,35 @@ from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table
-from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, check_report, choice_of
+from softbatch.server.cli.model_flags import check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView, duration
 from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistry, ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
-    MAX_CONTEXT_BYTES,
-    MIB,
+    DIRECTORY,
     CompressionRequest,
     InputError,
+    make_request,
     make_settings,
     read_context,
     read_questions,
 )
-from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, has_work, locked, run_compression
+from softbatch.server.compressions.result import find_finished
+from softbatch.server.compressions.run import run_compression
+from softbatch.server.compressions.run_directory import discard, has_work, locked
 from softbatch.server.settings import Settings
 
-_DESCRIPTION = """
-Learn a soft prompt that stands for CONTEXT, measure how faithful it is, and register it under NAME. Everything
-runs on this machine and needs no server. Ctrl-C keeps what has been done; --resume goes on with it.
-"""
 _INTERRUPTED = 130
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "compress", help="turn a context into a registered soft prompt", description=_DESCRIPTION
-    )
-    parser.add_argument(
-        "context",
-        type=Path,
-        metavar="CONTEXT",
-        help=f"a text file (txt, md, …), up to {MAX_CONTEXT_BYTES // MIB} MiB",
-    )
-    parser.add_argument("--name", required=True, help="what requests will call the soft prompt")
-    _add_settings(parser)
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="where report.html goes (default: in the prompt store)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
-    add_server_flags(parser, "register at this server instead of in the prompt store")
-    add_model_flags(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """How the soft prompt is learnt."""
-    parser.add_argument(
-        "--objective",
-        default="kl",
-        metavar="{kl,nll,mixed}",
-        help="kl keeps the model's uncertainty, nll reproduces its answers, mixed weighs both (default: kl)",
-    )
-    parser.add_argument("--alpha", type=float, metavar="A", help="weight of nll in mixed, 0 to 1 (default: 0.5)")
-    parser.add_argument(
-        "--kind",
-        default="kv",
-        metavar="{kv,embeddings}",
-        help="keys and values of every layer, or input embeddings: far smaller, less faithful (default: kv)",
-    )
-    parser.add_argument("--virtual-tokens", type=int, metavar="N", help="length of the soft prompt (default: 64)")
-    parser.add_argument(
-        "--questions",
-        type=Path,
-        metavar="Q.jsonl",
-        help='questions of your own to train on, a line each: {"input": "…"}, with "output" if you have the answer',
-    )
-    parser.add_argument(
-        "--model-questions",
-        type=int,
-        metavar="N",
-        help="questions the model itself asks, beside those from templates; small models ask poor ones (default: 0)",
-    )
-    parser.add_argument(
-        "--answer-tokens",
-        type=int,
-        metavar="N",
-        help="how much of an answer is trained on, your own included (default: 48)",
-    )
-    parser.add_argument("--instruction", metavar="TEXT", help="put before the context and compressed with it")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, metavar="M", help="budget for everything (default: 10)")
-    length.add_argument("--steps", type=int, metavar="N", help="training steps, however long they take")
-    parser.add_argument(
-        "--seed",
-        dest="training_seed",
-        type=int,
-        metavar="S",
-        help="the same seed and --steps give the same soft prompt",
-    )
 
 
 def run(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
         return _compress(settings, options)
-    except (UsageError, InputError, SoftPromptError) as error:
+    except InputError as error:
+        return _fail(f"{'--' if str(error).startswith('name: ') else ''}{error}")
+    except (UsageError, SoftPromptError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
@@ -184,13 +116,13 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
     context = read_context(options.context)
     questions = read_questions(options.questions) if options.questions else ()
     check_report(options.report)
-    return CompressionRequest(
+    return make_request(
         name=options.name,
         context=context,
         settings=wanted,
         questions=questions,
-        choice=choice_of(settings),
-        store=str(settings.prompt_store),
+        choice=lambda: choice_of(settings),
+        store=settings.prompt_store,
         max_prompt_bytes=settings.max_prompt_mib << 20,
     )
 
@@ -203,8 +135,6 @@ def _registry(settings: Settings, options: argparse.Namespace) -> Registry:
 
 def _check_name(registry: Registry, options: argparse.Namespace, directory: Path) -> None:
     """Raises UsageError, SoftPromptError or NameTaken."""
-    if options.name == LOCK:
-        raise UsageError(f"--name: {LOCK} is what a server's own file is called there; choose another one")
     try:
         registry.check_free(options.name)
     except NameTaken:
@@ -225,9 +155,8 @@ def _describe(prepared: PreparedRun, view: ProgressView) -> None:
     """What the run begins with, and which of the user's answers it will cut."""
     request, tokenizer = prepared.request, prepared.model.tokenizer
     wanted, longest = request.settings, request.settings.max_answer_tokens
-    view.note(
-        f"{prepared.context_tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}"
-    )
+    tokens = prepared.context.num_tokens
+    view.note(f"{tokens} tokens of context into {wanted.virtual_tokens} virtual tokens, {wanted.objective}")
     cut = sum(len(tokenizer.tokenize(one.output)) > longest for one in request.questions if one.output)
     if cut:
         view.note(f"note: {cut} of your answers are cut after {longest} tokens; --answer-tokens N takes more")

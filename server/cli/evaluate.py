@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from softbatch.prompt_store.compression.evaluation.report import write_report
-from softbatch.prompt_store.compression.frozen.context import sha256_of
+from softbatch.prompt_store.compression.frozen.tokenized_context import sha256_of
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table
-from softbatch.server.cli.model_flags import add_model_flags, check_report, choice_of
+from softbatch.server.cli.model_flags import check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.evaluation_run import evaluate
 from softbatch.server.compressions.request import InputError, read_context, read_questions
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure a registered soft prompt on questions of your own",
-        description="Compare the soft prompt NAME with the full context on questions it was not trained on.",
-    )
-    parser.add_argument("name")
-    parser.add_argument("--context", type=Path, required=True, metavar="FILE", help="the text it was made of")
-    parser.add_argument(
-        "--questions", type=Path, required=True, metavar="Q.jsonl", help='a line each: {"input": "…", "output"?: "…"}'
-    )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
-    add_model_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

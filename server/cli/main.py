@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
-
-from softbatch.server.version import VERSION
 
 _DESCRIPTION = """
 Language model serving with continuous batching and compressed prompts: compress a long context once into a soft
@@ -22,6 +21,14 @@ examples:
   softbatch prompts list
   softbatch bench --workload short --concurrency 32   put load on a running server
 """
+_HELP = {
+    "serve": "serve a model over HTTP",
+    "compress": "turn a context into a registered soft prompt",
+    "evaluate": "measure a registered soft prompt on questions of your own",
+    "score": "log-probabilities of given answers",
+    "prompts": "list, show, import, export or remove registered soft prompts",
+    "bench": "put load on a server and measure it",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # torch's larger allocations, the KV cache above all, in huge pages: attention reads it from end to end.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    options = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # The flags before a command take no value, so the first word is the command.
+    named = next((word for word in given if not word.startswith("-")), "")
+    options = build_parser([named] if named in _HELP else []).parse_args(given)
     try:
         status: int = options.run(options)
         return status
@@ -39,23 +49,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands with their flags."""
-    # Here, behind the variables that torch reads when it is loaded.
-    from softbatch.server.cli import bench, compress, evaluate, prompts, score, serve
-
+def build_parser(commands: Sequence[str] = tuple(_HELP)) -> argparse.ArgumentParser:
+    """The parser with the arguments of these commands; of the others it knows no more than what the help says."""
     parser = argparse.ArgumentParser(
         prog="softbatch",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"softbatch {VERSION}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    serve.add_parser(commands)
-    compress.add_parser(commands)
-    evaluate.add_parser(commands)
-    score.add_parser(commands)
-    prompts.add_parser(commands)
-    bench.add_parser(commands)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    added = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, text in _HELP.items():
+        if name in commands:
+            # Here, as it knows every setting, which takes a while to import.
+            from softbatch.server.cli.arguments import ARGUMENTS
+
+            ARGUMENTS[name](added.add_parser(name, help=text))
+        else:
+            added.add_parser(name, help=text)
     return parser
+
+
+class _Version(argparse.Action):
+    """`--version`, which looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from softbatch.server.version import VERSION
+
+        print(f"softbatch {VERSION}")
+        parser.exit()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softbatch.server.cli.settings_flags import UsageError
-from softbatch.server.compressions.request import ModelChoice
 from softbatch.server.settings import Settings, absolute_model
+
+if TYPE_CHECKING:
+    from softbatch.server.compressions.request import ModelChoice
 
 _METAVARS = {
     "model": "TEXT",
@@ -59,4 +62,6 @@ def check_report(directory: Path | None) -> None:
 
 def choice_of(settings: Settings) -> ModelChoice:
     """The model to load."""
+    from softbatch.server.compressions.request import ModelChoice
+
     return ModelChoice(absolute_model(settings.model), settings.served_model_name, settings.dtype, settings.device)

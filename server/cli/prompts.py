@@ -7,71 +7,28 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.settings import Settings
 
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "prompts",
-        help="list, show, import, export or remove registered soft prompts",
-        description="Work on a prompt store directly; a running server with the same store sees every change.",
-    )
-    store = argparse.ArgumentParser(add_help=False)
-    for name in ("prompt_store", "max_prompt_mib"):
-        field = Settings.model_fields[name]
-        store.add_argument(
-            "--" + name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            metavar="DIR" if name == "prompt_store" else "N",
-            help=f"{field.description} (default: {field.default}) [SOFTBATCH_{name.upper()}]",
-        )
-    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
-
-    listing = actions.add_parser("list", parents=[store], help="one line for each soft prompt")
-    listing.set_defaults(run=_run, action=_list)
-
-    show = actions.add_parser("show", parents=[store], help="everything known about one")
-    show.add_argument("name")
-    show.set_defaults(run=_run, action=_show)
-
-    importing = actions.add_parser(
-        "import",
-        parents=[store],
-        help="register a soft prompt file or a PEFT adapter",
-        description="FILE is a softbatch .safetensors file, a PEFT adapter folder, or a zip of one.",
-    )
-    importing.add_argument("file", type=Path)
-    importing.add_argument("--name", required=True, help="what requests call it")
-    importing.add_argument(
-        "--model",
-        default=argparse.SUPPRESS,
-        metavar="TEXT",
-        help="the model a PEFT adapter was trained on; it is loaded to check that the adapter fits "
-        f"(default: {Settings.model_fields['model'].default}) [SOFTBATCH_MODEL]",
-    )
-    importing.set_defaults(run=_run, action=_import)
-
-    export = actions.add_parser("export", parents=[store], help="copy a soft prompt to a file")
-    export.add_argument("name")
-    export.add_argument("file", type=Path)
-    export.set_defaults(run=_run, action=_export)
-
-    remove = actions.add_parser("remove", parents=[store], help="unregister a soft prompt and delete its file")
-    remove.add_argument("name")
-    remove.set_defaults(run=_run, action=_remove)
+# Of a manifest's figures, those that say how far the soft prompt can be trusted.
+_FIDELITY = {
+    "kl_closed": "KL closed (1 is the full context)",
+    "top1_agreement": "top-1 agreement",
+    "token_f1": "F1 of free answers",
+}
+_TRAINING = ("steps", "questions", "minutes")
 
 
-def _run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
         store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
-        options.action(store, settings, options)
+        _ACTIONS[options.action](store, settings, options)
     except (UsageError, SoftPromptError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -107,14 +64,55 @@ def _row(stored: StoredPrompt) -> tuple[str, ...]:
         f"{manifest.context.num_tokens} tokens" if manifest.context else "-",
         f"{stored.num_bytes / 2**20:.1f} MiB",
         manifest.model.name,
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created_at)),
+        _local_time(manifest.created_at),
     )
 
 
 def _show(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
     stored = store.get(options.name)
-    shown = {"name": stored.name, "sha256": stored.sha256, "bytes": stored.num_bytes}
-    print(json.dumps(shown | stored.manifest.model_dump(mode="json"), indent=2))
+    if options.json:
+        shown = {"name": stored.name, "sha256": stored.sha256, "bytes": stored.num_bytes}
+        print(json.dumps(shown | stored.manifest.model_dump(mode="json"), indent=2))
+        return
+    lines = _summary(stored)
+    width = max(map(len, lines))
+    for title, value in lines.items():
+        print(f"{title.ljust(width)}  {value}")
+
+
+def _summary(stored: StoredPrompt) -> dict[str, str]:
+    """What decides whether to use it; what the file does not say is left out."""
+    manifest = stored.manifest
+    lines = {
+        "name": stored.name,
+        "kind": manifest.kind,
+        "model": f"{manifest.model.name} (fingerprint {manifest.model.fingerprint[:12]})",
+        "virtual tokens": str(manifest.num_virtual_tokens),
+    }
+    if manifest.context is not None:
+        tokens = manifest.context.num_tokens
+        shorter = tokens / manifest.num_virtual_tokens
+        lines["context"] = f"{tokens} tokens, {shorter:.1f}x shorter (sha256 {manifest.context.sha256[:12]})"
+    lines["stands for"] = "the system turn" if manifest.replaces == "system" else "text before everything else"
+    if manifest.objective is not None:
+        lines["objective"] = manifest.objective
+    training = {name: manifest.training.get(name) for name in _TRAINING}
+    if known := [f"{value:g} {name}" for name, value in training.items() if isinstance(value, int | float)]:
+        lines["training"] = ", ".join(known)
+    for name, title in _FIDELITY.items():
+        if isinstance(value := manifest.fidelity.get(name), int | float):
+            lines[title] = f"{value:.3f}"
+    return lines | {
+        "size": f"{stored.num_bytes / 2**20:.1f} MiB",
+        "made by": manifest.source,
+        "created": _local_time(manifest.created_at),
+        "sha256": stored.sha256,
+        "file": str(stored.path),
+    }
+
+
+def _local_time(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _import(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
@@ -155,3 +153,12 @@ def _spec_of(model: str) -> ModelSpec:
     except ModelError as error:
         raise UsageError(str(error)) from error
     return spec_of(source.name, loaded, tokenizer)
+
+
+_ACTIONS: Mapping[str, Callable[[PromptStore, Settings, argparse.Namespace], None]] = {
+    "list": _list,
+    "show": _show,
+    "import": _import,
+    "export": _export,
+    "remove": _remove,
+}

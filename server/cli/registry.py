@@ -13,13 +13,15 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.names import is_name
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.server.cli.settings_flags import UsageError
-from softbatch.server.compressions.run import Finished, register
+
+if TYPE_CHECKING:
+    from softbatch.server.compressions.result import Finished
 
 TIMEOUT_SECONDS = 60.0
 CHUNK = 1 << 20
@@ -50,11 +52,11 @@ class LocalRegistry:
         self._store.check_free(name)
 
     def check_model(self, name: str, spec: ModelSpec) -> None:
-        """A store takes the soft prompts of any model; requests that name the model would never get this one."""
-        if name == spec.name:
-            raise UsageError(_is_the_model(name))
+        """A store takes the soft prompts of any model."""
 
     def add(self, name: str, finished: Finished) -> None:
+        from softbatch.server.compressions.result import register
+
         register(self._store, name, finished)
 
 

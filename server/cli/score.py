@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from softbatch.prompt_store.manifest import Replaces, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
@@ -21,12 +20,9 @@ from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.template import render_chat
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import SoftPromptRef
-from softbatch.server.cli.model_flags import add_model_flags, add_server_flags, choice_of
+from softbatch.server.cli.model_flags import choice_of
 from softbatch.server.cli.registry import ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
-from softbatch.server.compressions.local_engine import LocalEngine
-from softbatch.server.compressions.prepare import ModelFiles
-from softbatch.server.compressions.request import InputError, read_context
 from softbatch.server.schemas.score import MAX_CANDIDATES
 from softbatch.server.settings import Settings
 
@@ -41,33 +37,14 @@ class Scored:
     tokens: list[tuple[str, float]]
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "score",
-        help="log-probabilities of given answers",
-        description="log Pr(candidate | soft prompt or context or nothing, input) of each candidate, and the best.",
-    )
-    parser.add_argument("--input", required=True, metavar="TEXT", help="the user's turn")
-    parser.add_argument(
-        "--candidate", action="append", required=True, metavar="TEXT", help=f"an answer; up to {MAX_CANDIDATES} times"
-    )
-    before = parser.add_mutually_exclusive_group()
-    before.add_argument("--soft-prompt", metavar="NAME", help="what stands before the input")
-    before.add_argument("--context", type=Path, metavar="FILE", help="or the text of a file, in the system turn")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the log-probability of every token")
-    add_server_flags(parser, "ask this server instead of loading the model")
-    add_model_flags(parser)
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
         if len(options.candidate) > MAX_CANDIDATES:
             raise UsageError(f"--candidate: at most {MAX_CANDIDATES} can be compared, got {len(options.candidate)}")
-        context = read_context(options.context) if options.context else None
+        context = _context(options.context) if options.context else None
         scored = (_ask if options.server else _compute)(options, settings, context)
-    except (UsageError, InputError, SoftPromptError, ModelError, ValueError) as error:
+    except (UsageError, SoftPromptError, ModelError, ValueError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
@@ -78,6 +55,16 @@ def run(options: argparse.Namespace) -> int:
 def _fail(message: str) -> int:
     print(f"softbatch score: {message}", file=sys.stderr)
     return 2
+
+
+def _context(path: Path) -> str:
+    """Raises UsageError."""
+    from softbatch.server.compressions.request import InputError, read_context
+
+    try:
+        return read_context(path)
+    except InputError as error:
+        raise UsageError(str(error)) from error
 
 
 def _ask(options: argparse.Namespace, settings: Settings, context: str | None) -> list[Scored]:
@@ -102,6 +89,11 @@ def _ask(options: argparse.Namespace, settings: Settings, context: str | None) -
 
 def _compute(options: argparse.Namespace, settings: Settings, context: str | None) -> list[Scored]:
     """As the server does it: the same template, the same batches."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from softbatch.server.compressions.local_engine import LocalEngine
+    from softbatch.server.compressions.prepare import ModelFiles
+
     disable_progress_bar()
     set_verbosity_error()
     choice, max_bytes = choice_of(settings), settings.max_prompt_mib << 20

@@ -5,45 +5,39 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
+import resource
 import signal
 import socket
 import sys
 from types import FrameType
-from typing import Any
 
-import uvicorn
-import uvloop
-
-from softbatch.server.app import create_app
-from softbatch.server.cli.settings_flags import UsageError, add_flags, settings_from
-from softbatch.server.requests.engine_client import StartupError
-from softbatch.server.services import running_services
+from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
+from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
+# What is open beside the connections: files of soft prompts, sockets of the engine, logs.
+SPARE_FILES = 256
 # Running requests may take this long to finish once the server was told to stop.
 DRAIN_SECONDS = 300
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="serve a model over HTTP",
-        description="Serve a model over HTTP. Every flag can also be set through the environment.",
-    )
-    add_flags(parser)
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
-        settings = settings_from(options)
+        settings = settings_from(options, warn=False)
+        # For this process, and for the engine and the compressions, which it starts.
+        os.environ.update({LEVEL_VARIABLE: settings.log_level, FORMAT_VARIABLE: settings.log_format})
+        configure_logging()
+        warn_of_unknown_variables()
         listener = _listen(settings)
         # While it serves, uvicorn takes the signal, and raises it again behind the last request. An exception lets the
         # engine and the temporary files go; the default would end the process on the spot.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        import uvloop  # here and below: what takes seconds to import comes behind everything that may be refused
+
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, listener))
     except (UsageError, StartupError) as error:
@@ -53,15 +47,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
+    import uvicorn
+
+    from softbatch.server.app import create_app
+    from softbatch.server.http.connections import ConnectionBounds, Connections
+    from softbatch.server.services import running_services
+
     async with running_services(settings) as services:
+        _allow_open_files(settings.max_connections + SPARE_FILES)
+        connections = Connections(ConnectionBounds.of(settings), services.metrics)
         config = uvicorn.Config(
             create_app(services),
+            http=connections.protocol(),
+            ws="none",
+            callback_notify=connections.sweep,
+            timeout_notify=1,
             lifespan="off",
             backlog=BACKLOG,
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=settings.keep_alive_timeout,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
         logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
@@ -70,7 +76,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             """Admits nothing from the moment it is told to stop; what runs is finished."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                services.engine.draining = True
+                services.admission.draining = True
                 super().handle_exit(sig, frame)
 
         server = DrainingServer(config)
@@ -80,8 +86,19 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
 
         services.engine.on_give_up = stop
         await server.serve(sockets=[listener])
-        if services.engine.gave_up:
+        if services.supervisor.gave_up:
             raise StartupError("the engine died and could not be started again; see the log above")
+
+
+def _allow_open_files(count: int) -> None:
+    """A connection is an open file, of which many systems allow 1024 unless a process asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count:
+        logger.warning("this system allows %d open files, too few for --max-connections", allowed)
 
 
 def _listen(settings: Settings) -> socket.socket:

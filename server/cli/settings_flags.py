@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import logging
+import os
+import re
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from softbatch.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+# Kubernetes tells containers in this way about a service that is named softbatch.
+_OF_KUBERNETES = re.compile(r"SOFTBATCH_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 
 class UsageError(Exception):
@@ -24,18 +32,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             dest=name,
             default=argparse.SUPPRESS,
             metavar=_metavar(field),
-            action="append" if name == "api_key" else "store",
+            action="append" if name in ("api_key", "admin_key") else "store",
             help=f"{field.description}{default} [SOFTBATCH_{name.upper()}]".replace("%", "%%"),
         )
 
 
-def settings_from(options: argparse.Namespace) -> Settings:
+def settings_from(options: argparse.Namespace, *, warn: bool = True) -> Settings:
     """The settings that flags, environment and defaults make. Raises UsageError."""
+    if warn:
+        warn_of_unknown_variables()
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     try:
         return Settings(**given)
     except ValidationError as error:
         raise UsageError("; ".join(_problem(details) for details in error.errors())) from error
+
+
+def warn_of_unknown_variables() -> None:
+    """Name each variable that looks like a setting and is none: it has no effect, which somebody might not notice."""
+    known = {name.upper() for name in Settings.model_fields} | {"API_KEYS"}
+    for name in sorted(os.environ):
+        prefix, _, setting = name.upper().partition("_")
+        if prefix != "SOFTBATCH" or setting in known or _OF_KUBERNETES.fullmatch(name):
+            continue
+        close = difflib.get_close_matches(setting, sorted(known), n=1)
+        advice = f"did you mean SOFTBATCH_{close[0]}?" if close else "softbatch serve --help lists those that are"
+        logger.warning("the environment variable %s is no setting and has no effect; %s", name, advice)
 
 
 def _problem(details: Any) -> str:

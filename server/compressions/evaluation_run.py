@@ -11,6 +11,7 @@ from softbatch.prompt_store.compression.evaluation.baselines import evaluate_pro
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.server.compressions.other_prompts import other_prefix
 from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice
 from softbatch.server.compressions.session import CompressionSession
@@ -35,22 +36,21 @@ def evaluate(
     instruction = instruction if isinstance(instruction, str) else None
     longest = longest if isinstance(longest, int) and 4 <= longest <= 4096 else LONGEST_ANSWER
     files = ModelFiles.open(choice)
-    tokens = files.count_tokens(context, instruction)
-    session = CompressionSession.open(files, tokens, longest, store.max_bytes, instruction)
+    tokenized = files.context(context, instruction, longest)
+    session = CompressionSession.open(files, tokenized, store.max_bytes)
     try:
         check_fits(prompt, session.spec)
         report = evaluate_prompt(
             session.decoder,
-            session.tokenizer,
+            tokenized,
             manifest.kind,
             prompt.tensors,
-            context,
             questions,
             session.generate,
-            instruction,
-            longest,
             free_answers=len(questions),
-            wrong_prefix=session.another_prefix(store, context, manifest.num_virtual_tokens, besides=name),
+            wrong_prefix=other_prefix(
+                store, session.decoder, session.spec, tokenized.sha256, manifest.num_virtual_tokens, besides=name
+            ),
             replaces=manifest.replaces,
             on_progress=on_progress,
         )

@@ -19,8 +19,9 @@ from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
-from softbatch.server.compressions.request import CompressionRequest
-from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, find_finished, register
+from softbatch.server.compressions.request import DIRECTORY, LOCK, CompressionRequest
+from softbatch.server.compressions.result import find_finished, register
+from softbatch.server.compressions.run_directory import discard
 from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
 from softbatch.server.request_failures import (

@@ -38,7 +38,7 @@ class LocalEngine:
         )
         self._engine: Engine
         self.ready: Ready
-        self._engine, self.ready = build_engine(config, lambda name, seconds, detail: None)
+        self._engine, self.ready = build_engine(config, lambda name, seconds, detail: None, files.source)
 
     def close(self) -> None:
         self._engine.close()

@@ -13,13 +13,17 @@ from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
-    CompressionRequest,
+    DIRECTORY,
     InputError,
     ModelChoice,
+    as_users,
+    make_request,
     make_settings,
     read_context,
 )
-from softbatch.server.compressions.run import DIRECTORY, LOCK, discard, has_work, locked, register, run_compression
+from softbatch.server.compressions.result import register
+from softbatch.server.compressions.run import run_compression
+from softbatch.server.compressions.run_directory import discard, has_work, locked
 
 
 def compress(
@@ -50,7 +54,7 @@ def compress(
     directory; its figures are `manifest.fidelity`. Raises InputError, SoftPromptError, ModelError or ValueError when
     it cannot be done, and Stopped when `should_stop` said so: `resume` then goes on with it.
     """
-    request = CompressionRequest(
+    request = make_request(
         name=name,
         context=read_context(context) if isinstance(context, Path) else context,
         settings=make_settings(
@@ -64,18 +68,14 @@ def compress(
             instruction=instruction,
             seed=seed,
         ),
-        questions=tuple(questions),
-        choice=ModelChoice(model, dtype=dtype, device=device),
-        store=str(store.root),
+        questions=as_users(questions),
+        choice=lambda: ModelChoice(model, dtype=dtype, device=device),
+        store=store.root,
         max_prompt_bytes=store.max_bytes,
     )
     store.check_free(name)
     directory = store.root / DIRECTORY / name
-    if name == LOCK:
-        raise InputError("name", f"name: {LOCK} is what a server's own file is called there; choose another one")
     prepared = PreparedRun.checked(request, ModelFiles.open(request.choice), directory, store.max_bytes)
-    if prepared.model.name == name:
-        raise InputError("name", f"name: {name} is the name of the base model", code="name_taken")
     return _registered(prepared, store, resume, on_progress, should_stop)
 
 

@@ -1,25 +1,17 @@
-"""What is read of a model before its weights are, and the one place that says what a valid compression is."""
+"""A compression with its model's files open and its context tokenised: what stands before the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
-from softbatch.prompt_store.compression.frozen.rendering import Renderer
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
+from softbatch.scheduler.model.loader import check_config
+from softbatch.scheduler.model.model_files import read_config
 from softbatch.scheduler.model.source import ModelSource, resolve
-from softbatch.server.compressions.request import (
-    CompressionRequest,
-    InputError,
-    ModelChoice,
-    ModelShape,
-    check_context,
-    check_length,
-    check_room,
-)
+from softbatch.server.compressions.checks import check_compression
+from softbatch.server.compressions.request import CompressionRequest, ModelChoice, ModelShape
 
 
 @dataclass(frozen=True)
@@ -33,69 +25,53 @@ class ModelFiles:
 
     @classmethod
     def open(cls, choice: ModelChoice) -> ModelFiles:
-        """Raises ModelError, or OSError or ValueError when transformers cannot read the files."""
-        source = resolve(choice.model)
-        shape = ModelShape.of(AutoConfig.from_pretrained(source.path))
-        return cls(choice, source, AutoTokenizer.from_pretrained(source.path), shape)
+        """Raises ModelError."""
+        source = resolve(choice.model, lambda config: check_config(config, None))
+        return cls(choice, source, source.tokenizer, _shape_of(source))
+
+    @classmethod
+    def served(cls, choice: ModelChoice, tokenizer: Any) -> ModelFiles:
+        """Of the model that a server runs, which has resolved it and read its tokenizer."""
+        source = ModelSource(choice.model, choice.served_model_name or choice.model)
+        return cls(choice, source, tokenizer, _shape_of(source))
 
     @property
     def name(self) -> str:
         """What manifests call the model."""
         return self.choice.served_model_name or self.source.name
 
-    def count_tokens(self, context: str, instruction: str | None) -> int:
-        """Length of the turn that a soft prompt of this context stands for. Raises TemplateError."""
-        return len(Renderer(self.tokenizer, instruction).context(context))
+    def context(self, text: str, instruction: str | None, max_answer_tokens: int) -> TokenizedContext:
+        """A text as this model reads it."""
+        shape = self.shape
+        return TokenizedContext(
+            self.tokenizer, text, instruction, max_answer_tokens, shape.max_positions, shape.vocab_size
+        )
+
+
+def _shape_of(source: ModelSource) -> ModelShape:
+    return ModelShape.of(read_config(source.path))
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A compression with its model's files open and its context counted: all that a run needs to begin."""
+    """All that a run needs to begin. Nobody behind it resolves the model, reads its tokenizer or tokenises the context
+    again."""
 
     request: CompressionRequest
     model: ModelFiles
-    context_tokens: int
+    context: TokenizedContext
 
     @classmethod
     def of(cls, request: CompressionRequest, model: ModelFiles) -> PreparedRun:
-        """Of a request that was checked before. Raises TemplateError."""
-        return cls(request, model, model.count_tokens(request.context, request.settings.instruction))
+        """Of a request that was checked before."""
+        settings = request.settings
+        return cls(request, model, model.context(request.context, settings.instruction, settings.max_answer_tokens))
 
     @classmethod
     def checked(
         cls, request: CompressionRequest, model: ModelFiles, directory: Path, max_prompt_bytes: int
     ) -> PreparedRun:
         """Raises InputError or TemplateError."""
-        settings = request.settings
-        tokens = check_compression(
-            request,
-            model.shape,
-            lambda: model.count_tokens(request.context, settings.instruction),
-            directory,
-            max_prompt_bytes,
-        )
-        return cls(request, model, tokens)
-
-
-def check_compression(
-    request: CompressionRequest,
-    shape: ModelShape,
-    count_tokens: Callable[[], int],
-    directory: Path,
-    max_prompt_bytes: int,
-) -> int:
-    """Everything that can be said against it once its model's shape is known; returns the context's tokens.
-
-    The context is tokenised last, because it may be long. Raises InputError, and what `count_tokens` raises.
-    """
-    settings = request.settings
-    check_context(request.context)
-    for index, question in enumerate(request.questions):
-        for field in ("input", "output"):
-            text = getattr(question, field)
-            if text is not None and not text.strip():
-                raise InputError(f"questions.{index}.{field}", f"questions.{index}.{field}: it must not be blank")
-    check_room(directory, shape, settings, request.questions, max_prompt_bytes)
-    tokens = count_tokens()
-    check_length(tokens, settings, shape.max_positions)
-    return tokens
+        prepared = cls.of(request, model)
+        check_compression(request, model.name, model.shape, prepared.context, directory, max_prompt_bytes)
+        return prepared

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from softbatch.prompt_store.compression.frozen.context import QUESTION_ROOM, sha256_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
-from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import Renderer
-from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.soft_prompt_file import SoftPrompt, load
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
+from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.attention import cpu
 from softbatch.scheduler.model.cpu.build import is_loaded
 from softbatch.scheduler.model.llama.training import DTYPES as DTYPES_WITH_GRADIENTS
@@ -38,29 +32,20 @@ class CompressionSession:
     train, the decoder has one more that is transposed. `release_engine` gives the engine's and its KV cache back."""
 
     decoder: Decoder
-    tokenizer: Any
     spec: ModelSpec
     stop_ids: frozenset[int]
     engine: LocalEngine | None = field(repr=False)
 
     @classmethod
-    def open(
-        cls,
-        files: ModelFiles,
-        context_tokens: int,
-        max_answer_tokens: int,
-        max_prompt_bytes: int,
-        instruction: str | None = None,
-    ) -> CompressionSession:
+    def open(cls, files: ModelFiles, context: TokenizedContext, max_prompt_bytes: int) -> CompressionSession:
         """Raises ModelError, or ValueError for a model that cannot be compressed for."""
         _keep_freed_memory()
-        longest = context_tokens + QUESTION_ROOM + max_answer_tokens
-        engine = LocalEngine(files, longest, max_answer_tokens, max_prompt_bytes)
+        engine = LocalEngine(files, context.longest, context.max_answer_tokens, max_prompt_bytes)
         info = engine.ready.model
-        model, tokenizer = load_transformers(files.source, DTYPES[info.dtype], torch.device(info.device))
+        model, _ = load_transformers(files.source, DTYPES[info.dtype], torch.device(info.device))
         model.set_attn_implementation("eager")  # ours needs a KV cache; the decoder puts its own in its place
         decoder = Decoder(model, info.device, _kernels(info.device, model.dtype))
-        return cls(decoder, tokenizer, info.spec, Renderer(tokenizer, instruction).stop_ids, engine)
+        return cls(decoder, info.spec, context.renderer.stop_ids, engine)
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """data.examples.Generate."""
@@ -77,31 +62,6 @@ class CompressionSession:
                 malloc_trim(0)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-    def another_prefix(self, store: PromptStore, context: str, length: int, besides: str = "") -> Prefix | None:
-        """A soft prompt of this model and `length`, made of another context, for the wrong-prompt baseline; not the one
-        named `besides`."""
-        own = sha256_of(context)
-        for stored in store.list():
-            manifest = stored.manifest
-            if (
-                stored.name != besides
-                and (manifest.context is None or manifest.context.sha256 != own)
-                and manifest.model.fingerprint == self.spec.fingerprint
-                and manifest.num_virtual_tokens == length
-                and manifest.replaces == "system"
-            ):
-                with contextlib.suppress(SoftPromptError, OSError):  # damaged or gone: another will do
-                    return self.prefix_of(load(stored.path, store.max_bytes))
-        return None
-
-    def prefix_of(self, prompt: SoftPrompt) -> Prefix:
-        """The KV that a soft prompt puts in front of the model."""
-        tensors = {name: tensor.to(self.decoder.device) for name, tensor in prompt.tensors.items()}
-        if prompt.manifest.kind == "embeddings":
-            with torch.no_grad():
-                return self.decoder.prefill(tensors["embeddings"])
-        return Prefix(tensors["keys"], tensors["values"])
 
 
 def _kernels(device: str, dtype: torch.dtype) -> Kernels:

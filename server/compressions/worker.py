@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.server.compressions.request import CompressionRequest, InputError
 from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
 
@@ -32,7 +33,7 @@ def main() -> int:
     _give_way()
     output = _take_output()
     _exit_with_server()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s compression: %(message)s")
+    configure_logging("compression")
     directory = Path(sys.argv[1])
     try:
         message = _run(directory, WorkerReporter(output))
@@ -75,7 +76,9 @@ def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
 
     from softbatch.prompt_store.compression.progress import Progress
     from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
-    from softbatch.server.compressions.run import locked, run_compression, summary
+    from softbatch.server.compressions.result import summary
+    from softbatch.server.compressions.run import run_compression
+    from softbatch.server.compressions.run_directory import locked
 
     # One processor stays free for serving.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))

@@ -1,51 +1,91 @@
-"""API keys: every route but the health checks wants one, once any is set."""
+"""API keys: every route but the health checks and the documentation wants one, once any is set."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softbatch.server.http.errors import ApiError, error_response
+from softbatch.server.observability.request_record import current
+
+
+@dataclass(frozen=True)
+class _Key:
+    digest: bytes
+    owner: str
+    is_admin: bool
 
 
 class AuthMiddleware:
     """Refuses requests without a known bearer token; lets everything through when no key is set.
 
-    Decides on `scope["path"]`, the very path that routing uses, never on a URL put together from headers.
+    Decides on `scope["path"]`, the very path that routing uses, never on a URL put together from headers. With admin
+    keys, the other keys may use what is there, and change nothing that all share.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
         self.app = app
         # Digests have one length, so comparing them tells nothing about the keys' lengths.
-        self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in api_keys)
+        digests = {hashlib.sha256(key.encode()).digest(): key in admin_keys for key in (*api_keys, *admin_keys)}
+        self._keys = tuple(
+            _Key(digest, digest.hex()[:12] if len(digests) > 1 else "", is_admin or not admin_keys)
+            for digest, is_admin in digests.items()
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = self._digests and scope["type"] != "lifespan" and not is_public(scope["path"])
-        if not guarded or self._is_known(Headers(scope=scope).get("authorization", "")):
+        if not self._keys or scope["type"] == "lifespan" or _is_public(scope):
             await self.app(scope, receive, send)
             return
+        key = self._known(Headers(scope=scope).get("authorization", ""))
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        error = ApiError(
-            401,
-            "a valid API key is needed: send the header 'Authorization: Bearer <key>'",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        if key is None:
+            error = ApiError(
+                401,
+                "a valid API key is needed: send the header 'Authorization: Bearer <key>'",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        elif not key.is_admin and _needs_admin(scope):
+            error = ApiError(403, "this takes one of the server's admin keys", code="admin_key_needed")
+        else:
+            record = current()
+            record.owner, record.is_admin = key.owner, key.is_admin
+            await self.app(scope, receive, send)
+            return
         await error_response(error)(scope, receive, send)
 
-    def _is_known(self, authorization: str) -> bool:
+    def _known(self, authorization: str) -> _Key | None:
         scheme, _, token = authorization.partition(" ")
         digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
-        known = False
-        for candidate in self._digests:
-            known |= hmac.compare_digest(digest, candidate)
-        return known and scheme.lower() == "bearer"
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        return found if scheme.lower() == "bearer" else None
 
 
-def is_public(path: str) -> bool:
-    """Probes carry no key."""
+def _needs_admin(scope: Scope) -> bool:
+    """What changes, or shows the contexts behind, the soft prompts that all keys share."""
+    path: str = scope["path"]
+    if path == "/v1/compressions" or path.startswith("/v1/compressions/"):
+        return True
+    is_store = path == "/v1/soft_prompts" or path.startswith("/v1/soft_prompts/")
+    return is_store and scope.get("method") not in ("GET", "HEAD", "OPTIONS")
+
+
+def is_probe(path: str) -> bool:
+    """Whether the path is one that probes ask, every few seconds and without a key."""
     return path == "/health" or path.startswith("/health/")
+
+
+def _is_public(scope: Scope) -> bool:
+    """Probes carry no key; nor does a browser that opens the documentation, which is the same for every server."""
+    path: str = scope["path"]
+    is_page = path in ("/docs", "/openapi.json") or path.startswith("/docs/assets/")
+    return is_probe(path) or ((is_page or path == "/") and scope.get("method") in ("GET", "HEAD"))

@@ -38,6 +38,7 @@ MAX_MESSAGE_CHARS = 1000
 # Clients decide on these whether to retry, so an error raised without a code gets its status's own.
 _DEFAULT_CODES = {
     401: "invalid_api_key",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     413: "too_large",

@@ -93,6 +93,10 @@ class Metrics:
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
         self.whole_request = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
         self.prompt_tokens = self._counter("prompt_tokens_total", "Text tokens of admitted prompts.")
+        self.connections = self._gauge("connections", "Open connections.")
+        self.connections_refused = self._counter(
+            "connections_refused_total", "Connections ended before their request was there.", "reason"
+        )
         self.generation_tokens = self._counter("generation_tokens_total", "Tokens generated.")
 
     def _make_soft_prompt_metrics(self) -> None:

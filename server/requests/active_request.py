@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from softbatch.scheduler.protocol import AddRequest, SequenceOutput
+from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.leases import Lease
 
@@ -23,6 +24,7 @@ class ActiveRequest:
     soft_prompt: str | None
     context_tokens: int
     arrived: float
+    owner: str = field(default_factory=lambda: current().owner)
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -47,6 +49,10 @@ class ActiveRequest:
     @property
     def request_id(self) -> str:
         return self.add.request_id
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.add.token_ids
 
     @property
     def prompt_tokens(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,17 +16,19 @@ from typing import Literal
 import msgspec
 
 from softbatch.scheduler.protocol import SamplingParams, SequenceOutput, TokenLogprobs
+from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission, Places
 from softbatch.server.requests.leases import Lease
+from softbatch.server.requests.output_text import OutputText
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
-from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
+from softbatch.server.requests.text import TextProcessor
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means as many as fit;
-    `seed` None draws one; `truncate` keeps only that many of the last prompt tokens."""
+    """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
+    default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens."""
 
     prompt: Prompt
     params: SamplingParams
@@ -45,14 +48,20 @@ class TopToken(msgspec.Struct, frozen=True, gc=False):
     id: int
     text: str
     logprob: float
+    utf8: bytes
 
 
 class Token(msgspec.Struct, frozen=True, gc=False):
-    """One generated token; `logprob` and `top` are there when log-probabilities were asked for."""
+    """One generated token; `logprob` and `top` are there when log-probabilities were asked for.
+
+    `utf8` is its part of the output's text: of all tokens together the text. It is empty for special tokens, and for
+    those behind the end of the text. A broken character's part is that of the U+FFFD that stands for it.
+    """
 
     id: int
     text: str
     special: bool
+    utf8: bytes
     logprob: float | None = None
     top: tuple[TopToken, ...] = ()
 
@@ -84,8 +93,14 @@ class Generation:
         self._lease = lease
         self._admission = admission
         self._text = text
-        self._detokenizer = Detokenizer(text, active.add.token_ids)
-        self._stops = StopStrings(request.stop, request.include_stop)
+        self._output = OutputText(
+            text.tokens,
+            active.add.token_ids,
+            request.stop,
+            include_stop=request.include_stop,
+            min_tokens=request.params.min_tokens,
+        )
+        self._unsettled: deque[tuple[int, TokenLogprobs | None]] = deque()
         self._finished: float | None = None
         admission.submit(active)
 
@@ -141,35 +156,49 @@ class Generation:
             self._admission.release(self._lease)
 
     def _delta(self, outputs: Sequence[SequenceOutput]) -> Delta:
+        """Text, and the tokens whose part of the text has become certain; one may be more at a time than the other."""
         pieces: list[str] = []
-        tokens: list[Token] = []
         for output in outputs:
             for index, token_id in enumerate(output.token_ids):
                 self.completion_tokens += 1
-                tokens.append(self._token(token_id, output.logprobs[index] if output.logprobs else None))
+                self._unsettled.append((token_id, output.logprobs[index] if output.logprobs else None))
                 if token_id == output.stop_token_id:
                     continue  # a stop token ends the text without being part of it
-                pieces.append(self._stops.push(self._detokenizer.push(token_id)))
-                if self._stops.found is not None:
-                    return Delta("".join(pieces), tuple(tokens), "stop", self._stops.found)
+                pieces.append(self._output.push(token_id))
+                if self._output.found is not None:
+                    return self._last_delta(pieces, "stop", self._output.found)
         last = outputs[-1]
         if last.finish_reason in ("eos", "stop", "length"):
-            pieces.append(self._stops.push(self._detokenizer.flush()))
-            if self._stops.found is not None:
-                return Delta("".join(pieces), tuple(tokens), "stop", self._stops.found)
-            pieces.append(self._stops.flush())
-            return Delta("".join(pieces), tuple(tokens), last.finish_reason, last.stop_token_id)
-        return Delta("".join(pieces), tuple(tokens))
+            pieces.append(self._output.finish())
+            if self._output.found is not None:
+                return self._last_delta(pieces, "stop", self._output.found)
+            return self._last_delta(pieces, last.finish_reason, last.stop_token_id)
+        return Delta("".join(pieces), tuple(self._settled()))
 
-    def _token(self, token_id: int, logprobs: TokenLogprobs | None) -> Token:
-        piece, special = self._text.piece(token_id), self._text.is_special(token_id)
+    def _last_delta(
+        self, pieces: list[str], reason: Literal["eos", "stop", "length"], stop_reason: str | int | None
+    ) -> Delta:
+        tokens = self._settled()
+        tokens += [self._token(token_id, b"", logprobs) for token_id, logprobs in self._unsettled]
+        self._unsettled.clear()
+        return Delta("".join(pieces), tuple(tokens), reason, stop_reason)
+
+    def _settled(self) -> list[Token]:
+        settled = []
+        for part in self._output.take_parts():
+            token_id, logprobs = self._unsettled.popleft()
+            settled.append(self._token(token_id, part, logprobs))
+        return settled
+
+    def _token(self, token_id: int, utf8: bytes, logprobs: TokenLogprobs | None) -> Token:
+        text, special = self._text.piece(token_id), self._text.is_special(token_id)
         if logprobs is None:
-            return Token(token_id, piece, special)
+            return Token(token_id, text, special, utf8)
         top = tuple(
-            TopToken(top_id, self._text.piece(top_id), logprob)
+            TopToken(top_id, self._text.piece(top_id), logprob, self._text.tokens.piece(top_id)[0])
             for top_id, logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
         )
-        return Token(token_id, piece, special, logprobs.logprob, top)
+        return Token(token_id, text, special, utf8, logprobs.logprob, top)
 
 
 class Generator:
@@ -181,11 +210,13 @@ class Generator:
         text: TextProcessor,
         encoder: PromptEncoder,
         seed: int,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._admission = admission
         self._text = text
         self._encoder = encoder
         self._random = random.Random(seed)
+        self._eos = tuple(eos_token_ids)
 
     async def start(self, request: GenerationRequest) -> Generation:
         """Raises QueueFull, EngineAway, UnknownSoftPrompt, or InvalidPrompt for a prompt that cannot be served."""
@@ -211,14 +242,22 @@ class Generator:
         self, request: GenerationRequest, lease: Lease | None, places: Places, known: list[int] | None
     ) -> ActiveRequest:
         token_ids = known
+        self._encoder.check_ids(request.params.stop_token_ids, "stop_token_ids")
         if token_ids is None:
             token_ids = await self._encoder.token_ids(request.prompt, lease, request.add_special_tokens)
             if request.truncate:
                 token_ids = token_ids[-request.truncate :]
+        params = request.params
+        room = self._encoder.room(lease, len(token_ids), request.max_tokens)
+        if params.min_tokens > room:
+            message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
+            raise PromptTooLong(message, param="min_tokens")
+        endings = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos)) if params.min_tokens else ()
         params = msgspec.structs.replace(
-            request.params,
-            max_tokens=self._encoder.room(lease, len(token_ids), request.max_tokens),
+            params,
+            max_tokens=room,
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
+            ending_ids=endings,
         )
         return places.prepare(
             token_ids,

@@ -16,7 +16,7 @@ from pathlib import Path
 from softbatch.prompt_store.atomic_files import lock
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
-from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt, UnknownPrompt
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.server.request_failures import SoftPromptOfAnotherModel, UnknownSoftPrompt, UnusableSoftPrompt
 
@@ -72,7 +72,9 @@ class SoftPromptLeases:
     which lies on the store's file system: a lease is a hard link.
     """
 
-    def __init__(self, store: PromptStore, spec: ModelSpec, directory: Path, on_unused: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: SoftPromptStore, spec: ModelSpec, directory: Path, on_unused: Callable[[str], None]
+    ) -> None:
         self._store = store
         self._spec = spec
         self._directory = directory
@@ -80,8 +82,8 @@ class SoftPromptLeases:
         self._users: Counter[str] = Counter()
         self._leased: dict[str, Path] = {}
         self._names: dict[str, str] = {}  # as they were last used -> content hash
-        self._collected = 0
-        self._forgotten: set[str] = set()
+        self._seen_change = 0
+        self._retired: set[str] = set()  # deleted from the store, but still in use
 
     async def acquire(self, name: str) -> Lease:
         """Raises UnknownSoftPrompt, SoftPromptOfAnotherModel, or UnusableSoftPrompt for a broken one."""
@@ -95,7 +97,7 @@ class SoftPromptLeases:
         except (UnknownPrompt, FileNotFoundError) as error:
             if name in self._names:
                 del self._names[name]
-                await self.collect()
+                await self.release_deleted()
             raise UnknownSoftPrompt(name) from error
         except SoftPromptError as error:
             failure = SoftPromptOfAnotherModel if error.code == "wrong_model" else UnusableSoftPrompt
@@ -106,29 +108,29 @@ class SoftPromptLeases:
     def release(self, lease: Lease) -> None:
         self._release(lease.stored.sha256)
 
-    async def collect(self) -> None:
-        """Forget what is no longer in the store under any name; what is in use goes when its last request ends.
+    async def release_deleted(self) -> None:
+        """Drop the files of soft prompts that the store has under no name any more, once no request uses them.
 
-        The store is a directory that others change too, so this runs whenever it is seen to have changed.
+        Others change the store too, so this runs whenever it is seen to have changed.
         """
-        self._collected = self._store.root.stat().st_mtime_ns
+        self._seen_change = self._store.changed_at()
         leased = set(self._leased)
         registered = {stored.sha256 for stored in await asyncio.to_thread(self._store.list)}
         for sha256 in leased - registered:
-            self._forgotten.add(sha256)
+            self._retired.add(sha256)
             self._drop_unused(sha256)
 
     async def _hold(self, name: str) -> StoredPrompt:
         """Counts one more user of the soft prompt's leased file, linking it first when it is not there yet."""
         stored = await asyncio.to_thread(self._store.get, name)
-        # Counted before the file is linked, so that `collect` meanwhile cannot take it away.
+        # Counted before the file is linked, so that `release_deleted` meanwhile cannot take it away.
         self._users[stored.sha256] += 1
         try:
             if stored.sha256 not in self._leased:
                 check_fits(stored.manifest, self._spec)
                 self._leased[stored.sha256] = await asyncio.to_thread(self._store.lease, stored, self._directory)
                 if self._may_have_changed(name):
-                    await self.collect()
+                    await self.release_deleted()
             self._names[name] = stored.sha256
         except BaseException:
             self._release(stored.sha256)
@@ -136,11 +138,11 @@ class SoftPromptLeases:
         return stored
 
     def _may_have_changed(self, name: str) -> bool:
-        """Whether names may have come or gone since the last `collect`: it looks at every file, and a server that gets
-        to know its soft prompts one after the other should not look at all of them each time."""
-        changed = self._store.root.stat().st_mtime_ns
+        """Whether names may have come or gone since the last `release_deleted`, which reads the whole store: a server
+        that gets to know its soft prompts one after the other should not do that each time."""
+        changed = self._store.changed_at()
         fresh = time.time_ns() - changed < DIRECTORY_TIME_NS
-        return name in self._names or changed != self._collected or fresh
+        return name in self._names or changed != self._seen_change or fresh
 
     def _release_held(self, holding: asyncio.Future[StoredPrompt]) -> None:
         if not holding.cancelled() and holding.exception() is None:
@@ -154,8 +156,8 @@ class SoftPromptLeases:
         if self._users[sha256]:
             return
         del self._users[sha256]
-        if sha256 in self._forgotten:
-            self._forgotten.discard(sha256)
+        if sha256 in self._retired:
+            self._retired.discard(sha256)
             path = self._leased.pop(sha256, None)
             if path is not None:
                 path.unlink(missing_ok=True)

@@ -18,10 +18,11 @@ LONG_TEXT = 4096
 class PromptEncoder:
     """Renders, tokenises and checks prompts. Raises InvalidPrompt for those that cannot be served."""
 
-    def __init__(self, text: TextProcessor, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, text: TextProcessor, vocab_size: int, max_model_len: int, default_max_tokens: int) -> None:
         self._text = text
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._default_max_tokens = default_max_tokens
 
     async def token_ids(self, prompt: Prompt, lease: Lease | None, add_special_tokens: bool = True) -> list[int]:
         """`prompt` is raw text, token ids or chat turns. What the soft prompt stands for is not written again."""
@@ -33,9 +34,9 @@ class PromptEncoder:
             token_ids = await self.encode(prompt, add_special_tokens and replaces == "nothing")
         else:
             token_ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            self._check_ids(token_ids)
         if not token_ids:
             raise InvalidPrompt("the prompt is empty; give at least one token", param="prompt")
+        self.check_ids(token_ids, "prompt")
         return token_ids
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -44,7 +45,8 @@ class PromptEncoder:
         return self._text.encode(text, add_special_tokens)
 
     def room(self, lease: Lease | None, prompt: int, wanted: int | None) -> int:
-        """How many tokens may be generated: `wanted`, or all that fit. Raises PromptTooLong when that is too many."""
+        """How many tokens may be generated: `wanted`, or the server's default if so many fit, or all that do. Raises
+        PromptTooLong when that is too many."""
         virtual = lease.ref.num_virtual_tokens if lease else 0
         left = self._max_model_len - virtual - prompt
         least = 1 if wanted is None else wanted
@@ -56,14 +58,18 @@ class PromptEncoder:
                 "tokens; shorten the prompt or ask for fewer tokens",
                 param="prompt" if left < 1 else "max_tokens",
             )
-        return left if wanted is None else wanted
+        return min(left, self._default_max_tokens) if wanted is None else wanted
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
-        wrong = next((token for token in token_ids if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            raise InvalidPrompt(
-                f"token id {wrong} is outside the vocabulary (0 to {self._vocab_size - 1})", param="prompt"
-            )
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises InvalidPrompt for a token that the tokenizer may have, but the model has no embedding for."""
+        if not token_ids or (max(token_ids) < self._vocab_size and min(token_ids) >= 0):
+            return
+        wrong = next(token for token in token_ids if not 0 <= token < self._vocab_size)
+        raise InvalidPrompt(
+            f"the model has no token {wrong}{self._text.named(wrong)}: its token ids are 0 to {self._vocab_size - 1}",
+            param=param,
+            code="token_id",
+        )
 
 
 def _are_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:

@@ -79,6 +79,7 @@ class Scorer:
         token_ids += self._eos if end else ()
         if not token_ids:
             raise InvalidPrompt("the candidate is empty; give at least one token", param=f"candidates.{index}")
+        self._encoder.check_ids(token_ids, f"candidates.{index}")
         return token_ids
 
     async def _await_score(self, request: ActiveRequest) -> list[float]:

@@ -34,6 +34,7 @@ from softbatch.server.schemas.chat import (
     ChatTokenLogprob,
     TokenLogprob,
 )
+from softbatch.server.schemas.sampling import StreamOptions
 from softbatch.server.services import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
@@ -42,7 +43,7 @@ ROUTE = "/v1/chat/completions"
 
 @router.post(ROUTE, response_model=ChatCompletion, summary="Answer a conversation (OpenAI)")
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
-    """With a soft prompt that stands for the system turn, send the turns after it.
+    """With a soft prompt that stands for the system turn, a system message begins the first user turn.
 
     With `stream: true` the reply is a stream of events `data: {...}`, ended by `data: [DONE]`.
     """
@@ -109,8 +110,11 @@ def _reply_fields(services: Services, body: ChatCompletionRequest, generations: 
 async def _events(
     body: ChatCompletionRequest, generations: Sequence[Generation], reply: dict[str, Any]
 ) -> AsyncGenerator[str | bytes, None]:
+    options = body.stream_options or StreamOptions()
+
     def chunk(choice: ChatChunkChoice) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**reply, choices=[choice])
+        usage = usage_of(generations, body.n) if options.continuous_usage_stats else None
+        return ChatCompletionChunk(**reply, choices=[choice], usage=usage)
 
     # What all but the first and the last chunks of a choice look like, unless log-probabilities are asked for.
     ordinary = ChatDelta(content=ChunkTemplate.TEXT)
@@ -126,7 +130,7 @@ async def _events(
             logprobs = _logprobs(delta.tokens) if body.logprobs else None
             if not delta.text and not (logprobs and logprobs.content) and delta.finish_reason is None:
                 continue
-            if logprobs is None and delta.finish_reason is None:
+            if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
                 yield templates[index].fill(delta.text)
                 continue
             content = delta.text if delta.text or delta.finish_reason is None else None
@@ -140,7 +144,7 @@ async def _events(
                 )
             )
             yield last.model_dump_json()
-    if body.stream_options is not None and body.stream_options.include_usage:
+    if options.include_usage:
         usage = ChatCompletionChunk(**reply, choices=[], usage=usage_of(generations, body.n))
         yield usage.model_dump_json()
     yield DONE
@@ -149,18 +153,13 @@ async def _events(
 def _logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
     content = []
     for token in tokens:
-        top = [TokenLogprob(token=t.text, logprob=t.logprob, bytes=_bytes(t.text)) for t in token.top]
+        top = [TokenLogprob(token=t.text, logprob=t.logprob, bytes=list(t.utf8)) for t in token.top]
         content.append(
             ChatTokenLogprob(
                 token=token.text,
                 logprob=token.logprob if token.logprob is not None else 0.0,
-                bytes=_bytes(token.text),
+                bytes=list(token.utf8),
                 top_logprobs=top,
             )
         )
     return ChatLogprobs(content=content)
-
-
-def _bytes(text: str) -> list[int] | None:
-    """UTF-8, unless the token is only part of a character, which no text can show."""
-    return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())

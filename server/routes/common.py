@@ -33,7 +33,7 @@ def services_of(request: Request) -> Services:
 
 def engine_info(services: Services) -> Ready:
     """What the engine said about itself and its model. Raises ApiError 503 until it has."""
-    info = services.engine.info
+    info = services.supervisor.info
     if info is None:
         raise unavailable("the engine is starting", code="starting")
     return info

@@ -23,6 +23,7 @@ from softbatch.server.routes.common import (
 )
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from softbatch.server.schemas.sampling import StreamOptions
 from softbatch.server.services import Services
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
@@ -101,6 +102,8 @@ def _reply_fields(services: Services, body: CompletionRequest, generations: Sequ
 async def _events(
     body: CompletionRequest, generations: Sequence[Generation], echoes: Sequence[str], reply: dict[str, Any]
 ) -> AsyncGenerator[str | bytes, None]:
+    options = body.stream_options or StreamOptions()
+
     def chunk(
         index: int, text: str, delta: Delta | None = None, logprobs: CompletionLogprobs | None = None
     ) -> Completion:
@@ -111,7 +114,8 @@ async def _events(
             finish_reason=FINISH_REASONS.get(delta.finish_reason or "") if delta else None,
             stop_reason=delta.stop_reason if delta else None,
         )
-        return Completion(**reply, choices=[choice])
+        usage = usage_of(generations, body.n) if options.continuous_usage_stats else None
+        return Completion(**reply, choices=[choice], usage=usage)
 
     # What all but the last chunks of a choice look like, unless log-probabilities are asked for.
     templates = [ChunkTemplate(chunk(index, ChunkTemplate.TEXT)) for index in range(len(generations))]
@@ -123,20 +127,20 @@ async def _events(
             logprobs = None
             if body.logprobs is not None:
                 logprobs = _logprobs(delta.tokens, offsets[index])
-                offsets[index] += sum(len(token) for token in logprobs.tokens)
+                offsets[index] += sum(_characters_begun(token) for token in delta.tokens)
             if not text and not (logprobs and logprobs.tokens) and delta.finish_reason is None:
                 continue
-            if logprobs is None and delta.finish_reason is None:
+            if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
                 yield templates[index].fill(text)
             else:
                 yield chunk(index, text, delta, logprobs).model_dump_json()
-    if body.stream_options is not None and body.stream_options.include_usage:
+    if options.include_usage:
         yield Completion(**reply, choices=[], usage=usage_of(generations, body.n)).model_dump_json()
     yield DONE
 
 
 def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
-    """`offset` is where the first token begins."""
+    """`offset` is how many characters the tokens before have begun."""
     reply = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token in tokens:
         logprob = token.logprob if token.logprob is not None else 0.0
@@ -148,6 +152,11 @@ def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
         reply.tokens.append(token.text)
         reply.token_logprobs.append(logprob)
         reply.top_logprobs.append(top)
-        reply.text_offset.append(offset)
-        offset += len(token.text)
+        reply.text_offset.append(offset - (token.utf8[:1] > b"\x7f" and token.utf8[0] < 0xC0))
+        offset += _characters_begun(token)
     return reply
+
+
+def _characters_begun(token: Token) -> int:
+    """All bytes of a character but the first are from 0x80 to 0xBF."""
+    return len(token.utf8) if token.utf8.isascii() else sum(byte & 0xC0 != 0x80 for byte in token.utf8)

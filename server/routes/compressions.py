@@ -7,18 +7,17 @@ from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from transformers import AutoConfig
 
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.template import TemplateError, context_turn
-from softbatch.server.compressions.prepare import check_compression
+from softbatch.prompt_store.template import TemplateError
+from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.record import Job
 from softbatch.server.compressions.request import (
     CompressionRequest,
     InputError,
     ModelChoice,
-    ModelShape,
+    make_request,
     make_settings,
 )
 from softbatch.server.http.errors import ApiError
@@ -130,26 +129,24 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         model_questions=body.model_questions,
     )
     max_bytes = settings.max_prompt_mib << 20
-    model = engine_info(services).model
-    # Its window is the model's own, which --max-model-len may cut short for requests.
-    shape = ModelShape.of(AutoConfig.from_pretrained(model.tokenizer_path))
-    questions = tuple(Example(question.input, question.output) for question in body.questions)
-    request = CompressionRequest(
+    request = make_request(
         name=body.name,
         context=body.context,
         settings=wanted,
-        questions=questions,
-        choice=ModelChoice(model.tokenizer_path, model.name, model.dtype, model.device),
-        store=str(settings.prompt_store),
+        questions=tuple(Example(question.input, question.output) for question in body.questions),
+        choice=lambda: _served(services),
+        store=settings.prompt_store,
         max_prompt_bytes=max_bytes,
     )
+    # The window is the model's own, which --max-model-len may cut short for requests.
+    files = ModelFiles.served(request.choice, services.text.tokenizer)
+    return PreparedRun.checked(request, files, settings.prompt_store, max_bytes).request
 
-    def count_tokens() -> int:
-        turn = context_turn(services.text.tokenizer, request.context, wanted.instruction)
-        return len(services.text.backend.encode(turn, add_special_tokens=False).ids)
 
-    check_compression(request, shape, count_tokens, settings.prompt_store, max_bytes)
-    return request
+def _served(services: Services) -> ModelChoice:
+    """Raises ApiError 503 while the engine is starting."""
+    model = engine_info(services).model
+    return ModelChoice(model.tokenizer_path, model.name, model.dtype, model.device)
 
 
 def _object(job: Job) -> CompressionJob:

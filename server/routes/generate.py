@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, gather, merge
-from softbatch.server.requests.generation import Delta, Generation, GenerationRequest, Token
+from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.routes.common import fields_named, json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.generate import (
@@ -31,6 +31,7 @@ router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 NAMES = {
     "prompt": "inputs",
     "max_tokens": "parameters.max_new_tokens",
+    "min_tokens": "parameters.min_new_tokens",
     "soft_prompt": "parameters.soft_prompt",
 }
 FINISH_REASONS: Mapping[str, GenerateFinishReason] = {
@@ -116,10 +117,16 @@ async def _events(
 ) -> AsyncGenerator[str | bytes, None]:
     pieces = [_prefix(body)]
     index = 0
+    unsent = ""
     async with aclosing(merge([generation])) as deltas:
         async for _, delta in deltas:
             pieces.append(delta.text)
-            for position, (token, text) in enumerate(zip(delta.tokens, _texts(delta), strict=True), 1):
+            # Text may be certain before the token is that it is a part of.
+            unsent += delta.text
+            if not delta.tokens:
+                continue
+            texts, unsent = _texts(delta.tokens, unsent), ""
+            for position, (token, text) in enumerate(zip(delta.tokens, texts, strict=True), 1):
                 index += 1
                 is_last = delta.finish_reason is not None and position == len(delta.tokens)
                 yield StreamEvent(
@@ -131,13 +138,13 @@ async def _events(
                 ).model_dump_json()
 
 
-def _texts(delta: Delta) -> list[str]:
+def _texts(tokens: Sequence[Token], text: str) -> list[str]:
     """What each token adds; joined over all events, the generated text. Special tokens show their own."""
-    texts = [token.text if token.special else "" for token in delta.tokens]
-    if delta.text:
+    texts = [token.text if token.special else "" for token in tokens]
+    if text:
         # Behind the text there can only be special tokens.
-        ordinary = [position for position, token in enumerate(delta.tokens) if not token.special]
-        texts[ordinary[-1] if ordinary else -1] = delta.text
+        ordinary = [position for position, token in enumerate(tokens) if not token.special]
+        texts[ordinary[-1] if ordinary else -1] = text
     return texts
 
 

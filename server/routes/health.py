@@ -15,7 +15,7 @@ router = APIRouter(prefix="/health", tags=["health"], responses=ERROR_REPLIES)
 @router.get("", response_model=Health, summary="Is a step being made?")
 async def health(request: Request) -> Response:
     """200 only if the engine was heard of lately: it reports every step, and while idle a heartbeat."""
-    engine = services_of(request).engine
+    engine = services_of(request).supervisor
     if not engine.ready:
         raise unavailable("the engine is restarting", code="restarting")
     if not engine.healthy:
@@ -33,6 +33,6 @@ async def live() -> Response:
 @router.get("/ready", response_model=Health, summary="Should it get requests?")
 async def ready(request: Request) -> Response:
     """503 while starting, restarting the engine, or finishing the last requests before the end."""
-    if services_of(request).engine.draining:
+    if services_of(request).admission.draining:
         raise unavailable("the server is shutting down", code="draining")
     return await health(request)

@@ -33,6 +33,7 @@ async def get_info(request: Request) -> Response:
             max_concurrent_requests=settings.max_batch_size + settings.max_queue_size,
             max_input_tokens=model.max_model_len - 1,
             max_total_tokens=model.max_model_len,
+            default_max_tokens=settings.default_max_tokens,
             version=VERSION,
             slots=settings.max_batch_size,
             max_queue_size=settings.max_queue_size,

@@ -7,7 +7,7 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
-from softbatch.prompt_store.stores.directory import StoredPrompt
+from softbatch.prompt_store.stores.store import StoredPrompt
 from softbatch.server.http.errors import unknown_model
 from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
+from softbatch.server.observability.request_record import current
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.info import Queue, QueueEntry, RequestProgress
@@ -22,14 +23,21 @@ async def get_queue(request: Request) -> Response:
     """With its age, its soft prompt and how far it has come; the first of `waiting` is admitted next."""
     services = services_of(request)
     active = list(services.engine.active.values())
-    running = [entry for entry in active if entry.state == "running"]
-    waiting = [entry for entry in active if entry.state == "waiting"]
+    record = current()
+    # Keys without admins among them are equals, each with requests of its own.
+    sees_all = not record.owner or (record.is_admin and bool(services.settings.admin_key))
+    own = [entry for entry in active if sees_all or entry.owner == record.owner]
+    running = [entry for entry in own if entry.state == "running"]
+    waiting = [entry for entry in own if entry.state == "waiting"]
+    all_running = sum(entry.state == "running" for entry in active)
     return json_reply(
         Queue(
             slots=services.settings.max_batch_size,
             running=[_entry(entry) for entry in sorted(running, key=lambda entry: entry.started or 0.0)],
             # `active` is in the order of submission, and so the scheduler admits; a preempted request keeps its place.
             waiting=[_entry(entry) for entry in sorted(waiting, key=lambda entry: entry.priority)],
+            others_running=all_running - len(running),
+            others_waiting=len(active) - all_running - len(waiting),
         )
     )
 

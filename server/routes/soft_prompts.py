@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.stores.directory import StoredPrompt
+from softbatch.prompt_store.stores.store import StoredPrompt
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
 from softbatch.server.request_failures import UnknownSoftPrompt, shown
@@ -77,7 +77,7 @@ async def delete_soft_prompt(request: Request, name: str) -> Response:
     services = services_of(request)
     with _store_errors(name):
         await asyncio.to_thread(services.store.remove, name)
-    await services.leases.collect()
+    await services.leases.release_deleted()
     return json_reply(SoftPromptDeleted(id=name))
 
 

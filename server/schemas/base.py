@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -32,13 +33,15 @@ class RequestModel(BaseModel):
     """A JSON object sent by a client. A field that is null counts as not sent.
 
     Fields are known, or in `without_effect` (accepted because clients send them and nothing depends on them),
-    or in `unsupported` with a value that asks for nothing; any other field or value is refused by name.
+    or in `unsupported` with a value that asks for nothing; any other field is refused by name unless it is empty or
+    false. With `is_open` a field that nobody knows has no effect, unless it looks like a known one misspelt.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Neutral] = {}
+    is_open: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -47,27 +50,41 @@ class RequestModel(BaseModel):
             raise refusal("not_an_object", "must be a JSON object")
         known: dict[str, Any] = {}
         for name, value in data.items():
+            if value is None or name in cls.without_effect:
+                continue
             if name in cls.model_fields:
-                if value is not None:
-                    known[name] = value
+                known[name] = value
             elif name in cls.unsupported:
                 neutral = cls.unsupported[name]
-                if value is not None and value not in neutral:
+                if not any(_is_same(value, one) for one in neutral):
                     allowed = f"; leave it out or send {_json_like(neutral)}" if neutral else "; leave it out"
                     raise refusal("unsupported_field", f"not supported by this server{allowed}", name)
-            elif name not in cls.without_effect:
+            elif not _asks_for_nothing(value) and not (cls.is_open and not _close_to(name, cls, 0.85)):
                 raise refusal("unknown_field", _unknown_field(name, cls), printable(name)[:MAX_NAME_CHARS])
         return known
 
 
+def _is_same(value: object, neutral: object) -> bool:
+    """As JSON has it: 1 and 1.0 are one number, and neither of them is true."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _asks_for_nothing(value: object) -> bool:
+    return value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _close_to(name: str, model: type[RequestModel], cutoff: float) -> list[str]:
+    return difflib.get_close_matches(name[:MAX_NAME_CHARS], list(model.model_fields), n=1, cutoff=cutoff)
+
+
 def _unknown_field(name: str, model: type[RequestModel]) -> str:
     message = f"unknown field {shown(name)}"
-    close = difflib.get_close_matches(name[:MAX_NAME_CHARS], list(model.model_fields), n=1)
+    close = _close_to(name, model, 0.6)
     return f"{message}; did you mean {shown(close[0])}?" if close else message
 
 
 def _json_like(values: tuple[object, ...]) -> str:
-    return " or ".join(repr(value).replace("True", "true").replace("False", "false") for value in values)
+    return " or ".join(json.dumps(value) if isinstance(value, bool | dict) else repr(value) for value in values)
 
 
 class ErrorBody(BaseModel):

@@ -23,6 +23,16 @@ MAX_PARTS = 64
 
 
 class TextPart(RequestModel):
+    is_open: ClassVar[bool] = True
+    unsupported: ClassVar[Neutral] = {
+        "image_url": (),
+        "input_audio": (),
+        "file": (),
+        "audio": (),
+        "image": (),
+        "video": (),
+    }
+
     type: Literal["text"]
     text: Text
 
@@ -41,17 +51,24 @@ def _as_parts(value: object) -> object:
 
 
 class ChatMessage(RequestModel):
-    """One turn. `developer` is the newer name of `system`."""
+    """One turn. `developer` is the newer name of `system`. Templates read nothing else of a turn than what is here."""
 
+    is_open: ClassVar[bool] = True
+    without_effect: ClassVar[frozenset[str]] = frozenset({"name"})
     unsupported: ClassVar[Neutral] = {
-        "name": (),
-        "refusal": (),
-        "audio": (),
-        "annotations": ([],),
+        "type": ("message", "text"),
+        "refusal": ("",),
+        "audio": ({},),
+        "images": ([],),
         "tool_calls": ([],),
-        "tool_call_id": (),
-        "function_call": (),
+        "tool_call_id": ("",),
+        "function_call": ({},),
+        "reasoning": ("",),
         "reasoning_content": ("",),
+        "reasoning_details": ([],),
+        "thinking": ("",),
+        "prefix": (False,),
+        "partial": (False,),
     }
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -95,15 +112,18 @@ class ChatCompletionRequest(OpenAIRequest):
     unsupported: ClassVar[Neutral] = {
         **UNSUPPORTED,
         "tools": ([],),
-        "tool_choice": ("none",),
+        # Without tools there is nothing to choose.
+        "tool_choice": ("none", "auto"),
         "functions": ([],),
-        "function_call": ("none",),
+        "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
         "reasoning_effort": (),
-        "verbosity": (),
+        "verbosity": ("medium",),
         "web_search_options": (),
+        "enable_thinking": (),
+        "thinking": (),
         "best_of": (1,),
         "echo": (False,),
         "add_generation_prompt": (True,),
@@ -115,7 +135,9 @@ class ChatCompletionRequest(OpenAIRequest):
     }
 
     messages: Messages
-    max_completion_tokens: TokenCount | None = Field(default=None, description="left out: as many as fit")
+    max_completion_tokens: TokenCount | None = Field(
+        default=None, description="left out: the server's --default-max-tokens, see /info"
+    )
     max_tokens: TokenCount | None = Field(default=None, description="older name of max_completion_tokens")
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
@@ -131,6 +153,9 @@ class ChatCompletionRequest(OpenAIRequest):
     @model_validator(mode="after")
     def _is_consistent(self) -> ChatCompletionRequest:
         self.check_stream_options()
+        self.check_lengths(
+            self.token_limit, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        )
         if self.top_logprobs and not self.logprobs:
             raise refusal("top_logprobs", "only allowed with 'logprobs': true", "top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -142,7 +167,9 @@ class ChatCompletionRequest(OpenAIRequest):
 class TokenLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None = Field(description="null when the token is only part of a character")
+    bytes: list[int] = Field(
+        description="UTF-8; of a chosen token its part of the content, so that all of them joined are the content"
+    )
 
 
 class ChatTokenLogprob(TokenLogprob):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
 from softbatch.server.schemas.replies import Usage
@@ -61,6 +61,11 @@ Prompts = Annotated[
 ]
 
 
+def _none_if_false(value: object) -> object:
+    """Chat completions switch their log-probabilities off so."""
+    return None if value is False else value
+
+
 class CompletionRequest(OpenAIRequest):
     """Continue one text or several. Fields of OpenAI's API that this server does not support are refused."""
 
@@ -74,7 +79,7 @@ class CompletionRequest(OpenAIRequest):
     prompt: Prompts = Field(description="text, token ids, or a list of either")
     max_tokens: TokenCount = Field(default=16, description="at most this many tokens per choice")
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="only 1 or n")
-    logprobs: int | None = Field(
+    logprobs: Annotated[int | None, BeforeValidator(_none_if_false, json_schema_input_type=int | None)] = Field(
         default=None,
         ge=0,
         le=MAX_TOP_LOGPROBS,
@@ -86,6 +91,7 @@ class CompletionRequest(OpenAIRequest):
     @model_validator(mode="after")
     def _is_consistent(self) -> CompletionRequest:
         self.check_stream_options()
+        self.check_lengths(self.max_tokens, "max_tokens")
         if self.best_of not in (None, 1, self.n):
             raise refusal("unsupported_field", f"only 1 or n ({self.n}) is supported", "best_of")
         if self.echo and self.logprobs is not None:

@@ -6,18 +6,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from softbatch.prompt_store.compression.compression_settings import CompressionSettings
-from softbatch.prompt_store.compression.data.examples import MAX_TEXT
-from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
-from softbatch.server.compressions.request import MAX_INSTRUCTION_CHARS
+from softbatch.prompt_store.compression.compression_settings import (
+    BOUNDS,
+    MAX_INSTRUCTION_CHARS,
+    MAX_MINUTES,
+    CompressionSettings,
+)
+from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES, MAX_TEXT
 from softbatch.server.schemas.base import RequestModel, Text, refusal
 from softbatch.server.schemas.sampling import at_most_items
 
-MAX_QUESTIONS = 10_000
-MAX_MINUTES = 24 * 60
-MAX_STEPS = 1_000_000
-MAX_ANSWER_TOKENS = 4096
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+def _within(setting: str) -> Any:
+    """The bounds that the setting has on the command line as well."""
+    low, high = BOUNDS[setting]
+    return Field(ge=low, le=high)
+
+
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
 
 
@@ -53,8 +60,8 @@ class CompressionRequestBody(RequestModel):
     )
     alpha: float = Field(default=0.5, ge=0, le=1, description="weight of nll in mixed")
     kind: Literal["kv", "embeddings"] = "kv"
-    virtual_tokens: int = Field(default=64, ge=2, le=MAX_VIRTUAL_TOKENS)
-    questions: Annotated[list[Question], at_most_items(MAX_QUESTIONS)] = Field(
+    virtual_tokens: Annotated[int, _within("virtual_tokens")] = 64
+    questions: Annotated[list[Question], at_most_items(MAX_EXAMPLES)] = Field(
         default=[], description="questions of your own; they are trained on beside those made from the context"
     )
     instruction: str | None = Field(
@@ -66,18 +73,16 @@ class CompressionRequestBody(RequestModel):
     minutes: float | None = Field(
         default=None, gt=0, le=MAX_MINUTES, description="budget for everything; 10 when neither this nor steps is sent"
     )
-    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="training steps, however long they take")
-    seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    answer_tokens: int = Field(
+    steps: Annotated[int, _within("steps")] | None = Field(
+        default=None, description="training steps, however long they take"
+    )
+    seed: Annotated[int, _within("seed")] = 0
+    answer_tokens: Annotated[int, _within("max_answer_tokens")] = Field(
         default=CompressionSettings.max_answer_tokens,
-        ge=4,
-        le=MAX_ANSWER_TOKENS,
         description="how much of an answer is trained on, your own included",
     )
-    model_questions: int = Field(
+    model_questions: Annotated[int, _within("model_questions")] = Field(
         default=0,
-        ge=0,
-        le=MAX_QUESTIONS,
         description="questions asked by the model itself, beside those from templates; small models ask poor ones",
     )
 

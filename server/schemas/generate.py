@@ -12,6 +12,7 @@ from softbatch.server.schemas.replies import is_none
 from softbatch.server.schemas.sampling import (
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
+    OTHER_SAMPLERS,
     SEED_MASK,
     ModelName,
     StopString,
@@ -24,12 +25,19 @@ class GenerateParameters(RequestModel):
     """How to continue the input. What text-generation-inference has and this server does not, is refused."""
 
     unsupported: ClassVar[Neutral] = {
+        **OTHER_SAMPLERS,
         "best_of": (1,),
+        "n": (1,),
         "typical_p": (1.0,),
         "watermark": (False,),
         "decoder_input_details": (False,),
         "grammar": (),
         "response_format": (),
+        "presence_penalty": (0.0,),
+        "min_p": (0.0,),
+        "logit_bias": ({},),
+        "use_beam_search": (False,),
+        "length_penalty": (1.0,),
     }
 
     max_new_tokens: TokenCount = 100
@@ -38,14 +46,18 @@ class GenerateParameters(RequestModel):
         description="false always takes the most likely token, whatever the temperature; left out: true if "
         "temperature, top_k or top_p ask for sampling, as in text-generation-inference",
     )
-    temperature: float = Field(default=1.0, gt=0, le=100)
-    top_k: int = Field(default=0, ge=0, le=MAX_INT32, description="0: off")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 always takes the most likely token")
+    top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off")
+    top_p: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most likely token")
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, le=SEED_MASK)
     stop: Annotated[list[StopString], at_most_items(MAX_STOP_STRINGS)] = Field(
         default=[], description="the text ends with the first of these strings, and keeps it"
+    )
+    ignore_eos_token: bool = Field(default=False, description="go on after end-of-text")
+    min_new_tokens: int = Field(
+        default=0, ge=0, le=MAX_INT32, description="the text does not end before it has so many tokens"
     )
     truncate: TokenCount | None = Field(default=None, description="keep only the last so many tokens")
     return_full_text: bool = Field(default=False, description="begin the text with the input")
@@ -56,25 +68,30 @@ class GenerateParameters(RequestModel):
 
     @property
     def samples(self) -> bool:
-        if self.do_sample is not None:
-            return self.do_sample
-        return self.temperature != 1.0 or self.top_k != 0 or self.top_p != 1.0
+        if self.do_sample is False or self.temperature == 0 or self.top_p == 0:
+            return False
+        return bool(self.do_sample) or self.temperature != 1.0 or self.top_k > 0 or self.top_p != 1.0
 
     def sampling_params(self, logprobs: int | None) -> SamplingParams:
         """`max_tokens` and `seed` are the generator's to set."""
         return SamplingParams(
             temperature=self.temperature if self.samples else 0.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p or 1.0,
             repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
             logprobs=logprobs,
+            ignore_eos=self.ignore_eos_token,
+            min_tokens=self.min_new_tokens,
         )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> GenerateParameters:
         if self.soft_prompt and self.adapter_id and self.soft_prompt != self.adapter_id:
             raise refusal("adapter_id", "is another name of soft_prompt: send only one of them", "adapter_id")
+        if self.min_new_tokens > self.max_new_tokens:
+            message = f"must not be more than max_new_tokens ({self.max_new_tokens})"
+            raise refusal("min_tokens", message, "min_new_tokens")
         return self
 
 
@@ -84,6 +101,8 @@ class GenerateRequest(RequestModel):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 16}}]}
     )
+    # Of a hosted service, whose clients send them to every server.
+    without_effect: ClassVar[frozenset[str]] = frozenset({"options"})
     # The two routes say by their names whether they stream.
     unsupported: ClassVar[Neutral] = {"stream": (False,)}
 

@@ -22,6 +22,7 @@ class Info(BaseModel):
     max_concurrent_requests: int = Field(description="running and waiting together")
     max_input_tokens: int
     max_total_tokens: int
+    default_max_tokens: int = Field(description="of a chat's answer if the request names no limit")
     version: str
     slots: int = Field(description="sequences that run at once")
     max_queue_size: int
@@ -59,8 +60,12 @@ class QueueEntry(BaseModel):
 
 
 class Queue(BaseModel):
-    """The batch and the queue behind it at this moment; the first of `waiting` is admitted next."""
+    """The batch and the queue behind it at this moment; the first of `waiting` is admitted next.
+
+    Where several API keys are set, a key sees its own requests, and an admin key all; the others are counted."""
 
     slots: int
     running: list[QueueEntry]
     waiting: list[QueueEntry]
+    others_running: int = Field(default=0, description="requests of other API keys")
+    others_waiting: int = Field(default=0, description="requests of other API keys")

@@ -26,7 +26,7 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 
 def _as_stop_list(value: object) -> object:
     if isinstance(value, str):
-        return [value]
+        return [value] if value else []
     if isinstance(value, list) and len(value) > MAX_STOP_STRINGS:
         raise refusal("too_long", f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(value)}")
     return value
@@ -49,7 +49,13 @@ def at_most_items(limit: int) -> BeforeValidator:
 class StreamOptions(RequestModel):
     """What a stream carries besides its text."""
 
+    # Asks for padding that hides how long the texts are, or for none.
+    without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+
     include_usage: bool = Field(default=False, description="end with a chunk with the usage")
+    continuous_usage_stats: bool = Field(
+        default=False, description="the usage so far in every chunk; not from OpenAI's API"
+    )
 
 
 class OpenAIRequest(RequestModel):
@@ -78,7 +84,7 @@ class OpenAIRequest(RequestModel):
     seed: Seed | None = Field(default=None, description="choice i of a prompt draws from seed + i")
     stop: StopStrings = Field(default=[], description="the text ends before the first of these strings")
     temperature: float = Field(default=1.0, ge=0, le=2, description="0 always takes the most likely token")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most likely token")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off; not from OpenAI's API")
@@ -88,6 +94,12 @@ class OpenAIRequest(RequestModel):
         Field(default=[], description="the text ends with any of these tokens; not from OpenAI's API")
     )
     ignore_eos: bool = Field(default=False, description="go on after end-of-text; not from OpenAI's API")
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_INT32,
+        description="the text does not end before it has so many tokens; not from OpenAI's API",
+    )
     priority: int = Field(
         default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; not from OpenAI's API"
     )
@@ -100,8 +112,8 @@ class OpenAIRequest(RequestModel):
     def sampling_params(self, logprobs: int | None) -> SamplingParams:
         """`max_tokens` and `seed` are the generator's to set."""
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=self.temperature if self.top_p > 0 else 0.0,
+            top_p=self.top_p or 1.0,
             top_k=max(self.top_k, 0),
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
@@ -110,17 +122,45 @@ class OpenAIRequest(RequestModel):
             logprobs=logprobs,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
         )
 
     def check_stream_options(self) -> None:
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if options is not None and not self.stream and (options.include_usage or options.continuous_usage_stats):
             raise refusal("stream_options", "only allowed with 'stream': true", "stream_options")
 
+    def check_lengths(self, max_tokens: int | None, name: str) -> None:
+        if max_tokens is not None and self.min_tokens > max_tokens:
+            raise refusal("min_tokens", f"must not be more than {name} ({max_tokens})", "min_tokens")
+
+
+# What other servers' samplers know, with the values that switch it off.
+OTHER_SAMPLERS: Neutral = {
+    "typical_p": (1.0,),
+    "typical": (1.0,),
+    "top_a": (0.0,),
+    "tfs_z": (1.0,),
+    "tfs": (1.0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "guidance_scale": (1.0,),
+    "penalty_alpha": (0.0,),
+    "xtc_probability": (0.0,),
+    "dry_multiplier": (0.0,),
+    "dynatemp_range": (0.0,),
+    "smoothing_factor": (0.0,),
+    "repeat_penalty": (1.0,),
+    "n_probs": (0,),
+}
 
 # Asked for by OpenAI's or vLLM's clients, done by neither route yet.
 UNSUPPORTED: Neutral = {
     "logit_bias": ({},),
-    "min_tokens": (0,),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
@@ -138,6 +178,10 @@ UNSUPPORTED: Neutral = {
     "guided_grammar": (),
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
+    "detokenize": (True,),
+    "return_token_ids": (False,),
+    "do_sample": (True,),
+    **OTHER_SAMPLERS,
 }
 
 FinishReason = Literal["stop", "length"]

@@ -171,6 +171,20 @@ class TestChat:
         assert "Paris" in (reply.choices[0].message.content or "")
         assert reply.choices[0].finish_reason == "stop"
 
+    def test_usage_in_every_chunk(self, client: OpenAI) -> None:
+        options: Any = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+        ask: Any = {"model": "tiny-llama", "max_tokens": 8, "stream": True, "stream_options": options}
+        for stream in (
+            client.chat.completions.create(messages=MESSAGES, **ask),
+            client.completions.create(prompt=PROMPT, **ask),
+        ):
+            chunks = list(stream)
+            counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+            assert len(counts) == len(chunks)
+            assert counts == sorted(counts)
+            assert counts[-1] == 8
+            assert len({chunk.usage.prompt_tokens for chunk in chunks if chunk.usage is not None}) == 1
+
 
 class TestSampling:
     ASK: Any = {"model": "tiny-llama", "prompt": PROMPT, "max_tokens": 16, "temperature": 1.0}  # noqa: RUF012
@@ -216,6 +230,11 @@ class TestSampling:
         assert reply.choices[0].text == tiny_llama.tokenizer.decode(expected)
         assert reply.choices[0].finish_reason == "stop"
         assert reply.choices[0].model_dump()["stop_reason"] == stop_at
+        stop_ids = {"stop_token_ids": [stop_at]}
+        late = client.completions.create(**self.ASK | {"temperature": 0}, extra_body=stop_ids | {"min_tokens": 16})
+        assert late.choices[0].finish_reason == "length"
+        assert late.choices[0].text.startswith(reply.choices[0].text)
+        assert client.completions.create(**self.ASK, top_p=0).choices[0].text == tiny_llama.tokenizer.decode(output)
         top = client.completions.create(**self.ASK, extra_body={"top_k": 1})
         assert top.choices[0].text == tiny_llama.tokenizer.decode(output), "top_k 1 is greedy"
 

@@ -40,7 +40,10 @@ def test_list_show_import_export_remove(
     header, row = prompts(capsys, "list").splitlines()
     assert header.split() == ["NAME", "KIND", "VIRTUAL", "CONTEXT", "SIZE", "MODEL", "CREATED"]
     assert row.split()[:3] == ["manual", "kv", "9"]
-    shown = json.loads(prompts(capsys, "show", "manual"))
+    summary = dict(line.split("  ", 1) for line in prompts(capsys, "show", "manual").splitlines())
+    assert summary["virtual tokens"].strip() == "9"
+    assert summary["file"].strip() == str(store / "manual.safetensors")
+    shown = json.loads(prompts(capsys, "show", "manual", "--json"))
     assert shown["name"] == "manual"
     assert shown["model"]["fingerprint"] == tiny_spec.fingerprint
     assert shown["replaces"] == "system"
@@ -64,7 +67,7 @@ def test_import_of_a_peft_folder(
     adapter.save_pretrained(tmp_path / "adapter")
     out = prompts(capsys, "import", str(tmp_path / "adapter"), "--name", "trained", "--model", tiny_llama.path)
     assert out == "trained: 11 virtual tokens, kind embeddings\n"
-    shown = json.loads(prompts(capsys, "show", "trained"))
+    shown = json.loads(prompts(capsys, "show", "trained", "--json"))
     assert shown["source"] == "peft:PROMPT_TUNING"
     # What a server computes from the model in its own precision is the same.
     assert shown["model"]["fingerprint"] == tiny_spec.fingerprint

@@ -17,7 +17,7 @@ from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.cli.main import main
 from tests.support.models import Reference
-from tests.support.servers import PROJECT, Server, check_refusal, environment, free_port
+from tests.support.servers import PROJECT, Server, check_refusal, environment, free_port, wait_for
 
 WRONG_FLAGS = [
     (("--port", "many"), ("--port", "valid integer", "'many'")),
@@ -175,6 +175,17 @@ def test_the_log_tells_each_phase_with_its_seconds(tiny_server: Server) -> None:
     assert re.search(r"INFO ready after \d+\.\d\d s", log)
     assert f"serving tiny-llama on {tiny_server.url}" in log
     assert "blocks of 16 tokens" in log
+
+
+def test_the_log_has_a_line_for_each_request(tiny_server: Server) -> None:
+    body = {"prompt": [1, 2, 3], "max_tokens": 4, "n": 2, "temperature": 0, "ignore_eos": True}
+    reply = tiny_server.http.post("/v1/completions", json=body, headers={"X-Request-Id": "the-one"})
+    assert reply.headers["x-request-id"] == "the-one"
+    text = wait_for(lambda: "id=the-one" in (log := tiny_server.log.read_text()) and log, "the request is not logged")
+    [line] = [line for line in text.splitlines() if "id=the-one" in line]
+    assert "POST /v1/completions" in line
+    assert "status=200" in line
+    assert line.endswith("prompt_tokens=3 completion_tokens=8")
 
 
 class TestHelp:

@@ -220,11 +220,29 @@ def test_the_instruction_stands_before_the_context() -> None:
     assert context_turn(tokenizer, "CTX", "") == context_turn(tokenizer, "CTX", None)
 
 
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_a_second_system_turn_is_refused(role: str) -> None:
-    with pytest.raises(TemplateError, match="already stands for the system turn") as caught:
-        render_chat(byte_tokenizer(CHATML), [{"role": role, "content": "Be kind."}, *SINGLE], replaces="system")
-    assert caught.value.param == "messages.0.role"
+def test_an_instruction_behind_a_soft_prompt_begins_the_users_turn(name: str, role: str) -> None:
+    tokenizer = byte_tokenizer(ALL[name])
+    kind, brief = {"role": role, "content": "Be kind."}, {"role": role, "content": " Be brief.\n"}
+    merged = {"role": "user", "content": "Be kind.\n\nBe brief.\n\nWhat is it?"}
+    expected = render_chat(tokenizer, [merged, *MULTI[1:]], replaces="system")
+    assert render_chat(tokenizer, [kind, brief, *MULTI], replaces="system") == expected
+    empty = {"role": role, "content": "\n"}
+    assert render_chat(tokenizer, [empty, *SINGLE], replaces="system") == render_chat(
+        tokenizer, SINGLE, replaces="system"
+    )
+
+
+def test_an_instruction_without_a_users_turn_is_one() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    instruction = [{"role": "system", "content": "Be kind."}]
+    alone = render_chat(tokenizer, [{"role": "user", "content": "Be kind."}], replaces="system")
+    assert render_chat(tokenizer, instruction, replaces="system") == alone
+    behind = render_chat(tokenizer, [*instruction, *MULTI[1:]], replaces="system")
+    assert behind == render_chat(tokenizer, [{**MULTI[0], "content": "Be kind."}, *MULTI[1:]], replaces="system")
+    with pytest.raises(TemplateError, match="a user's turn is needed"):
+        render_chat(tokenizer, [{"role": "system", "content": " "}], replaces="system")
 
 
 def test_the_templates_own_message_is_passed_on() -> None:

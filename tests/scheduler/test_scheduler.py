@@ -169,13 +169,13 @@ def test_fifth_waits_and_is_admitted_in_the_step_after_the_first_of_four_ends():
     scheduler.add(request("fifth", length=2))
     while True:
         step, outputs = drive(scheduler, runner, received)
-        assert step.admitted == []
+        assert step.report.admitted == []
         assert [s.request_id for s in scheduler.waiting] == ["fifth"]
         if any(o.finish_reason for o in outputs):
             break
     assert [s.request_id for s in scheduler.running] == ["r0", "r2", "r3"]
     step, _ = drive(scheduler, runner, received)
-    assert step.admitted == ["fifth"]
+    assert step.report.admitted == ["fifth"]
     assert len(step.rows) == 4
     assert len(scheduler.waiting) == 0
 
@@ -209,7 +209,7 @@ def test_preemption_takes_the_newest_of_the_lowest_priority_and_loses_nothing():
     preempted = []
     while scheduler.has_work:
         step, _ = drive(scheduler, runner, received)
-        preempted += step.preempted
+        preempted += step.report.preempted
     assert preempted[0] == "unimportant"
     assert "old" not in preempted
     for req in requests:
@@ -273,7 +273,7 @@ def test_others_run_on_while_a_soft_prompt_loads():
     assert scheduler.soft_prompts.get("slow").state is LoadState.READING
     assert [s.request_id for s in scheduler.waiting] == ["needs"]
     assert not scheduler.running
-    failed = scheduler.soft_prompt_failed("slow", "unreadable")
+    failed = scheduler.soft_prompt_loads.fail("slow", "unreadable")
     assert [(f.request_id, f.error) for f in failed] == [("needs", "unreadable")]
     assert scheduler.pool.num_used == 0
     assert not scheduler.has_work
@@ -325,7 +325,7 @@ def test_loading_a_soft_prompt_preempts_nobody():
     scheduler.add(request("new", length=2, max_tokens=1, soft_prompt=prompt_ref("p", 22)))
     while "old" in {s.request_id for s in scheduler.running}:
         step, _ = drive(scheduler, runner, received)
-        assert not step.preempted
+        assert not step.report.preempted
 
 
 def test_no_more_soft_prompts_are_loaded_than_slots_are_free():
@@ -340,7 +340,7 @@ def test_computing_a_soft_prompt_leaves_room_for_others():
     scheduler = make_scheduler(max_batch_tokens=8, num_blocks=100, max_model_len=300)
     scheduler.add(request("soft", length=2, soft_prompt=prompt_ref("p", 200)))
     scheduler.schedule()
-    scheduler.soft_prompt_read("p")
+    scheduler.soft_prompt_loads.start_prefill("p")
     scheduler.add(request("plain", length=3))
     step = scheduler.schedule()
     assert [(row.sequence.request_id, row.num_tokens) for row in step.rows] == [("plain", 3)]
@@ -383,7 +383,7 @@ def test_nobody_is_preempted_for_blocks_that_come_back_after_this_step():
     sizes, before = [], None
     while scheduler.has_work:
         step = scheduler.schedule()
-        assert not step.preempted
+        assert not step.report.preempted
         sizes.append(len(step.rows))
         after = (step, runner.run(step)) if step else None
         for output in scheduler.postprocess(*before) if before else []:

@@ -151,10 +151,27 @@ class TestAuth:
         assert client.get(path).status_code == 200
 
     @pytest.mark.parametrize(
-        "path", ["/healthy", "/health%2e", "/docs", "/openapi.json", "/nowhere", "//health", "/v1/models/"]
+        "path",
+        [
+            "/healthy",
+            "/health%2e",
+            "/docs/",
+            "/docs/assets",
+            "/docs/assetsx",
+            "/openapi.json/",
+            "/nowhere",
+            "http://testserver//health",
+            "/v1/models/",
+        ],
     )
     def test_everything_else_does(self, client: TestClient, path: str) -> None:
         error_of(client.get(path), 401)
+
+    @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/docs/assets/swagger-ui.css", "/"])
+    def test_only_reading_the_documentation_needs_none(self, client: TestClient, path: str) -> None:
+        assert client.get(path).status_code != 401
+        assert client.head(path).status_code != 401
+        error_of(client.post(path), 401)
 
     def test_the_host_header_opens_nothing(self, client: TestClient) -> None:
         for host in ("testserver/health?", "testserver/health/", "health"):
@@ -163,6 +180,41 @@ class TestAuth:
     def test_off_without_keys(self, app: FastAPI) -> None:
         app.add_middleware(AuthMiddleware, api_keys=())
         assert client_of(app).get("/v1/models").status_code == 200
+
+
+class TestAdmins:
+    @pytest.fixture
+    def client(self, app: FastAPI) -> TestClient:
+        app.add_middleware(AuthMiddleware, api_keys=("user",), admin_keys=("root",))
+        return client_of(app)
+
+    def status(self, client: TestClient, key: str, method: str, path: str) -> int:
+        status: int = client.request(method, path, headers={"authorization": f"Bearer {key}"}).status_code
+        return status
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", "/v1/soft_prompts"),
+            ("POST", "/v1/soft_prompts/"),
+            ("DELETE", "/v1/soft_prompts/manual"),
+            ("PUT", "/v1/soft_prompts/manual"),
+            ("GET", "/v1/compressions"),
+            ("POST", "/v1/compressions"),
+            ("GET", "/v1/compressions/x/report"),
+        ],
+    )
+    def test_only_they_change_what_all_share(self, client: TestClient, method: str, path: str) -> None:
+        reply = client.request(method, path, headers={"authorization": "Bearer user"})
+        assert error_of(reply, 403)["code"] == "admin_key_needed"
+        assert self.status(client, "root", method, path) not in (401, 403)
+        assert self.status(client, "nobody", method, path) == 401
+
+    @pytest.mark.parametrize(
+        ("method", "path"), [("GET", "/v1/models"), ("POST", "/parsed"), ("GET", "/v1/soft_prompts/manual")]
+    )
+    def test_the_others_may_use_it(self, client: TestClient, method: str, path: str) -> None:
+        assert self.status(client, "user", method, path) not in (401, 403)
 
 
 class TestBodyLimit:

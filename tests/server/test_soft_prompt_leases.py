@@ -79,7 +79,7 @@ def test_a_request_given_up_while_its_file_is_linked(store: SlowStore, tmp_path:
         await asyncio.sleep(0)
         assert len(files(tmp_path)) == 1, "kept for the next request, as the soft prompt is registered"
         store.remove("manual")
-        await leases.collect()
+        await leases.release_deleted()
         assert files(tmp_path) == []
         assert len(unused) == 1
 

@@ -1,4 +1,4 @@
-"""Incremental detokenising and stop strings."""
+"""Texts that become prompts, and stop strings."""
 
 from __future__ import annotations
 
@@ -6,45 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 from softbatch.server.request_failures import PromptTooLong
-from softbatch.server.requests.text import Detokenizer, StopStrings, TextProcessor
+from softbatch.server.requests.output_text import StopStrings
+from softbatch.server.requests.text import TextProcessor
 
 
 @pytest.fixture(scope="module")
 def text() -> TextProcessor:
     return TextProcessor(AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path), max_model_len=64)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(words=st.text(alphabet="aé ß日🙂\n\t x'", max_size=40))
-def test_pieces_add_up_to_the_whole(text: TextProcessor, words: str) -> None:
-    ids = text.encode(words, add_special_tokens=False) if words else []
-    detokenizer = Detokenizer(text)
-    pieces = [detokenizer.push(token) for token in ids]
-    assert "".join(pieces) + detokenizer.flush() == text.decode(ids)
-    assert not any("�" in piece for piece in pieces)
-
-
-def test_an_output_cut_in_the_middle_of_a_character_is_flushed(text: TextProcessor) -> None:
-    ids = text.encode("🙂", add_special_tokens=False)
-    assert len(ids) > 1
-    detokenizer = Detokenizer(text)
-    assert "".join(detokenizer.push(token) for token in ids[:-1]) == ""
-    assert detokenizer.flush() == text.decode(ids[:-1])
-
-
-def test_special_tokens_are_not_text(text: TextProcessor) -> None:
-    detokenizer = Detokenizer(text)
-    eos = text.tokenizer.eos_token_id
-    assert detokenizer.push(eos) == ""
-    assert text.is_special(eos)
-    assert text.piece(eos) == "<|im_end|>"
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -77,14 +51,26 @@ def test_a_text_that_cannot_fit_is_refused_without_tokenising(text: TextProcesso
         text.encode("x" * 10_000_000)
 
 
-def test_the_space_before_the_first_word_is_kept_where_the_tokenizer_drops_it() -> None:
-    """As with the tokenizers of Llama 2 and Mistral, which write a space as ▁ and drop a text's first."""
-    vocab = {"<unk>": 0, "▁is": 1, "▁Paris": 2, "▁now": 3}
-    backend = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = Metaspace()
-    backend.decoder = MetaspaceDecoder()
+def test_a_special_token_can_be_a_stop_string_and_is_never_shown() -> None:
+    for include in (False, True):
+        stops = StopStrings(["x<end>", "stop"], include)
+        assert [stops.push("ab"), stops.push("<end>", hidden=True), stops.push("s"), stops.push("ax")] == [
+            "ab",
+            "",
+            "",
+            "sa",
+        ]
+        assert stops.push("<end>", hidden=True) == ("x" if include else "")
+        assert stops.found == "x<end>"
+    held = StopStrings(["<end>!"], include=True)
+    assert held.push("a") == "a"
+    assert held.push("<end>", hidden=True) == ""
+    assert held.push("b") == "b", "it was not the stop string after all"
+
+
+def test_a_tokenizer_file_cannot_cut_prompts() -> None:
+    backend = Tokenizer(WordLevel({"<unk>": 0, "is": 1, "now": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
     backend.enable_truncation(1)
     processor = TextProcessor(PreTrainedTokenizerFast(tokenizer_object=backend), max_model_len=64)
-    assert processor.encode("is Paris now") == [1, 2, 3]  # whatever the tokenizer's file says of truncation
-    detokenizer = Detokenizer(processor, [0, 1])
-    assert [detokenizer.push(2), detokenizer.push(3), detokenizer.flush()] == [" Paris", " now", ""]
+    assert processor.encode("is now") == [1, 2]

@@ -1,6 +1,7 @@
 """Compiles every kernel launch of a model's step for an H100/H200, without one; prints what became of each as JSON.
 
-Run as a program: where kernels run in Triton's interpreter, they cannot be compiled.
+Run as a program, once for all models: where kernels run in Triton's interpreter, they cannot be compiled, and starting
+takes longer than compiling.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,14 @@ def batch_on_meta(batch: Any) -> Any:
     return replace(batch, **{field.name: moved(getattr(batch, field.name)) for field in fields(batch)})
 
 
+def outcome(case: str) -> list[dict[str, Any]] | str:
+    """The kernels of one `kind-head_dim-dtype`, or the error that compiling them ended with."""
+    kind, head_dim, dtype = case.split("-")
+    try:
+        return compile_model(kind, int(head_dim), getattr(torch, dtype))
+    except Exception:
+        return traceback.format_exc()
+
+
 if __name__ == "__main__":
-    kind, head_dim, dtype = sys.argv[1:]
-    print(json.dumps(compile_model(kind, int(head_dim), getattr(torch, dtype))))
+    print(json.dumps({case: outcome(case) for case in sys.argv[1:]}))

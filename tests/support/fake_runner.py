@@ -63,9 +63,9 @@ class FakeRunner:
         if self.kinds.pop(sha256) == "kv":
             for position in range(prompt.ref.num_virtual_tokens):
                 self.slots[self.slot(prompt.blocks, position)] = (sha256, position)
-            self.scheduler.soft_prompt_ready(sha256)
+            self.scheduler.soft_prompt_loads.finish(sha256)
         else:
-            self.scheduler.soft_prompt_read(sha256)
+            self.scheduler.soft_prompt_loads.start_prefill(sha256)
 
     def slot(self, blocks: list[int], position: int) -> int:
         return blocks[position // self.size] * self.size + position % self.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,36 @@ class Reference:
 def load_reference(path: str) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     return Reference(path, model, AutoTokenizer.from_pretrained(path))
+
+
+def tiny_config(name: str, **changes: Any) -> Any:
+    """One of the tiny models' configs with changes."""
+    known = TINY_CONFIGS[name]
+    return type(known).from_dict(known.to_dict() | changes)
+
+
+def save_tiny(config: Any, tokenizer: Any, path: Path) -> str:
+    """A random model whose outputs vary: the weights are spread wider than at initialisation."""
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def keep_first_tokens(directory: Path, count: int) -> None:
+    """Cut the byte-level BPE tokenizer that lies there to its first tokens: rare words become several of them."""
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    known = {token: number for token, number in tokenizer["model"]["vocab"].items() if number < count}
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["vocab"] = known
+    tokenizer["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= known.keys()]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 TINY_CONFIGS = {

@@ -64,7 +64,7 @@ def load_jsonl(path: Path) -> list[Example]:
     """Read {"input", "output"?} lines; kind, position and source are kept where they stand. Raises
     DataError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path.name}: not a UTF-8 text file") from None
     examples = []

@@ -15,16 +15,15 @@ from softbatch.prompt_store.compression.evaluation.report import build_report
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Kind, Student
 from softbatch.prompt_store.manifest import Replaces
 
 
-def with_gold(
-    context: Context, examples: Sequence[Example], generate: Generate, max_answer_tokens: int
-) -> list[Example]:
+def with_gold(context: Context, examples: Sequence[Example], generate: Generate) -> list[Example]:
     """The examples with the full-context model's answers, where they have none of their own; unusable ones kept."""
-    asked = [example for example in examples if example.output is None]
+    asked, max_answer_tokens = [e for e in examples if e.output is None], context.tokenized.max_answer_tokens
     replies = iter(context.ask(asked, max_answer_tokens, generate) if asked else [])
     stop_ids = context.renderer.stop_ids
     found = []
@@ -57,14 +56,11 @@ def measure_baselines(
 
 def evaluate_prompt(
     decoder: Decoder,
-    tokenizer: Any,
+    context: TokenizedContext,
     kind: Kind,
     tensors: dict[str, Tensor],
-    context: str,
     examples: Sequence[Example],
     generate: Generate,
-    instruction: str | None = None,
-    max_answer_tokens: int = 48,
     free_answers: int = 16,
     wrong_prefix: Prefix | None = None,
     replaces: Replaces = "system",
@@ -73,15 +69,18 @@ def evaluate_prompt(
     """The report of a soft prompt that exists, with the metric keys of report.json, on `examples`. One that
     `replaces` nothing is measured as it is served: the model's usual system turn follows it.
 
-    Raises ValueError for an empty context or when no question gets a usable answer.
+    Raises ValueError when the context is shorter than the soft prompt or no question gets a usable answer.
     """
-    view = Context(decoder, tokenizer, context, instruction, max_answer_tokens)
+    view = Context(decoder, context)
     student = Student(decoder, kind, tensors)
     prefix = student.fixed_prefix()
-    view.check_length(prefix.length)
-    view.check_questions(examples)
-    asked = [e for e in with_gold(view, view.placed(examples), generate, max_answer_tokens) if usable(e)]
-    evaluation = Evaluation(decoder, view.renderer, view.segments, view.full, asked, max_answer_tokens, free_answers)
+    if prefix.length > view.num_tokens:
+        raise ValueError(f"the context has {view.num_tokens} tokens, fewer than the soft prompt's {prefix.length}")
+    context.check_questions(examples)
+    asked = [e for e in with_gold(view, context.placed(examples), generate) if usable(e)]
+    evaluation = Evaluation(
+        decoder, view.renderer, view.segments, view.full, asked, context.max_answer_tokens, free_answers
+    )
     done: list[str] = []
 
     def on_done(name: str) -> None:

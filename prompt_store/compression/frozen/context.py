@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
-from itertools import cycle, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from softbatch.prompt_store.compression.data.examples import Example, Generate, words_of
+from softbatch.prompt_store.compression.data.examples import Example, Generate
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment, group_of
+from softbatch.prompt_store.compression.frozen.rendering import group_of
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix, truncated_ids
 
-# What a user turn may take beside the answer.
-QUESTION_ROOM = 384
 # A text on another subject, for the wrong-prompt baseline when no other soft prompt is at hand.
 OTHER_TEXT = (
     "Bread needs four things: flour, water, salt and yeast. Weigh 500 g of flour, add 350 g of water at 25 degrees, "
@@ -35,37 +29,17 @@ OTHER_TEXT = (
 )
 
 
-def sha256_of(context: str) -> str:
-    """A context's identity, in manifests and in the work directory."""
-    return hashlib.sha256(context.encode()).hexdigest()
-
-
 class Context:
-    """Raises ValueError for a context that is empty, no text, or cannot be cut to the model's window.
+    """A longer context than the model's window is held as segments; each question is then answered from one of them."""
 
-    A context longer than the window is held as segments; each question is then answered from one of them.
-    """
-
-    def __init__(
-        self, decoder: Decoder, tokenizer: Any, text: str, instruction: str | None, max_answer_tokens: int
-    ) -> None:
-        if not text.strip():
-            raise ValueError("context is empty")
-        if "\0" in text:
-            raise ValueError("context is not text: it contains a NUL byte")
-        self.decoder, self.text, self.max_answer_tokens = decoder, text, max_answer_tokens
-        self.renderer = Renderer(tokenizer, instruction)
-        room = QUESTION_ROOM + max_answer_tokens
-        self.segments: list[Segment] = self.renderer.segments(text, decoder.window - room)
+    def __init__(self, decoder: Decoder, tokenized: TokenizedContext) -> None:
+        self.decoder, self.tokenized = decoder, tokenized
+        self.renderer, self.segments = tokenized.renderer, tokenized.segments
         self.head, self.tail = self.renderer.frame()
 
     @property
-    def sha256(self) -> str:
-        return sha256_of(self.text)
-
-    @property
     def num_tokens(self) -> int:
-        return sum(len(part.ids) for part in self.segments)
+        return self.tokenized.num_tokens
 
     @cached_property
     def full(self) -> list[Prefix]:
@@ -81,50 +55,8 @@ class Context:
         self.decoder.wait()
         return clock() - began
 
-    def check_length(self, virtual_tokens: int) -> None:
-        """Raises ValueError when σ would be longer than what it stands for."""
-        if not 2 <= virtual_tokens <= self.num_tokens:
-            raise ValueError(
-                f"virtual_tokens must lie between 2 and the context's {self.num_tokens} tokens, got {virtual_tokens}"
-            )
-
-    def check_questions(self, examples: Sequence[Example]) -> None:
-        """Raises ValueError for a question that has no room in the model's window behind the context, by its number."""
-        room = self.decoder.window - max(len(part.ids) for part in self.segments) - self.max_answer_tokens
-        for number, example in enumerate(examples, start=1):
-            tokens = len(self.renderer.question(example.input))
-            if tokens > room:
-                raise ValueError(f"questions: number {number} has {tokens} tokens; there is room for {room}")
-
-    def placed(self, examples: Sequence[Example]) -> list[Example]:
-        """Questions that do not say what part of the context they are about, each at a segment: the user's where their
-        words, and those of their answer, point to (every word votes with the share of its occurrences there), those
-        about the whole in turn."""
-        if len(self.segments) == 1:
-            return list(examples)
-        ends = [0.0, *(part.end for part in self.segments)]
-        cuts = [round(end * len(self.text)) for end in ends]
-        counts = [Counter(words_of(self.text[start:end])) for start, end in pairwise(cuts)]
-        total = sum(counts, Counter())
-        turns = cycle(range(len(counts)))
-
-        def segment(example: Example) -> int:
-            if example.kind == "general":
-                return next(turns)
-            words = {word for word in words_of(f"{example.input} {example.output or ''}") if word in total}
-            votes = [sum(part[word] / total[word] for word in words) for part in counts]
-            return max(range(len(votes)), key=votes.__getitem__)
-
-        def placed(example: Example) -> Example:
-            if example.position > 0 or (example.source != "user" and example.kind != "general"):
-                return example
-            at = segment(example)
-            return replace(example, position=(ends[at] + ends[at + 1]) / 2)
-
-        return [placed(example) for example in examples]
-
     def pair(self, example: Example) -> TrainingPair:
-        return self.renderer.pair(example, self.segments, self.max_answer_tokens)
+        return self.renderer.pair(example, self.segments, self.tokenized.max_answer_tokens)
 
     def ask(self, examples: Sequence[Example], max_tokens: int, generate: Generate) -> list[list[int]]:
         """Greedy answers, segment by segment, so that each segment's KV is shared by its questions."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
-from softbatch.prompt_store.template import context_turn, render_chat, turn_end
+from softbatch.prompt_store.template import TemplateError, context_turn, render_chat, turn_end
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,35 @@ class Segment:
 
 
 class Renderer:
-    """Tokenises for one (tokenizer, instruction). Raises softbatch.prompt_store.template.TemplateError."""
+    """Tokenises for one (tokenizer, instruction). Raises softbatch.prompt_store.template.TemplateError.
 
-    def __init__(self, tokenizer: Any, instruction: str | None = None) -> None:
+    `vocab_size` is the model's: a tokenizer may have tokens for which it has no embedding.
+    """
+
+    def __init__(self, tokenizer: Any, instruction: str | None = None, vocab_size: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.instruction = instruction
+        self._vocab_size = vocab_size
+        self._has_too_many = vocab_size is not None and max(tokenizer.get_vocab().values()) >= vocab_size
 
     def tokens(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def check(self, text: str, param: str) -> None:
+        """Raises TemplateError for a text with a token that the model does not have."""
+        if self._vocab_size is None or not self._has_too_many:
+            return
+        wrong = next((token for token in self.tokens(text) if token >= self._vocab_size), None)
+        if wrong is not None:
+            name = self.tokenizer.convert_ids_to_tokens(wrong)
+            raise TemplateError(
+                f"{param}: the model has no token {wrong} ('{name}'): its token ids are 0 to {self._vocab_size - 1}",
+                param=param,
+                code="token_id",
+            )
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -11,7 +11,7 @@ from softbatch.scheduler.model.attention.reference import reference
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, AttentionBackend]:
-    """The backend for this device and cache dtype, and its name; the CPU kernel is built at the first start."""
+    """The backend for this device and cache dtype, and its name. Compiles the CPU kernel at the first start."""
     if device.type == "cpu" and dtype in cpu.DTYPES:
         kernel = cpu.build()
         if kernel is not None:

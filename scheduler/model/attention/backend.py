@@ -1,4 +1,4 @@
-"""The one signature behind which every attention backend stands."""
+"""The one signature of all attention backends."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PagedBatch:
-    """What attention needs to know of one step: S sequences whose T new tokens lie one after another.
+    """What attention needs to know of a step: S sequences, whose T new tokens are concatenated.
 
-    Sequence s owns query rows query_start[s] … query_start[s+1]−1; they are the last positions of its
-    context_len[s] tokens, so row i of q rows sees keys 0 … context_len[s] − q + i.
+    Sequence s owns the query rows query_start[s] … query_start[s+1]−1. They are the last of its context_len[s]
+    positions, so that row i of q rows sees keys 0 … context_len[s] − q + i.
     """
 
     query_start: torch.Tensor  # int32 [S + 1]
     context_len: torch.Tensor  # int32 [S], this step's tokens included
     block_table: torch.Tensor  # int32 [S, most blocks of any sequence], rows padded with 0
     slot_mapping: torch.Tensor  # int64 [T], block * block_size + offset where each new token's K and V go
-    plan: AttentionPlan | None = None  # what the GPU's kernels are to do, worked out once for all layers
+    plan: AttentionPlan | None = None  # the work of the GPU's kernels, planned once for all layers
 
 
 class AttentionBackend(Protocol):

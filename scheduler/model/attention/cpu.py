@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def build() -> AttentionBackend | None:
-    """The kernel; None, after one warning, where it cannot be built."""
+    """The kernel; None, after one warning, if it cannot be built."""
     return paged_attention if build_kernels() else None
 
 
@@ -43,7 +43,7 @@ def paged_attention(
 def behind_prefix(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention of rows over a prefix that all of them share, then their own tokens; without gradients.
+    """Causal attention of rows over a prefix that all of them share and over their own tokens. Without gradients.
 
     `query` [batch, heads, tokens, head_dim]; `key`, `value` [batch, kv_heads, tokens, head_dim]; `keys`, `values`
     [kv_heads, n, head_dim] of the prefix; returns the query's shape. `build` must have succeeded.

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch, on any device: what every kernel is tested against, and what runs without one."""
+"""Paged attention in plain torch, on any device: the reference for every kernel, and the fallback without one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reference(
     batch: PagedBatch,
     scale: float,
 ) -> torch.Tensor:
-    """`AttentionBackend` by its definition: gather each sequence's keys and values, mask, softmax, weigh."""
+    """`AttentionBackend` by its definition: gather keys and values, mask scores, softmax, sum weighted values."""
     block_size = key_cache.shape[2]
     blocks, slots = batch.slot_mapping // block_size, batch.slot_mapping % block_size
     key_cache[blocks, :, slots] = key
@@ -34,7 +34,7 @@ def reference(
         table = batch.block_table[sequences, : -(-longest // block_size)].long()
         keys, values = (_gather(cache, table, longest) for cache in (key_cache, value_cache))
         key_position = torch.arange(longest, device=query.device)
-        # Slots past a sequence's end may hold anything, and 0 · NaN is NaN: masking scores is not enough.
+        # Slots past a sequence's end may hold NaN, and 0 · NaN is NaN. So masking the scores is not enough.
         unused = (key_position >= context[:, None])[:, None, :, None]
         keys, values = keys.masked_fill(unused, 0), values.masked_fill(unused, 0)
         first = context - rows.shape[1]
@@ -47,9 +47,9 @@ def reference(
 
 
 def _alike(batch: PagedBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Groups sequences that one padded product can serve: (sequence indices [n], query rows [n, q]).
+    """Groups of sequences that one padded product computes: (sequence indices [n], query rows [n, q]).
 
-    Decoding sequences (q = 1) of similar length share a group, every other sequence is its own.
+    Decoding sequences (q = 1) of similar length share a group. Every other sequence is a group of its own.
     """
     starts, contexts = batch.query_start.tolist(), batch.context_len.tolist()
     decoding: dict[int, list[int]] = defaultdict(list)

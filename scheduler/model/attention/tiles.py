@@ -1,4 +1,4 @@
-"""Which Triton program computes what in a step: worked out once per step on the host, not once per layer."""
+"""The plan of a step's attention: which Triton program computes what. Made once per step, on the host."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-LEAST_KEYS = 64  # a part with fewer is not worth its merging
-_TABLE_BYTES = 2048  # of shared memory, for what is not queries, keys or values
-MIN_DOT = 16  # the least rows, columns and depth of a matrix product in Triton
+LEAST_KEYS = 64  # with fewer, merging a part costs more than it gains
+_TABLE_BYTES = 2048  # of shared memory, beside queries, keys and values
+MIN_DOT = 16  # the smallest rows, columns and depth of a matrix product in Triton
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class TileShape:
 
 @dataclass(frozen=True)
 class PlanArrays:
-    """The plan as host arrays, int32; see `triton_kernels` for their columns.
+    """The plan as host arrays, int32, with the columns that `triton_kernels` names.
 
-    `narrow` tiles may cover a part of their sequence's keys, `merges` says which parts belong together; `wide` ones
-    always cover all that their rows see.
+    A `narrow` tile covers all or a part of its sequence's keys; `merges` names the parts that belong together. A `wide`
+    tile covers all keys that its rows see.
     """
 
     narrow: np.ndarray  # [n, 4]
@@ -42,7 +42,7 @@ class PlanArrays:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The same on the device."""
+    """`PlanArrays` on the device."""
 
     narrow: torch.Tensor
     merges: torch.Tensor
@@ -52,10 +52,10 @@ class AttentionPlan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Splits a step into tiles for one model's attention: `group` query heads to each of `kv_heads`.
+    """Splits a step into tiles, for a model with `group` query heads per KV head.
 
-    Sequences with few query rows (decoding ones above all) would fill few multiprocessors: their keys are split into
-    about as many parts as keep `programs` programs busy (flash decoding). Long ones are cut into query tiles.
+    A sequence with few query rows, such as a decoding one, would keep few multiprocessors busy. Its keys are therefore
+    split into parts, about `programs` in a step (flash decoding). A sequence with many rows is split by rows.
     """
 
     group: int
@@ -65,16 +65,16 @@ class Planner:
     programs: int
 
     def max_narrow_tiles(self, sequences: int) -> int:
-        """No plan for that many sequences, all narrow, has more tiles."""
+        """The most tiles that a plan for this many narrow sequences can have."""
         return self._budget + sequences
 
     def max_wide_tiles(self, tokens: int) -> int:
-        """No plan for that many query rows has more."""
+        """The most tiles that a plan for this many query rows can have."""
         least = self.narrow.block_m // self.group + 1
         return tokens // (self.wide.block_m // self.group) + tokens // least
 
     def plan(self, counts: np.ndarray, contexts: np.ndarray) -> PlanArrays:
-        """For sequences with `counts` new tokens (query rows) of `contexts` tokens in all."""
+        """The plan for sequences with `counts` new tokens (query rows) of `contexts` tokens in all."""
         counts, contexts = counts.astype(np.int64), contexts.astype(np.int64)
         starts = np.cumsum(counts) - counts
         is_narrow = counts * self.group <= self.narrow.block_m
@@ -92,7 +92,7 @@ class Planner:
         return max(1, self.programs // self.kv_heads)
 
     def _narrow_tiles(self, sequences: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tiles, and each sequence's first tile and number of tiles."""
+        """The tiles, and the first tile and number of tiles of each sequence."""
         step = max(LEAST_KEYS, self.narrow.block_n)
         chunk = max(step, _ceil(int(keys.sum()), self._budget))
         parts = np.maximum(1, _ceil(keys, chunk))
@@ -105,7 +105,7 @@ class Planner:
         return np.stack([sequences[owner], np.zeros_like(start), start, end], axis=1), first, parts
 
     def _wide_tiles(self, sequences: np.ndarray, counts: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-        """The longest first, so that no long one is left running alone at the end."""
+        """The tiles, the longest first, so that no long one runs alone at the end."""
         rows = self.wide.block_m // self.group
         owner, index = _spread(_ceil(counts[sequences], rows))
         sequence = sequences[owner]
@@ -118,10 +118,10 @@ class Planner:
 def make_planner(
     *, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, multiprocessors: int, shared_memory: int
 ) -> Planner:
-    """The tile shapes that suit a model's attention and a GPU with `shared_memory` bytes for one program.
+    """The tile shapes for a model's attention on a GPU with `shared_memory` bytes per program.
 
-    Keys are loaded through the block table, so that a load waits for another load. Triton then needs five stages to let
-    a tile's loads run while the tile before is computed; with three they only take turns.
+    Keys are loaded through the block table, so that each load waits for another load. Triton therefore needs five
+    pipeline stages to load a tile while the tile before is computed; with three, loads and products alternate.
     """
     group = heads // kv_heads
     least_m = max(MIN_DOT, next_power_of_two(group))
@@ -131,7 +131,7 @@ def make_planner(
         narrow = [TileShape(least_m, size, 4, 3), TileShape(least_m, size, 4, 1)]
         wide = [TileShape(max(least_m, size), size, 4, 3), TileShape(max(least_m, size), size, 4, 1)]
     else:
-        # As many bytes a tile as let four programs run on a multiprocessor, all loading.
+        # The size of a tile lets four programs load on one multiprocessor at once.
         size = min(64, max(MIN_DOT, 4096 // block_d))
         narrow = [TileShape(least_m, size, 4, stages) for stages in (5, 3, 1)]
         rows, warps = max(least_m, 128), 4 if block_d <= 64 else 8
@@ -156,12 +156,12 @@ def next_power_of_two(number: int) -> int:
 
 
 def _ceil(number: Any, divisor: Any) -> Any:
-    """number ÷ divisor, rounded up; of ints or arrays."""
+    """number ÷ divisor, rounded up, for ints and arrays."""
     return -(-number // divisor)
 
 
 def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of sum(counts) items: whose it is, and which of that owner's."""
+    """For each of sum(counts) items: the index of its owner, and its index within the owner."""
     owner = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
     return owner, np.arange(len(owner)) - first[owner]

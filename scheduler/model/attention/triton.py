@@ -22,13 +22,13 @@ from softbatch.scheduler.model.attention.tiles import (
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Enough for the interpreter, which knows neither: it runs one program after another.
+# For the interpreter, which has no multiprocessors: it runs one program after another.
 _INTERPRETED = (4, 1 << 16)
 _MERGE_PARTS = 16  # parts that one program reads at once
 
 
 def build(device: torch.device, log: logging.Logger = logger) -> TritonAttention | None:
-    """The backend for this device; None, after one warning, where Triton is missing."""
+    """The backend for this device; None, after one warning, if Triton is missing."""
     try:
         from softbatch.scheduler.model.attention import triton_kernels
     except ImportError as error:
@@ -40,7 +40,7 @@ def build(device: torch.device, log: logging.Logger = logger) -> TritonAttention
 class TritonAttention:
     """`AttentionBackend` in Triton, for the dtypes in `DTYPES`.
 
-    A batch that carries a plan is run without looking at the device; for one without, the plan is made here.
+    For a batch that carries a plan, the host does not wait for the device. For a batch without, the plan is made here.
     """
 
     def __init__(self, kernels: Any, multiprocessors: int, shared_memory: int) -> None:
@@ -79,7 +79,7 @@ class TritonAttention:
         value_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """The new tokens' keys and values [T, kv_heads, head_dim] into their slots."""
+        """Write the new tokens' keys and values [T, kv_heads, head_dim] to their slots."""
         key, value = _rows_contiguous(key), _rows_contiguous(value)
         _check_cache(key_cache, value_cache)
         tokens, kv_heads, head_dim = key.shape
@@ -113,7 +113,7 @@ class TritonAttention:
         batch: PagedBatch,
         scale: float,
     ) -> torch.Tensor:
-        """Attention over what lies in the cache, this step's tokens included."""
+        """Attention over the keys and values in the cache, this step's included."""
         query = _rows_contiguous(query)
         _check_cache(key_cache, value_cache)
         tokens, heads, head_dim = query.shape
@@ -176,7 +176,7 @@ class TritonAttention:
 
 
 def plan_of(batch: PagedBatch, planner: Planner) -> AttentionPlan:
-    """The plan of a batch that carries none; reads the batch back from the device."""
+    """The plan of a batch that carries none. Reads the batch back from the device."""
     starts, contexts = batch.query_start.cpu().numpy(), batch.context_len.cpu().numpy()
     arrays = planner.plan(np.diff(starts), contexts)
     device = batch.query_start.device
@@ -208,7 +208,7 @@ def _check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
 
 
 def _limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that one program may use."""
+    """The number of multiprocessors, and the bytes of shared memory that a program may use."""
     if device.type != "cuda":
         return _INTERPRETED
     properties = torch.cuda.get_device_properties(device)

@@ -1,10 +1,10 @@
-"""Paged attention as Triton kernels: what one program computes; `cuda.py` decides how many and over what.
+"""Paged attention as Triton kernels: what one program computes. `triton.py` launches them over the plan of `tiles.py`.
 
-All run under Triton's interpreter on a CPU too, which is how they are tested where there is no GPU.
+All kernels run in Triton's interpreter on a CPU too, so that tests need no GPU.
 """
 
 # mypy: ignore-errors
-# (Triton's language is no Python that mypy knows: arguments have no types until a launch gives them.)
+# (mypy does not know Triton's language: arguments have no types before a launch.)
 
 import triton
 import triton.language as tl
@@ -32,7 +32,7 @@ def write_cache(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per token: its keys and values of all heads into their slot."""
+    """One program per token: write the keys and values of all heads to the token's slot."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     head = tl.arange(0, BLOCK_H)[:, None]
@@ -45,7 +45,7 @@ def write_cache(
     tl.store(value_cache + target, new_value, mask=mask)
 
 
-# The width of the block table changes from step to step: a kernel made for one must serve all.
+# The width of the block table changes from step to step, so that a kernel must not be specialised for one.
 @triton.jit(do_not_specialize=["table_stride"])
 def attend(
     query,
@@ -74,7 +74,7 @@ def attend(
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One program per tile and KV head: the query rows of a tile, all heads of the group, over the tile's keys.
+    """One program per tile and KV head: attention of the tile's query rows, for all heads of the group, over its keys.
 
     Row m of BLOCK_M is query row m // GROUP, head m % GROUP. With SPLIT, a tile that covers only part of its
     sequence's keys leaves its sums to `merge`.
@@ -111,7 +111,7 @@ def attend(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    # Keys that every row of the tile sees need no mask; they are nearly all.
+    # Nearly all keys are seen by every row of the tile. These need no mask.
     seen_by_all = tl.minimum(key_end, context - count + first_row + 1)
     unmasked_end = key_start + tl.maximum(seen_by_all - key_start, 0) // BLOCK_N * BLOCK_N
     acc, total, maximum = _walk(
@@ -155,9 +155,9 @@ def _walk(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over keys start … end−1. MASKED where some row does not see them all, or they end within a tile.
+    """Online softmax over keys start … end−1. MASKED if some row does not see all of them, or if they end in a tile.
 
-    Slots past `key_end` may hold anything, and 0 · NaN is NaN: they are not loaded at all.
+    Slots past `key_end` may hold NaN, and 0 · NaN is NaN. So they are not loaded at all.
     """
     d = tl.arange(0, BLOCK_D)
     for tile_start in range(start, end, BLOCK_N):
@@ -178,7 +178,7 @@ def _walk(
         if MASKED:
             scores = tl.where(present[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen no key yet: −inf − −inf would be NaN.
+        # If a row has seen no key yet, −inf − −inf would be NaN.
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(maximum - base)
@@ -209,7 +209,7 @@ def merge(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program per query row and head: the parts that `attend` left, as if it had walked all keys at once."""
+    """One program per query row and head: merge the parts that `attend` left, as if it had walked all keys at once."""
     index = tl.program_id(0)
     head = tl.program_id(1)
     parts = tl.load(merges + index * MERGE_FIELDS + 2)

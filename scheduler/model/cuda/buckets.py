@@ -1,4 +1,4 @@
-"""Batches in a few shapes: padding rows fill them up, so that a graph captured for a shape serves all below it."""
+"""Batches padded to a few shapes, so that a CUDA graph captured for a shape serves all smaller batches too."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from softbatch.scheduler.model.attention.tiles import Planner
 from softbatch.scheduler.model.batch import BatchShape, RaggedBatch, Row, build_batch
 
 LARGEST_DECODING = 512
-# Prefill chunks among decoding rows. Beyond, the GPU is busy for longer than it takes to launch its kernels one by one.
+# Steps with prefill chunks. For larger ones, computing takes longer than launching kernels one by one.
 MIXED = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def decoding_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then in steps that grow with the size, so that padding stays below a fifth of the larger batches."""
+    """The sizes of decoding batches. Their distance grows with the size, so that the share of padding stays small."""
     most = min(max_batch_size, LARGEST_DECODING)
     sizes = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 256, 16), *range(256, LARGEST_DECODING + 1, 32)]
     return (*(size for size in sizes if size < most), most)
 
 
 def mixed_sizes(max_batch_tokens: int) -> tuple[int, ...]:
-    """Ends with the largest step there is, or the largest of the list."""
+    """The sizes of mixed batches, up to the largest step or the largest of the list."""
     sizes = tuple(size for size in MIXED if size < max_batch_tokens)
     return (*sizes, max_batch_tokens) if max_batch_tokens <= MIXED[-1] else sizes
 
 
 @dataclass(frozen=True)
 class BucketedBatches:
-    """`BatchBuilder` that fills steps up to the next shape: those in which every row decodes, and small mixed ones.
+    """`BatchBuilder` that pads a step to the next shape, if every row decodes or the step is small.
 
-    A padding row is a sequence of one token in the scratch block, which belongs to nobody: whatever it writes there
-    is never read by anyone else. What fits no shape is built as it is.
+    A padding row is a sequence of one token in the scratch block, which belongs to no sequence. A step that fits no
+    shape, or has embeddings, is not padded.
     """
 
     decoding: tuple[int, ...]
@@ -46,7 +46,7 @@ class BucketedBatches:
 
     @property
     def shapes(self) -> list[BatchShape]:
-        """The larger first."""
+        """All shapes, the larger first."""
         shapes = [self._decoding_shape(size) for size in self.decoding] + [self._mixed_shape(s) for s in self.mixed]
         return sorted(shapes, key=lambda shape: -shape.tokens)
 
@@ -58,7 +58,7 @@ class BucketedBatches:
         return build_batch([*rows, *padding], self.block_size, self.device, self.planner, shape)
 
     def empty(self, shape: BatchShape) -> RaggedBatch:
-        """A batch of padding rows alone."""
+        """A batch of padding rows only."""
         return build_batch([self._padding_row] * shape.tokens, self.block_size, self.device, self.planner, shape)
 
     def _shape_for(self, rows: Sequence[Row]) -> BatchShape | None:

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory the KV cache may take: what weights and the largest step leave of it."""
+"""How much of a GPU's memory the KV cache may take, after weights and the largest step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether the device has no memory left: torch's allocator has a class for it, the driver (a graph, a Triton
-    kernel) and cuBLAS only say so."""
+    """Whether the device is out of memory. torch's allocator raises a class of its own; the driver and cuBLAS raise a
+    RuntimeError that says so."""
     told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in told)
@@ -20,19 +20,19 @@ def is_shortage(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes; `free` is what nobody holds beside the weights, `step` what the largest step takes at its peak."""
+    """Bytes: `free` after the weights are loaded, and `step`, the peak of the largest step."""
 
     total: int
     free: int
     step: int
 
     def left_for_cache(self, utilization: float) -> int:
-        """Zero or less where nothing is left. Steps are counted twice: graphs keep working memory of their own."""
+        """Zero or less if nothing is left. The step counts twice, because graphs have working memory of their own."""
         spare = int(self.total * (1 - utilization))
         return self.free - spare - 2 * self.step
 
     def describe(self, utilization: float) -> str:
-        """Where the memory went, for whoever has to find more."""
+        """Says where the memory went, for a person who has to find more."""
         gib = [f"{size / 2**30:.1f}" for size in (self.total, self.total - self.free, self.step)]
         return (
             f"--gpu-memory-utilization {utilization:g} leaves {self.left_for_cache(utilization) / 2**30:.1f} GiB for "
@@ -41,7 +41,7 @@ class DeviceMemory:
 
 
 def peak_of(step: Callable[[], None], device: torch.device) -> int:
-    """What a step takes at its peak, run twice: the first time kernels are compiled. Raises torch.OutOfMemoryError."""
+    """The peak of a step, run twice, because its first run compiles kernels. Raises torch.OutOfMemoryError."""
     step()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -52,7 +52,7 @@ def peak_of(step: Callable[[], None], device: torch.device) -> int:
 
 
 def memory_of(device: torch.device, step: int) -> DeviceMemory:
-    """As it is now, with what torch keeps for later given back."""
+    """The memory as it is now, after torch has released what it caches."""
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

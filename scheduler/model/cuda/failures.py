@@ -1,4 +1,4 @@
-"""What a GPU, its driver or a compiler may raise while a model is loaded, in a line that says what to do about it."""
+"""Errors of a GPU, its driver or a compiler while a model is loaded, as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softbatch.scheduler.model.source import ModelError
 
 
 @contextmanager
-def failures_told() -> Iterator[None]:
+def as_model_error() -> Iterator[None]:
     """Turns what is known into ModelError; everything else passes."""
     try:
         yield

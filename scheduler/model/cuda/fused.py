@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind in few kernels: seven between and around the matrix products of a layer, four products."""
+"""Decoders of the Llama family in few kernels: fused ones of ours between the matrix products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.kv_cache import KVCache
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Their frequencies are the same at every length.
+# Rotary embeddings whose frequencies do not depend on the length.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 _SILU_COLUMNS = 1024
 
@@ -36,7 +36,7 @@ class _Layer:
 
 
 def supports(model: Any) -> bool:
-    """Whether the model is built as `FusedForward` computes; the self-check at load compares the results."""
+    """Whether `FusedForward` computes what the model does. The self-check at load compares the results."""
     if type(model).__name__ not in ARCHITECTURES:
         return False
     config = model.config
@@ -53,10 +53,10 @@ def supports(model: Any) -> bool:
 
 
 class FusedForward:
-    """`Forward` for the architectures named above: the same numbers as transformers', rounded in the same places.
+    """`Forward` for `ARCHITECTURES`: the same numbers as transformers', rounded in the same places.
 
-    Weights that read the same input are merged; the model's own layers become views of them, so that nothing is held
-    twice and transformers' code still runs.
+    Weights with a common input are merged. The model's own weights become views of the merged ones, so that none is in
+    memory twice and transformers' code still runs.
     """
 
     def __init__(self, model: Any, kv_cache: KVCache, attention: TritonAttention) -> None:
@@ -95,7 +95,7 @@ class FusedForward:
         return logits
 
     def _add_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-        """Adds delta to hidden in place; returns the normed sum."""
+        """Add delta to hidden in place and return the normalised sum."""
         out = torch.empty_like(hidden)
         tokens, size = hidden.shape
         if tokens:
@@ -192,7 +192,7 @@ def _merge(layer: Any) -> _Layer:
 
 @torch.no_grad()
 def _merged(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """All in one tensor, of which they are views from now on; a second call finds the first one's."""
+    """Merge the weights into one tensor and make them views of it. Idempotent."""
     first = parameters[0]
     whole = getattr(first, "merged_into", None)
     if whole is None:

@@ -1,10 +1,10 @@
-"""What stands between the matrix products of a decoder layer, one kernel where transformers runs several.
+"""The operations between the matrix products of a decoder layer: one kernel each, where transformers runs several.
 
-Values are rounded to the model's dtype where transformers rounds them, so that both see the same numbers.
+Values are rounded to the model's dtype in the same places as in transformers, so that the numbers are the same.
 """
 
 # mypy: ignore-errors
-# (Triton's language is no Python that mypy knows: arguments have no types until a launch gives them.)
+# (mypy does not know Triton's language: arguments have no types before a launch.)
 
 import triton
 import triton.language as tl
@@ -65,8 +65,8 @@ def rotate_and_write(
     BLOCK_HALF: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """One program per token, whose row of qkv holds all heads side by side: queries are turned for their position,
-    keys too and into the cache, values into the cache as they are. With NORM, each head is normalised before."""
+    """One program per token, whose row of qkv holds all heads: rotate the queries, write rotated keys and plain values
+    to the cache. With NORM, queries and keys are normalised first."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     row = qkv + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -97,7 +97,7 @@ def rotate_and_write(
 
 @triton.jit
 def _turned(source, weight, d, mask, cosine, sine, eps, HEAD_DIM: tl.constexpr, NORM: tl.constexpr):
-    """Both halves of each head, turned by the position's angles; float32."""
+    """Both halves of each head, rotated by the position's angles, in float32."""
     HALF: tl.constexpr = HEAD_DIM // 2
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)

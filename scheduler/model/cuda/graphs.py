@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a step, hundreds of them, started by one call."""
+"""CUDA graphs: one call launches all kernels of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Replay = Callable[[], torch.Tensor]
 
 
 class Capturer(Protocol):
-    """Records what `run` does to the memory it uses; calling the result does it again and returns the same tensor."""
+    """Records what `run` does. Calling the result does it again, on the same memory, and returns the same tensor."""
 
     def __call__(self, run: Replay) -> Replay: ...
 
@@ -36,18 +36,18 @@ def _waiting_refused() -> Iterator[None]:
 
 
 class CudaCapturer:
-    """Records CUDA graphs, which share one pool of memory: only one of them runs at a time."""
+    """Records CUDA graphs. They share one memory pool, because only one of them runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # One stream for all: cuBLAS keeps tens of megabytes of working memory for every stream that it has met.
+        # One stream for all graphs, because cuBLAS keeps working memory for every stream it has seen.
         self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Replay) -> Replay:
-        """Raises RuntimeError where `run` waits for the device: found out before recording, which such a failure would
-        leave torch in the middle of."""
+        """Raises RuntimeError if `run` waits for the device. That is tested before recording, which torch could not
+        end properly otherwise."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):  # kernels are compiled and libraries set up before anything is recorded
+        with torch.cuda.stream(self._stream):  # compiles kernels and sets up libraries before anything is recorded
             run()
             with _waiting_refused():
                 run()
@@ -55,7 +55,7 @@ class CudaCapturer:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = run()
-        graph.replay()  # what its first launch needs is taken now, not amid requests
+        graph.replay()  # the first launch allocates, so it happens now and not during a request
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -78,7 +78,7 @@ class _Captured:
 class GraphForward:
     """`Forward` that replays a graph for batches of a captured shape, and calls `forward` for everything else.
 
-    Logits that nobody asked for are cut off. What a graph returns is overwritten by the next replay of any.
+    Logits of padding rows are cut off. The next replay of any graph overwrites the logits of the last.
     """
 
     def __init__(self, forward: Forward, batches: BucketedBatches, max_blocks: int, capturer: Capturer) -> None:
@@ -95,7 +95,7 @@ class GraphForward:
         return captured(batch)[: batch.num_logits]
 
     def capture_all(self) -> str:
-        """Capture every shape, and say what came of it."""
+        """Capture every shape. Returns a line for the log."""
         shapes = len(self._batches.shapes)
         for done, shape in enumerate(self.capture(), start=1):
             if done % 8 == 0:
@@ -104,12 +104,12 @@ class GraphForward:
 
     @torch.inference_mode()
     def capture(self) -> Iterator[BatchShape]:
-        """Capture one shape after another, the largest first (the smaller reuse its memory); yields each when done.
+        """Capture one shape after another and yield each. The largest comes first, so that others reuse its memory.
 
-        A model whose code cannot be captured, because it looks at the device in between, runs without graphs.
+        A model whose code waits for the device cannot be captured and runs without graphs.
         """
         shapes = self._batches.shapes
-        # Logits go to one buffer: returned by the graphs themselves, they would be memory that no two graphs share.
+        # All graphs write logits to this buffer. Otherwise each graph would keep memory for logits of its own.
         few = self._forward(self._static(shapes[-1]))
         logits = few.new_empty((max(shape.logits for shape in shapes), few.shape[1]))
         for shape in shapes:
@@ -123,7 +123,7 @@ class GraphForward:
             yield shape
 
     def _static(self, shape: BatchShape) -> RaggedBatch:
-        """Padding rows in memory of their own, with a block table as wide as any step's."""
+        """A batch of padding rows in memory of its own, with the widest block table that a step can have."""
         batch = self._batches.empty(shape)
         table = batch.attention.block_table
         wide = table.new_zeros((shape.tokens, self._max_blocks))
@@ -136,7 +136,7 @@ def _run(forward: Forward, static: RaggedBatch, logits: torch.Tensor) -> torch.T
 
 
 def _tensors(batch: RaggedBatch) -> list[torch.Tensor]:
-    """What differs between two steps of one shape."""
+    """The tensors that differ between two steps of one shape."""
     attention, plan = batch.attention, batch.attention.plan
     tensors = [batch.token_ids, batch.positions, batch.logit_rows]
     tensors += [attention.slot_mapping, attention.context_len, attention.block_table]

@@ -1,4 +1,4 @@
-"""What a model gets on a GPU: fused kernels where they fit, graphs for decoding, a cache as large as memory allows."""
+"""How a model is set up on a GPU: fused kernels if they fit, CUDA graphs, and the size of the KV cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from softbatch.scheduler.model.cuda import fused
 from softbatch.scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
 from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, memory_of, peak_of
 from softbatch.scheduler.model.cuda.graphs import Capturer, GraphForward
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
@@ -23,7 +24,7 @@ from softbatch.scheduler.protocol import EngineConfig, SamplingParams
 
 
 def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, longest: int | None = None) -> Forward:
-    """The fastest way to run the model in kernels started one by one."""
+    """The fastest forward pass for this model without graphs."""
     if isinstance(backend, TritonAttention) and fused.supports(model):
         return fused.FusedForward(model, kv_cache, backend)
     return TransformersForward(model, kv_cache, backend, longest)
@@ -39,7 +40,7 @@ def with_graphs(
     max_model_len: int,
     capturer: Capturer,
 ) -> tuple[GraphForward, BatchBuilder]:
-    """The same forward with graphs, not captured yet, and the builder of batches that fit them."""
+    """The forward pass with graphs, not captured yet, and the builder of padded batches for them."""
     batches = BucketedBatches(
         decoding=decoding_sizes(max_batch_size),
         mixed=mixed_sizes(max_batch_tokens),
@@ -49,7 +50,7 @@ def with_graphs(
         device=kv_cache.device,
         planner=planner,
     )
-    # One more than the longest sequence fills: its last token may be the first of a block.
+    # One block more than the longest sequence fills, because its last token may be the first of a block.
     max_blocks = -(-max_model_len // kv_cache.block_size) + 1
     return GraphForward(forward, batches, max_blocks, capturer), batches
 
@@ -57,7 +58,7 @@ def with_graphs(
 def make_planner(model: Any, backend: AttentionBackend, spec: ModelSpec) -> Planner | None:
     if not isinstance(backend, TritonAttention):
         return None
-    heads: int = model.config.get_text_config().num_attention_heads
+    heads = Family.of(model.config).num_heads
     return backend.planner(heads=heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=model.dtype)
 
 
@@ -73,8 +74,8 @@ def measure_memory(
 def largest_step(
     model: Any, backend: AttentionBackend, spec: ModelSpec, config: EngineConfig, max_model_len: int
 ) -> Callable[[], None]:
-    """Two steps that fill the token budget and sample for every slot, over a cache of their own; what the first has
-    sampled is read when the second has been launched, as the engine does."""
+    """Two steps that fill the token budget and sample for every slot, over a cache of their own. As in the engine, the
+    first step's samples are read after the second is launched."""
     device: torch.device = model.device
     length = min(max_model_len, config.max_batch_tokens)
     blocks = list(range(-(-length // config.block_size)))
@@ -90,7 +91,7 @@ def largest_step(
     forward = make_forward(model, kv_cache, backend, max_model_len)
     planner = make_planner(model, backend, spec)
     rows, left = [], config.max_batch_tokens
-    while left > 0:  # all in the same blocks: what comes out does not matter
+    while left > 0:  # all in the same blocks, because the result does not matter
         count = min(left, length)
         rows.append(Row(0, [0] * count, blocks, range(count - 1, count)))
         left -= count

@@ -11,7 +11,6 @@ from torch import nn
 
 from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.cpu import ops
-from softbatch.scheduler.model.cpu.build import build
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.source import ModelError
 
@@ -26,7 +25,7 @@ LONG_STEP = 33
 
 
 def supports(model: Any, dtype: torch.dtype) -> bool:
-    """Whether `DecoderForward` computes this model; its kernels are built, at the first start, when it does."""
+    """Whether `DecoderForward` computes this model, if the kernels can be built. Pure: it compiles nothing."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     return bool(
@@ -38,7 +37,6 @@ def supports(model: Any, dtype: torch.dtype) -> bool:
         and rope.get("rope_type", "default") in _ROTARY
         and config.hidden_size % 2 == config.intermediate_size % 2 == 0
         and all(_is_plain(linear, dtype) for linear in _linears(model))
-        and build()
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.prefix import AttendInLayer
 from softbatch.scheduler.model.cpu import ops
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.llama.decoder import layer_tensors, plain_weights, release_linears, supports
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -16,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def kernels_of(model: Any) -> CpuModelKernels | None:
     """The model, whose layers' own weights go; None where these kernels do not compute it. Builds the kernels."""
-    if not supports(model, model.dtype) or hasattr(model.model.layers[0].self_attn, "q_norm"):
+    if not (supports(model, model.dtype) and build_kernels()) or hasattr(model.model.layers[0].self_attn, "q_norm"):
         return None
     if model.lm_head.weight.shape[0] % 2:  # the objective's gradient takes the vocabulary's numbers by twos
         return None

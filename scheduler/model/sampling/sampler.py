@@ -1,4 +1,4 @@
-"""Batched sampling whose outcome for one sequence depends on its logits, parameters, seed and position alone."""
+"""Batched sampling. The token of a sequence depends only on its own logits, parameters, seed and position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softbatch.scheduler.protocol import SamplingParams, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 MAX_LOGPROBS = 20
-# Filters look at this many of the most probable tokens first; the rare row that needs more is sorted whole.
+# Filters look at this many of the most probable tokens. The rare row that needs more is sorted completely.
 HEAD = 1024
 
 
@@ -22,19 +22,21 @@ HEAD = 1024
 class SampleInput:
     """One row: its parameters, all its tokens so far (prompt first), and the position being sampled.
 
-    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet."""
+    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet. `barred` are
+    tokens that may not be chosen."""
 
     params: SamplingParams
     tokens: Sequence[int]
     num_prompt: int
     position: int
     pending: torch.Tensor | None = None
+    barred: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`error` set: the row's logits are not finite and nothing was sampled. `resampled`: the token is not the one that
-    the device has for this row."""
+    """`error` is set if the row's logits are not finite; then no token was sampled. `resampled` is set if the token is
+    not the one on the device, which the next step has started from."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -43,30 +45,33 @@ class Sample:
 
 
 class Samples(Protocol):
-    """Samples on their way from the device, where `tokens`, int64 [rows], has them already."""
+    """Samples that are being copied from the device. `tokens`, int64 [rows], are available there at once."""
 
     tokens: torch.Tensor
 
     def read(self) -> list[Sample]:
-        """Waits for them."""
+        """Wait for the copy."""
         ...
 
 
 def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     """Choose one token per row of `logits` [rows, vocab].
 
-    Order: penalties, temperature, top-k, top-p within what top-k left, min-p relative to the most probable token.
+    Order: penalties, barred tokens, temperature, top-k, top-p within what top-k left, min-p relative to the most
+    probable token.
     Log-probabilities are those of the model, before all of these. All is read back from the device at once.
     """
     logits = logits.float()
-    if logits.device.type == "cpu" and all(_is_greedy(row.params) for row in inputs):
+    if logits.device.type == "cpu" and all(_is_greedy(row) for row in inputs):
         return _GreedyOnCpu(logits.numpy())
     raw = logits
-    if any(needs_history(row.params) for row in inputs):
+    if any(needs_history(row.params) or row.barred for row in inputs):
         logits = logits.clone()
         for index, row in enumerate(inputs):
             if needs_history(row.params):
                 _penalise(logits[index], row)
+            if row.barred:
+                logits[index, small_tensor(row.barred, logits.device, torch.int64)] = -torch.inf
     tokens = _most_probable(logits)
     finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
     drawn = _Draw.of(logits, inputs)
@@ -76,7 +81,7 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
 
 
 class _OnDevice:
-    """`Samples` with everything there is to sampling."""
+    """`Samples` for all parameters."""
 
     def __init__(
         self, tokens: torch.Tensor, finite: torch.Tensor, drawn: _Draw | None, table: _LogprobTable | None
@@ -93,19 +98,21 @@ class _OnDevice:
         looked_at = [index for index, needed in enumerate(needs_whole) if needed]
         again = self._drawn.from_whole(looked_at) if self._drawn is not None else {}
         resampled = {row: token for row, token in again.items() if token != tokens[row]}
-        logprobs = self._table.told(found, resampled) if self._table is not None else {}
+        logprobs = self._table.by_row(found, resampled) if self._table is not None else {}
         return [
             _sample_or_error(resampled.get(row, token), bool(finite[row]), logprobs.get(row), row in resampled)
             for row, token in enumerate(tokens)
         ]
 
 
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW and params.logprobs is None and not needs_history(params)
+def _is_greedy(row: SampleInput) -> bool:
+    params = row.params
+    plain = params.logprobs is None and not needs_history(params) and not row.barred
+    return plain and params.temperature < GREEDY_BELOW
 
 
 class _GreedyOnCpu:
-    """Nothing but arg-max: numpy's few calls cost a third of torch's many, which a step has driven from the caches."""
+    """`Samples` for greedy rows on a CPU. numpy needs fewer calls than torch, and each call costs cache misses."""
 
     def __init__(self, logits: np.ndarray) -> None:
         tokens = logits.argmax(axis=-1)
@@ -126,24 +133,24 @@ def _sample_or_error(
 
 
 def _most_probable(logits: torch.Tensor) -> torch.Tensor:
-    """Arg-max per row; on CPUs by numpy, whose search uses vectors and takes an eighth of torch's time."""
+    """Arg-max per row, on CPUs by numpy, whose search is vectorised."""
     if logits.device.type == "cpu":
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that seed and position alone decide (Philox, Salmon et al. 2011: a counter, no state)."""
+    """A random number in [0, 1) from seed and position alone, by Philox (Salmon et al. 2011), which has no state."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
 def needs_history(params: SamplingParams) -> bool:
-    """Whether the tokens so far matter: penalties look at them."""
+    """Whether sampling needs the tokens so far, as penalties do."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def _penalise(logits: torch.Tensor, row: SampleInput) -> None:
-    """In place, on one row [vocab]. Repetition (CTRL, 1909.05858) looks at prompt and output, the others at output."""
+    """Penalise one row [vocab] in place. Repetition (CTRL, 1909.05858): prompt and output; the rest: output."""
     params = row.params
     if params.repetition_penalty != 1.0:
         seen = _with_pending(sorted(set(row.tokens)), row.pending, logits.device)
@@ -164,7 +171,7 @@ def _with_pending(tokens: Sequence[int], pending: torch.Tensor | None, device: t
 
 @dataclass(frozen=True)
 class _Draw:
-    """Inverse-CDF sampling with one uniform number per row; all filters are cuts in the sorted distribution."""
+    """Inverse-CDF sampling with one uniform number per row. All filters are cuts in the sorted distribution."""
 
     at: torch.Tensor  # int64 [n], rows of the batch: those that are not greedy
     tokens: torch.Tensor  # int64 [n]
@@ -204,8 +211,8 @@ class _Draw:
         return cls(at, tokens, [rows[i] for i in filtered], limits, of_filtered, number, needs_whole)
 
     def from_whole(self, wanted: Sequence[int]) -> dict[int, int]:
-        """By row of the batch: the tokens of those of the f for which the head was not enough; sorted on the host,
-        where there is room for it."""
+        """The tokens of those of the f rows for which the head was not enough, by row of the batch. They are sorted on
+        the host, which has the memory for it."""
         found = {}
         for index in wanted:
             whole, order = self.probs[index].cpu().sort(descending=True)
@@ -221,8 +228,8 @@ def _filters(params: SamplingParams) -> bool:
 def _invert_cut(
     values: torch.Tensor, numbers: torch.Tensor, params: Sequence[SamplingParams]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row of descending probabilities [rows, n]: the index drawn from those that survive all filters, and how many
-    those are; at least one."""
+    """For each row of descending probabilities [rows, n]: the index drawn from the tokens that pass all filters, and
+    how many pass (at least one)."""
     device, size = values.device, values.shape[-1]
     top_k = small_tensor([min(p.top_k, size) for p in params], device, torch.int64)[:, None]
     top_p = small_tensor([p.top_p for p in params], device, torch.float64)[:, None]
@@ -239,7 +246,7 @@ def _invert_cut(
 
 
 def _invert(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The index at which each row's cumulative mass passes its number; never one of probability zero."""
+    """The index at which each row's cumulative probability passes its number. Never a token of probability zero."""
     mass = probs.double().cumsum(dim=-1)
     target = numbers.double() * mass[:, -1]
     index = torch.searchsorted(mass, target[:, None], right=True)[:, 0]
@@ -249,7 +256,7 @@ def _invert(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _LogprobTable:
-    """Log-probabilities of the rows that want some."""
+    """Log-probabilities of the rows that ask for some."""
 
     at: list[int]  # their rows in the batch
     counts: list[int]  # alternatives wanted by each
@@ -267,13 +274,13 @@ class _LogprobTable:
         return cls(at, counts, table, max(counts))
 
     def rows(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """The chosen tokens' log-probabilities, the alternatives' ids and theirs."""
+        """The chosen tokens' log-probabilities, then ids and log-probabilities of the alternatives."""
         mine = tokens[small_tensor(self.at, tokens.device, torch.int64)]
         top = self.table.topk(self.most, dim=-1)
         return [self.table.gather(1, mine[:, None]), top.indices, top.values]
 
-    def told(self, found: list[list[float]], resampled: Mapping[int, int]) -> dict[int, TokenLogprobs]:
-        """What `rows` gave, once read, by row of the batch; of a token that is another now its own is looked up."""
+    def by_row(self, found: list[list[float]], resampled: Mapping[int, int]) -> dict[int, TokenLogprobs]:
+        """The result of `rows`, after it was copied, by row of the batch. Resampled tokens are looked up."""
         chosen, ids, values = found
         result = {}
         for at, (row, count) in enumerate(zip(self.at, self.counts, strict=True)):

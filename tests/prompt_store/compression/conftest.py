@@ -7,6 +7,6 @@ import pytest
 from tests.support.models import Reference, load_reference
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_models: dict[str, str]) -> Reference:
-    return load_reference(tiny_models["llama"])
+@pytest.fixture(scope="session")
+def llama(tiny_compressible: str) -> Reference:
+    return load_reference(tiny_compressible)

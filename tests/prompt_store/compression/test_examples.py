@@ -15,6 +15,7 @@ from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.scheduler.model.loader import spec_of
@@ -39,7 +40,7 @@ def test_the_shipped_soft_prompt_stands_for_its_context(smollm2: Reference) -> N
     assert prompt.manifest.context is not None
     assert prompt.manifest.context.sha256 == hashlib.sha256(text.encode()).hexdigest()
     decoder = Decoder(copy.deepcopy(smollm2.model))
-    context = Context(decoder, smollm2.tokenizer, text, None, 16)
+    context = Context(decoder, TokenizedContext(smollm2.tokenizer, text, None, 16, decoder.window))
     asked = load_jsonl(EXAMPLES / "manual" / "questions.jsonl")[::5]
     questions = [tuple(context.renderer.question(one.input)) for one in asked]
     answers = greedy(decoder, context.full[0], questions, 16, context.renderer.stop_ids)

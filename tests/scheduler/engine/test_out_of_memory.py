@@ -161,13 +161,13 @@ def test_the_newest_leaves_and_nobody_comes_until_somebody_has_left() -> None:
     scheduler.add(request("d", length=5))
     step = scheduler.schedule()
     assert [row.sequence.request_id for row in step.rows] == list("abcd")
-    assert step.admitted == ["d"]
+    assert step.report.admitted == ["d"]
     assert scheduler.shrink(step)
     assert [row.sequence.request_id for row in step.rows] == list("abc")
-    assert step.admitted == []
-    assert step.preempted == ["d"]
+    assert step.report.admitted == []
+    assert step.report.preempted == ["d"]
     assert scheduler.shrink(step)
-    assert step.preempted == ["d", "c"]
+    assert step.report.preempted == ["d", "c"]
     outputs = scheduler.postprocess(step, runner.run(step))
     assert [o.request_id for o in outputs if o.finish_reason] == ["a"]
     scheduler.check_integrity()

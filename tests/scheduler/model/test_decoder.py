@@ -29,6 +29,9 @@ from softbatch.scheduler.engine.engine import build_engine
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cpu import build as kernel_build
+from softbatch.scheduler.model.cpu import ops
+from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.llama.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, supports
 from softbatch.scheduler.model.source import ModelError
@@ -52,6 +55,11 @@ from tests.support.models import Reference, in_threads
 FORMATS = ["float32", "bfloat16", IN_12_BITS, "int8"]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 pytestmark = needs_compiler
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    assert build_kernels()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -86,7 +94,6 @@ def test_near_transformers_in_every_format(weights: str) -> None:
 )
 def test_any_batch_in_float32(steps: list[tuple[int, int]], seed: int) -> None:
     model = make_model(CONFIGS["qwen2"], torch.float32)
-    supports(model, torch.float32)
     decoder = DecoderForward(model, make_cache(model, torch.float32))
     plain = TransformersForward(model, make_cache(model, torch.float32), reference)
     assert distance(run(decoder, steps, seed), run(plain, steps, seed)) < 2e-5
@@ -147,7 +154,6 @@ def test_nan_stays_in_its_row(weights: str) -> None:
 
 def test_which_processors_take_bfloat16_in_12_bits() -> None:
     """Those that can take it apart."""
-    supports(make_model(CONFIGS["llama"], torch.bfloat16), torch.bfloat16)
     assert plain_weights(torch.float32) == "float32"
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     can = {"avx512_bf16", "avx512vbmi"} <= set(cpuinfo.split())
@@ -217,7 +223,6 @@ def test_real_model_in_bfloat16_and_int8(smollm2: Reference, log_probs: tuple[li
     interface.register()
     model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.bfloat16)
     model.set_attn_implementation(interface.ATTENTION_NAME)
-    supports(model, torch.bfloat16)
     theirs, _ = closeness(TransformersForward(model, make_cache(model, torch.bfloat16), reference), tokens, expected)
     ours, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16)), tokens, expected)
     assert ours < 5e-4
@@ -241,6 +246,12 @@ def test_what_runs_in_one_call() -> None:
     assert not supports(gpt2, torch.float32)
 
 
+def test_whether_a_model_is_supported_is_asked_without_building_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "are_loaded", lambda: False)
+    monkeypatch.setattr(kernel_build, "_cached_library", lambda: pytest.fail("the kernels were looked for"))
+    assert supports(make_model(CONFIGS["llama"], torch.float32), torch.float32)
+
+
 def test_an_adapter_is_not_left_out() -> None:
     """peft puts modules of its own in the place of linear layers, whose `weight` is the base model's."""
     model = make_model(CONFIGS["llama"], torch.float32)
@@ -250,7 +261,6 @@ def test_an_adapter_is_not_left_out() -> None:
 
 def test_bad_metadata_is_refused_before_anything_is_written() -> None:
     model = make_model(CONFIGS["llama"], torch.float32)
-    supports(model, torch.float32)
     cache = make_cache(model, torch.float32)
     decoder = DecoderForward(model, cache)
     for row in (Row(0, [1, 2], [BLOCKS], range(1)), Row(0, [1], [0], range(3, 4)), Row(0, [1], [-1], range(1))):
@@ -266,7 +276,12 @@ def test_bad_metadata_is_refused_before_anything_is_written() -> None:
 def test_fewer_threads_than_asked_for(test: str, argument: str, limit: str) -> None:
     """What OpenMP grants may be less than what torch says: nobody may wait for a thread that never came, and no row
     be left to it."""
-    code = f"from tests.scheduler.model.test_decoder import test_{test} as t; t({argument!r}); print('done')"
+    code = f"""
+from tests.scheduler.model import test_decoder
+assert test_decoder.build_kernels()
+test_decoder.test_{test}({argument!r})
+print("done")
+"""
     environment = os.environ | {"OMP_THREAD_LIMIT": limit, "OMP_NUM_THREADS": "4"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert found.stdout.split() == ["done"], found.stderr

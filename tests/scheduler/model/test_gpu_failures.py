@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from softbatch.scheduler.model.cuda.failures import failures_told
+from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.source import ModelError
 
 SHORT, TOOLS = "too little free memory", "python3-dev"
@@ -32,7 +32,7 @@ KNOWN: dict[str, tuple[Exception, str]] = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_failures(name: str) -> None:
     raised, words = KNOWN[name]
-    with pytest.raises(ModelError) as told, failures_told():
+    with pytest.raises(ModelError) as told, as_model_error():
         raise raised
     assert words in str(told.value)
     assert "\n" not in str(told.value)
@@ -40,12 +40,12 @@ def test_known_failures(name: str) -> None:
 
 def test_a_kernel_that_asks_for_too_much() -> None:
     errors = pytest.importorskip("triton.runtime.errors", reason="needs Triton (in the dev extra)")
-    with pytest.raises(ModelError, match="OutOfResources: out of resource: shared memory"), failures_told():
+    with pytest.raises(ModelError, match="OutOfResources: out of resource: shared memory"), as_model_error():
         raise errors.OutOfResources(300_000, 232_448, "shared memory")
 
 
 @pytest.mark.parametrize("error", [ModelError("--model x: no"), RuntimeError("no kernel image"), KeyError("x")])
 def test_everything_else_passes(error: Exception) -> None:
-    with pytest.raises(type(error)) as passed, failures_told():
+    with pytest.raises(type(error)) as passed, as_model_error():
         raise error
     assert passed.value is error

@@ -212,7 +212,6 @@ def test_rows_behind_one_context_attend_as_they_do_alone(packing: str) -> None:
 @pytest.mark.parametrize("heads", [2, 6, 10])
 def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads: int) -> None:
     model = wide_model(torch.bfloat16, heads=heads)
-    supports(model, torch.bfloat16)
     decoder = DecoderForward(model, make_cache(model, torch.bfloat16, packing))
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
     with torch.inference_mode():
@@ -227,7 +226,6 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_nan_stays_in_its_row(packing: str) -> None:
     model = wide_model()
-    supports(model, torch.float32)
     decoder = DecoderForward(model, make_cache(model, torch.float32, packing))
     rows = [Row(0, [5, 9], [0], range(1, 2)), Row(0, [7], [1], range(1)), Row(0, [6], [2], range(1))]
     batch = build_batch(rows, 16, CPU)
@@ -283,7 +281,6 @@ def test_how_near_the_embedded_model_stays(smollm2: Reference, packing: str, kl:
         expected = smollm2.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
     interface.register()
     model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.bfloat16)
-    supports(model, torch.bfloat16)
     far, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16, packing)), tokens, expected)
     assert far < kl
     assert agreed > agreement

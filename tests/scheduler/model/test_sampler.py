@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,23 @@ def test_uniform_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
     buckets = Counter(int(number * 10) for number in numbers)
     assert all(abs(buckets[i] - 360) < 100 for i in range(10))
     assert abs(sum(numbers) / len(numbers) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 0.0, "logprobs": 2}, {"temperature": 1.0}])
+def test_barred_tokens_are_not_chosen(params: dict[str, Any]) -> None:
+    logits = random_logits(2)
+    best = logits.argmax(-1).tolist()
+    barred = dataclasses.replace(row(**params), barred=(best[0], 5))
+    others = [sample(logits, [row(**params), row(**params)])[1], sample(logits, [barred, row(**params)])[1]]
+    assert others[0] == others[1], "nobody else's"
+    for seed in range(50):
+        chosen = sample(logits[:1], [dataclasses.replace(row(**params, seed=seed), barred=(best[0], 5))])[0]
+        assert chosen.token_id not in (best[0], 5)
+        if params["temperature"] == 0:
+            assert chosen.token_id == logits[0].topk(2).indices[1]
+        if params.get("logprobs"):
+            assert chosen.logprobs is not None
+            assert chosen.logprobs.top_ids[0] == best[0], "log-probabilities are the model's own"
 
 
 def test_repetition_penalty_equals_transformers() -> None:

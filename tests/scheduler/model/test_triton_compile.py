@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,33 +16,45 @@ SHARED_MEMORY = 232_448  # bytes that one program may use on an H100 or H200
 KERNELS = {"attend", "merge", "write_cache", "add_rms_norm", "rotate_and_write", "silu_and_multiply"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "head_dim", "dtype"),
-    [
-        ("llama", 128, "bfloat16"),
-        ("llama", 64, "bfloat16"),
-        ("qwen3", 64, "float16"),
-        ("llama", 96, "bfloat16"),
-        ("llama", 256, "bfloat16"),
-        ("qwen3", 128, "float32"),
-        ("llama", 256, "float32"),
-    ],
-)
-def test_every_launch_of_a_step_compiles(kind: str, head_dim: int, dtype: str, tmp_path: Path) -> None:
-    """Half precision without spilling registers, through tensor cores, its loads running ahead of its products."""
+CASES = [
+    ("llama", 128, "bfloat16"),
+    ("llama", 64, "bfloat16"),
+    ("qwen3", 64, "float16"),
+    ("llama", 96, "bfloat16"),
+    ("llama", 256, "bfloat16"),
+    ("qwen3", 128, "float32"),
+    ("llama", 256, "float32"),
+]
+
+
+def name_of(kind: str, head_dim: int, dtype: str) -> str:
+    return f"{kind}-{head_dim}-{dtype}"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process made of all cases: the kernels of each, or the error it ended with."""
     pytest.importorskip("triton", reason="needs Triton (in the dev extra)")
+    cache = tmp_path_factory.mktemp("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.compile_kernels", kind, str(head_dim), dtype]
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "tests.support.compile_kernels", *(name_of(*case) for case in CASES)],
         cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env=environment | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(("kind", "head_dim", "dtype"), CASES)
+def test_every_launch_of_a_step_compiles(outcomes: dict[str, Any], kind: str, head_dim: int, dtype: str) -> None:
+    """Half precision without spilling registers, through tensor cores, its loads running ahead of its products."""
+    kernels = outcomes[name_of(kind, head_dim, dtype)]
+    assert isinstance(kernels, list), kernels
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["cubin_bytes"] > 0

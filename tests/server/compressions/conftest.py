@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from softbatch.scheduler.model import loader
 from softbatch.server.cli.main import main
+from softbatch.server.compressions import prepare
 
 CONTEXT = (
     "# Harbour office\n\nThe harbour office opens at seven. Ring the brass bell twice before you enter.\n"
@@ -17,15 +20,12 @@ CONTEXT = (
 )
 VIRTUAL_TOKENS = 8
 Run = Callable[..., int]
+OPENED_ONCE = {"resolved": 1, "tokenizers": 1, "tokenised": 1}
 
 
 @pytest.fixture(scope="session")
-def tiny_path(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    shutil.copytree(tiny_models["llama"], path)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    return str(path)
+def tiny_path(tiny_compressible: str) -> str:
+    return tiny_compressible
 
 
 @pytest.fixture
@@ -48,3 +48,27 @@ def command(tiny_path: str, tmp_path: Path) -> Run:
 
 def model_flags(path: str, store: Path) -> list[str]:
     return ["--model", path, "--dtype", "float32", "--prompt-store", str(store)]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a model was resolved, a tokenizer read and the context tokenised."""
+    counts: Counter[str] = Counter()
+    resolve, read, encode = prepare.resolve, AutoTokenizer.from_pretrained, PreTrainedTokenizerBase.encode
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    def encoding(self: Any, text: str, *arguments: Any, **named: Any) -> Any:
+        counts["tokenised"] += CONTEXT in text
+        return encode(self, text, *arguments, **named)
+
+    for module in (prepare, loader):
+        monkeypatch.setattr(module, "resolve", counting("resolved", resolve))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counting("tokenizers", read))
+    monkeypatch.setattr(PreTrainedTokenizerBase, "encode", encoding)
+    return counts

@@ -14,8 +14,9 @@ from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.manifest import Manifest, ModelRef
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, save
 from softbatch.prompt_store.stores.directory import PromptStore
-from softbatch.server.compressions.request import InputError, ModelShape, check_room, read_questions
-from softbatch.server.compressions.run import locked
+from softbatch.server.compressions.checks import check_room
+from softbatch.server.compressions.request import InputError, ModelShape, read_questions
+from softbatch.server.compressions.run_directory import locked
 from tests.server.compressions.conftest import CONTEXT, Run
 from tests.support.servers import running_server
 

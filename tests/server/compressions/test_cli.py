@@ -16,7 +16,7 @@ import torch
 
 from softbatch.prompt_store.compression.data.examples import load_jsonl
 from softbatch.prompt_store.compression.frozen.frozen_model import Kernels
-from softbatch.prompt_store.compression.pipeline import identity_of
+from softbatch.prompt_store.compression.work_directory import identity_of
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.attention import cpu
@@ -112,7 +112,7 @@ def test_compress_registers_what_it_measured(store: Path, own_questions: Path) -
 
 
 def test_prompts_show_has_the_fidelity(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["prompts", "show", "harbour", "--prompt-store", str(store)]) == 0
+    assert main(["prompts", "show", "harbour", "--json", "--prompt-store", str(store)]) == 0
     shown = json.loads(capfd.readouterr().out)
     assert {*METRICS, "baselines", "off_topic"} <= set(shown["fidelity"])
 
@@ -286,9 +286,8 @@ def logprobs(reference, shared: list[int], ids: list[int], prompt) -> list[float
 
 def test_models_are_opened_with_the_kernels_where_they_are(tiny_path: str) -> None:
     for dtype in ("float32", "bfloat16", "float16"):  # the last one's gradients go through torch
-        bench = CompressionSession.open(
-            ModelFiles.open(ModelChoice(tiny_path, dtype=dtype, device="cpu")), 100, 6, MAX_BYTES
-        )
+        files = ModelFiles.open(ModelChoice(tiny_path, dtype=dtype, device="cpu"))
+        bench = CompressionSession.open(files, files.context(CONTEXT, None, 6), MAX_BYTES)
         bench.release_engine()
         kernels = bench.decoder.kernels
         assert kernels.attend_without_gradients is (cpu.behind_prefix if cpu.build() else Kernels().attend)

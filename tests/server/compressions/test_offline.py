@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import softbatch
 from softbatch.server.compressions.request import InputError
-from tests.server.compressions.conftest import VIRTUAL_TOKENS
+from tests.server.compressions.conftest import OPENED_ONCE, VIRTUAL_TOKENS
 
 
-def test_compress_registers_a_soft_prompt(tiny_path: str, context_file: Path, tmp_path: Path) -> None:
+def test_compress_registers_a_soft_prompt(
+    tiny_path: str, context_file: Path, tmp_path: Path, counted: Counter[str]
+) -> None:
     store = softbatch.PromptStore(tmp_path / "store", 1 << 30)
     phases: list[str] = []
     stored = softbatch.compress(
@@ -26,6 +29,7 @@ def test_compress_registers_a_soft_prompt(tiny_path: str, context_file: Path, tm
         answer_tokens=6,
         on_progress=lambda progress: phases.append(progress.phase),
     )
+    assert counted == OPENED_ONCE
     assert store.get("harbour").sha256 == stored.sha256
     assert stored.manifest.num_virtual_tokens == VIRTUAL_TOKENS
     assert {"self_study", "gold", "teacher", "training", "evaluation"} <= set(phases)

@@ -12,7 +12,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.compressions.record import Job, JobRecord, load_jobs, new_id, save
-from softbatch.server.compressions.run import DIRECTORY
+from softbatch.server.compressions.request import DIRECTORY
 from softbatch.server.request_failures import CompressionEnded
 
 SPEC = ModelSpec("tiny", "0" * 64, 64, 3, 2, 8)

@@ -1,4 +1,4 @@
-"""A soft prompt is read while its request is still on its way; that changes no answer and no count."""
+"""The loader: a soft prompt may be prefetched, which changes no answer and no count, and each load is timed once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.protocol import (
     AddRequest,
     CancelRequest,
@@ -48,7 +49,7 @@ def told_by(reference: Reference, kind: str, info: ModelInfo, where: Path) -> tu
 
 def await_read(engine: Engine) -> None:
     for _ in range(2000):
-        if all(reading.result.done() for reading in engine.reader._readings.values()):
+        if all(read.staged.done() for read in engine.loader._reads.values()):
             return
         time.sleep(0.005)
     raise AssertionError("it was not read")
@@ -63,7 +64,7 @@ def test_its_request_is_answered_as_always(
     first, second = asking("first", ref), asking("second", ref)
 
     engine.prefetch(first)
-    assert len(engine.reader) == 1
+    assert engine.loader.num_reading == 1
     await_read(engine)
     engine.handle(first)
     output = engine.step()
@@ -75,7 +76,7 @@ def test_its_request_is_answered_as_always(
     engine.handle(CancelRequest(["first"]))
 
     engine.prefetch(second)
-    assert len(engine.reader) == 0, "it is there already"
+    assert engine.loader.num_reading == 0, "it is there already"
     assert tokens_of(drain(engine, [second])["second"]) == expected
     check_empty(engine)
 
@@ -84,22 +85,22 @@ def counts(stats: EngineStats) -> tuple[int, int]:
     return stats.soft_prompt_hits_total, stats.soft_prompt_misses_total
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("prefetched", [False, True])
 def test_the_first_use_counts_as_a_miss_and_later_ones_as_hits(
-    served: tuple[Engine, ModelInfo], ahead: bool, tmp_path: Path
+    served: tuple[Engine, ModelInfo], prefetched: bool, tmp_path: Path
 ) -> None:
     engine, info = served
     ref = SoftPromptRef("a" * 64, str(save_prompt(make_soft_prompt("kv", 21, info), tmp_path, "a")), 21)
     for number, expected in enumerate([(0, 1), (1, 1), (2, 1)]):
         request = asking(f"r{number}", ref)
-        if ahead:
+        if prefetched:
             engine.prefetch(request)
             await_read(engine)
         drain(engine, [request])
         assert counts(engine.stats) == expected
 
 
-def test_nothing_is_read_ahead_of_those_who_wait(served: tuple[Engine, ModelInfo], tmp_path: Path) -> None:
+def test_nothing_is_prefetched_while_others_wait(served: tuple[Engine, ModelInfo], tmp_path: Path) -> None:
     engine, info = served
     refs = [
         SoftPromptRef(name * 64, str(save_prompt(make_soft_prompt("kv", 5, info, seed=i), tmp_path, name)), 5)
@@ -107,12 +108,12 @@ def test_nothing_is_read_ahead_of_those_who_wait(served: tuple[Engine, ModelInfo
     ]
     for ref in refs:
         engine.prefetch(asking("any", ref))
-    assert len(engine.reader) == 2, "as many as there are slots"
+    assert engine.loader.num_reading == 2, "as many as there are slots"
     await_read(engine)
     engine.step()
     engine.handle(asking("waits", refs[3]))
     engine.prefetch(asking("comes later", refs[2]))
-    assert len(engine.reader) == 0
+    assert engine.loader.num_reading == 0
 
 
 def test_a_broken_file_fails_its_request_and_a_request_that_never_comes_leaves_nothing(
@@ -146,7 +147,7 @@ def test_reading_once_more_what_is_there_changes_nothing(
     ref, expected = told_by(reference, kind, info, tmp_path)
     for name in ("first", "second"):
         assert tokens_of(drain(engine, [asking(name, ref)])[name]) == expected
-        engine.reader.start(ref)
+        engine.loader.read(ref)
         await_read(engine)
         engine.step()
         engine.scheduler.check_integrity()
@@ -154,5 +155,32 @@ def test_reading_once_more_what_is_there_changes_nothing(
 
 def test_reading_opens_no_team_of_threads(served: tuple[Engine, ModelInfo]) -> None:
     before = torch.get_num_threads()
-    assert served[0].reader._thread.submit(torch.get_num_threads).result() == 1
+    assert served[0].loader._thread.submit(torch.get_num_threads).result() == 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings", "embeddings that fail"])
+def test_a_load_is_timed_once_if_it_succeeds(
+    served: tuple[Engine, ModelInfo], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, info = served
+    forward = engine._runner._forward
+
+    def broken_on_soft_prompts(batch: RaggedBatch) -> torch.Tensor:
+        if batch.embeddings:
+            raise RuntimeError("broken")
+        return forward(batch)
+
+    if kind == "embeddings that fail":
+        monkeypatch.setattr(engine._runner, "_forward", broken_on_soft_prompts)
+    prompt = make_soft_prompt("kv" if kind == "kv" else "embeddings", 21, info)
+    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, tmp_path, "a")), 21)
+    engine.handle(asking("first", ref))
+    engine.handle(asking("second", ref))
+    seconds: list[float] = []
+    while engine.has_work:
+        seconds += engine.step().soft_prompt_load_seconds
+    assert len(seconds) == (0 if kind == "embeddings that fail" else 1)
+    assert all(0 < one < 60 for one in seconds)
+    assert not engine.loader._prefilling
+    check_empty(engine)

@@ -1,0 +1,92 @@
+"""What every store of soft prompts offers, wherever it keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from softbatch.prompt_store.manifest import Manifest, ModelSpec, SoftPromptError
+
+Version = tuple[int, ...]
+
+
+class NameTaken(SoftPromptError):
+    """Another soft prompt has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"a soft prompt named '{name}' exists already", param="name", code="name_taken")
+
+
+class UnknownPrompt(SoftPromptError):
+    """No soft prompt has this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no soft prompt named '{name[:128]}'", param="soft_prompt", code="unknown_prompt")
+
+
+@dataclass(frozen=True)
+class StoredPrompt:
+    """A registered soft prompt. `sha256` is over the file's bytes and is its identity in every cache.
+
+    `created_at` is when it was registered, in Unix seconds. `path` is where the file can be read on this machine.
+    `version` differs between any two files that ever had the name.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    num_bytes: int
+    manifest: Manifest
+    created_at: int
+    version: Version = field(repr=False)
+
+
+class SoftPromptStore(Protocol):
+    """Names and their soft prompts. A prompt never changes under its name; adding and removing are atomic.
+
+    Any number of processes may share one store. Methods may block; they are thread-safe.
+    """
+
+    max_bytes: int  # the size of the largest file that can be added
+
+    def check_free(self, name: str) -> None:
+        """A cheap check before an upload; `add` decides. Raises SoftPromptError invalid_name, or NameTaken."""
+        ...
+
+    def add(self, name: str, file: Path, spec: ModelSpec | None = None) -> StoredPrompt:
+        """Register a copy of `file` after checking all of it, and that it fits `spec`.
+
+        Raises NameTaken, or SoftPromptError: invalid_name, or what `load` and `check_fits` raise."""
+        ...
+
+    def get(self, name: str) -> StoredPrompt:
+        """Cheap for a prompt that was asked for before. Raises UnknownPrompt, or SoftPromptError if it is broken."""
+        ...
+
+    def list(self) -> Sequence[StoredPrompt]:
+        """All usable soft prompts, sorted by name."""
+        ...
+
+    def broken(self) -> Sequence[tuple[str, str]]:
+        """(name, reason) of everything in the store that is no usable soft prompt, sorted by name."""
+        ...
+
+    def changed_at(self) -> int:
+        """When a name last came or went, in Unix nanoseconds, as exactly as the store can tell. Cheap."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Release the name; leases keep the content. Raises UnknownPrompt."""
+        ...
+
+    def export(self, name: str, path: Path) -> None:
+        """Copy the file to `path` in one step. Raises UnknownPrompt."""
+        ...
+
+    def lease(self, stored: StoredPrompt, directory: Path) -> Path:
+        """A file in `directory` with this very content, which stays when the name is removed.
+
+        The caller owns the directory and deletes from it. Raises UnknownPrompt if the content is already gone."""
+        ...

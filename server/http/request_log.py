@@ -1,0 +1,66 @@
+"""One log line per request, and the id by which a client and the log speak of the same one."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from softbatch.server.http.auth import is_probe
+from softbatch.server.observability.request_record import RequestRecord, begin
+from softbatch.server.request_failures import printable
+
+logger = logging.getLogger(__name__)
+HEADER = "X-Request-Id"
+_USABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+MAX_PATH_CHARS = 200
+# What a proxy logs for a client that was gone before the reply began.
+CLIENT_GONE = 499
+
+
+class RequestLogMiddleware:
+    """Logs each request at its end, with status, tokens and seconds; probes of the health routes are not logged."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(HEADER, "")
+        record = RequestRecord(given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex)
+        begin(record)
+        began = time.monotonic()
+        status = CLIENT_GONE
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).append(HEADER, record.id)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except BaseException:
+            status = 500 if status == CLIENT_GONE else status
+            raise
+        finally:
+            if not is_probe(scope["path"]):
+                _log(scope, record, status, time.monotonic() - began)
+
+
+def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+    fields: dict[str, object] = {"id": record.id, "status": status, "seconds": round(seconds, 4)}
+    if record.owner:
+        fields["key"] = record.owner
+    if record.started:
+        fields["prompt_tokens"] = record.prompt_tokens
+        fields["completion_tokens"] = record.completion_tokens
+    path = printable(scope["path"][:MAX_PATH_CHARS])
+    logger.info("%s %s", scope["method"], path, extra={"fields": fields})

@@ -1,0 +1,139 @@
+"""Texts that are no plain words: broken characters, special tokens, tokenizers that fall back to bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.models import Reference, save_tiny, tiny_config
+from tests.support.servers import Server, error_of, running_server, stream_json
+from tests.support.tokenizers_of_bytes import as_transformers, byte_fallback
+
+HALF_A_CHARACTER = [504, 2399, 314, 17097, 133]
+BROKEN = "The menu says caf\ufffd"
+
+
+@pytest.fixture(scope="module")
+def fallback_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    path = tmp_path_factory.mktemp("models") / "fallback"
+    tokenizer = as_transformers(byte_fallback())
+    # One token less than the tokenizer has: that of "<extra>".
+    save_tiny(tiny_config("llama", vocab_size=len(tokenizer) - 1), tokenizer, path)
+    flags = ("--model", str(path), "--dtype", "float32", "--kv-cache-gib", "0.01")
+    with running_server(tmp_path_factory.mktemp("fallback-server"), *flags) as server:
+        yield server
+
+
+@pytest.mark.parametrize("prompt", [BROKEN, HALF_A_CHARACTER], ids=["U+FFFD", "half a character"])
+def test_the_continuation_alone(tiny_server: Server, tiny_llama: Reference, prompt: str | list[int]) -> None:
+    tokenizer = tiny_llama.tokenizer
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    expected = tokenizer.decode(tiny_llama.generate(ids, 12))
+    ask = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "stop": ["menu"]}
+    assert tiny_server.complete(prompt, 12) == tiny_server.complete(prompt, 12, stop=["menu"]) == expected
+    assert tiny_server.complete(prompt, 12, echo=True) == tokenizer.decode(ids) + expected
+    *events, done = stream_json(tiny_server, "/v1/completions", ask | {"stream": True})
+    assert done == "[DONE]"
+    assert "".join(event["choices"][0]["text"] for event in events) == expected
+    if isinstance(prompt, str):
+        parameters = {"max_new_tokens": 12, "do_sample": False}
+        body = {"inputs": prompt, "parameters": parameters}
+        assert tiny_server.post("/generate", body).json()["generated_text"] == expected
+
+
+def test_byte_fallback(fallback_server: Server) -> None:
+    """Noise from such a tokenizer is mostly broken characters."""
+    for seed in range(4):
+        ask = {"prompt": "hello", "max_tokens": 200, "temperature": 2, "seed": seed, "ignore_eos": True, "logprobs": 2}
+        whole = fallback_server.post("/v1/completions", ask)
+        assert whole.status_code == 200, whole.text
+        (choice,) = whole.json()["choices"]
+        assert choice["finish_reason"] == "length"
+        assert "\ufffd" in choice["text"]
+        *events, done = stream_json(fallback_server, "/v1/completions", ask | {"stream": True})
+        assert done == "[DONE]"
+        assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
+        offsets = [at for event in events for at in event["choices"][0]["logprobs"]["text_offset"]]
+        assert offsets == choice["logprobs"]["text_offset"] == sorted(offsets)
+        assert len(offsets) == 200
+
+
+@pytest.mark.parametrize("stop", [[], ["e"]])
+def test_bytes_of_logprobs_join_to_the_content(tiny_server: Server, stop: list[str]) -> None:
+    messages = [{"role": "user", "content": "hello 🙂"}]
+    ask = {"messages": messages, "max_tokens": 60, "temperature": 2, "seed": 4, "logprobs": True, "stop": stop}
+    (choice,) = tiny_server.post("/v1/chat/completions", ask).json()["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]).decode() == choice["message"]["content"]
+    assert "\ufffd" in choice["message"]["content"] or stop
+
+
+def test_places_of_tokens_in_the_text(fallback_server: Server) -> None:
+    ask = {"prompt": "hello", "max_tokens": 100, "temperature": 2, "seed": 1, "logprobs": 0}
+    (choice,) = fallback_server.post("/v1/completions", ask).json()["choices"]
+    for token, at in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True):
+        assert "\ufffd" in token or token.startswith("<") or choice["text"].startswith(token, at)
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|im_end|>\n"])
+def test_a_special_token_as_a_stop_string(smollm2_server: Server, stop: str) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ask = {"messages": question, "max_tokens": 24, "temperature": 0}
+    (plain,) = smollm2_server.post("/v1/chat/completions", ask).json()["choices"]
+    (choice,) = smollm2_server.post("/v1/chat/completions", ask | {"ignore_eos": True, "stop": [stop]}).json()[
+        "choices"
+    ]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    assert choice["message"]["content"] == plain["message"]["content"]
+
+
+def test_a_chat_that_may_not_end_yet(smollm2_server: Server) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ask = {"messages": question, "max_tokens": 24, "temperature": 0}
+    plain = smollm2_server.post("/v1/chat/completions", ask).json()
+    assert plain["choices"][0]["finish_reason"] == "stop"
+    assert plain["usage"]["completion_tokens"] < 20
+    longer = smollm2_server.post("/v1/chat/completions", ask | {"min_tokens": 20}).json()
+    assert longer["usage"]["completion_tokens"] > 20
+    assert longer["choices"][0]["message"]["content"].startswith(plain["choices"][0]["message"]["content"])
+
+
+EXTRA = "say <extra> now"
+CHAT = [{"role": "user", "content": EXTRA}]
+FINE = {"input": "hello", "candidates": ["hello"]}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": EXTRA}, "prompt"),
+        ("/v1/completions", {"prompt": ["hello", EXTRA], "stream": True}, "prompt"),
+        ("/v1/completions", {"prompt": [5, -1]}, "prompt"),
+        ("/v1/completions", {"prompt": "hello", "stop_token_ids": [5, -1]}, "stop_token_ids"),
+        ("/v1/chat/completions", {"messages": CHAT}, "messages"),
+        ("/generate", {"inputs": EXTRA}, "inputs"),
+        ("/generate_stream", {"inputs": EXTRA}, "inputs"),
+        ("/v1/score", {**FINE, "input": EXTRA}, "input"),
+        ("/v1/score", {**FINE, "context": EXTRA}, "input"),
+        ("/v1/score", {**FINE, "candidates": ["hello", EXTRA]}, "candidates.1"),
+        ("/v1/compressions", {"name": "extra", "context": EXTRA * 9, "virtual_tokens": 4}, "context"),
+        (
+            "/v1/compressions",
+            {"name": "x", "context": "hello " * 99, "questions": [{"input": EXTRA}]},
+            "questions.0.input",
+        ),
+    ],
+)
+def test_tokens_that_the_model_does_not_have(fallback_server: Server, route: str, body: Any, param: str) -> None:
+    """The tokenizer has them, but the embedding has no row for them."""
+    extra = fallback_server.post("/tokenize", {"prompt": "<extra>"}).json()["tokens"][-1]
+    reply = fallback_server.post(route, json.loads(json.dumps(body).replace("-1]", f"{extra}]")))
+    assert reply.status_code == 400, reply.text
+    error = error_of(reply)
+    assert (error["param"], error["code"]) == (param, "token_id")
+    assert f"token {extra}" in error["message"]
+    assert "'<extra>'" in error["message"]
+    assert f"0 to {extra - 1}" in error["message"]

@@ -1,0 +1,220 @@
+"""What a connection may take before anybody knows who is there: heads, time and places, against uvicorn itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import StreamingResponse
+
+from softbatch.server.http.connections import ConnectionBounds, Connections
+from softbatch.server.observability.metrics import Metrics
+
+BOUNDS = ConnectionBounds(
+    max_connections=20,
+    max_connections_per_address=8,
+    max_header_bytes=4096,
+    max_headers=20,
+    head_timeout=0.4,
+    body_timeout=0.4,
+)
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
+
+
+class BoundedServer:
+    """uvicorn with bounded connections around a small app, in a thread."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        app = FastAPI()
+
+        @app.get("/")
+        async def fine() -> str:
+            return "fine"
+
+        @app.post("/")
+        async def length(request: Request) -> int:
+            return len(await request.body())
+
+        @app.get("/slow")
+        async def slow() -> StreamingResponse:
+            async def parts():  # type: ignore[no-untyped-def]
+                for _ in range(6):
+                    await asyncio.sleep(0.2)
+                    yield b"part"
+
+            return StreamingResponse(parts())
+
+        connections = Connections(BOUNDS, self.metrics)
+        config = uvicorn.Config(
+            app,
+            http=connections.protocol(),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_keep_alive=1,
+            callback_notify=connections.sweep,
+            timeout_notify=0,
+        )
+        self._server = uvicorn.Server(config)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._server.run, args=([self.listener],), daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.listener.getsockname(), timeout=10)
+
+    def refused(self, reason: str) -> float:
+        return self.metrics.connections_refused.labels(reason)._value.get()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[BoundedServer]:
+    bounded = BoundedServer()
+    yield bounded
+    bounded.stop()
+
+
+def answer(connection: socket.socket) -> tuple[int, bytes]:
+    """The status and the body of all that comes until the server closes; status 0 if nothing does."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := connection.recv(65536):
+            received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    return (int(head.split()[1]) if head else 0), body
+
+
+def code_of(body: bytes) -> str:
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["code"])
+
+
+class TestHeads:
+    @pytest.mark.parametrize(
+        "head",
+        [
+            GET + b"X-Long: " + b"x" * 4096 + b"\r\n\r\n",
+            b"GET /" + b"x" * 4096 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+            GET + b"".join(b"X-%d: 1\r\n" % i for i in range(20)) + b"\r\n",
+            POST + b"X-Long: " + b"x" * 4096 + b"\r\nContent-Length: 2\r\n\r\n{}",
+        ],
+        ids=["one long header", "a long address", "many headers", "before a body"],
+    )
+    def test_too_large(self, server: BoundedServer, head: bytes) -> None:
+        before = server.refused("head_size")
+        with server.connect() as connection:
+            connection.sendall(head)
+            status, body = answer(connection)
+        assert (status, code_of(body)) == (431, "headers_too_large")
+        assert server.refused("head_size") == before + 1
+
+    @pytest.mark.parametrize("piece", [b"x" * 1000, b"x: y\r\n" * 3], ids=["one header", "many headers"])
+    def test_that_never_end_are_not_taken_in(self, server: BoundedServer, piece: bytes) -> None:
+        sent = 0
+        with server.connect() as connection:
+            connection.sendall(GET + b"X-Long: ")
+            with contextlib.suppress(OSError):
+                while sent < 50_000_000:
+                    sent += connection.send(piece)
+                    time.sleep(0.001)
+        assert sent < 4_000_000
+
+    def test_as_large_as_allowed_with_a_large_body(self, server: BoundedServer) -> None:
+        head = POST + b"X-Long: " + b"x" * 3500 + b"\r\nContent-Length: 200000\r\nConnection: close\r\n\r\n"
+        with server.connect() as connection:
+            connection.sendall(head + b"y" * 200_000)
+            assert answer(connection) == (200, b"200000")
+
+
+class TestTime:
+    def test_a_head_that_does_not_come(self, server: BoundedServer) -> None:
+        with server.connect() as connection:
+            assert answer(connection) == (0, b"")
+
+    def test_a_head_that_comes_byte_by_byte(self, server: BoundedServer) -> None:
+        began = time.monotonic()
+        with server.connect() as connection:
+            connection.settimeout(0.05)
+            with contextlib.suppress(OSError):
+                for byte in GET * 20:
+                    connection.send(bytes([byte]))
+                    with contextlib.suppress(TimeoutError):
+                        if b"408" in connection.recv(100):
+                            break
+        assert time.monotonic() - began < 5
+
+    def test_a_body_that_does_not_end(self, server: BoundedServer) -> None:
+        with server.connect() as connection:
+            connection.sendall(POST + b"Content-Length: 10\r\n\r\nabc")
+            status, body = answer(connection)
+        assert (status, code_of(body)) == (408, "request_timeout")
+        assert server.refused("body_timeout") >= 1
+
+    def test_a_body_that_comes_slowly_but_steadily(self, server: BoundedServer) -> None:
+        with server.connect() as connection:
+            connection.sendall(POST + b"Content-Length: 60000\r\nConnection: close\r\n\r\n")
+            for _ in range(6):
+                connection.sendall(b"y" * 10_000)
+                time.sleep(0.2)
+            assert answer(connection) == (200, b"60000")
+
+    def test_a_long_answer_is_not_cut(self, server: BoundedServer) -> None:
+        """Not even when the client has sent an empty line behind its request, or half of the next one."""
+        for rest in (b"", b"\r\n", b"GET / HT"):
+            with server.connect() as connection:
+                connection.sendall(GET.replace(b"/", b"/slow", 1) + b"\r\n" + rest)
+                received = b""
+                while b"0\r\n\r\n" not in received:
+                    chunk = connection.recv(65536)
+                    assert chunk, received
+                    received += chunk
+            assert received.count(b"part") == 6
+
+    def test_an_idle_connection_is_closed_without_a_word(self, server: BoundedServer) -> None:
+        for rest in (b"", b"\r\n"):
+            with server.connect() as connection:
+                connection.sendall(GET + b"\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+                connection.sendall(rest)
+                assert connection.recv(65536) == b""
+
+
+def test_places_of_an_address(server: BoundedServer) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(server.connect())
+        with server.connect() as connection:
+            status, body = answer(connection)
+            assert (status, code_of(body)) == (503, "too_many_connections")
+    assert server.refused("address") >= 1
+    deadline = time.monotonic() + 5
+    status = 0
+    while status != 200 and time.monotonic() < deadline:
+        with server.connect() as connection:
+            connection.sendall(GET + b"Connection: close\r\n\r\n")
+            status, _ = answer(connection)
+    assert status == 200
+
+
+def test_what_is_no_http_has_the_shape_of_all_errors(server: BoundedServer) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        status, body = answer(connection)
+    assert (status, code_of(body)) == (400, "invalid_http")
