@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
@@ -69,7 +68,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         try:
             ready = await supervisor.start(engine)
             since = time.monotonic()
-            tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
+            tokenizer = await asyncio.to_thread(load_tokenizer, ready.model.tokenizer_path)
             text = TextProcessor(tokenizer, ready.model.max_model_len)
             logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
             encoder = PromptEncoder(
