@@ -7,6 +7,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import BodyLimitMiddleware
+from softbatch.server.http.cut_off import CutOffMiddleware
 from softbatch.server.http.errors import install_handlers
 from softbatch.server.routes import ROUTERS
 from softbatch.server.services import Services
@@ -35,6 +36,7 @@ def create_app(services: Services) -> FastAPI:
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_upload_bytes=services.settings.max_prompt_mib << 20)
     app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key)
+    app.add_middleware(CutOffMiddleware)
     return app
 
 

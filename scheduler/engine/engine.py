@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -100,6 +101,7 @@ class Engine:
             runner.read_soft_prompt, runner.prepare_to_read
         )
         self._requested: dict[str, float] = {}
+        self.on_admit: Callable[[list[str]], None] = lambda request_ids: None
         self._refused: list[SequenceOutput] = []
 
     @property
@@ -145,6 +147,8 @@ class Engine:
             loaded = self._place(readings, outputs)
             self.scheduler.admit_late(step)
             self._start_reading(step)
+        if step.admitted:
+            self.on_admit(step.admitted)
         ended = [self._in_flight] if self._in_flight else []
         self._in_flight = self._launch(step, started) if step else None
         if self._in_flight and (not self._async_scheduling or isinstance(self._in_flight.launched, _FailedStep)):

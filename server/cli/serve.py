@@ -17,13 +17,17 @@ import uvloop
 from softbatch.server.app import create_app
 from softbatch.server.cli.settings_flags import UsageError, add_flags, settings_from
 from softbatch.server.requests.engine_supervisor import StartupError
-from softbatch.server.services import running_services
+from softbatch.server.services import Services, running_services
 from softbatch.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 BACKLOG = 2048
-# Running requests may take this long to finish once the server was told to stop.
-DRAIN_SECONDS = 300
+# Clients that are told that their request was cut off get so long to hear it.
+FAREWELL_SECONDS = 1.0
+
+
+class UnfinishedRequests(Exception):
+    """The server ended before all requests were finished; the message says why."""
 
 
 def add_parser(commands: Any) -> None:
@@ -41,14 +45,17 @@ def run(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
         listener = _listen(settings)
-        # While it serves, uvicorn takes the signal, and raises it again behind the last request. An exception lets the
-        # engine and the temporary files go; the default would end the process on the spot.
+        # Until it serves: an exception lets the engine and the temporary files go; the default would end the process on
+        # the spot.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, listener))
     except (UsageError, StartupError) as error:
         print(f"softbatch serve: {error}", file=sys.stderr)
         return 2
+    except UnfinishedRequests as error:
+        print(f"softbatch serve: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -62,26 +69,50 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             access_log=False,
             server_header=False,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
         )
         logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
-
-        class DrainingServer(uvicorn.Server):
-            """Admits nothing from the moment it is told to stop; what runs is finished."""
-
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                services.admission.draining = True
-                super().handle_exit(sig, frame)
-
-        server = DrainingServer(config)
-
-        def stop() -> None:
-            server.should_exit = True
-
-        services.engine.on_give_up = stop
+        server = DrainingServer(config, services)
+        services.engine.on_give_up = server.give_up
         await server.serve(sockets=[listener])
         if services.supervisor.gave_up:
-            raise StartupError("the engine died and could not be started again; see the log above")
+            raise UnfinishedRequests("the engine could not be kept alive; see the log above")
+        if server.was_cut_short:
+            raise UnfinishedRequests("ended before all requests were finished")
+
+
+class DrainingServer(uvicorn.Server):
+    """Told to stop, it admits nothing any more and finishes what runs, within --drain-timeout; told so again, it ends
+    at once. Whoever is cut off hears of it."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+        self._loop = asyncio.get_running_loop()
+        self.was_cut_short = False
+
+    def give_up(self) -> None:
+        self._stop()
+        self._cut_short()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._on_signal)  # not in the middle of whatever the signal has interrupted
+
+    def _on_signal(self) -> None:
+        if not self.should_exit:
+            self._stop()
+            self._loop.call_later(self._services.settings.drain_timeout, self._cut_short)
+        else:
+            self._cut_short()
+
+    def _stop(self) -> None:
+        self._services.admission.draining = True
+        self.should_exit = True
+
+    def _cut_short(self) -> None:
+        """Running requests are answered with an error; what has not ended soon behind that is cancelled."""
+        self.was_cut_short |= bool(self._services.engine.active or self.server_state.tasks)
+        self._services.engine.fail_all("the server was stopped before this request was finished")
+        self._loop.call_later(FAREWELL_SECONDS, setattr, self, "force_exit", True)
 
 
 def _listen(settings: Settings) -> socket.socket:

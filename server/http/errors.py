@@ -18,12 +18,13 @@ from softbatch.server.request_failures import (
     CompressionNotFound,
     CompressionsUnavailable,
     EngineAway,
-    EngineRestarted,
+    EngineGone,
     Failure,
     InvalidPrompt,
     PromptTooLong,
     QueueFull,
     RequestFailed,
+    RequestKillsEngine,
     SoftPromptOfAnotherModel,
     TooManyCompressions,
     TooManySequences,
@@ -59,9 +60,10 @@ STATUS: Mapping[type[Failure], int] = {
     QueueFull: 429,
     TooManyCompressions: 429,
     RequestFailed: 500,
+    RequestKillsEngine: 500,
     CompressionsUnavailable: 503,
     EngineAway: 503,
-    EngineRestarted: 503,
+    EngineGone: 503,
 }
 
 
