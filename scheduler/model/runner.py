@@ -216,8 +216,10 @@ def _shortage_told() -> Iterator[None]:
 
 
 def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
-    """Output tokens that are computed again, after a preemption or for another engine, are rows of their own: attention
-    on CPUs takes single tokens another way than chunks, and so what is sampled behind them is the same to the last bit."""
+    """Output tokens that are computed again, after a preemption or for another engine, are rows of their own.
+
+    Attention on CPUs takes single tokens another way than chunks: so what is sampled behind them is the same to the
+    last bit."""
     sequence = row.sequence
     first = row.start - sequence.num_virtual
     tokens = sequence.tokens[first : first + row.num_tokens]
