@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
@@ -20,7 +21,7 @@ from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.engine_client import EngineClient
-from softbatch.server.requests.engine_supervisor import EngineSupervisor, StartupError
+from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
 from softbatch.server.requests.output_format import GrammarCompiler
@@ -47,6 +48,7 @@ class Services:
     compressions: CompressionJobs
     text: TextProcessor
     metrics: Metrics
+    temporary: Path
     spec: ModelSpec
     model_name: str
 
@@ -62,8 +64,9 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
         # The sockets' paths are short, for ipc:// allows about 100 characters.
-        directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="softbatch-", ignore_cleanup_errors=True))
-        supervisor = EngineSupervisor(_engine_config(settings), Path(directory))
+        temporary = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-serve-"))
+        patience = Patience(settings.step_timeout, settings.max_engine_deaths, settings.engine_death_window)
+        supervisor = EngineSupervisor(_engine_config(settings), temporary, patience)
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
@@ -103,6 +106,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     compressions=compressions,
                     text=text,
                     metrics=metrics,
+                    temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,
                 )

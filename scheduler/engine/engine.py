@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -90,6 +91,7 @@ class Engine:
         self._async_scheduling = async_scheduling
         self._in_flight: _InFlight | None = None
         self._last_end = 0.0
+        self.on_admit: Callable[[list[str]], None] = lambda request_ids: None
         self._refused: list[SequenceOutput] = []
 
     @property
@@ -137,6 +139,8 @@ class Engine:
         if self.loader.place_read(report):
             self.scheduler.admit_late(step)
             self.loader.start(step)
+        if report.admitted:
+            self.on_admit(report.admitted)
         ended = [self._in_flight] if self._in_flight else []
         self._in_flight = self._launch(step, started) if step else None
         if self._in_flight and (not self._async_scheduling or isinstance(self._in_flight.launched, _FailedStep)):

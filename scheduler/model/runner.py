@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -144,7 +145,8 @@ class Runner:
         return staged.embeddings is None
 
     def _run(self, rows: list[StepRow], prefills: list[SoftPromptPrefill], launched: InFlightStep) -> None:
-        batch = self._build([_as_row(row) for row in rows] + [self._prefill_row(prefill) for prefill in prefills])
+        parts = [part for row in rows for part in _as_rows(row, self._on_gpu)]
+        batch = self._build(parts + [self._prefill_row(prefill) for prefill in prefills])
         self._insert_pending(rows, batch.token_ids)
         logits = self._forward(batch)
         sampling, names, sampled_rows, at = [], [], [], 0
@@ -228,13 +230,27 @@ def _as_out_of_device_memory() -> Iterator[None]:
         raise OutOfDeviceMemory from error
 
 
-def _as_row(row: StepRow) -> Row:
+def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
+    """Output tokens that are computed again, after a preemption or for another engine, are rows of their own.
+
+    Attention on CPUs takes single tokens another way than chunks: so what is sampled behind them is the same to the
+    last bit."""
     sequence = row.sequence
     first = row.start - sequence.num_virtual
     tokens = sequence.tokens[first : first + row.num_tokens]
     if _ends_with_pending(row):
         tokens.append(0)
-    return Row(row.start, tokens, sequence.block_table, sequence.logit_rows(row.start, row.num_tokens))
+    known = row.num_tokens if on_gpu else min(max(sequence.num_prompt - first, 0), row.num_tokens)
+    cuts = [0, *range(max(known, 1), row.num_tokens + 1)]
+    return [
+        Row(
+            row.start + start,
+            tokens[start:end],
+            sequence.block_table,
+            sequence.logit_rows(row.start + start, end - start),
+        )
+        for start, end in pairwise(cuts)
+    ]
 
 
 def _ends_with_pending(row: StepRow) -> bool:

@@ -18,13 +18,14 @@ from softbatch.server.request_failures import (
     CompressionNotFound,
     CompressionsUnavailable,
     EngineAway,
-    EngineRestarted,
+    EngineGone,
     Failure,
     InvalidGrammar,
     InvalidPrompt,
     PromptTooLong,
     QueueFull,
     RequestFailed,
+    RequestKillsEngine,
     SoftPromptOfAnotherModel,
     TooManyCompressions,
     TooManySequences,
@@ -62,9 +63,10 @@ STATUS: Mapping[type[Failure], int] = {
     QueueFull: 429,
     TooManyCompressions: 429,
     RequestFailed: 500,
+    RequestKillsEngine: 500,
     CompressionsUnavailable: 503,
     EngineAway: 503,
-    EngineRestarted: 503,
+    EngineGone: 503,
 }
 
 

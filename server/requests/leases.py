@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from softbatch.prompt_store.atomic_files import lock
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
@@ -32,36 +29,9 @@ class Lease:
     ref: SoftPromptRef
 
 
-@contextlib.contextmanager
-def lease_directory(root: Path) -> Iterator[Path]:
-    """A directory for this process's leases inside the store's; what killed processes left behind is removed.
-
-    It is locked for as long as its process lives: process ids mean nothing to other containers on the same store.
-    """
-    for old in root.glob(".leases-*"):
-        with contextlib.suppress(OSError), _opened(old) as descriptor:
-            lock(descriptor)
-            shutil.rmtree(old, ignore_errors=True)
-    # Under its name only once it is locked, so that nobody takes it for an old one.
-    aside = Path(tempfile.mkdtemp(prefix=".new-leases-", dir=root))
-    with _opened(aside) as descriptor:
-        # A file system that cannot lock directories keeps the old ones.
-        with contextlib.suppress(OSError):
-            lock(descriptor)
-        directory = aside.rename(root / aside.name.replace(".new-", "."))
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def lease_directory(root: Path) -> AbstractContextManager[Path]:
+    """A directory for this process's leases inside the store's."""
+    return process_directory(root, ".leases-")
 
 
 class SoftPromptLeases:
