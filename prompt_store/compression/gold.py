@@ -8,6 +8,7 @@ from pathlib import Path
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.examples import Example, Generate, load_jsonl, save_jsonl
+from softbatch.prompt_store.compression.data.language import is_english
 from softbatch.prompt_store.compression.data.selection import merge, usable
 from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
 from softbatch.prompt_store.compression.evaluation.baselines import with_gold
@@ -15,6 +16,10 @@ from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.pace import Pace
 
 QUESTION_TOKENS = 96  # for three questions that the model asks
+# Of a text that is not English: so many parts are asked about, every fourth first, to see whether the model is able.
+FOREIGN_PROMPTS = 32
+PROBE_STRIDE = 4
+FOREIGN_SHARE = 0.08
 
 
 class GoldAnswers:
@@ -40,14 +45,27 @@ class GoldAnswers:
         return load_jsonl(path)  # as a resumed run reads them, positions rounded
 
     def _of_the_model(self, text: str) -> list[Example]:
-        wanted = self.settings.model_questions
-        if not wanted:
+        """As many as were asked for. Of a text that is not English, which no templates are made for, some in any case,
+        if the model writes questions in its language, and while that takes little of the budget."""
+        wanted, pace, began = self.settings.model_questions, self._pace, self._pace.clock()
+        if wanted:
+            return self._asked_by_the_model(text, question_prompts(text, wanted // 2 + 1, self.settings.seed))[:wanted]
+        if is_english(text):
             return []
-        asked = question_prompts(text, wanted // 2 + 1, self.settings.seed)
-        examples = [Example(message, None, "model", position, "model") for message, position in asked]
+        prompts = question_prompts(text, FOREIGN_PROMPTS, self.settings.seed)
+        found = self._asked_by_the_model(text, prompts[::PROBE_STRIDE])
+        probed = len(prompts[::PROBE_STRIDE])
+        rest = [prompt for index, prompt in enumerate(prompts) if index % PROBE_STRIDE]
+        coming = (pace.clock() - began) / max(1, probed) * len(rest)
+        if len(found) < probed:
+            return []
+        return found if pace.is_late(FOREIGN_SHARE, coming) else found + self._asked_by_the_model(text, rest)
+
+    def _asked_by_the_model(self, text: str, prompts: Sequence[tuple[str, float]]) -> list[Example]:
+        examples = [Example(message, None, "model", position, "model") for message, position in prompts]
         replies = self.context.ask(examples, QUESTION_TOKENS, self.generate)
         texts = [self.context.renderer.text(reply) for reply in replies]
-        return model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])[:wanted]
+        return model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])
 
     def answer(self, examples: Sequence[Example], name: str, share: float, next_file: str) -> list[Example]:
         """The usable ones of the examples with gold answers, as many as that share of the budget allows; kept in

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.coverage import coverage
 from softbatch.prompt_store.compression.data.examples import Example, Generate
 from softbatch.prompt_store.compression.data.selection import split
 from softbatch.prompt_store.compression.evaluation.baselines import measure_baselines
@@ -111,6 +112,7 @@ class Compression:
         sigma, off_topic = self._measured(evaluation, learned)
         tensors = {name: tensor.cpu() for name, tensor in learned.student.tensors().items()}
         facts = self._facts(tensors, learned, prefill_seconds, plan)
+        facts["coverage"] = coverage(self.context.tokenized.text, training)
         report = build_report(evaluation, sigma, baselines, off_topic, facts)
         report["verdict"] = verdict_of(report, learned.loss_before)
         write_report(report, self.directory)

@@ -267,6 +267,8 @@ def _print_summary(
     console = Console()
     console.print(fidelity_table(report))
     console.print(f"verdict: {report['verdict']}", highlight=False, markup=False, soft_wrap=True)
+    asked = report["coverage"]
+    console.print(f"{asked['asked']} of {asked['sentences']} sentences were asked about", highlight=False)
     console.print(f"{report['compression_ratio']:g}x shorter, {duration(seconds)}", highlight=False)
     if report["segments"] > 1:
         console.print(

@@ -87,7 +87,13 @@ def render_page(report: dict[str, Any], name: str = "") -> str:
 def _verdict(report: dict[str, Any]) -> str:
     """Of a compression; an evaluation of an imported prompt has none."""
     found = report.get("verdict")
-    return "" if found is None else f'<p class="verdict"><b>{escape(str(found))}</b></p>'
+    if found is None:
+        return ""
+    asked = report["coverage"]
+    return (
+        f'<p class="verdict"><b>{escape(str(found))}</b></p><p class="lead">Its training asked about {asked["asked"]} '
+        f"of the context's {asked['sentences']} sentences.</p>"
+    )
 
 
 def _cards(report: dict[str, Any]) -> str:
