@@ -7,13 +7,28 @@ from collections.abc import Iterable
 
 from softbatch.scheduler.sequence import Sequence
 
+# A prompt may be overtaken by shorter ones that came later, until so many times its own tokens have passed it.
+OVERTAKING = 16
 
-def precedence(sequence: Sequence) -> tuple[int, int]:
-    """The smaller one goes first: the one of the lower `priority` number, among equals the earlier arrival.
 
-    A sequence keeps its precedence for life. One that was preempted therefore returns before all that arrived later.
+def turn(prompts_begun: int, prompt_tokens: int) -> int:
+    """When a sequence that arrives now has its turn, on the clock that `prompts_begun`, the tokens of all prompts begun
+    so far, is.
+
+    A short prompt has its turn sooner than a long one that waits or is being computed, and one that has waited long
+    enough goes before all that arrive. Lengths are told apart by powers of two alone: requests behind one context
+    stay in the order of arrival, and find cached what the one before has computed.
     """
-    return (sequence.priority, sequence.arrival)
+    return prompts_begun + OVERTAKING * (1 << prompt_tokens.bit_length())
+
+
+def precedence(sequence: Sequence) -> tuple[int, int, int]:
+    """The smaller one goes first: the one of the lower `priority` number, among equals the earlier turn, then the
+    earlier arrival.
+
+    A sequence keeps its precedence for life. One that was preempted therefore returns to its old place.
+    """
+    return (sequence.priority, sequence.turn, sequence.arrival)
 
 
 def insert(running: list[Sequence], sequence: Sequence) -> None:

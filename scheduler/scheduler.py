@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from softbatch.scheduler.block_pool import BlockPool
-from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim
+from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim, turn
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
@@ -51,6 +51,7 @@ class Scheduler:
         # Lower than the batch size after the device ran out of memory, until a sequence leaves.
         self._admission_limit = config.max_batch_size
         self._arrivals = 0
+        self._prompts_begun = 0  # tokens
         self._preemptions = 0
         self._out_of_memory = 0
         self._prefix_queries = 0
@@ -62,7 +63,7 @@ class Scheduler:
 
     def add(self, request: AddRequest) -> SequenceOutput | None:
         """Queue a sequence; returns its refusal if it can never fit or the queue is full."""
-        sequence = Sequence(request, self._arrivals)
+        sequence = Sequence(request, self._arrivals, turn(self._prompts_begun, len(request.token_ids)))
         self._arrivals += 1
         if sequence.max_length > self.config.max_model_len:
             return sequence.failure(f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
@@ -114,12 +115,14 @@ class Scheduler:
         self._admission_limit = len(self.running)
 
     def schedule(self) -> Step:
-        """Plan the next step: decodes, then prefills of soft prompts, then of sequences, then admissions."""
+        """Plan the next step: decodes, then prefills of soft prompts, then of sequences, waiting ones included, in
+        order of precedence."""
         step = Step()
         budget = self._continue_decodes(step)
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
+            budget = self._admit(step, budget, before=sequence)
             if budget > 0:
                 budget -= self._add_row(step, sequence, budget)
         self._admit(step, budget)
@@ -242,22 +245,23 @@ class Scheduler:
                 left -= count
         return share - left
 
-    def _admit(self, step: Step, budget: int) -> None:
-        """Admit waiting sequences while slots, blocks and token budget last. Park those whose soft prompt loads."""
+    def _admit(self, step: Step, budget: int, *, before: Sequence | None = None) -> int:
+        """Admit waiting sequences while slots, blocks and token budget last, or only those that precede `before`. Park
+        those whose soft prompt loads. Returns the remaining token budget."""
         if step.report.preempted:
-            return  # a sequence that this step preempted would be admitted only to be preempted again
+            return budget  # a sequence that this step preempted would be admitted only to be preempted again
         while budget > 0 and len(self.running) < self._admission_limit:
             sequence = self.waiting.peek()
-            if sequence is None:
-                return
+            if sequence is None or (before is not None and precedence(before) < precedence(sequence)):
+                break
             prompt = None
             if sequence.soft_prompt is not None:
                 prompt = self.soft_prompt_loads.find(sequence.soft_prompt, step, len(self.running))
                 if prompt is None:
-                    return
+                    break
                 if prompt.state is not LoadState.READY:
                     if sequence.missed_soft_prompt:
-                        return  # the soft prompt was evicted before this sequence's turn: no sequence may overtake now
+                        break  # the soft prompt was evicted before this sequence's turn: no sequence may overtake now
                     self.soft_prompts.misses += not sequence.was_admitted
                     sequence.missed_soft_prompt = True
                     self.waiting.park(sequence.soft_prompt.sha256)
@@ -265,7 +269,7 @@ class Scheduler:
             # Keep one free block per running sequence. Otherwise a sequence that is admitted into the last block would
             # be preempted a few steps later.
             if not self._blocks.take(sequence, prompt, spare=len(self.running)):
-                return
+                break
             self.waiting.pop()
             if prompt is not None and (copy := self._blocks.copy_of_last(sequence, prompt)) is not None:
                 step.copies.append(copy)
@@ -274,10 +278,12 @@ class Scheduler:
             insert(self.running, sequence)
             step.report.admitted.append(sequence.request_id)
             budget -= self._add_row(step, sequence, budget)
+        return budget
 
     def _count_admission(self, sequence: Sequence) -> None:
         """Count hits and misses once per request, not again after a preemption."""
         sequence.was_admitted = True
+        self._prompts_begun += sequence.length - sequence.num_computed
         self._prefix_queries += sequence.num_prompt
         self._prefix_hits += sequence.num_computed - sequence.num_virtual
         if sequence.soft_prompt is not None and not sequence.missed_soft_prompt:

@@ -40,10 +40,11 @@ class Sequence:
         "scores",
         "soft_prompt",
         "tokens",
+        "turn",
         "was_admitted",
     )
 
-    def __init__(self, request: AddRequest, arrival: int) -> None:
+    def __init__(self, request: AddRequest, arrival: int, turn: int = 0) -> None:
         self.request_id = request.request_id
         self.tokens = list(request.token_ids)
         self.num_prompt = len(request.token_ids) - request.num_delivered
@@ -53,6 +54,7 @@ class Sequence:
         self.priority = request.priority
         self.cache_salt = request.cache_salt
         self.arrival = arrival
+        self.turn = turn
         self.score_from = request.score_from
         self.scores: list[float] = []
         self.num_computed = 0

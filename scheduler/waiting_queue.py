@@ -23,7 +23,7 @@ class WaitingQueue:
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self.num_tokens = 0
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []
+        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
         self._members: dict[str, Sequence] = {}
         self._parked: dict[str, list[Sequence]] = {}
 

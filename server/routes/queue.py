@@ -20,7 +20,7 @@ router = APIRouter(tags=["queue"], responses=ERROR_REPLIES)
 
 @router.get("/v1/queue", response_model=Queue, summary="Every running and waiting request")
 async def get_queue(request: Request) -> Response:
-    """With its age, its soft prompt and how far it has come; the first of `waiting` is admitted next."""
+    """With its age, its soft prompt and how far it has come; `waiting` is in order of priority and arrival."""
     services = services_of(request)
     active = list(services.engine.active.values())
     record = current()
@@ -34,7 +34,7 @@ async def get_queue(request: Request) -> Response:
         Queue(
             slots=services.settings.max_batch_size,
             running=[_entry(entry) for entry in sorted(running, key=lambda entry: entry.started or 0.0)],
-            # `active` is in the order of submission, and so the scheduler admits; a preempted request keeps its place.
+            # `active` is in the order of submission. The scheduler may take a short prompt before a long one.
             waiting=[_entry(entry) for entry in sorted(waiting, key=lambda entry: entry.priority)],
             others_running=all_running - len(running),
             others_waiting=len(active) - all_running - len(waiting),

@@ -60,7 +60,7 @@ class QueueEntry(BaseModel):
 
 
 class Queue(BaseModel):
-    """The batch and the queue behind it at this moment; the first of `waiting` is admitted next.
+    """The batch and the queue behind it at this moment; `waiting` is in order of priority and arrival.
 
     Where several API keys are set, a key sees its own requests, and an admin key all; the others are counted."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim
+from softbatch.scheduler.policy import OVERTAKING, insert, must_preempt, precedence, preemption_victim, turn
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.waiting_queue import WaitingQueue
 from tests.support.fake_runner import request
@@ -95,3 +95,30 @@ def test_nobody_is_preempted_while_blocks_are_about_to_come_free(priorities, dat
         sequence.num_in_flight_tokens = data.draw(st.integers(0, 1)) if sequence.num_generated < 8 else 0
     about_to_end = [s for s in running if s.num_in_flight_tokens and s.num_generated == 7]
     assert must_preempt(running) == (not about_to_end)
+
+
+LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(LENGTHS)
+def test_no_prompt_is_overtaken_by_more_than_its_share(lengths):
+    """Prompts arrive one by one, each begun before the next comes: what goes before the first of them is bounded."""
+    first = Sequence(request("first"), 0, turn(0, lengths[0]))
+    passed = begun = 0
+    for arrival, length in enumerate(lengths * 100, 1):
+        if precedence(Sequence(request("later"), arrival, turn(begun, length))) > precedence(first):
+            break
+        begun += length
+        passed = begun
+    assert passed <= OVERTAKING * 2 * lengths[0] + 5000
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(LENGTHS)
+def test_prompts_of_one_length_stay_in_the_order_of_arrival(lengths):
+    begun, before = 0, None
+    for arrival, length in enumerate(lengths):
+        found = precedence(Sequence(request("next"), arrival, turn(begun, 1900)))
+        assert before is None or before < found
+        before, begun = found, begun + length

@@ -198,6 +198,37 @@ def test_a_long_prefill_never_halts_decoding():
     assert steps == 8  # 50 tokens in chunks of 7, beside one decoding token each
 
 
+def test_a_short_prompt_has_its_first_token_within_two_steps_whatever_is_being_computed():
+    """Long prompts wait and are being computed: it goes before both, and the step's other tokens are still theirs."""
+    scheduler = make_scheduler(max_batch_tokens=8, max_batch_size=6, max_model_len=256, num_blocks=400)
+    runner, received = FakeRunner(scheduler), {}
+    for index in range(4):
+        scheduler.add(request(f"long{index}", length=200, max_tokens=2))
+    for _ in range(3):
+        drive(scheduler, runner, received)
+    scheduler.add(request("short", length=3, max_tokens=4))
+    step, outputs = drive(scheduler, runner, received)
+    assert "short" in [o.request_id for o in outputs if o.token_ids]
+    assert step.num_tokens == 8
+    while scheduler.has_work:
+        drive(scheduler, runner, received)
+    assert len(received) == 5
+
+
+def test_a_long_prompt_is_computed_beside_any_number_of_short_ones():
+    scheduler = make_scheduler(max_batch_tokens=8, max_batch_size=6, max_model_len=256, num_blocks=400)
+    runner, received = FakeRunner(scheduler), {}
+    scheduler.add(request("long", length=60, max_tokens=2))
+    for steps in range(2000):
+        for index in range(3):  # more than a step can take
+            scheduler.waiting.remove(f"short{steps - 1}.{index}")
+            scheduler.add(request(f"short{steps}.{index}", length=4, max_tokens=1))
+        drive(scheduler, runner, received)
+        if received.get("long"):
+            break
+    assert received.get("long")
+
+
 def test_preemption_takes_the_newest_of_the_lowest_priority_and_loses_nothing():
     scheduler = make_scheduler(num_blocks=8, block_size=4, max_model_len=32)
     runner, received = FakeRunner(scheduler), {}
