@@ -52,7 +52,9 @@ class GgufFile:
 
         try:
             self._reader = GGUFReader(str(path))
-            self.fields: dict[str, Any] = {name: field.contents() for name, field in self._reader.fields.items()}
+            # Not the tokenizer's, which are hundreds of thousands of strings.
+            names = [name for name in self._reader.fields if not name.startswith("tokenizer.")]
+            self.fields: dict[str, Any] = {name: self._reader.fields[name].contents() for name in names}
         except Exception as error:  # of many kinds: numpy's, its own
             raise ModelError(f"not a whole GGUF file: {first_line(error)}") from error
         size = path.stat().st_size
