@@ -364,11 +364,12 @@ if name == "cpu":
     from tests.scheduler.model import test_decoder
     for name in test_decoder.CONFIGS:
         test_decoder.test_float32_equals_transformers(name)
-    for weights in ("float32", "bfloat16", "int8"):
+    from softbatch.scheduler.model.cpu.formats import WeightFormat
+    for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8):
         test_decoder.test_near_transformers_in_every_format(weights)
     from tests.scheduler.model import test_kv_packing
     for packing in test_kv_packing.PACKINGS:
-        for weights in ("float32", "bfloat16"):
+        for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16):
             test_kv_packing.test_the_decoder_attends_over_the_packed_rows(packing, "qwen3", weights)
         test_kv_packing.test_what_is_not_finite_does_not_come_out_as_a_number(packing, float("inf"))
     test_kv_packing.test_no_number_is_further_off_than_its_step_allows()

@@ -11,8 +11,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 
+#include "formats.h"
 #include "simd/vector.h"
 
 namespace softbatch {
@@ -186,13 +186,12 @@ template <typename T>
 struct KvPacking {
   RowCodec<T> keys, values;
 
-  // `name`: "none", "int8" (8 bits each) or "k6v4" (6 for keys, 4 for values).
-  KvPacking(const std::string& name, int64_t dim) {
-    if (name == "none") return;
+  KvPacking(KvFormat format, int64_t dim) {
+    if (format == KvFormat::kPlain) return;
     TORCH_CHECK(dim % kKvGroup == 0, "a packed cache takes heads of a multiple of ", kKvGroup, " numbers, not ", dim);
-    TORCH_CHECK(name == "int8" || name == "k6v4", "a cache is packed as int8 or k6v4, not ", name);
-    keys = name == "int8" ? codec_of<T, PackedRow<8, false>>(dim) : codec_of<T, PackedRow<6, false>>(dim);
-    values = name == "int8" ? codec_of<T, PackedRow<8, true>>(dim) : codec_of<T, PackedRow<4, true>>(dim);
+    const bool is_int8 = format == KvFormat::kInt8;
+    keys = is_int8 ? codec_of<T, PackedRow<8, false>>(dim) : codec_of<T, PackedRow<6, false>>(dim);
+    values = is_int8 ? codec_of<T, PackedRow<8, true>>(dim) : codec_of<T, PackedRow<4, true>>(dim);
   }
 
   explicit operator bool() const { return keys.bytes > 0; }

@@ -37,8 +37,8 @@ template <typename W, typename T>
 class Decoder final : public DecoderBase {
  public:
   Decoder(int64_t heads, int64_t kv_heads, int64_t dim, double epsilon, double scale, const at::Tensor& frequencies,
-          double rotary_scale, const std::string& packing)
-      : kv_packing_(packing, dim), heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
+          double rotary_scale, KvFormat kv_format)
+      : kv_packing_(kv_format, dim), heads_(heads), kv_heads_(kv_heads), dim_(dim), epsilon_(epsilon), scale_(scale),
         frequencies_(floats(frequencies)), rotary_scale_(rotary_scale) {
     TORCH_CHECK(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
     TORCH_CHECK(2 * int64_t(frequencies_.size()) == dim, "one frequency for every two dimensions of a head");
@@ -269,16 +269,15 @@ class Decoder final : public DecoderBase {
   Activations<W> hidden_in_, attended_in_, gated_in_, head_in_, last_attended_in_, last_gated_in_;
 };
 
-c10::intrusive_ptr<DecoderBase> make_decoder(const std::string& weights, const std::string& cache, int64_t heads,
-                                             int64_t kv_heads, int64_t dim, double epsilon, double scale,
-                                             const at::Tensor& frequencies, double rotary_scale,
-                                             const std::string& packing) {
+c10::intrusive_ptr<DecoderBase> make_decoder(int64_t weights, at::ScalarType dtype, int64_t heads, int64_t kv_heads,
+                                             int64_t dim, double epsilon, double scale, const at::Tensor& frequencies,
+                                             double rotary_scale, int64_t kv_format) {
   const auto make = [&](auto w, auto t) -> c10::intrusive_ptr<DecoderBase> {
     return c10::make_intrusive<Decoder<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon, scale, frequencies,
-                                                                  rotary_scale, packing);
+                                                                  rotary_scale, kv_format_of(kv_format));
   };
-  if (weights != "int8") return in_format(weights, make);
-  return cache == "float32" ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
+  if (weight_format_of(weights).format != WeightFormat::kInt8) return in_format(weights, make);
+  return dtype == at::kFloat ? make(int8_t{}, float{}) : make(int8_t{}, at::BFloat16{});
 }
 
 bool has_12_bits() {

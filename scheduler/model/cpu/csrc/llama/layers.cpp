@@ -302,8 +302,7 @@ class Layers final : public LayersBase {
   Activations<W> hidden_in_, qkv_in_, attended_in_, gated_in_, gate_up_in_;
 };
 
-c10::intrusive_ptr<LayersBase> make_layers(const std::string& weights, int64_t heads, int64_t kv_heads, int64_t dim,
-                                           double epsilon) {
+c10::intrusive_ptr<LayersBase> make_layers(int64_t weights, int64_t heads, int64_t kv_heads, int64_t dim, double epsilon) {
   return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<LayersBase> {
     return c10::make_intrusive<Layers<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon);
   });

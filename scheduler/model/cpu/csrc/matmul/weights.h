@@ -5,9 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "formats.h"
 #include "matmul/matmul.h"
 
 namespace softbatch {
@@ -16,12 +16,13 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // make(W, T) for weights that are not quantised and what is computed from them.
 template <typename F>
-auto in_format(const std::string& weights, const F& make) {
-  if (weights == "float32") return make(float{}, float{});
+auto in_format(int64_t number, const F& make) {
+  const NamedFormat<WeightFormat>& weights = weight_format_of(number);
+  if (weights.format == WeightFormat::kFloat32) return make(float{}, float{});
 #if defined(SOFTBATCH_COMPACT)
-  if (weights == "bfloat16 in 12 bits") return make(Compact{}, at::BFloat16{});
+  if (weights.format == WeightFormat::kBfloat16In12Bits) return make(Compact{}, at::BFloat16{});
 #endif
-  TORCH_CHECK(weights == "bfloat16", "weights cannot be ", weights, " here");
+  TORCH_CHECK(weights.format == WeightFormat::kBfloat16, "weights cannot be ", weights.name, " here");
   return make(at::BFloat16{}, at::BFloat16{});
 }
 

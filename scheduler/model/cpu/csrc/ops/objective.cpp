@@ -150,8 +150,7 @@ class Objective final : public ObjectiveBase {
   Activations<W> states_in_, residual_in_;
 };
 
-c10::intrusive_ptr<ObjectiveBase> make_objective(const std::string& weights, const at::Tensor& weight,
-                                                 const OptionalTensor& bias) {
+c10::intrusive_ptr<ObjectiveBase> make_objective(int64_t weights, const at::Tensor& weight, const OptionalTensor& bias) {
   return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<ObjectiveBase> {
     return c10::make_intrusive<Objective<decltype(w), decltype(t)>>(weight, bias);
   });
