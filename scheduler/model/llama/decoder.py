@@ -92,18 +92,26 @@ def _make_decoder(model: Any, kv_cache: KVCache, weights: WeightFormat) -> Any:
     )
 
 
-def layer_tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """The nine weights and four biases of a layer, in the kernels' order."""
+def layer_weights(layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer has of weights, biases and norms, by the names in csrc/llama/layer_weights.h."""
     attention, mlp = layer.self_attn, layer.mlp
-    into = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    behind = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    weights = [
-        layer.input_layernorm.weight,
-        *(linear.weight for linear in into),
-        layer.post_attention_layernorm.weight,
-        *(linear.weight for linear in behind),
-    ]
-    return weights, [linear.bias for linear in into]
+    linears = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    norms = {
+        "input_norm": layer.input_layernorm,
+        "mlp_norm": layer.post_attention_layernorm,
+        "query_norm": getattr(attention, "q_norm", None),
+        "key_norm": getattr(attention, "k_norm", None),
+    }
+    weights = {name: module.weight for name, module in (linears | norms).items() if module is not None}
+    return weights | {f"{name}_bias": linear.bias for name, linear in linears.items() if linear.bias is not None}
 
 
 def release_linears(layer: Any) -> None:
@@ -132,11 +140,8 @@ class DecoderForward:
         formats = dict.fromkeys((self.weights, self.weights_of_long_steps))
         decoders = {each: _make_decoder(model, kv_cache, each) for each in formats}
         for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
-            attention = layer.self_attn
-            weights_of_layer, biases = layer_tensors(layer)
-            norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
             for decoder in decoders.values():
-                decoder.add_layer(weights_of_layer, [*biases, *norms], keys, values)
+                decoder.add_layer(layer_weights(layer), keys, values)
             if release:
                 release_linears(layer)
         for decoder in decoders.values():

@@ -104,4 +104,16 @@ struct Rows {
   }
 };
 
+// What matmul() does with a product's rows: writes them, or adds them to what is there.
+inline auto written_to(const Rows& rows) {
+  return [rows](int64_t, int64_t row, int64_t column, const float* sums) {
+    rows.each(row, column, sums, [](Vec, Vec sum) { return sum; });
+  };
+}
+inline auto added_to(const Rows& rows) {
+  return [rows](int64_t, int64_t row, int64_t column, const float* sums) {
+    rows.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
+  };
+}
+
 }  // namespace softbatch

@@ -98,9 +98,7 @@ class Objective final : public ObjectiveBase {
         widen_row(row < count ? student + row * size_ : teacher + (row - count) * size_, size_, own.data());
         return own.data();
       });
-      matmul(team, head_, states_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        logits.each(row, column, sums, [](Vec, Vec sum) { return sum; });
-      });
+      matmul(team, head_, states_in_, written_to(logits));
       team.for_each(count, [&](int64_t row) {
         float* s = logits.data + row * vocab_;
         losses[row] = residual(s, teacher ? s + count * vocab_ : nullptr, gold[row], alpha);
