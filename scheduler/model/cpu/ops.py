@@ -23,6 +23,11 @@ def has_12_bits() -> bool:
     return bool(torch.ops.softbatch.has_12_bits())
 
 
+def operator(name: str) -> Any:
+    """An operator as torch's own checks take it."""
+    return getattr(torch.ops.softbatch, name).default
+
+
 def weight_formats() -> dict[str, int]:
     """Every format of weights that C++ knows, by name."""
     return dict(torch.ops.softbatch.weight_formats())

@@ -21,6 +21,7 @@ from softbatch.prompt_store.compression.frozen.prefix import attend
 from softbatch.scheduler.model.attention import choose, cpu
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import _cached_library
 from tests.support.attention_cases import NAN, RAGGED, Case, make_case
 from tests.support.models import in_threads
@@ -333,9 +334,7 @@ def test_the_operator_is_described_truly_to_torch_compile(kernel: AttentionBacke
         batch.slot_mapping,
         case.scale,
     )
-    torch.library.opcheck(
-        torch.ops.softbatch.paged_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(ops.operator("paged_attention"), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_compiler

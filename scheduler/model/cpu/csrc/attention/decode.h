@@ -1,4 +1,4 @@
-// Attention at query length 1, bound by memory: keys and values are read once, in order, and fetched ahead.
+// Decode attention: one query token per sequence. Memory is the limit, so keys and values are read once and prefetched.
 
 #pragma once
 
@@ -64,8 +64,8 @@ INLINE int64_t locate_tile(const Problem<T>& p, const Group& g, int64_t begin, i
   return count;
 }
 
-// `next` is this thread's next item, or null: its first keys and values are fetched at the end. D is the dimension of the
-// heads, or 0 for any.
+// `next` is this thread's next item, or null: its first keys and values are fetched at the end. D is the dimension of
+// the heads, or 0 for any.
 template <typename T, int D>
 void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* next, int64_t next_split) {
   using F = FormatOf<T>;

@@ -15,8 +15,8 @@ INLINE void prefetch(const T* row, int64_t dim) {
     __builtin_prefetch(row + d);
 }
 
-// Memory is the limit: while a tile's keys are dotted those of the next are fetched, while its values are weighed the
-// values, so that it never rests.
+// The next tile's keys are prefetched during a tile's scores, its values during the sum of values. Memory is the limit,
+// and so is never idle.
 template <typename T>
 struct NextTile {
   const T* keys;
@@ -24,7 +24,7 @@ struct NextTile {
   const int64_t* offsets;
 };
 
-// A vector of a cache's numbers as the products take it.
+// A vector of a cache's numbers in the products' format.
 template <typename F, typename T>
 INLINE auto load_as(const T* p) {
   if constexpr (F::kDepth == 2) {
@@ -34,7 +34,7 @@ INLINE auto load_as(const T* p) {
   }
 }
 
-// The same of the first `count` numbers, the rest zero.
+// The first `count` numbers, filled up with zeros.
 template <typename F, typename T>
 INLINE auto take_first(const T* p, int64_t count) {
   T padded[kLanes * F::kDepth] = {};
@@ -42,18 +42,18 @@ INLINE auto take_first(const T* p, int64_t count) {
   return load_as<F>(padded);
 }
 
-// Scores and weights of keys lie by fours: those of four keys for a head, then for the next of a bundle of kHeads.
+// Scores and weights lie by fours: of four keys for one head, then for the next head of a bundle of kHeads.
 constexpr int kFour = 4;
 constexpr int kFourVecs = kHeads * kFour / kLanes;  // vectors of such a block
 static_assert(kFourVecs * kLanes == kHeads * kFour);
 
-// A bundle's running softmax. A head has kFour lanes: its maximum is in each of them (unless a score is NaN, and then its
-// total is too), its total the sum of them.
+// The running softmax of a bundle. A head has kFour lanes. Each holds the head's maximum, and the sum of the lanes'
+// totals is the head's total. If a score is NaN the maxima may differ, but the total is NaN too.
 struct Bundle {
   Vec top[kFourVecs], total[kFourVecs];
 };
 
-// The scores of four keys, of which acc[h][j] is to be summed up, for H heads; the other heads' are zeros.
+// Sums up acc[h][j], the scores of four keys for H heads. Scores of the other heads are zero.
 template <int H>
 INLINE void fold_four(const Vec (&acc)[H][kFour], Vec* to) {
   constexpr int kTogether = kLanes / kFour;  // heads in a vector
@@ -111,9 +111,9 @@ INLINE void dot_keys(const typename F::Element* query, int64_t stride, const T* 
   }
 }
 
-// N vectors of acc[h] = acc[h] * its decay + sum over i of its weight of i * values[offsets[i]], for H heads. What the
-// last values may lack to four is zeros: another's, even weighed with zero, could be infinite, and the sum NaN.
-// take_value(p) gives the vector of a value's numbers from p on.
+// N vectors of acc[h] = acc[h] * decay + sum over i of weight(i) * values[offsets[i]], for H heads. The last four
+// values are filled up with zeros, not with other values: those could be infinite, and zero times infinity is NaN.
+// take_value(p) loads a vector of a value's numbers from p on.
 template <int H, int N, typename F, typename T, typename G>
 INLINE void weigh_part(const typename F::Element* weights, const float* decay, const T* values, const int64_t* offsets,
                        int64_t count, const NextTile<T>* ahead, int64_t dim, float* acc, int64_t stride,
@@ -177,8 +177,8 @@ INLINE void accumulate_values(const typename F::Element* weights, const float* d
     part(std::integral_constant<int, F::kDepth>{}, d, [&](const T* p) { return take_first<F>(p, dim - d); });
 }
 
-// Turns the scores of `count` keys into weights, zeros up to a multiple of four, and rescales the running sums; `decay` is
-// of what came before.
+// Turns the scores of `count` keys into weights, filled up with zeros to a multiple of four, and rescales the running
+// sums. `decay` is the factor for all earlier keys.
 template <int H, typename F>
 INLINE void softmax_update(float* scores, int64_t count, Bundle& bundle, float* decay, typename F::Element* weights) {
   constexpr int kVecs = (H * kFour + kLanes - 1) / kLanes;  // those that hold a head

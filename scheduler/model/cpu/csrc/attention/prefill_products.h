@@ -11,7 +11,7 @@
 
 namespace softbatch {
 
-// Keys of a tile are filled up to a multiple of this: a row of matrix tiles takes pairs of 32 weights at once.
+// Keys of a tile are filled up to a multiple of this, as a row of matrix tiles takes pairs of weights.
 template <typename T>
 int64_t key_rows() {
   return uses_matrix_tiles<T>() ? kMatrixDepth : kTileRows;
@@ -76,7 +76,7 @@ void take_values(const T* cache, const int64_t* offsets, int64_t count, int64_t 
   }
 }
 
-// The same for matrix tiles: [stride][kKeyTile / 2], each row one dimension's pairs.
+// Value rows for matrix tiles: [stride][kKeyTile / 2], each row the pairs of one dimension.
 INLINE void take_values_across(const at::BFloat16* cache, const int64_t* offsets, int64_t count, int64_t dim,
                                int64_t stride, uint32_t* out) {
   const auto row = [&](int64_t i, int64_t d) {
@@ -107,8 +107,8 @@ struct Panel {
   float* total;
 };
 
-// A tile of keys and values, the first of which stands at `position`, brought into the products' format. The rows of
-// zeros that fill it up lie after the last key that any row sees, and are masked like later keys.
+// A tile of keys and values in the products' format. Its first key is at `position`. The rows of zeros that fill it up
+// count as keys after the last one that any row sees, and are masked like later keys.
 template <typename T>
 struct Keys {
   using F = FormatOf<T>;
@@ -129,7 +129,7 @@ struct Keys {
     }
   }
 
-  // Makes of scores what the values weigh, in the products' format; decay[half of the panel] is for what came before.
+  // Turns scores into weights in the products' format. decay[half of the panel] is the factor for all earlier keys.
   INLINE void weigh(const Panel& panel, float scale, float* scores, Vec* decay) const {
     for (int half = 0; half < 2; ++half) {
       float* s = scores + half * kLanes;
@@ -146,14 +146,14 @@ struct Keys {
         for (int64_t i = 0; i < padded; i += F::kDepth) {
           Vec weight[F::kDepth];
           for (int j = 0; j < F::kDepth; ++j) {
-            const Vec above = load(s + (i + j) * kPanel) * scale - new_top;  // 0 at the most, but for how it is rounded
+            const Vec above = load(s + (i + j) * kPanel) * scale - new_top;  // at most 0, except for rounding
             weight[j] = unless_later(i + j, exp2(min_zero(above)), 0.0f);
             weights += weight[j];
           }
           store(s + i / F::kDepth * kPanel, F::interleave(weight));
         }
       };
-      // Of rows the first sees least; what comes of lanes that hold none is never read.
+      // The first row sees the fewest keys. Results of lanes without a row are never read.
       if (static_cast<float>(position + padded - 1) > panel.last_key[half * kLanes]) {
         go(std::true_type{});
       } else {

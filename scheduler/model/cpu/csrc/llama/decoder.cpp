@@ -1,7 +1,7 @@
 // A whole decoder of the Llama family in one call: RMSNorm, rotary positions, attention over the paged cache, SwiGLU.
 //
-// The residual stream, norms, softmax and all sums are float32; what enters a product is rounded to the weights' dtype.
-// W is the weights' dtype, T what attention reads and writes, and what the KV cache holds unless it is packed.
+// The residual stream, norms, softmax and all sums are float32. Only what enters a product is rounded, to the weights'
+// dtype. W is the weights' format. T is the dtype of attention, and of the KV cache unless the cache is packed.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

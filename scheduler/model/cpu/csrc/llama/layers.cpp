@@ -1,9 +1,9 @@
-// The layers of the Llama family on both sides of their attention, forwards, and backwards in their inputs: what trains a
-// soft prompt in front of a frozen model. What attends stands between the two (prefix_attention.cpp).
+// The layers of the Llama family before and behind their attention, with gradients in their inputs. They train a soft
+// prompt in front of a frozen model. The caller computes attention between the two (prefix_attention.cpp).
 //
-// As in decoder.cpp the residual stream, norms and sums are float32; what enters a product is rounded to W. Queries, keys,
-// values and what attention gives are T, [batch, heads, tokens, dim]; everything else is float32 [rows, ...], rows being
-// batch * tokens.
+// As in decoder.cpp the residual stream, norms and sums are float32, and what enters a product is rounded to W.
+// Queries, keys, values and attention's results are T [batch, heads, tokens, dim]. All else is float32 [rows, ...],
+// with batch * tokens rows.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -133,7 +133,8 @@ class Layers final : public LayersBase {
     const int64_t batch = attended.size(0), rows = check_rows(inputs, batch), width = heads_ * dim_;
     check_heads(attended, batch, heads_, rows);
     const Heads<T> from(attended, dim_);
-    const Tensors out = {inputs.clone(), at::empty({rows, size_}, at::kFloat), at::empty({rows, 2 * gated()}, at::kFloat)};
+    const Tensors out = {inputs.clone(), at::empty({rows, size_}, at::kFloat),
+                         at::empty({rows, 2 * gated()}, at::kFloat)};
     const Rows middle{out[0].data_ptr<float>(), size_}, next{out[1].data_ptr<float>(), size_};
     const Rows gate_up{out[2].data_ptr<float>(), 2 * gated()};
     attended_in_.resize(rows, width);
@@ -254,7 +255,8 @@ class Layers final : public LayersBase {
   Activations<W> hidden_in_, qkv_in_, attended_in_, gated_in_, gate_up_in_;
 };
 
-c10::intrusive_ptr<LayersBase> make_layers(int64_t weights, int64_t heads, int64_t kv_heads, int64_t dim, double epsilon) {
+c10::intrusive_ptr<LayersBase> make_layers(int64_t weights, int64_t heads, int64_t kv_heads, int64_t dim,
+                                           double epsilon) {
   return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<LayersBase> {
     return c10::make_intrusive<Layers<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon);
   });

@@ -49,7 +49,7 @@ inline std::vector<float> floats(const at::Tensor& t) {
   return {f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel()};
 }
 
-// What is written for a weight goes by its shape: no call may reach past a row.
+// Packing reads as much as the shape says, so the shape must be right.
 inline void check_shape(const at::Tensor& weight, int64_t outputs, int64_t inputs) {
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == inputs, "a weight must be [", outputs,
               ", ", inputs, "], not ", weight.sizes());
@@ -61,7 +61,7 @@ void check_inputs(const at::Tensor& weight) {
               Layout<W>::kInputs);
 }
 
-// One product with the outputs of several, one after another.
+// One product with the outputs of several, one behind another.
 template <typename W>
 void stack(Arena& arena, Packed<W>& packed, const std::vector<at::Tensor>& parts,
            const std::vector<OptionalTensor>& biases) {
@@ -87,7 +87,7 @@ void stack(Arena& arena, Packed<W>& packed, const std::vector<at::Tensor>& parts
   if (any) packed.bias = bias;
 }
 
-// Every panel holds kLanes outputs of the gate and the same of the other half.
+// Every panel holds kLanes outputs of the gate, then the same outputs of the up projection.
 template <typename W>
 void interleave(Arena& arena, Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
   const Matrix g(gate), u(up);

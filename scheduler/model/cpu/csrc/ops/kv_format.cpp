@@ -1,4 +1,4 @@
-// Packing of keys and values that come from elsewhere than a step: those of soft prompts.
+// Packs the keys and values of soft prompts, which no step computes.
 
 #include "attention/kv_format.h"
 

@@ -1,8 +1,8 @@
-// Causal attention behind a prefix that all rows of a batch share, in float32, and its gradients: what soft prompts are
-// matched and trained with.
+// Causal attention behind a prefix that all rows of a batch share, and its gradients, in float32. Soft prompts are
+// matched and trained with it.
 //
-// Of each sequence and kv head, the rows are those of its query heads, one after another: [group * tokens, dim]. They see
-// the prefix's n keys and of their own tokens those up to their own.
+// An item is one sequence and kv head. Its rows are those of the query heads, one head after another: [group * tokens,
+// dim]. A row sees the prefix's n keys, and those of its own sequence up to its own token.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,7 +25,8 @@ struct Shape {
 
 Shape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& keys,
                const at::Tensor& values) {
-  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && keys.dim() == 3, "queries and keys must have four dimensions, the prefix's three");
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && keys.dim() == 3,
+              "queries and keys must have four dimensions, the prefix's three");
   const Shape s{query.size(0), query.size(1), key.size(1), query.size(2), query.size(3), keys.size(1)};
   TORCH_CHECK(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
   for (const at::Tensor& own : {key, value})
@@ -35,7 +36,8 @@ Shape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
     TORCH_CHECK(shared.sizes() == at::IntArrayRef({s.kv_heads, s.prefix, s.dim}),
                 "those of the prefix must be [kv_heads, n, head_dim]");
   for (const at::Tensor& any : {query, key, value, keys, values})
-    TORCH_CHECK(any.is_contiguous() && any.scalar_type() == query.scalar_type(), "tensors must be contiguous and of one dtype");
+    TORCH_CHECK(any.is_contiguous() && any.scalar_type() == query.scalar_type(),
+                "tensors must be contiguous and of one dtype");
   return s;
 }
 
@@ -86,7 +88,7 @@ void softmax(float* row, int64_t visible, int64_t all) {
     store(row + i, i < all ? load(row + i) * inverse : Vec{});
 }
 
-// Returns what attention gives, as the query, and its weights float32 [batch * kv_heads, rows, padded keys].
+// Returns attention's result in the query's shape, and its weights, float32 [batch * kv_heads, rows, padded keys].
 template <typename T>
 std::vector<at::Tensor> forward(const Shape& s, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                 const at::Tensor& keys, const at::Tensor& values, double scale) {
