@@ -18,6 +18,7 @@ from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
 from softbatch.scheduler.model.loader import load_transformers
@@ -39,7 +40,7 @@ class Asked:
 class Decoder:
     """The decoder in C++ over a cache of its own, with the shipped soft prompt in the cache's first blocks."""
 
-    def __init__(self, dtype: torch.dtype, weights: str, packing: str = "none") -> None:
+    def __init__(self, dtype: torch.dtype, weights: WeightFormat, kv_format: KvFormat = KvFormat.PLAIN) -> None:
         model, self.tokenizer = load_transformers(resolve(EMBEDDED_ALIAS), dtype, CPU)
         if not (supports(model, dtype) and build_kernels()):
             raise SystemExit("the kernels cannot be built here; see the warning above")
@@ -55,7 +56,7 @@ class Decoder:
             head_dim=model.model.layers[0].self_attn.head_dim,
             dtype=dtype,
             device=CPU,
-            packing=packing,
+            kv_format=kv_format,
         )
         cache.write(self._prompt_blocks, cache.stage(prompt.tensors["keys"], prompt.tensors["values"]))
         self._forward = DecoderForward(model, cache, weights)
@@ -103,7 +104,7 @@ def compared(exact: torch.Tensor, own: torch.Tensor) -> str:
 
 @torch.inference_mode()
 def main() -> None:
-    exact = Decoder(torch.float32, "float32")
+    exact = Decoder(torch.float32, WeightFormat.FLOAT32)
     whole = "".join((EXAMPLES / name / "context.md").read_text() for name in ("manual", "policy"))
     tokens = exact.tokenizer(whole)["input_ids"][:TOKENS]
     renderer = Renderer(exact.tokenizer)
@@ -114,15 +115,15 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     theirs = compared(text, through_transformers(torch.bfloat16, tokens))
     print(f"| transformers, bfloat16 | {theirs} | | | |", flush=True)
-    for name, dtype, weights, packing in (
-        ("float32", torch.float32, "float32", "none"),
-        ("bfloat16", torch.bfloat16, "bfloat16", "none"),
-        ("bfloat16, KV cache int8", torch.bfloat16, "bfloat16", "int8"),
-        ("bfloat16, KV cache k6v4", torch.bfloat16, "bfloat16", "k6v4"),
-        ("int8", torch.bfloat16, "int8", "none"),
-        ("int8, KV cache int8", torch.bfloat16, "int8", "int8"),
+    for name, dtype, weights, kv_format in (
+        ("float32", torch.float32, WeightFormat.FLOAT32, KvFormat.PLAIN),
+        ("bfloat16", torch.bfloat16, WeightFormat.BFLOAT16, KvFormat.PLAIN),
+        ("bfloat16, KV cache int8", torch.bfloat16, WeightFormat.BFLOAT16, KvFormat.INT8),
+        ("bfloat16, KV cache k6v4", torch.bfloat16, WeightFormat.BFLOAT16, KvFormat.K6V4),
+        ("int8", torch.bfloat16, WeightFormat.INT8, KvFormat.PLAIN),
+        ("int8, KV cache int8", torch.bfloat16, WeightFormat.INT8, KvFormat.INT8),
     ):
-        own = Decoder(dtype, weights, packing)
+        own = Decoder(dtype, weights, kv_format)
         print(f"| {name} | {compared(text, own.text(tokens))} | {compared(answers, own.answers(asked))} |", flush=True)
 
 

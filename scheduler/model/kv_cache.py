@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from softbatch.scheduler.model.cpu import ops
+from softbatch.scheduler.model.cpu.formats import KvFormat
 from softbatch.scheduler.model.staging import small_tensor
 
 
@@ -14,24 +15,23 @@ from softbatch.scheduler.model.staging import small_tensor
 class RowFormat:
     """How the cache stores one head's key or value of one token: as `dtype`, or packed by the CPU kernels.
 
-    `packing` is none, int8 (8 bits a number, keys and values) or k6v4 (6 bits for keys, 4 for values). The layout is in
-    cpu/csrc/attention/kv_format.h. Packed keys are rotated, so that only kernels that rotate queries too can read them.
+    Packed keys are rotated, so only kernels that rotate queries alike can read them.
     """
 
     dtype: torch.dtype
     head_dim: int
-    packing: str = "none"
+    kv_format: KvFormat = KvFormat.PLAIN
 
     @property
     def stored_as(self) -> torch.dtype:
-        return self.dtype if self.packing == "none" else torch.uint8
+        return self.dtype if self.kv_format is KvFormat.PLAIN else torch.uint8
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Entries of `stored_as` of a key and of a value. Raises RuntimeError for heads that cannot be packed."""
-        if self.packing == "none":
+        if self.kv_format is KvFormat.PLAIN:
             return self.head_dim, self.head_dim
-        return ops.packed_row_bytes(self.packing, self.head_dim)
+        return ops.packed_row_bytes(self.kv_format, self.head_dim)
 
     @property
     def bytes_per_token(self) -> int:
@@ -40,9 +40,9 @@ class RowFormat:
 
     def rows(self, numbers: torch.Tensor, *, are_keys: bool) -> torch.Tensor:
         """[…, head_dim] as they are stored, though not yet rounded to `dtype` where they are not packed."""
-        if self.packing == "none":
+        if self.kv_format is KvFormat.PLAIN:
             return numbers
-        return ops.pack_rows(numbers.float(), self.packing, are_keys)
+        return ops.pack_rows(numbers.float(), self.kv_format, are_keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +71,13 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         scratch_block: bool = False,
-        packing: str = "none",
+        kv_format: KvFormat = KvFormat.PLAIN,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        self.format = RowFormat(dtype, head_dim, packing)
+        self.format = RowFormat(dtype, head_dim, kv_format)
         shape = (num_layers, num_blocks + scratch_block, num_kv_heads, block_size)
         self._keys, self._values = (
             torch.zeros((*shape, size), dtype=self.format.stored_as, device=device) for size in self.format.sizes
@@ -86,7 +86,7 @@ class KVCache:
         self.values: list[torch.Tensor] = list(self._values)
 
     def describe(self) -> str:
-        packed = "" if self.format.packing == "none" else f", packed as {self.format.packing}"
+        packed = "" if self.format.kv_format is KvFormat.PLAIN else f", packed as {self.format.kv_format}"
         return f"{self.num_blocks} blocks of {self.block_size} tokens{packed}"
 
     @property

@@ -11,6 +11,7 @@ import torch
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.formats import KvFormat
 from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, is_shortage
 from softbatch.scheduler.model.cuda.setup import measure_memory
 from softbatch.scheduler.model.kv_cache import KVCache, RowFormat
@@ -58,7 +59,7 @@ def make_cache(
             dtype=rows.dtype,
             device=device,
             scratch_block=device.type == "cuda",
-            packing=rows.packing,
+            kv_format=rows.kv_format,
         )
     except RuntimeError as error:
         raise ModelError(f"{named}: not that much memory is free") from error
@@ -72,10 +73,10 @@ def _row_format(config: EngineConfig, model: Any, dtype: torch.dtype, head_dim: 
     named, instead = f"--kv-cache-dtype {config.kv_cache_dtype}", "--kv-cache-dtype auto"
     if not (supports(model, dtype) and build_kernels()):
         raise unsupported_option_error(named, model, instead)
-    rows = RowFormat(dtype, head_dim, config.kv_cache_dtype)
     try:
+        rows = RowFormat(dtype, head_dim, KvFormat.named(config.kv_cache_dtype))
         _ = rows.sizes
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"{named}: {str(error).splitlines()[0]}; use {instead}") from error
     return rows
 

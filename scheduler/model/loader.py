@@ -18,6 +18,7 @@ from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.formats import WeightFormat
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
@@ -206,12 +207,12 @@ def _forward(
 ) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
     if supports(model, kv_cache.dtype) and build_kernels():
-        weights = None if quantization == "none" else quantization
         try:
+            weights = None if quantization == "none" else WeightFormat.named(quantization)
             decoder = DecoderForward(model, kv_cache, weights, release=True)
-            formats = " and ".join(dict.fromkeys((decoder.weights, decoder.weights_of_long_steps)))
+            formats = " and ".join(map(str, dict.fromkeys((decoder.weights, decoder.weights_of_long_steps))))
             return decoder, f"packed for the decoder in C++, {formats}"
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:
             reason = (str(error).splitlines() or ["not enough memory"])[0]
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
     if quantization != "none":

@@ -19,8 +19,9 @@ from transformers import (
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.kv_cache import KVCache
-from softbatch.scheduler.model.llama.decoder import IN_12_BITS, DecoderForward, supports
+from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
 
 CPU = torch.device("cpu")
 BLOCKS = 160
@@ -73,7 +74,9 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS, packing: str = "none") -> KVCache:
+def make_cache(
+    model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS, kv_format: KvFormat = KvFormat.PLAIN
+) -> KVCache:
     """Whoever reads what was not written reads NaN: bytes of 255 are one too, as the scale of a packed row."""
     config, attention = model.config, model.model.layers[0].self_attn
     cache = KVCache(
@@ -84,25 +87,25 @@ def make_cache(model: Any, dtype: torch.dtype, num_blocks: int = BLOCKS, packing
         head_dim=attention.head_dim,
         dtype=dtype,
         device=CPU,
-        packing=packing,
+        kv_format=kv_format,
     )
     for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan") if packing == "none" else 255)
+        tensor.fill_(float("nan") if kv_format is KvFormat.PLAIN else 255)
     return cache
 
 
-def make_decoder(name: str, weights: str) -> DecoderForward:
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+def make_decoder(name: str, weights: WeightFormat) -> DecoderForward:
+    dtype = torch.float32 if weights is WeightFormat.FLOAT32 else torch.bfloat16
     return decoder_of(make_model(CONFIGS[name], dtype), weights)
 
 
-def decoder_of(model: Any, weights: str) -> DecoderForward:
+def decoder_of(model: Any, weights: WeightFormat) -> DecoderForward:
     assert supports(model, model.dtype)
     assert build_kernels()
     try:
         return DecoderForward(model, make_cache(model, model.dtype), weights)
     except RuntimeError as error:
-        if weights == IN_12_BITS and "cannot be bfloat16 in 12 bits here" in str(error):
+        if weights is WeightFormat.BFLOAT16_IN_12_BITS and "cannot be bfloat16 in 12 bits here" in str(error):
             pytest.skip("the processor has no instructions for it")
         raise
 

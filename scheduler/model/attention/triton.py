@@ -160,19 +160,26 @@ class TritonAttention:
             parts = _part_buffers(rows, kv_heads, planner.narrow.block_m, head_dim, out.device)
             launch(plan.narrow, planner.narrow, parts, split=True)
             if plan.has_parts:
-                self._kernels.merge[(plan.merges.shape[0], heads)](
-                    out,
-                    plan.merges,
-                    *parts,
-                    KV_HEADS=kv_heads,
-                    GROUP=heads // kv_heads,
-                    HEAD_DIM=head_dim,
-                    BLOCK_M=planner.narrow.block_m,
-                    BLOCK_D=next_power_of_two(head_dim),
-                    BLOCK_P=_MERGE_PARTS,
-                    num_warps=1 if head_dim <= 128 else 4,
-                )
+                self._merge(out, plan.merges, parts, kv_heads, planner.narrow.block_m)
         return out
+
+    def _merge(
+        self, out: torch.Tensor, merges: torch.Tensor, parts: tuple[torch.Tensor, ...], kv_heads: int, block_m: int
+    ) -> None:
+        """The results of rows whose keys were split, from their parts."""
+        _, heads, head_dim = out.shape
+        self._kernels.merge[(merges.shape[0], heads)](
+            out,
+            merges,
+            *parts,
+            KV_HEADS=kv_heads,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_M=block_m,
+            BLOCK_D=next_power_of_two(head_dim),
+            BLOCK_P=_MERGE_PARTS,
+            num_warps=1 if head_dim <= 128 else 4,
+        )
 
 
 def plan_of(batch: PagedBatch, planner: Planner) -> AttentionPlan:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
+
 
 def are_loaded() -> bool:
     return hasattr(torch.ops.softbatch, "paged_attention")
@@ -21,15 +23,30 @@ def has_12_bits() -> bool:
     return bool(torch.ops.softbatch.has_12_bits())
 
 
-def packed_row_bytes(packing: str, head_dim: int) -> tuple[int, int]:
+def operator(name: str) -> Any:
+    """An operator as torch's own checks take it."""
+    return getattr(torch.ops.softbatch, name).default
+
+
+def weight_formats() -> dict[str, int]:
+    """Every format of weights that C++ knows, by name."""
+    return dict(torch.ops.softbatch.weight_formats())
+
+
+def kv_formats() -> dict[str, int]:
+    """The same of KV caches."""
+    return dict(torch.ops.softbatch.kv_formats())
+
+
+def packed_row_bytes(kv_format: KvFormat, head_dim: int) -> tuple[int, int]:
     """Bytes of a packed key and of a packed value. Raises RuntimeError for heads that cannot be packed."""
-    key, value = torch.ops.softbatch.packed_row_bytes(packing, head_dim)
+    key, value = torch.ops.softbatch.packed_row_bytes(kv_format.value, head_dim)
     return key, value
 
 
-def pack_rows(numbers: Tensor, packing: str, are_keys: bool) -> Tensor:
+def pack_rows(numbers: Tensor, kv_format: KvFormat, are_keys: bool) -> Tensor:
     """float32 […, head_dim] as uint8 […, bytes]."""
-    packed: Tensor = torch.ops.softbatch.pack_rows(numbers, packing, are_keys)
+    packed: Tensor = torch.ops.softbatch.pack_rows(numbers, kv_format.value, are_keys)
     return packed
 
 
@@ -72,16 +89,17 @@ def prefix_attention_backward(inputs: Sequence[Tensor], scale: float, weights: T
     return list(torch.ops.softbatch.prefix_attention_backward(*inputs, scale, weights, grad))
 
 
-def make_decoder(*arguments: Any) -> Any:
-    """The C++ class Decoder: all layers of a served model."""
-    return torch.classes.softbatch.Decoder(*arguments)
+def make_decoder(weights: WeightFormat, dtype: torch.dtype, *shape: Any, kv_format: KvFormat) -> Any:
+    """The C++ class Decoder: all layers of a served model, which attends in `dtype`. `shape` is its heads and rotary
+    positions."""
+    return torch.classes.softbatch.Decoder(weights.value, dtype, *shape, kv_format.value)
 
 
-def make_layers(weights: str, num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float) -> Any:
+def make_layers(weights: WeightFormat, num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float) -> Any:
     """The C++ class Layers: those of a frozen model, with gradients."""
-    return torch.classes.softbatch.Layers(weights, num_heads, num_kv_heads, head_dim, epsilon)
+    return torch.classes.softbatch.Layers(weights.value, num_heads, num_kv_heads, head_dim, epsilon)
 
 
-def make_objective(weights: str, head: Tensor, bias: Tensor | None) -> Any:
+def make_objective(weights: WeightFormat, head: Tensor, bias: Tensor | None) -> Any:
     """The C++ class Objective: the loss behind a frozen model's head."""
-    return torch.classes.softbatch.Objective(weights, head, bias)
+    return torch.classes.softbatch.Objective(weights.value, head, bias)

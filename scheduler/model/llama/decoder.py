@@ -11,6 +11,7 @@ from torch import nn
 
 from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.cpu import ops
+from softbatch.scheduler.model.cpu.formats import WeightFormat
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.source import ModelError
 
@@ -18,8 +19,7 @@ from softbatch.scheduler.model.source import ModelError
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 # Their frequencies are the same at every length.
 _ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-IN_12_BITS = "bfloat16 in 12 bits"
+_AS_IT_IS = {torch.float32: WeightFormat.FLOAT32, torch.bfloat16: WeightFormat.BFLOAT16}
 # Rows from which on a step waits for arithmetic: weights that must be taken apart first are the slower ones then.
 LONG_STEP = 33
 
@@ -30,7 +30,7 @@ def supports(model: Any, dtype: torch.dtype) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     return bool(
         type(model).__name__ in ARCHITECTURES
-        and dtype in _DTYPES
+        and dtype in _AS_IT_IS
         and model.device.type == "cpu"
         and config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
@@ -40,9 +40,11 @@ def supports(model: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def plain_weights(dtype: torch.dtype) -> str:
+def plain_weights(dtype: torch.dtype) -> WeightFormat:
     """How weights that are not quantised lie in memory on this machine: the same numbers, whichever it is."""
-    return IN_12_BITS if dtype == torch.bfloat16 and ops.has_12_bits() else _DTYPES[dtype]
+    if dtype == torch.bfloat16 and ops.has_12_bits():
+        return WeightFormat.BFLOAT16_IN_12_BITS
+    return _AS_IT_IS[dtype]
 
 
 def unsupported_option_error(named: str, model: Any, instead: str) -> ModelError:
@@ -74,11 +76,11 @@ def _has_room_for_a_copy(model: Any) -> bool:
     return bool(copy <= min(memory.total // 32, memory.available // 8))
 
 
-def _make_decoder(model: Any, kv_cache: KVCache, weights: str) -> Any:
+def _make_decoder(model: Any, kv_cache: KVCache, weights: WeightFormat) -> Any:
     config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[0].self_attn
     return ops.make_decoder(
         weights,
-        _DTYPES[kv_cache.dtype],
+        kv_cache.dtype,
         config.num_attention_heads,
         config.num_key_value_heads,
         attention.head_dim,
@@ -86,22 +88,30 @@ def _make_decoder(model: Any, kv_cache: KVCache, weights: str) -> Any:
         attention.scaling,
         rotary.inv_freq,
         rotary.attention_scaling,
-        kv_cache.format.packing,
+        kv_format=kv_cache.format.kv_format,
     )
 
 
-def layer_tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """The nine weights and four biases of a layer, in the kernels' order."""
+def layer_weights(layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer has of weights, biases and norms, by the names in csrc/llama/layer_weights.h."""
     attention, mlp = layer.self_attn, layer.mlp
-    into = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    behind = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    weights = [
-        layer.input_layernorm.weight,
-        *(linear.weight for linear in into),
-        layer.post_attention_layernorm.weight,
-        *(linear.weight for linear in behind),
-    ]
-    return weights, [linear.bias for linear in into]
+    linears = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    norms = {
+        "input_norm": layer.input_layernorm,
+        "mlp_norm": layer.post_attention_layernorm,
+        "query_norm": getattr(attention, "q_norm", None),
+        "key_norm": getattr(attention, "k_norm", None),
+    }
+    weights = {name: module.weight for name, module in (linears | norms).items() if module is not None}
+    return weights | {f"{name}_bias": linear.bias for name, linear in linears.items() if linear.bias is not None}
 
 
 def release_linears(layer: Any) -> None:
@@ -120,19 +130,18 @@ class DecoderForward:
     more.
     """
 
-    def __init__(self, model: Any, kv_cache: KVCache, weights: str | None = None, release: bool = False) -> None:
+    def __init__(
+        self, model: Any, kv_cache: KVCache, weights: WeightFormat | None = None, release: bool = False
+    ) -> None:
         self._embed = model.get_input_embeddings()
         self.weights = weights or plain_weights(kv_cache.dtype)
-        also = weights is None and self.weights == IN_12_BITS and _has_room_for_a_copy(model)
-        self.weights_of_long_steps = _DTYPES[kv_cache.dtype] if also else self.weights
+        also = weights is None and self.weights is WeightFormat.BFLOAT16_IN_12_BITS and _has_room_for_a_copy(model)
+        self.weights_of_long_steps = _AS_IT_IS[kv_cache.dtype] if also else self.weights
         formats = dict.fromkeys((self.weights, self.weights_of_long_steps))
-        decoders = {name: _make_decoder(model, kv_cache, name) for name in formats}
+        decoders = {each: _make_decoder(model, kv_cache, each) for each in formats}
         for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
-            attention = layer.self_attn
-            weights_of_layer, biases = layer_tensors(layer)
-            norms = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
             for decoder in decoders.values():
-                decoder.add_layer(weights_of_layer, [*biases, *norms], keys, values)
+                decoder.add_layer(layer_weights(layer), keys, values)
             if release:
                 release_linears(layer)
         for decoder in decoders.values():

@@ -10,7 +10,7 @@ from torch import Tensor
 from softbatch.prompt_store.compression.frozen.prefix import AttendInLayer
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.llama.decoder import layer_tensors, plain_weights, release_linears, supports
+from softbatch.scheduler.model.llama.decoder import layer_weights, plain_weights, release_linears, supports
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,7 +40,7 @@ class CpuModelKernels:
             weights, config.num_attention_heads, config.num_key_value_heads, first.head_dim, config.rms_norm_eps
         )
         for layer in model.model.layers:
-            self._layers.add_layer(*layer_tensors(layer))
+            self._layers.add_layer(layer_weights(layer))
             release_linears(layer)
         self._objective = ops.make_objective(weights, model.lm_head.weight, model.lm_head.bias)
 

@@ -21,6 +21,7 @@ from softbatch.prompt_store.compression.frozen.prefix import attend
 from softbatch.scheduler.model.attention import choose, cpu
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import _cached_library
 from tests.support.attention_cases import NAN, RAGGED, Case, make_case
 from tests.support.models import in_threads
@@ -333,9 +334,7 @@ def test_the_operator_is_described_truly_to_torch_compile(kernel: AttentionBacke
         batch.slot_mapping,
         case.scale,
     )
-    torch.library.opcheck(
-        torch.ops.softbatch.paged_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(ops.operator("paged_attention"), arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_compiler
@@ -364,11 +363,12 @@ if name == "cpu":
     from tests.scheduler.model import test_decoder
     for name in test_decoder.CONFIGS:
         test_decoder.test_float32_equals_transformers(name)
-    for weights in ("float32", "bfloat16", "int8"):
+    from softbatch.scheduler.model.cpu.formats import WeightFormat
+    for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8):
         test_decoder.test_near_transformers_in_every_format(weights)
     from tests.scheduler.model import test_kv_packing
     for packing in test_kv_packing.PACKINGS:
-        for weights in ("float32", "bfloat16"):
+        for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16):
             test_kv_packing.test_the_decoder_attends_over_the_packed_rows(packing, "qwen3", weights)
         test_kv_packing.test_what_is_not_finite_does_not_come_out_as_a_number(packing, float("inf"))
     test_kv_packing.test_no_number_is_further_off_than_its_step_allows()

@@ -32,8 +32,9 @@ from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu import build as kernel_build
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.forward import TransformersForward
-from softbatch.scheduler.model.llama.decoder import IN_12_BITS, LONG_STEP, DecoderForward, plain_weights, supports
+from softbatch.scheduler.model.llama.decoder import LONG_STEP, DecoderForward, layer_weights, plain_weights, supports
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.decoders import (
@@ -52,7 +53,6 @@ from tests.support.decoders import (
 )
 from tests.support.models import Reference, in_threads
 
-FORMATS = ["float32", "bfloat16", IN_12_BITS, "int8"]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 pytestmark = needs_compiler
 
@@ -75,16 +75,16 @@ def test_float32_equals_transformers(name: str) -> None:
             torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_near_transformers_in_every_format(weights: str) -> None:
+@pytest.mark.parametrize("weights", WeightFormat, ids=str)
+def test_near_transformers_in_every_format(weights: WeightFormat) -> None:
     """As near as the format is fine; what is rounded may not add up to more."""
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    dtype = torch.float32 if weights is WeightFormat.FLOAT32 else torch.bfloat16
     model = make_model(CONFIGS["qwen3"], dtype)
     steps = [(40, 1), (0, 37), (5, 12), *[(9, 1)] * 20]
     found = run(decoder_of(model, weights), steps)
     model = model.float()
     expected = run(TransformersForward(model, make_cache(model, torch.float32), reference), steps)
-    assert distance(found, expected) < {"float32": 2e-5, "int8": 0.05}.get(weights, 0.02)
+    assert distance(found, expected) < {WeightFormat.FLOAT32: 2e-5, WeightFormat.INT8: 0.05}.get(weights, 0.02)
 
 
 @settings(max_examples=15, deadline=None)
@@ -99,8 +99,8 @@ def test_any_batch_in_float32(steps: list[tuple[int, int]], seed: int) -> None:
     assert distance(run(decoder, steps, seed), run(plain, steps, seed)) < 2e-5
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> None:
+@pytest.mark.parametrize("weights", WeightFormat, ids=str)
+def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: WeightFormat) -> None:
     decoder = make_decoder("llama", weights)
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
     with torch.inference_mode():
@@ -112,8 +112,8 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(weights: str) -> No
             assert torch.equal(decoder(build_batch([rows[index]], 16, CPU))[0], together[index])
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_rows_are_divided_among_threads(weights: str) -> None:
+@pytest.mark.parametrize("weights", WeightFormat, ids=str)
+def test_rows_are_divided_among_threads(weights: WeightFormat) -> None:
     """On matrix tiles they are, from 24 tiles on: each thread multiplies its own by all panels."""
     decoder = make_decoder("llama", weights)
     rows = make_rows([(0, 450), (0, 1), (0, 333)], logits=False)
@@ -125,8 +125,8 @@ def test_rows_are_divided_among_threads(weights: str) -> None:
                 assert torch.equal(decoder(build_batch(rows, 16, CPU)), alone)
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_logits_of_a_position_are_the_same_whoever_else_wants_any(weights: str) -> None:
+@pytest.mark.parametrize("weights", WeightFormat, ids=str)
+def test_logits_of_a_position_are_the_same_whoever_else_wants_any(weights: WeightFormat) -> None:
     decoder = make_decoder("qwen3", weights)
     rows = make_rows([(0, 20), (0, 3), (0, 1), (0, 9)], logits=False)
     with torch.inference_mode():
@@ -138,9 +138,9 @@ def test_logits_of_a_position_are_the_same_whoever_else_wants_any(weights: str) 
         assert decoder(build_batch(none, 16, CPU)).shape == (0, VOCAB)
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_nan_stays_in_its_row(weights: str) -> None:
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+@pytest.mark.parametrize("weights", WeightFormat, ids=str)
+def test_nan_stays_in_its_row(weights: WeightFormat) -> None:
+    dtype = torch.float32 if weights is WeightFormat.FLOAT32 else torch.bfloat16
     model = make_model(
         CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "tie_word_embeddings": False}), dtype
     )
@@ -152,12 +152,18 @@ def test_nan_stays_in_its_row(weights: str) -> None:
     assert logits.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
+def test_formats_have_the_same_numbers_in_both_languages() -> None:
+    assert {str(each): each.value for each in WeightFormat} == ops.weight_formats()
+    assert {str(each): each.value for each in KvFormat} == ops.kv_formats()
+    assert not set(ops.weight_formats().values()) & set(ops.kv_formats().values()), "a mix-up must be refused"
+
+
 def test_which_processors_take_bfloat16_in_12_bits() -> None:
     """Those that can take it apart."""
-    assert plain_weights(torch.float32) == "float32"
+    assert plain_weights(torch.float32) is WeightFormat.FLOAT32
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     can = {"avx512_bf16", "avx512vbmi"} <= set(cpuinfo.split())
-    assert plain_weights(torch.bfloat16) == (IN_12_BITS if can else "bfloat16")
+    assert plain_weights(torch.bfloat16) is (WeightFormat.BFLOAT16_IN_12_BITS if can else WeightFormat.BFLOAT16)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -173,7 +179,9 @@ def test_12_bits_lose_nothing(name: str, strange: float) -> None:
             changed = torch.rand(parameter.shape, generator=generator) < strange
             parameter.copy_(torch.where(changed, torch.ldexp(parameter, powers).bfloat16(), parameter))
             parameter[::3, ::5] = -0.0
-    plain, packed = decoder_of(model, "bfloat16"), decoder_of(model, IN_12_BITS)
+    plain, packed = (
+        decoder_of(model, weights) for weights in (WeightFormat.BFLOAT16, WeightFormat.BFLOAT16_IN_12_BITS)
+    )
     # One row, two matrix tiles of rows, and more: a panel is taken apart for as many as there are.
     for steps in ([(0, 1)], [(40, 1), (0, 37), (5, 12)], [(i, 1) for i in range(1, 15)], [(0, 24)], [(0, 150)]):
         expected = run(plain, steps)
@@ -189,11 +197,11 @@ def test_long_steps_take_weights_that_need_not_be_taken_apart(
     memory = SimpleNamespace(total=1 << total, available=1 << available)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     model = make_model(CONFIGS["llama"], torch.bfloat16)
-    packed = decoder_of(model, IN_12_BITS)
-    assert packed.weights_of_long_steps == IN_12_BITS
+    packed = decoder_of(model, WeightFormat.BFLOAT16_IN_12_BITS)
+    assert packed.weights_of_long_steps is WeightFormat.BFLOAT16_IN_12_BITS
     decoder = DecoderForward(model, make_cache(model, torch.bfloat16))
     assert decoder.weights == plain_weights(torch.bfloat16)
-    assert decoder.weights_of_long_steps == ("bfloat16" if plenty else decoder.weights)
+    assert decoder.weights_of_long_steps == (WeightFormat.BFLOAT16 if plenty else decoder.weights)
     used = []
     for name in ("_decoder", "_decoder_of_long_steps"):
         inner = getattr(decoder, name)
@@ -228,7 +236,9 @@ def test_real_model_in_bfloat16_and_int8(smollm2: Reference, log_probs: tuple[li
     assert ours < 5e-4
     assert ours < theirs
     assert agreed > 0.98
-    quantized, agreed = closeness(DecoderForward(model, make_cache(model, torch.bfloat16), "int8"), tokens, expected)
+    quantized, agreed = closeness(
+        DecoderForward(model, make_cache(model, torch.bfloat16), WeightFormat.INT8), tokens, expected
+    )
     assert ours < quantized < 8e-3
     assert agreed > 0.94
 
@@ -259,6 +269,16 @@ def test_an_adapter_is_not_left_out() -> None:
     assert not supports(model, torch.float32)
 
 
+def test_weights_of_a_layer_go_by_name() -> None:
+    weights = layer_weights(make_model(CONFIGS["llama"], torch.float32).model.layers[0])
+    layers = ops.make_layers(WeightFormat.FLOAT32, 8, 2, 8, 1e-5)
+    layers.add_layer(dict(reversed(weights.items())))
+    with pytest.raises(RuntimeError, match="a layer must have the tensor gate"):
+        layers.add_layer({name: weight for name, weight in weights.items() if name != "gate"})
+    with pytest.raises(RuntimeError, match="tensors that these kernels do not know"):
+        layers.add_layer(weights | {"up_bias": weights["mlp_norm"]})
+
+
 def test_bad_metadata_is_refused_before_anything_is_written() -> None:
     model = make_model(CONFIGS["llama"], torch.float32)
     cache = make_cache(model, torch.float32)
@@ -271,15 +291,16 @@ def test_bad_metadata_is_refused_before_anything_is_written() -> None:
 
 @pytest.mark.parametrize(
     ("test", "argument", "limit"),
-    [("float32_equals_transformers", "llama", "1"), ("rows_are_divided_among_threads", "bfloat16", "2")],
+    [("float32_equals_transformers", "'llama'", "1"), ("rows_are_divided_among_threads", "WeightFormat.BFLOAT16", "2")],
 )
 def test_fewer_threads_than_asked_for(test: str, argument: str, limit: str) -> None:
     """What OpenMP grants may be less than what torch says: nobody may wait for a thread that never came, and no row
     be left to it."""
     code = f"""
 from tests.scheduler.model import test_decoder
+from tests.scheduler.model.test_decoder import WeightFormat
 assert test_decoder.build_kernels()
-test_decoder.test_{test}({argument!r})
+test_decoder.test_{test}({argument})
 print("done")
 """
     environment = os.environ | {"OMP_THREAD_LIMIT": limit, "OMP_NUM_THREADS": "4"}
@@ -294,7 +315,7 @@ def test_threads_need_not_agree_on_how_many_they_are() -> None:
 import threading, torch
 from tests.support.decoders import *
 torch.set_num_threads(1)
-decoder, rows = make_decoder("llama", "bfloat16"), make_rows([(0, 500)])
+decoder, rows = make_decoder("llama", WeightFormat.BFLOAT16), make_rows([(0, 500)])
 torch.set_num_threads(3)
 thread = threading.Thread(target=torch.set_num_threads, args=(1,))
 thread.start()
@@ -319,7 +340,7 @@ def test_threads_stay_on_processors_of_their_own_during_a_step_and_not_longer() 
     two = set(sorted(os.sched_getaffinity(0))[:2])
     if len(two) < 2:
         pytest.skip("takes two processors")
-    decoder, steps = make_decoder("qwen2", "bfloat16"), [(0, 500)] * 4
+    decoder, steps = make_decoder("qwen2", WeightFormat.BFLOAT16), [(0, 500)] * 4
     seen: set[frozenset[int]] = set()
     running = threading.Event()
 

@@ -23,7 +23,9 @@ from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
@@ -35,8 +37,8 @@ from tests.support.engines import check_empty, request, run
 from tests.support.models import Reference, in_threads, make_soft_prompt, sample_texts, save_prompt
 
 TEXT = Path(__file__).parents[3] / "examples" / "manual" / "context.md"
-PACKINGS = ("int8", "k6v4")
-BITS = {"int8": (8, 8), "k6v4": (6, 4)}
+PACKINGS = (KvFormat.INT8, KvFormat.K6V4)
+BITS = {KvFormat.INT8: (8, 8), KvFormat.K6V4: (6, 4)}
 GROUP = 32
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -58,11 +60,13 @@ def turned(rows: torch.Tensor) -> torch.Tensor:
     return (rows.double().unflatten(-1, (-1, GROUP)) @ hadamard(GROUP)).flatten(-2)
 
 
-def pack(rows: torch.Tensor, packing: str, *, are_keys: bool) -> torch.Tensor:
-    return torch.ops.softbatch.pack_rows(rows.float(), packing, are_keys)
+def pack(rows: torch.Tensor, packing: KvFormat, *, are_keys: bool) -> torch.Tensor:
+    return ops.pack_rows(rows.float(), packing, are_keys)
 
 
-def parts(packed: torch.Tensor, packing: str, *, are_keys: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def parts(
+    packed: torch.Tensor, packing: KvFormat, *, are_keys: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [..., groups, 32], scales and offsets [..., groups, 1] of packed rows, by the layout that is documented."""
     bits = BITS[packing][0 if are_keys else 1]
     head = 2 if are_keys else 4
@@ -78,14 +82,14 @@ def parts(packed: torch.Tensor, packing: str, *, are_keys: bool) -> tuple[torch.
     return codes, scale, offset
 
 
-def unpack(packed: torch.Tensor, packing: str, *, are_keys: bool) -> torch.Tensor:
+def unpack(packed: torch.Tensor, packing: KvFormat, *, are_keys: bool) -> torch.Tensor:
     """The numbers that packed rows stand for, keys turned back."""
     codes, scale, offset = parts(packed, packing, are_keys=are_keys)
     rows = (codes * scale + offset).flatten(-2)
     return turned(rows) if are_keys else rows
 
 
-def through(packing: str) -> AttentionBackend:
+def through(packing: KvFormat) -> AttentionBackend:
     """The reference over keys and values as a packed cache has them, in a cache that is not packed."""
 
     def backend(
@@ -104,8 +108,8 @@ def through(packing: str) -> AttentionBackend:
     return backend
 
 
-def make_cache(model: Any, dtype: torch.dtype, packing: str) -> KVCache:
-    return decoders.make_cache(model, dtype, packing=packing)
+def make_cache(model: Any, dtype: torch.dtype, packing: KvFormat) -> KVCache:
+    return decoders.make_cache(model, dtype, kv_format=packing)
 
 
 def wide_model(dtype: torch.dtype = torch.float32, name: str = "llama", heads: int = 8) -> Any:
@@ -125,7 +129,7 @@ def wide_model(dtype: torch.dtype = torch.float32, name: str = "llama", heads: i
     seed=st.integers(0, 1 << 20),
 )
 def test_no_number_is_further_off_than_its_step_allows(
-    packing: str, head_dim: int, size: float, shift: float, outlier: float, seed: int
+    packing: KvFormat, head_dim: int, size: float, shift: float, outlier: float, seed: int
 ) -> None:
     rows = (torch.randn(5, 2, head_dim, generator=torch.Generator().manual_seed(seed)) + shift) * size
     rows[..., 3] *= outlier
@@ -140,20 +144,20 @@ def test_no_number_is_further_off_than_its_step_allows(
         assert (error <= 0.501 * scale + top / 128 + 1e-6 * top).all()
         width = 2 * top if are_keys else given_.amax(-1, keepdim=True) - given_.amin(-1, keepdim=True)
         assert (scale <= 1.01 * width / (2**bits - 2)).all()
-        assert codes.max() == 2**bits - 1 or (scale == 0).any() or packing == "int8"
+        assert codes.max() == 2**bits - 1 or (scale == 0).any() or packing is KvFormat.INT8
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("value", [0.0, -7.25, 1e-38, 3e38])
-def test_a_row_of_one_number(packing: str, value: float) -> None:
+def test_a_row_of_one_number(packing: KvFormat, value: float) -> None:
     rows = torch.full((1, 64), value)
     found = unpack(pack(rows, packing, are_keys=False), packing, are_keys=False)
     assert ((found - rows).abs() <= abs(value) / 250).all()
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_does_not_come_out_as_a_number(packing: str, value: float) -> None:
+def test_what_is_not_finite_does_not_come_out_as_a_number(packing: KvFormat, value: float) -> None:
     rows = torch.randn(3, 64)
     rows[1, 40] = value
     for are_keys in (True, False):
@@ -164,38 +168,38 @@ def test_what_is_not_finite_does_not_come_out_as_a_number(packing: str, value: f
         assert not found[1, 32:].any()
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("weights", [WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8], ids=str)
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_the_decoder_attends_over_the_packed_rows(packing: str, name: str, weights: str) -> None:
+def test_the_decoder_attends_over_the_packed_rows(packing: KvFormat, name: str, weights: WeightFormat) -> None:
     """Decoding, chunks and whole prompts. In float32 it is attention over what was packed, but for the odd number at
     the border between two codes, of which one batch in ten has enough to be felt; what bfloat16 and int8 weights round
     moves more of them over it."""
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    dtype = torch.float32 if weights is WeightFormat.FLOAT32 else torch.bfloat16
     model = wide_model(dtype, name)
     assert supports(model, dtype)
     steps = [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16), (600, 1)]
     in_float32 = deepcopy(model).float()
-    plain = make_cache(in_float32, torch.float32, "none")
+    plain = make_cache(in_float32, torch.float32, KvFormat.PLAIN)
     shares = []
     for seed in range(3):
         found, rounded = (
             decoders.run(DecoderForward(model, make_cache(model, dtype, p), weights), steps, seed)
-            for p in (packing, "none")
+            for p in (packing, KvFormat.PLAIN)
         )
         expected = decoders.run(TransformersForward(in_float32, plain, through(packing)), steps, seed)
         exact = decoders.run(TransformersForward(in_float32, plain, reference), steps, seed)
         packed, rest = distance(exact, expected), distance(rounded, exact)
         assert packed > 5e-3
-        shares.append(max(distance(found, expected) - (0 if weights == "float32" else rest), 0) / packed)
-    assert sorted(shares)[1] < 0.02 if weights == "float32" else max(shares) < 0.6
+        shares.append(max(distance(found, expected) - (0 if weights is WeightFormat.FLOAT32 else rest), 0) / packed)
+    assert sorted(shares)[1] < 0.02 if weights is WeightFormat.FLOAT32 else max(shares) < 0.6
 
 
-@pytest.mark.parametrize("packing", ["none", *PACKINGS])
-def test_rows_behind_one_context_attend_as_they_do_alone(packing: str) -> None:
+@pytest.mark.parametrize("packing", KvFormat, ids=str)
+def test_rows_behind_one_context_attend_as_they_do_alone(packing: KvFormat) -> None:
     """Whatever the cache holds, keys that sequences share are walked once for all."""
     model = wide_model(torch.float32)
-    decoder = DecoderForward(model, make_cache(model, torch.float32, packing), "float32")
+    decoder = DecoderForward(model, make_cache(model, torch.float32, packing), WeightFormat.FLOAT32)
     rows = make_rows([(330 + s, 1) for s in range(6)], seed=1)
     shared, tokens = rows[0].block_table[:20], torch.randint(decoders.VOCAB, (340,)).tolist()
     rows = [replace(row, block_table=[*shared, *row.block_table[20:]]) for row in rows]
@@ -208,9 +212,9 @@ def test_rows_behind_one_context_attend_as_they_do_alone(packing: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("heads", [2, 6, 10])
-def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads: int) -> None:
+def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: KvFormat, heads: int) -> None:
     model = wide_model(torch.bfloat16, heads=heads)
     decoder = DecoderForward(model, make_cache(model, torch.bfloat16, packing))
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
@@ -223,8 +227,8 @@ def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: str, heads
             assert torch.equal(decoder(build_batch([rows[index]], 16, CPU))[0], together[index])
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_nan_stays_in_its_row(packing: str) -> None:
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_nan_stays_in_its_row(packing: KvFormat) -> None:
     model = wide_model()
     decoder = DecoderForward(model, make_cache(model, torch.float32, packing))
     rows = [Row(0, [5, 9], [0], range(1, 2)), Row(0, [7], [1], range(1)), Row(0, [6], [2], range(1))]
@@ -239,7 +243,7 @@ def test_nan_stays_in_its_row(packing: str) -> None:
 @given(st.sampled_from(PACKINGS), st.integers(1, 8), st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_a_soft_prompt_lies_in_its_blocks_and_touches_no_other(
-    packing: str, block_size: int, data: st.DataObject
+    packing: KvFormat, block_size: int, data: st.DataObject
 ) -> None:
     layers, num_blocks, kv_heads, head_dim = 3, 9, 2, 32
     length = data.draw(st.integers(1, 3 * block_size))
@@ -253,9 +257,12 @@ def test_a_soft_prompt_lies_in_its_blocks_and_touches_no_other(
         head_dim=head_dim,
         dtype=torch.bfloat16,
         device=CPU,
-        packing=packing,
+        kv_format=packing,
     )
-    assert cache.bytes_per_block == layers * kv_heads * block_size * {"int8": 34 + 36, "k6v4": 26 + 20}[packing]
+    assert (
+        cache.bytes_per_block
+        == layers * kv_heads * block_size * {KvFormat.INT8: 34 + 36, KvFormat.K6V4: 26 + 20}[packing]
+    )
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(7)
 
@@ -274,8 +281,8 @@ def test_a_soft_prompt_lies_in_its_blocks_and_touches_no_other(
 # ---- the embedded model ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("packing", "kl", "agreement"), [("int8", 2e-3, 0.97), ("k6v4", 0.015, 0.93)])
-def test_how_near_the_embedded_model_stays(smollm2: Reference, packing: str, kl: float, agreement: float) -> None:
+@pytest.mark.parametrize(("packing", "kl", "agreement"), [(KvFormat.INT8, 2e-3, 0.97), (KvFormat.K6V4, 0.015, 0.93)])
+def test_how_near_the_embedded_model_stays(smollm2: Reference, packing: KvFormat, kl: float, agreement: float) -> None:
     tokens = smollm2.tokenizer(TEXT.read_text())["input_ids"][:512]
     with torch.inference_mode():
         expected = smollm2.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
@@ -286,8 +293,8 @@ def test_how_near_the_embedded_model_stays(smollm2: Reference, packing: str, kl:
     assert agreed > agreement
 
 
-def make_engine(path: str, packing: str, **overrides: Any) -> Any:
-    options = {"model": path, "dtype": "float32", "device": "cpu", "kv_cache_gib": 0.1, "kv_cache_dtype": packing}
+def make_engine(path: str, packing: KvFormat | str, **overrides: Any) -> Any:
+    options = {"model": path, "dtype": "float32", "device": "cpu", "kv_cache_gib": 0.1, "kv_cache_dtype": str(packing)}
     engine, ready = build_engine(EngineConfig(**(options | overrides)), lambda *_: None)
     return engine, ready
 
@@ -298,8 +305,8 @@ def answers(engine: Any, prompts: Sequence[list[int]], ref: SoftPromptRef | None
     return [received[str(i)] for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_answers_do_not_depend_on_chunks_preemption_or_the_batch(smollm2: Reference, packing: str) -> None:
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_answers_do_not_depend_on_chunks_preemption_or_the_batch(smollm2: Reference, packing: KvFormat) -> None:
     """Nor does a cache that is out of blocks; each against the same prompt alone."""
     prompts = [smollm2.tokenizer(text)["input_ids"] for text in sample_texts(16)]
     alone, ready = make_engine(smollm2.path, packing, max_model_len=128)
@@ -337,7 +344,9 @@ def test_soft_prompts_steer_as_without_packing(smollm2: Reference, kind: str, tm
 
 
 def test_a_third_of_the_memory_holds_as_many_tokens(tiny_models: dict[str, str]) -> None:
-    blocks = {p: make_engine(tiny_models["qwen3"], p, dtype="bfloat16")[1].num_blocks for p in ("auto", *PACKINGS)}
+    blocks = {
+        p: make_engine(tiny_models["qwen3"], p, dtype="bfloat16")[1].num_blocks for p in ("auto", *map(str, PACKINGS))
+    }
     assert 1.8 < blocks["int8"] / blocks["auto"] < 1.9
     assert 2.7 < blocks["k6v4"] / blocks["auto"] < 2.8
 

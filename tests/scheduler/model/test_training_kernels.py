@@ -17,7 +17,9 @@ from transformers import LlamaConfig
 
 from softbatch.prompt_store.compression.frozen.prefix import attend as attend_in_torch
 from softbatch.prompt_store.compression.objectives import mixed, objective_from_hidden
+from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build
+from softbatch.scheduler.model.cpu.formats import WeightFormat
 from softbatch.scheduler.model.llama.decoder import plain_weights
 from softbatch.scheduler.model.llama.training import (
     CpuModelKernels,
@@ -242,7 +244,7 @@ def test_objective_in_float32(
 ) -> None:
     assert build()
     head, student, teacher, gold = objective_case(positions, vocab, size, torch.float32, spread, with_bias)
-    kernel = torch.classes.softbatch.Objective("float32", head.weight, head.bias)
+    kernel = ops.make_objective(WeightFormat.FLOAT32, head.weight, head.bias)
     own = loss_and_gradient(partial(objective, kernel, teacher=teacher, gold=gold, alpha=alpha), student)
     exact = loss_and_gradient(partial(exact_objective, head, teacher, gold, alpha), student.double())
     assert float(own[0]) == pytest.approx(float(exact[0]), rel=1e-5, abs=1e-6)
@@ -254,7 +256,7 @@ def test_objective_in_bfloat16(alpha: float) -> None:
     """Logits are not rounded to bfloat16, as they are on their way through torch: it is nearer to the exact one."""
     assert build()
     head, student, teacher, gold = objective_case(70, 1002, 64, torch.bfloat16, 4.0, False)
-    kernel = torch.classes.softbatch.Objective(plain_weights(torch.bfloat16), head.weight, None)
+    kernel = ops.make_objective(plain_weights(torch.bfloat16), head.weight, None)
     own = loss_and_gradient(partial(objective, kernel, teacher=teacher, gold=gold, alpha=alpha), student)
     exact = loss_and_gradient(partial(exact_objective, head, teacher, gold, alpha), student.double())
     theirs = loss_and_gradient(lambda states: objective_from_hidden(states, teacher, gold, head, alpha), student)
@@ -266,7 +268,7 @@ def test_objective_in_bfloat16(alpha: float) -> None:
 def test_objective_of_what_is_no_number_is_none() -> None:
     assert build()
     head, student, teacher, gold = objective_case(5, 40, 8, torch.float32, 1.0, False)
-    kernel = torch.classes.softbatch.Objective("float32", head.weight, None)
+    kernel = ops.make_objective(WeightFormat.FLOAT32, head.weight, None)
     student[2, 3] = float("nan")
     assert objective(kernel, student, teacher, gold, 0.0).isnan()
 
@@ -274,7 +276,7 @@ def test_objective_of_what_is_no_number_is_none() -> None:
 def test_objective_refuses_what_does_not_fit() -> None:
     assert build()
     head, student, teacher, gold = objective_case(5, 40, 8, torch.float32, 1.0, False)
-    kernel = torch.classes.softbatch.Objective("float32", head.weight, None)
+    kernel = ops.make_objective(WeightFormat.FLOAT32, head.weight, None)
     for arguments in (
         (student[:, 1:].contiguous(), teacher, gold, 0.0),
         (student.double(), teacher, gold, 0.0),

@@ -1,10 +1,11 @@
 // Attention over a paged KV cache, cut into items that threads take one by one.
 //
-// The query heads that share a kv head are handled together, so that each K and V row is read from memory once.
-// Sequences with one query token take the dot path, longer chunks and what many sequences share the tile path. A long
-// key range is split into items whose results are merged, which keeps all threads busy with a small batch. Where it is
-// split, and so how sums are rounded, never depends on the number of threads, and on the batch only as far as others in it
-// share a sequence's blocks (sharing.h).
+// Query heads that share a kv head are handled together, so that each key and value is read from memory once. Sequences
+// with one query token are computed by decode.h, longer chunks and shared key ranges by prefill.h.
+//
+// A long key range is split into items whose results are merged, which keeps all threads busy with a small batch. Where
+// a range is split decides how sums are rounded. It never depends on the number of threads, and on the batch only if
+// sequences share blocks (shared_prefix.h).
 
 #pragma once
 
@@ -31,7 +32,8 @@ struct Plan {
     int64_t dot_splits = 0;
     for (int64_t s = 0; s < sequences; ++s)
       if (p.query_length(s) == 1) dot_splits += count_splits(sharing.of[s].end, p.context_len[s], kDotSplit);
-    // A block's kv heads lie side by side in memory: walk them together, unless threads would run out of items.
+    // The kv heads of a block lie side by side in memory. Items take them together unless threads would run out of
+    // items.
     const int64_t together =
         std::clamp<int64_t>(kv_heads * dot_splits / (4 * at::get_num_threads()), 1, kv_heads);
     std::vector<int64_t> first_group(sequences);
@@ -70,7 +72,7 @@ struct Plan {
           groups.push_back({range.sequences[0], h, p.group, first, std::min<int64_t>(kMaxRows, rows - first), range.begin,
                             range.end, range.splits(), range.first_part, 0, 0, part_rows, to.data(), false});
       }
-    // Ranges first, as they take longest: whoever takes the last item keeps all others waiting.
+    // Ranges first, as they take longest: a long item at the end would keep all other threads waiting.
     for (int64_t g = alone; g < int64_t(groups.size()); ++g)
       add_items(g);
     for (int64_t g = 0; g < alone; ++g)
@@ -88,8 +90,8 @@ struct Plan {
   std::vector<std::vector<Member>> members_;  // of each range and kv head
 };
 
-// each(count, f) calls f(i, after) for every i below count, on any thread, and returns when all are done; `after` is
-// what that thread takes next, or count.
+// each(count, f) calls f(i, after) for every i below count, on any thread, and returns when all are done. `after` is
+// the item that the thread takes next, or count.
 template <typename T, typename F>
 void attend(const Plan& plan, const Problem<T>& p, const F& each) {
   const int64_t count = plan.items.size();
@@ -99,7 +101,7 @@ void attend(const Plan& plan, const Problem<T>& p, const F& each) {
     if (!g.dots) return tile_item(p, g, item.split);
     const Item* next = after < count && plan.groups[plan.items[after].group].dots ? &plan.items[after] : nullptr;
     auto dot = dot_item<T, 0>;
-    if constexpr (FormatOf<T>::kDepth == 2) {  // where a step is so short that loops over a head would be felt
+    if constexpr (FormatOf<T>::kDepth == 2) {  // decoding is so short that loops of unknown length would be felt
       if (p.dim == 64) dot = dot_item<T, 64>;
       if (p.dim == 128) dot = dot_item<T, 128>;
     }

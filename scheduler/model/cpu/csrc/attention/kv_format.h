@@ -1,9 +1,10 @@
 // Keys and values in fewer bits, for a cache that holds more tokens.
 //
-// A row is one head's key or value of one token, in groups of 32 numbers, each group with a scale of its own. Keys
-// have few dimensions that are much larger than the others and would cost them their precision: every group of a key is
-// turned by a Hadamard matrix, which spreads them, and every query alike, so that no product of the two changes
-// (QuaRot, arXiv:2404.00456). Values are not so, but need an offset (KIVI, arXiv:2402.02750).
+// A row is one head's key or value of one token, in groups of 32 numbers. Each group has its own scale.
+//
+// A few dimensions of keys are outliers, which would cost all others their precision. Every group of a key is therefore
+// rotated by a Hadamard matrix, which spreads the outliers. Queries are rotated alike, so no product of the two changes
+// (QuaRot, arXiv:2404.00456). Values have no such outliers, but need an offset (KIVI, arXiv:2402.02750).
 
 #pragma once
 
@@ -11,8 +12,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 
+#include "formats.h"
 #include "simd/vector.h"
 
 namespace softbatch {
@@ -54,7 +55,7 @@ INLINE void hadamard(Vec* v) {
   }
 }
 
-// Turns every group of a row, in place; done twice it changes nothing.
+// Rotates every group of a row, in place. The rotation is its own inverse.
 INLINE void hadamard_rotate(float* row, int64_t dim) {
   const float norm = 1.0f / std::sqrt(static_cast<float>(kKvGroup));
   for (int64_t g = 0; g < dim; g += kKvGroup) {
@@ -71,16 +72,16 @@ INLINE void hadamard_rotate(float* row, int64_t dim) {
   }
 }
 
-// Numbers as codes of kBits: code * scale + offset. Without kOffset the codes' middle is zero. In memory a group is
-// its scale, its offset where it has one, then four bits of each code (numbers i and 16 + i share a byte), then the
-// upper two of six; or all eight.
+// Numbers as codes of kBits: code * scale + offset. Without kOffset the middle code stands for zero. In memory a group
+// is its scale, its offset if it has one, then its codes. Of 4 and 6 bits the lower four come first (numbers i and 16 +
+// i share a byte), then the upper two of 6.
 template <int kBits, bool kOffset>
 struct PackedRow {
   static_assert(kBits == 4 || kBits == 6 || kBits == 8);
   static constexpr int kHead = (kOffset ? 2 : 1) * sizeof(at::BFloat16);
   static constexpr int kGroupBytes = kHead + kKvGroup * kBits / 8;
   static constexpr float kMost = (1 << kBits) - 1, kZero = 1 << (kBits - 1);
-  static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 1 / scale stays finite
+  static constexpr float kLeast = 1e-30f;  // smaller ranges count as zero, so 1 / scale stays finite
 
   static int64_t bytes(int64_t dim) { return dim / kKvGroup * kGroupBytes; }
 
@@ -89,7 +90,7 @@ struct PackedRow {
       encode_group(row + g, to);
   }
 
-  // The rows at `offsets`, `apart` numbers from one to the next. As many of another tile are fetched, unless it is null.
+  // The rows at `offsets`, `apart` numbers from one to the next. Prefetches as many rows at `ahead` unless it is null.
   template <typename T>
   static void decode(const uint8_t* rows, const int64_t* offsets, int64_t count, int64_t dim, int64_t apart, T* to,
                      const uint8_t* ahead, const int64_t* ahead_offsets) {
@@ -110,7 +111,7 @@ struct PackedRow {
       const Vec v = load(x + i);
       lowest = v < lowest ? v : lowest;
       highest = max(highest, v);
-      nothing += v * 0.0f;  // NaN where a number is not finite, which must not come out looking like one
+      nothing += v * 0.0f;  // NaN if a number is not finite, so that no finite number comes out
     }
     const float low = -largest(-lowest), high = largest(highest);
     const float width = kOffset ? (high - low) / kMost : std::max(high, -low) / (kZero - 1);
@@ -186,13 +187,12 @@ template <typename T>
 struct KvPacking {
   RowCodec<T> keys, values;
 
-  // `name`: "none", "int8" (8 bits each) or "k6v4" (6 for keys, 4 for values).
-  KvPacking(const std::string& name, int64_t dim) {
-    if (name == "none") return;
+  KvPacking(KvFormat format, int64_t dim) {
+    if (format == KvFormat::kPlain) return;
     TORCH_CHECK(dim % kKvGroup == 0, "a packed cache takes heads of a multiple of ", kKvGroup, " numbers, not ", dim);
-    TORCH_CHECK(name == "int8" || name == "k6v4", "a cache is packed as int8 or k6v4, not ", name);
-    keys = name == "int8" ? codec_of<T, PackedRow<8, false>>(dim) : codec_of<T, PackedRow<6, false>>(dim);
-    values = name == "int8" ? codec_of<T, PackedRow<8, true>>(dim) : codec_of<T, PackedRow<4, true>>(dim);
+    const bool is_int8 = format == KvFormat::kInt8;
+    keys = is_int8 ? codec_of<T, PackedRow<8, false>>(dim) : codec_of<T, PackedRow<6, false>>(dim);
+    values = is_int8 ? codec_of<T, PackedRow<8, true>>(dim) : codec_of<T, PackedRow<4, true>>(dim);
   }
 
   explicit operator bool() const { return keys.bytes > 0; }
@@ -222,7 +222,7 @@ struct KvRows {
     narrow_row(row, dim, numbers + offset);
   }
 
-  // The rows at first + offsets[i], `apart` numbers from one to the next; fetches those at next + next_offsets[i].
+  // The rows at first + offsets[i], `apart` numbers from one to the next. Prefetches those at next + next_offsets[i].
   INLINE void unpack(int64_t first, const int64_t* offsets, int64_t count, int64_t dim, int64_t apart, T* to,
                      int64_t next = 0, const int64_t* next_offsets = nullptr) const {
     codec.decode(bytes + first * codec.bytes, offsets, count, dim, apart, to,

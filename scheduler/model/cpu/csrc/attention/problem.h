@@ -1,4 +1,4 @@
-// What one call has to do: its tensors, how its query rows are cut into items, and how an item's result ends.
+// One call of attention: its tensors, how its query rows are cut into items, and how an item's result is written.
 
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr int kKeyTile = 64;   // keys between two updates of the running maximu
 constexpr int kDotSplit = 8 * kKeyTile;    // keys of one item, dot path
 constexpr int kTileSplit = 16 * kKeyTile;  // the same, tile path
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLowest = std::numeric_limits<float>::lowest();  // finite: kLowest - kLowest is 0 and not NaN
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // finite, so that kLowest - kLowest is 0 and not NaN
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -38,21 +38,23 @@ inline float* scratch(int64_t floats) {
   return lines.data()->x;
 }
 
-// A sequence that shares a group's keys with others, and the row of partial results of its first query head's first split.
+// A sequence that shares a group's keys with others. `partial` is the row of partial results of its first query head's
+// first split.
 struct Member {
   int64_t sequence, partial;
 };
 
-// Query rows that walk the same keys. Rows count through `heads` query heads (those of `kv_head` and perhaps of kv heads
-// after it) of the first query token, then of the next; the group is `rows` of them from `first` on. The tokens are those of
-// one sequence or, with `members`, the only one of each of several, and `sequence` is any of them.
+// Query rows that attend to the same keys. Rows count through `heads` query heads of the first query token, then of the
+// next. These heads belong to `kv_head`, and perhaps to kv heads after it. The group is `rows` rows from `first` on.
+// Its tokens are those of one sequence. With `members` they are the only token of each member, and `sequence` is any of
+// them.
 struct Group {
   int64_t sequence, kv_head, heads, first, rows;
   int64_t key_begin, key_end, splits;
-  // A row's result is put together of `parts`, those of this group's splits from `first_part` on. A group of members has
-  // none of its own: it writes its members' parts, which are put together with the rest of theirs.
+  // A row's result is merged from `parts` parts. Those of this group's splits begin at `first_part`. A group of members
+  // has no result of its own: it writes parts of its members' results.
   int64_t first_part, parts;
-  int64_t partial;  // where the partial results of its sequence lie, [parts][part_rows]; unused with one part
+  int64_t partial;  // first row of its sequence's partial results, [parts][part_rows]; unused with one part
   int64_t part_rows;
   const Member* members;
   bool dots;  // takes the dot path
@@ -76,8 +78,8 @@ struct Problem {
   T* out;
   float* partials;  // of each row: running maximum, sum of weights, weighted values
   int64_t heads, group, dim;
-  int64_t padded_dim;  // to whole panels, and so to whole vectors of any format
-  float scale;         // times log2(e): scores are exponents of 2
+  int64_t padded_dim;  // rounded up to whole panels, and so to whole vectors of any format
+  float scale;         // times log2(e), as scores are exponents of 2
 
   int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
   int64_t token(const Group& g, int64_t row) const {
@@ -86,7 +88,7 @@ struct Problem {
   }
   int64_t head(const Group& g, int64_t row) const { return g.kv_head * group + (g.first + row) % g.heads; }
 
-  // A row's query as the products take it: its dimensions, in elements that are zero before where the last is not full.
+  // A row's query in the products' format. The elements must be zero before, as the last may be filled only in part.
   template <typename F>
   void take_query(const Group& g, int64_t row, typename F::Element* to) const {
     const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;

@@ -1,7 +1,7 @@
 // Which of a step's decoding sequences begin with the same blocks, and how far: a tree, cut into ranges of keys.
 //
-// Attention over a range is one product for all of its sequences: their common keys and values, most of a long context,
-// are brought into the tile path's format once for many rows, where each sequence alone would go through them by itself.
+// Attention over a range is one product for all of its sequences. Common keys and values are brought into the products'
+// format once for many rows, instead of being read by each sequence for itself.
 
 #pragma once
 
@@ -9,10 +9,10 @@
 
 namespace softbatch {
 
-// A common range pays from so many rows of queries to a kv head on.
+// Fewer query rows per kv head do not make up for the format's cost.
 constexpr int64_t kSharedRows = 12;
-// Whoever has fewer keys in common, behind a soft prompt of usual length too, gets the same results, bit for bit, in any
-// company.
+// Sequences with fewer keys in common, such as those behind a soft prompt of usual length, get the same results in any
+// batch, bit for bit.
 constexpr int64_t kLeastShared = 4 * kKeyTile;
 constexpr int64_t kSharedSplit = 8 * kKeyTile;  // keys of an item
 
@@ -25,7 +25,7 @@ struct SharedRange {
   int64_t splits() const { return (end - begin + kSharedSplit - 1) / kSharedSplit; }
 };
 
-// What of a sequence is taken care of by ranges.
+// How much of a sequence is computed by ranges.
 struct SharedPart {
   int64_t end = 0, parts = 0;
 };
@@ -46,7 +46,7 @@ class Sharing {
  private:
   // Finds the ranges from `from` on of sequences that are known to be alike up to key `alike`.
   void find(std::vector<int64_t> members, SharedPart from, int64_t alike) {
-    // The last key is the query's own token, which is nobody else's.
+    // The last key is the query's own token, which no other sequence has.
     const auto is_short = [&](int64_t s) { return p_.context_len[s] <= alike + kKeyTile; };
     members.erase(std::remove_if(members.begin(), members.end(), is_short), members.end());
     if (!are_enough(members.size())) return;

@@ -1,9 +1,9 @@
-// The layers of the Llama family on both sides of their attention, forwards, and backwards in their inputs: what trains a
-// soft prompt in front of a frozen model. What attends stands between the two (prefix_attention.cpp).
+// The layers of the Llama family before and behind their attention, with gradients in their inputs. They train a soft
+// prompt in front of a frozen model. The caller computes attention between the two (prefix_attention.cpp).
 //
-// As in decoder.cpp the residual stream, norms and sums are float32; what enters a product is rounded to W. Queries, keys,
-// values and what attention gives are T, [batch, heads, tokens, dim]; everything else is float32 [rows, ...], rows being
-// batch * tokens.
+// As in decoder.cpp the residual stream, norms and sums are float32, and what enters a product is rounded to W.
+// Queries, keys, values and attention's results are T [batch, heads, tokens, dim]. All else is float32 [rows, ...],
+// with batch * tokens rows.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -14,7 +14,8 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include "matmul/weights.h"
+#include "llama/heads.h"
+#include "llama/layer_weights.h"
 #include "matmul/row_ops.h"
 
 namespace softbatch {
@@ -23,7 +24,7 @@ class LayersBase : public torch::CustomClassHolder {
  public:
   using Tensors = std::vector<at::Tensor>;
 
-  virtual void add_layer(const Tensors& weights, const std::vector<OptionalTensor>& biases) = 0;
+  virtual void add_layer(const LayerWeights::Named& named) = 0;
   virtual Tensors into_attention(int64_t layer, const at::Tensor& inputs, const at::Tensor& cosines,
                                  const at::Tensor& sines, int64_t batch) = 0;
   virtual at::Tensor into_attention_backward(int64_t layer, const at::Tensor& inputs, const at::Tensor& cosines,
@@ -35,27 +36,6 @@ class LayersBase : public torch::CustomClassHolder {
 
 namespace {
 
-// Rows of several heads as attention has them, [batch, heads, tokens, dim].
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t heads, tokens, dim;
-
-  Heads(const at::Tensor& tensor, int64_t dim)
-      : data(tensor.data_ptr<T>()), heads(tensor.size(1)), tokens(tensor.size(2)), dim(dim) {}
-  INLINE T* at(int64_t row, int64_t head) const {
-    return data + ((row / tokens * heads + head) * tokens + row % tokens) * dim;
-  }
-  INLINE void read(int64_t row, float* to) const {
-    for (int64_t h = 0; h < heads; ++h)
-      widen_row(at(row, h), dim, to + h * dim);
-  }
-  INLINE void write(int64_t row, const float* from) const {
-    for (int64_t h = 0; h < heads; ++h)
-      narrow_row(from + h * dim, dim, at(row, h));
-  }
-};
-
 template <typename W, typename T>
 class Layers final : public LayersBase {
  public:
@@ -64,41 +44,27 @@ class Layers final : public LayersBase {
     TORCH_CHECK(dim % 2 == 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads, of an even size");
   }
 
-  void add_layer(const Tensors& weights, const std::vector<OptionalTensor>& biases) override {
-    TORCH_CHECK(weights.size() == 9 && biases.size() == 4, "a layer has nine weights and four biases, which may be none");
-    const int64_t size = weights[0].numel(), width = heads_ * dim_, kv_width = kv_heads_ * dim_;
-    const int64_t inner = weights[6].size(0);
-    TORCH_CHECK(weights[5].numel() == size && (layers_.empty() || (inner == inner_ && size == size_)),
-                "layers must be alike");
-    check_shape(weights[1], width, size);
-    check_shape(weights[2], kv_width, size);
-    check_shape(weights[3], kv_width, size);
-    check_shape(weights[4], size, width);
-    check_shape(weights[6], inner, size);
-    check_shape(weights[7], inner, size);
-    check_shape(weights[8], size, inner);
+  void add_layer(const LayerWeights::Named& named) override {
+    const LayerWeights weights(named);
+    weights.check(heads_, kv_heads_, dim_);
+    TORCH_CHECK(!weights.query_norm && !weights.key_norm, "norms of heads have no gradients here");
+    const int64_t size = weights.hidden_size(), inner = weights.intermediate_size();
+    TORCH_CHECK(layers_.empty() || (inner == inner_ && size == size_), "layers must be alike");
     size_ = size;
     inner_ = inner;
-    layers_.emplace_back(std::make_unique<Layer>());
+    layers_.push_back(std::make_unique<Layer>(Layer{{arena_, weights}, {}, {}, {}, {}}));
     Layer& layer = *layers_.back();
-    layer.input_norm = floats(weights[0]);
-    layer.mlp_norm = floats(weights[5]);
-    stack(arena_, layer.qkv, {weights[1], weights[2], weights[3]}, {biases[0], biases[1], biases[2]});
-    stack(arena_, layer.out, {weights[4]}, {biases[3]});
-    interleave(arena_, layer.gate_up, weights[6], weights[7]);
-    stack(arena_, layer.down, {weights[8]}, {std::nullopt});
-
     const auto backwards = [&](Packed<W>& packed, const at::Tensor& weight) {
       stack(arena_, packed, {weight.t().contiguous()}, {std::nullopt});
     };
-    backwards(layer.qkv_back, at::cat({weights[1], weights[2], weights[3]}));
-    backwards(layer.out_back, weights[4]);
+    backwards(layer.qkv_back, at::cat({weights.query, weights.key, weights.value}));
+    backwards(layer.out_back, weights.output);
     // As interleave() has them: kLanes of the gate, then the same of the other half.
     const auto in_vectors = [&](const at::Tensor& weight) {
       return at::constant_pad_nd(weight, {0, 0, 0, gated() - inner}).reshape({-1, kLanes, size});
     };
-    backwards(layer.gate_up_back, at::stack({in_vectors(weights[6]), in_vectors(weights[7])}, 1).reshape({-1, size}));
-    backwards(layer.down_back, weights[8]);
+    backwards(layer.gate_up_back, at::stack({in_vectors(weights.gate), in_vectors(weights.up)}, 1).reshape({-1, size}));
+    backwards(layer.down_back, weights.down);
   }
 
   Tensors into_attention(int64_t index, const at::Tensor& inputs, const at::Tensor& cosines, const at::Tensor& sines,
@@ -117,9 +83,7 @@ class Layers final : public LayersBase {
         rms_norm(x + row * size_, layer.input_norm, epsilon_, own.data());
         return own.data();
       });
-      matmul(team, layer.qkv, hidden_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        qkv.each(row, column, sums, [](Vec, Vec sum) { return sum; });
-      });
+      matmul(team, layer.qkv, hidden_in_, written_to(qkv));
       team.for_each(rows, [&](int64_t row) {
         float* from = qkv.data + row * qkv.columns;
         turn(from, heads_, cosines, sines, row, own.data());
@@ -155,9 +119,7 @@ class Layers final : public LayersBase {
         value.read(row, turned.data() + width + kv_width);
         return turned.data();
       });
-      matmul(team, layer.qkv_back, qkv_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        normed.each(row, column, sums, [](Vec, Vec sum) { return sum; });
-      });
+      matmul(team, layer.qkv_back, qkv_in_, written_to(normed));
       team.for_each(rows, [&](int64_t row) {
         float* gradient = normed.data + row * size_;
         rms_norm_backward(inputs.const_data_ptr<float>() + row * size_, layer.input_norm, epsilon_, gradient, gradient);
@@ -171,7 +133,8 @@ class Layers final : public LayersBase {
     const int64_t batch = attended.size(0), rows = check_rows(inputs, batch), width = heads_ * dim_;
     check_heads(attended, batch, heads_, rows);
     const Heads<T> from(attended, dim_);
-    const Tensors out = {inputs.clone(), at::empty({rows, size_}, at::kFloat), at::empty({rows, 2 * gated()}, at::kFloat)};
+    const Tensors out = {inputs.clone(), at::empty({rows, size_}, at::kFloat),
+                         at::empty({rows, 2 * gated()}, at::kFloat)};
     const Rows middle{out[0].data_ptr<float>(), size_}, next{out[1].data_ptr<float>(), size_};
     const Rows gate_up{out[2].data_ptr<float>(), 2 * gated()};
     attended_in_.resize(rows, width);
@@ -183,9 +146,7 @@ class Layers final : public LayersBase {
         from.read(row, own.data());
         return own.data();
       });
-      matmul(team, layer.out, attended_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        middle.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
-      });
+      matmul(team, layer.out, attended_in_, added_to(middle));
       hidden_in_.fill(team, [&](int64_t row) {
         std::memcpy(next.data + row * size_, middle.data + row * size_, size_ * sizeof(float));
         rms_norm(middle.data + row * size_, layer.mlp_norm, epsilon_, own.data());
@@ -197,9 +158,7 @@ class Layers final : public LayersBase {
         store(part, swiglu(load(sums), load(sums + kLanes)));
         gated_in_.put_part(tile, row, column / 2, part);
       });
-      matmul(team, layer.down, gated_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        next.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
-      });
+      matmul(team, layer.down, gated_in_, added_to(next));
     });
     return out;
   }
@@ -233,9 +192,7 @@ class Layers final : public LayersBase {
           gate_up_in_.put_part(tile, row, 2 * first + kLanes, part);
         }
       });
-      matmul(team, layer.gate_up_back, gate_up_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        normed.each(row, column, sums, [](Vec, Vec sum) { return sum; });
-      });
+      matmul(team, layer.gate_up_back, gate_up_in_, written_to(normed));
       hidden_in_.fill(team, [&](int64_t row) {
         rms_norm_backward(x + row * size_, layer.mlp_norm, epsilon_, normed.data + row * size_, own.data());
         float* sum = residual.data + row * size_;
@@ -243,18 +200,14 @@ class Layers final : public LayersBase {
           sum[i] += own[i];
         return sum;
       });
-      matmul(team, layer.out_back, hidden_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        attended.each(row, column, sums, [](Vec, Vec sum) { return sum; });
-      });
+      matmul(team, layer.out_back, hidden_in_, written_to(attended));
       team.for_each(rows, [&](int64_t row) { to.write(row, attended.data + row * width); });
     });
     return out;
   }
 
  private:
-  struct Layer {
-    std::vector<float> input_norm, mlp_norm;
-    Packed<W> qkv, out, gate_up, down;
+  struct Layer : PackedLayer<W> {
     Packed<W> qkv_back, out_back, gate_up_back, down_back;  // transposed
   };
 
@@ -302,7 +255,7 @@ class Layers final : public LayersBase {
   Activations<W> hidden_in_, qkv_in_, attended_in_, gated_in_, gate_up_in_;
 };
 
-c10::intrusive_ptr<LayersBase> make_layers(const std::string& weights, int64_t heads, int64_t kv_heads, int64_t dim,
+c10::intrusive_ptr<LayersBase> make_layers(int64_t weights, int64_t heads, int64_t kv_heads, int64_t dim,
                                            double epsilon) {
   return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<LayersBase> {
     return c10::make_intrusive<Layers<decltype(w), decltype(t)>>(heads, kv_heads, dim, epsilon);

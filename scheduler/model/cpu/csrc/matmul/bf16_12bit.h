@@ -1,8 +1,9 @@
-// bfloat16 weights in twelve bits each, without loss: where a step waits for memory, it waits for a quarter less.
+// bfloat16 weights in 12 bits each, without loss, for steps that are bound by memory.
 //
-// A number's exponent is hardly ever any but one of a few: a panel names the sixteen it has most often, four bits a
-// weight say which, and sign and mantissa stay as they are. The rare weight with another exponent is put in its place
-// when it is read. After DFloat11 (arXiv 2504.11651), whose codes of varying length no vector could take apart.
+// Nearly all weights of a panel share a few exponents. The panel names its sixteen most frequent ones, four bits per
+// weight say which applies, and sign and mantissa stay as they are. Outliers with another exponent are put in place
+// when the panel is read. The idea is DFloat11's (arXiv 2504.11651), but its codes vary in length, which vectors cannot
+// decode.
 
 #pragma once
 
@@ -45,7 +46,7 @@ struct Layout<Compact> : Layout<at::BFloat16> {
 
   static int64_t panel_bytes(int64_t inputs) { return sizeof(Head) + groups(inputs) * kGroup * kStep; }
 
-  // Where a step's byte goes when the halves of its numbers meet: each 16 bytes make 8 numbers of either vector.
+  // The number that a step's byte belongs to: unpacking turns each 16 bytes into 8 numbers of either vector.
   static constexpr int place(int byte) { return byte % 16 / 8 * (kNumbers / 2) + byte / 16 * 8 + byte % 8; }
   static int exponent(uint16_t bits) { return bits >> 7 & 0xff; }
 
@@ -104,10 +105,10 @@ struct Layout<Compact> : Layout<at::BFloat16> {
     }
 
    private:
-    // The table is there four times: what is left of a byte above the code does not matter.
+    // The table is repeated four times, so the bits above a code do not matter.
     template <typename S>
     INLINE void one(__m512i codes, const uint8_t* signs_mantissas, const S& step) {
-      constexpr int kPick = 0xe4;  // bits of the first operand where the third has ones, else of the second
+      constexpr int kPick = 0xe4;  // takes a bit of the first operand if the third has a one there, else of the second
       const __m512i rest = _mm512_load_si512(signs_mantissas);
       const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
       const __m512i high = _mm512_ternarylogic_epi32(rest, _mm512_permutexvar_epi8(codes, high_), sign, kPick);
@@ -130,8 +131,8 @@ struct Layout<Compact> : Layout<at::BFloat16> {
     int32_t steps_ = 0;
   };
 
-  // A panel's steps for matrix tiles, which read memory only: each is written down a little before the first rows need
-  // it, and stays for the rows that follow, unless they are the only ones.
+  // A panel's steps for matrix tiles, which read only memory. Each step is unpacked shortly before the first rows need
+  // it, and kept if other rows follow.
   class MatrixPanel {
    public:
     INLINE MatrixPanel(const char* panel, int64_t steps, bool once)
@@ -154,9 +155,9 @@ struct Layout<Compact> : Layout<at::BFloat16> {
     }
 
    private:
-    static constexpr int kEarly = 2;  // steps, so that what was written has left the store buffer
-    // Of steps, where no more are kept. Not only kEarly: compilers may write the next before they have read this one, as
-    // they do not know that tiles are loaded from memory.
+    static constexpr int kEarly = 2;  // steps, so that the data has left the store buffer
+    // Steps in memory if none is kept. kEarly would be too few: compilers do not know that tiles are loaded from
+    // memory, and may write the next step before this one is read.
     static constexpr int64_t kPlaces = 2 * kEarly;
     static_assert(Plain::kGroup * Plain::kStep == kMatrixStep);
     Reader reader_;

@@ -14,11 +14,11 @@
 
 namespace softbatch {
 
-// What one item takes of the activations, so that they stay in the L2 cache.
-constexpr int kTilesTogether = 8;              // 112 rows with AVX-512
-constexpr int64_t kBytesTogether = 768 << 10;  // more where it fits; on matrix tiles, whose processors have 2 MiB a core
-constexpr int64_t kItemsEach = 4;              // for each thread at the least, as nobody may wait long for the last
-// Threads multiply rows of their own, and read every panel for them, from so many matrix tiles a thread on.
+// Activations of one item, so few that they stay in the L2 cache.
+constexpr int kTilesTogether = 8;
+constexpr int64_t kBytesTogether = 768 << 10;  // on matrix tiles, as their processors have larger caches
+constexpr int64_t kItemsEach = 4;              // per thread at least, so that no thread waits long for the last one
+// From so many matrix tiles per thread on, each thread multiplies rows of its own by every panel.
 constexpr int kTilesOfThread = 12;
 constexpr int kMostRows = std::max(kTile, kMatrixRows);
 
@@ -57,7 +57,7 @@ template <typename W>
 struct Activations {
   int64_t rows = 0, inputs = 0, tiles = 0;
   Buffer<char> data;
-  static constexpr int64_t kBehind = kMatrixRows * kMatrixBytes;  // matrix tiles are read as if all rows were there
+  static constexpr int64_t kBehind = kMatrixRows * kMatrixBytes;  // matrix tiles read absent rows too
 
   void resize(int64_t new_rows, int64_t new_inputs) {
     rows = new_rows;
@@ -88,11 +88,11 @@ struct Activations {
   }
 
  private:
-  std::vector<int64_t> starts_;  // asked for with every row of every panel, where a division would be felt
+  std::vector<int64_t> starts_;  // looked up for every row of every panel, too often for a division
 };
 
-// How a product's rows are divided: into groups that different threads should multiply, each by all panels, and these
-// into parts, of which an item takes one. A part is of whole units, as matrix tiles are multiplied by twos.
+// How a product's rows are divided. Different threads should multiply different groups, each by all panels. A group is
+// divided into parts, one per item. Matrix tiles are multiplied two at a time, so parts are made of whole units.
 struct Division {
   int64_t tiles, unit, groups, parts;
 

@@ -1,5 +1,6 @@
-// Memory for weights and for a step's working tensors, in huge pages where it is large: a step reads every weight once,
-// and with small pages waits for their addresses as much as for the data.
+// Memory for weights and for a step's working tensors. Large pieces lie in huge pages.
+//
+// A step reads every weight once. With small pages it would wait for address translation as long as for the data.
 
 #pragma once
 
@@ -14,7 +15,7 @@
 
 namespace softbatch {
 
-// Memory that grows and is kept; what it held is lost when it grows.
+// Memory that is kept and can grow. Growing loses its contents.
 template <typename T>
 class Buffer {
  public:
@@ -25,7 +26,7 @@ class Buffer {
       void* p = std::aligned_alloc(align, bytes);
       if (p == nullptr) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
-      if (align == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);  // a wish: refused where there are none
+      if (align == kHugePage) madvise(p, bytes, MADV_HUGEPAGE);  // only a request: there may be none
 #endif
       data_.reset(static_cast<T*>(p));
       count_ = count;
@@ -43,7 +44,7 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// Pieces of memory that live as long as the arena, one behind the other. Threads may ask at the same time.
+// Hands out pieces of memory, one behind the other, that live as long as the arena. Thread-safe.
 class Arena {
  public:
   template <typename T>
@@ -61,7 +62,7 @@ class Arena {
   }
 
  private:
-  static constexpr size_t kChunk = 64 << 20;  // pages that are not used are never there
+  static constexpr size_t kChunk = 64 << 20;  // the system provides only the pages that are used
   std::mutex mutex_;
   std::vector<Buffer<char>> chunks_;
   char* next_ = nullptr;

@@ -29,16 +29,16 @@ constexpr int kTile = 12;
 constexpr int kTile = 6;  // 16 registers
 #endif
 
-// While one panel is multiplied, the next is fetched into the cache, every tile of rows a share of it: all at once would
-// take longer to come than one tile's products take, and memory would rest during the others'.
+// While one panel is multiplied, the next is prefetched, a share of it with every tile of rows. Prefetched all at once,
+// it would take longer to arrive than one tile's products take, and memory would be idle during the others'.
 struct Prefetch {
   static constexpr int64_t kMost = 4 * kColumns;
 
   const char* next;
-  int64_t step;  // bytes of the next panel for a step of this; 0: nothing to fetch
+  int64_t step;  // bytes of the next panel for each step of this one, or 0 to fetch nothing
 
   static Prefetch none(const char* any) { return {any, 0}; }
-  // One of `shares` parts of a panel of `bytes`, `step` of them, at most kMost, for every step.
+  // One of `shares` parts of a panel of `bytes` bytes, at most kMost of them in a step.
   static Prefetch share(const char* panel, int64_t bytes, int64_t step, int64_t share, int64_t shares) {
     return {panel + bytes * share / shares, (step + shares - 1) / shares};
   }
@@ -49,7 +49,7 @@ struct Prefetch {
     next += step;
   }
 
-  // What so many steps fetch, and no line twice.
+  // As `steps` single fetches, without fetching a line twice.
   INLINE void fetch(int64_t steps) {
     for (int64_t line = 0; line < steps * step; line += 64)
       __builtin_prefetch(next + line, 0, 2);
@@ -62,7 +62,7 @@ struct Layout {
   using F = Format<W>;
   using Element = typename F::Element;
   static constexpr int64_t kInputs = F::kDepth;  // the number of inputs must be a multiple of this
-  // Elements of a row that lie together in a tile; the rest of the last group is zeros, in the weights too.
+  // Elements of a row that lie together in a tile. The last group is filled up with zeros, in the weights too.
   static constexpr int64_t kGroup = 16;
   static constexpr int64_t kStep = kColumns * F::kDepth * sizeof(W);  // a panel's share of an element
   static_assert(kStep <= Prefetch::kMost);
@@ -95,7 +95,8 @@ struct Layout {
     F::elements(rest, kValues, to);
   }
 
-  // Writes kLanes values of a row, from input `first` on, a multiple of kLanes; after the last of them zeros.
+  // Writes kLanes values of a row from input `first` on, a multiple of kLanes. The row's last values are followed by
+  // zeros.
   static constexpr bool kTakesParts = true;
   static INLINE void put_part(const float* values, int64_t inputs, int64_t first, int64_t row, int64_t rows,
                               char* tile) {
@@ -108,7 +109,7 @@ struct Layout {
     }
   }
 
-  // A panel's steps, two vectors of weights each, by twos.
+  // Reads two steps of a panel at a time. A step is two vectors of weights.
   class Reader {
    public:
     INLINE explicit Reader(const char* panel) : panel_(panel) {}
@@ -122,7 +123,7 @@ struct Layout {
     const char* panel_;
   };
 
-  // A panel's steps for matrix tiles, which take them as they lie.
+  // A panel's steps for matrix tiles, which read them in place.
   class MatrixPanel {
    public:
     INLINE MatrixPanel(const char* panel, int64_t, bool) : panel_(panel) {}
@@ -158,16 +159,16 @@ struct Layout {
   }
 };
 
-// 8-bit integers with a scale for every kGroup inputs, of each weight row and of each activation row alike: one scale
-// a row would drown most activations in the few large ones. Weights are stored from 0 to 255, as the processors'
-// instruction wants one operand; each group of a tile says what that adds to its sums.
+// 8-bit integers with a scale for every kGroup inputs, in weight rows and activation rows alike. With one scale a row,
+// outliers would cost all other activations their precision. Weights are stored unsigned, because the processor's
+// instruction requires one unsigned operand. Each group of a tile holds the correction of its sums.
 template <>
 struct Layout<int8_t> {
   static constexpr int64_t kInputs = 32;
   static constexpr bool kTakesParts = false;  // a scale is for more than the lanes of a vector
   static constexpr int kGroup = 32;
   static constexpr int kZero = 128;
-  static constexpr float kLeast = 1e-30f;  // whatever is smaller counts as nothing: 127 / top stays finite
+  static constexpr float kLeast = 1e-30f;  // smaller values count as zero, so 127 / top stays finite
   static constexpr int64_t kStep = 4 * kColumns;                                   // four inputs of a panel
   static_assert(kStep <= Prefetch::kMost && kColumns * sizeof(float) <= Prefetch::kMost);
   static constexpr int64_t kGroupBytes = kGroup * kColumns + kColumns * sizeof(float);  // with its scales, first
@@ -207,7 +208,7 @@ struct Layout<int8_t> {
       typedef int8_t Bytes __attribute__((vector_size(kLanes)));
       int8_t bytes[kGroup];
       Ints sum = {};
-      Vec nothing = {};  // NaN where a value is not finite, which must not come out looking like a number
+      Vec nothing = {};  // NaN if a value is not finite, so that no finite number comes out
       for (int k = 0; k < kGroup; k += kLanes) {
         const Vec value = load(values + k);
         // The low mantissa bits of the sum hold the nearest integer.
@@ -217,7 +218,7 @@ struct Layout<int8_t> {
         sum += nearest;
         nothing += value * 0.0f;
       }
-      uint32_t total = 0;  // anything where a value is not finite
+      uint32_t total = 0;  // arbitrary if a value is not finite
       for (int i = 0; i < kLanes; ++i)
         total += static_cast<uint32_t>(sum[i]);
       float* scales = reinterpret_cast<float*>(tile);

@@ -1,4 +1,4 @@
-// What happens to a row between two products, in float32.
+// Operations on one row between two products, in float32.
 
 #pragma once
 
@@ -26,7 +26,7 @@ INLINE void rms_norm(const float* x, const std::vector<float>& weight, float eps
     to[i] = weight[i] * (x[i] * scale);
 }
 
-// What the norm's input gets of the gradient that its output has; `to` may be `gradient`.
+// The gradient of the norm's input from that of its output. `to` may be `gradient`.
 INLINE void rms_norm_backward(const float* x, const std::vector<float>& weight, float epsilon, const float* gradient,
                               float* to) {
   const int64_t size = weight.size();
@@ -50,7 +50,7 @@ INLINE void rms_norm_backward(const float* x, const std::vector<float>& weight, 
     to[i] = weight[i] * gradient[i] * scale - x[i] * along;
 }
 
-// One head's vector [dim], turned by its position, and normed before where the model does so.
+// Rotates one head's vector [dim] by its position. If there is a norm, it comes first.
 INLINE void rotate(const float* from, const std::vector<float>& norm, float epsilon, const float* cosine,
                    const float* sine, int64_t dim, float* to) {
   if (!norm.empty()) {
@@ -80,13 +80,13 @@ INLINE Vec sigmoid(Vec x) {
 
 INLINE Vec swiglu(Vec gate, Vec up) { return gate * sigmoid(gate) * up; }
 
-// What gate and up get of the gradient that swiglu(gate, up) has.
+// The gradients of gate and up from that of swiglu(gate, up).
 INLINE std::pair<Vec, Vec> swiglu_backward(Vec gate, Vec up, Vec gradient) {
   const Vec s = sigmoid(gate), silu = gate * s;
   return {gradient * up * (s + silu * (1.0f - s)), gradient * silu};
 }
 
-// Rows of a product, into memory of `columns` floats a row.
+// A product's rows in memory, `columns` floats each.
 struct Rows {
   float* data;
   int64_t columns;
@@ -103,5 +103,17 @@ struct Rows {
     }
   }
 };
+
+// What matmul() does with a product's rows: writes them, or adds them to what is there.
+inline auto written_to(const Rows& rows) {
+  return [rows](int64_t, int64_t row, int64_t column, const float* sums) {
+    rows.each(row, column, sums, [](Vec, Vec sum) { return sum; });
+  };
+}
+inline auto added_to(const Rows& rows) {
+  return [rows](int64_t, int64_t row, int64_t column, const float* sums) {
+    rows.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
+  };
+}
 
 }  // namespace softbatch

@@ -1,6 +1,6 @@
-// Products of small float32 matrices, within one thread: what attention with gradients is made of.
+// Products of small float32 matrices within one thread, for attention with gradients.
 //
-// All matrices lie row by row, a multiple of kPad numbers from one row to the next, with zeros behind what is used.
+// Rows lie a multiple of kPad numbers apart, and unused numbers are zero.
 
 #pragma once
 

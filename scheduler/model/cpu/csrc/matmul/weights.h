@@ -5,9 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "formats.h"
 #include "matmul/matmul.h"
 
 namespace softbatch {
@@ -16,12 +16,13 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // make(W, T) for weights that are not quantised and what is computed from them.
 template <typename F>
-auto in_format(const std::string& weights, const F& make) {
-  if (weights == "float32") return make(float{}, float{});
+auto in_format(int64_t number, const F& make) {
+  const NamedFormat<WeightFormat>& weights = weight_format_of(number);
+  if (weights.format == WeightFormat::kFloat32) return make(float{}, float{});
 #if defined(SOFTBATCH_COMPACT)
-  if (weights == "bfloat16 in 12 bits") return make(Compact{}, at::BFloat16{});
+  if (weights.format == WeightFormat::kBfloat16In12Bits) return make(Compact{}, at::BFloat16{});
 #endif
-  TORCH_CHECK(weights == "bfloat16", "weights cannot be ", weights, " here");
+  TORCH_CHECK(weights.format == WeightFormat::kBfloat16, "weights cannot be ", weights.name, " here");
   return make(at::BFloat16{}, at::BFloat16{});
 }
 
@@ -48,7 +49,7 @@ inline std::vector<float> floats(const at::Tensor& t) {
   return {f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel()};
 }
 
-// What is written for a weight goes by its shape: no call may reach past a row.
+// Packing reads as much as the shape says, so the shape must be right.
 inline void check_shape(const at::Tensor& weight, int64_t outputs, int64_t inputs) {
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == inputs, "a weight must be [", outputs,
               ", ", inputs, "], not ", weight.sizes());
@@ -60,7 +61,7 @@ void check_inputs(const at::Tensor& weight) {
               Layout<W>::kInputs);
 }
 
-// One product with the outputs of several, one after another.
+// One product with the outputs of several, one behind another.
 template <typename W>
 void stack(Arena& arena, Packed<W>& packed, const std::vector<at::Tensor>& parts,
            const std::vector<OptionalTensor>& biases) {
@@ -86,7 +87,7 @@ void stack(Arena& arena, Packed<W>& packed, const std::vector<at::Tensor>& parts
   if (any) packed.bias = bias;
 }
 
-// Every panel holds kLanes outputs of the gate and the same of the other half.
+// Every panel holds kLanes outputs of the gate, then the same outputs of the up projection.
 template <typename W>
 void interleave(Arena& arena, Packed<W>& packed, const at::Tensor& gate, const at::Tensor& up) {
   const Matrix g(gate), u(up);

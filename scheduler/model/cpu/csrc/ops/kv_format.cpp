@@ -1,4 +1,4 @@
-// Packing of keys and values that come from elsewhere than a step: those of soft prompts.
+// Packs the keys and values of soft prompts, which no step computes.
 
 #include "attention/kv_format.h"
 
@@ -12,17 +12,17 @@
 namespace softbatch {
 namespace {
 
-std::tuple<int64_t, int64_t> packed_row_bytes(const std::string& packing, int64_t dim) {
-  const KvPacking<float> rows(packing, dim);
+std::tuple<int64_t, int64_t> packed_row_bytes(int64_t format, int64_t dim) {
+  const KvPacking<float> rows(kv_format_of(format), dim);
   return {rows.keys.bytes, rows.values.bytes};
 }
 
 // float32 rows [..., dim] as uint8 [..., bytes]; keys are turned first.
-at::Tensor pack_rows(const at::Tensor& rows, const std::string& packing, bool are_keys) {
+at::Tensor pack_rows(const at::Tensor& rows, int64_t format, bool are_keys) {
   TORCH_CHECK(rows.device().is_cpu() && rows.scalar_type() == at::kFloat && rows.dim() > 0,
               "rows must be float32 [..., head_dim], on the cpu");
   const int64_t dim = rows.size(-1);
-  const KvPacking<float> packings(packing, dim);
+  const KvPacking<float> packings(kv_format_of(format), dim);
   TORCH_CHECK(packings, "there is nothing to do for a cache that is not packed");
   const RowCodec<float>& codec = are_keys ? packings.keys : packings.values;
   std::vector<int64_t> sizes = rows.sizes().vec();
@@ -41,6 +41,6 @@ at::Tensor pack_rows(const at::Tensor& rows, const std::string& packing, bool ar
 }  // namespace softbatch
 
 TORCH_LIBRARY_FRAGMENT(softbatch, m) {
-  m.def("packed_row_bytes(str packing, int head_dim) -> (int, int)", &softbatch::packed_row_bytes);
-  m.def("pack_rows(Tensor rows, str packing, bool are_keys) -> Tensor", &softbatch::pack_rows);
+  m.def("packed_row_bytes(int format, int head_dim) -> (int, int)", &softbatch::packed_row_bytes);
+  m.def("pack_rows(Tensor rows, int format, bool are_keys) -> Tensor", &softbatch::pack_rows);
 }

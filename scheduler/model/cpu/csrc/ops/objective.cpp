@@ -1,5 +1,5 @@
-// What a soft prompt is trained for, from last hidden states: projections, both distributions and the gradient, a few
-// positions at a time, so that logits take little memory.
+// The objective of training, from last hidden states: projections, both distributions and the gradient. It takes a few
+// positions at a time, so that logits need little memory.
 //
 // The formulas are those of prompt_store/compression/objectives.py. With t and s the teacher's and the student's
 // distribution, the loss is alpha * -log s(gold) + (1 - alpha) * KL(t || s); its gradient in the student's logits
@@ -62,10 +62,12 @@ class Objective final : public ObjectiveBase {
                                           const at::Tensor& gold, double alpha) override {
     const int64_t positions = student.size(0);
     for (const OptionalTensor& states : {OptionalTensor(student), teacher})
-      TORCH_CHECK(!states || (states->is_cpu() && states->is_contiguous() && states->scalar_type() == c10::CppTypeToScalarType<T>::value &&
+      TORCH_CHECK(!states || (states->is_cpu() && states->is_contiguous() &&
+                              states->scalar_type() == c10::CppTypeToScalarType<T>::value &&
                               states->sizes() == at::IntArrayRef({positions, size_})),
                   "states must be contiguous [positions, hidden], in the model's dtype");
-    TORCH_CHECK(gold.is_cpu() && gold.is_contiguous() && gold.scalar_type() == at::kLong && gold.numel() == positions && positions > 0,
+    TORCH_CHECK(gold.is_cpu() && gold.is_contiguous() && gold.scalar_type() == at::kLong &&
+                    gold.numel() == positions && positions > 0,
                 "gold must be int64 [positions]");
     const int64_t* label = gold.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < positions; ++i)
@@ -98,9 +100,7 @@ class Objective final : public ObjectiveBase {
         widen_row(row < count ? student + row * size_ : teacher + (row - count) * size_, size_, own.data());
         return own.data();
       });
-      matmul(team, head_, states_in_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
-        logits.each(row, column, sums, [](Vec, Vec sum) { return sum; });
-      });
+      matmul(team, head_, states_in_, written_to(logits));
       team.for_each(count, [&](int64_t row) {
         float* s = logits.data + row * vocab_;
         losses[row] = residual(s, teacher ? s + count * vocab_ : nullptr, gold[row], alpha);
@@ -150,7 +150,7 @@ class Objective final : public ObjectiveBase {
   Activations<W> states_in_, residual_in_;
 };
 
-c10::intrusive_ptr<ObjectiveBase> make_objective(const std::string& weights, const at::Tensor& weight,
+c10::intrusive_ptr<ObjectiveBase> make_objective(int64_t weights, const at::Tensor& weight,
                                                  const OptionalTensor& bias) {
   return in_format(weights, [&](auto w, auto t) -> c10::intrusive_ptr<ObjectiveBase> {
     return c10::make_intrusive<Objective<decltype(w), decltype(t)>>(weight, bias);

@@ -1,8 +1,8 @@
-// Causal attention behind a prefix that all rows of a batch share, in float32, and its gradients: what soft prompts are
-// matched and trained with.
+// Causal attention behind a prefix that all rows of a batch share, and its gradients, in float32. Soft prompts are
+// matched and trained with it.
 //
-// Of each sequence and kv head, the rows are those of its query heads, one after another: [group * tokens, dim]. They see
-// the prefix's n keys and of their own tokens those up to their own.
+// An item is one sequence and kv head. Its rows are those of the query heads, one head after another: [group * tokens,
+// dim]. A row sees the prefix's n keys, and those of its own sequence up to its own token.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,7 +25,8 @@ struct Shape {
 
 Shape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& keys,
                const at::Tensor& values) {
-  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && keys.dim() == 3, "queries and keys must have four dimensions, the prefix's three");
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && keys.dim() == 3,
+              "queries and keys must have four dimensions, the prefix's three");
   const Shape s{query.size(0), query.size(1), key.size(1), query.size(2), query.size(3), keys.size(1)};
   TORCH_CHECK(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "query heads must be a multiple of kv heads");
   for (const at::Tensor& own : {key, value})
@@ -35,7 +36,8 @@ Shape shape_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
     TORCH_CHECK(shared.sizes() == at::IntArrayRef({s.kv_heads, s.prefix, s.dim}),
                 "those of the prefix must be [kv_heads, n, head_dim]");
   for (const at::Tensor& any : {query, key, value, keys, values})
-    TORCH_CHECK(any.is_contiguous() && any.scalar_type() == query.scalar_type(), "tensors must be contiguous and of one dtype");
+    TORCH_CHECK(any.is_contiguous() && any.scalar_type() == query.scalar_type(),
+                "tensors must be contiguous and of one dtype");
   return s;
 }
 
@@ -86,7 +88,7 @@ void softmax(float* row, int64_t visible, int64_t all) {
     store(row + i, i < all ? load(row + i) * inverse : Vec{});
 }
 
-// Returns what attention gives, as the query, and its weights float32 [batch * kv_heads, rows, padded keys].
+// Returns attention's result in the query's shape, and its weights, float32 [batch * kv_heads, rows, padded keys].
 template <typename T>
 std::vector<at::Tensor> forward(const Shape& s, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                 const at::Tensor& keys, const at::Tensor& values, double scale) {
@@ -118,69 +120,114 @@ std::vector<at::Tensor> forward(const Shape& s, const at::Tensor& query, const a
   return out;
 }
 
+// Turns `change`, the gradient of the weights, into that of the scores: weight * (change - sum of weight * change).
+void softmax_backward(const SmallMatrix& weight, SmallMatrix& change) {
+  for (int64_t row = 0; row < change.rows; ++row) {
+    float *to = change.row(row), *own = weight.row(row);
+    Vec mean = {};
+    for (int64_t i = 0; i < change.stride; i += kLanes)
+      mean += load(own + i) * load(to + i);
+    const float along = sum(mean);
+    for (int64_t i = 0; i < change.stride; i += kLanes)
+      store(to + i, load(own + i) * (load(to + i) - along));
+  }
+}
+
+// The gradients, and what each sequence adds to the prefix's keys and values: [batch, kv_heads, n, dim] each.
+template <typename T>
+struct Gradients {
+  T *query, *key, *value, *keys, *values;
+  float *keys_parts, *values_parts;
+};
+
+// One thread's way from the gradient of what attention gives to those of its inputs.
+template <typename T>
+class Backward {
+ public:
+  Backward(const Shape& shape, double scale, const Gradients<T>& to)
+      : s_(shape), scale_(static_cast<float>(scale)), to_(to) {}
+
+  void run(int64_t item, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+           const at::Tensor& keys, const at::Tensor& values, const at::Tensor& weights, const at::Tensor& gradient) {
+    read_rows<T>(s_, item, query, scale_, rows_);
+    read_rows<T>(s_, item, gradient, 1.0f, above_);
+    read_keys<T>(s_, item, keys, key, keys_);
+    read_keys<T>(s_, item, values, value, values_);
+    weight_.resize(s_.rows(), s_.keys());
+    const int64_t count = s_.rows() * weight_.stride;
+    std::memcpy(weight_.row(0), weights.const_data_ptr<float>() + item * count, count * sizeof(float));
+    values_.transpose_into(turned_);
+    change_.resize(s_.rows(), s_.keys());
+    multiply_small(above_, turned_, scratch_, [&](int64_t row, int64_t column, const float* sums) {
+      std::memcpy(change_.row(row) + column, sums, kColumns * sizeof(float));
+    });
+    softmax_backward(weight_, change_);
+    to_query(item);
+    to_keys(item, change_, rows_, to_.key, to_.keys_parts);
+    to_keys(item, weight_, above_, to_.value, to_.values_parts);
+  }
+
+ private:
+  void to_query(int64_t item) {
+    multiply_small(change_, keys_, scratch_, [&](int64_t row, int64_t column, const float* sums) {
+      float scaled[kColumns];
+      for (int i = 0; i < kColumns; ++i)
+        scaled[i] = sums[i] * scale_;
+      write_part(scaled, column, s_.dim, to_.query + (item * s_.rows() + row) * s_.dim);
+    });
+  }
+
+  // Keys, or values, of the sequence's own tokens, and its part of the prefix's.
+  void to_keys(int64_t item, const SmallMatrix& of_rows, const SmallMatrix& by, T* own, float* parts) {
+    of_rows.transpose_into(turned_change_);
+    multiply_small(turned_change_, by, scratch_, [&](int64_t row, int64_t column, const float* sums) {
+      if (row < s_.prefix) {
+        write_part(sums, column, s_.dim, parts + (item * s_.prefix + row) * s_.dim);
+      } else {
+        write_part(sums, column, s_.dim, own + (item * s_.tokens + row - s_.prefix) * s_.dim);
+      }
+    });
+  }
+
+  const Shape& s_;
+  const float scale_;
+  const Gradients<T>& to_;
+  SmallMatrix rows_, above_, keys_, values_, turned_, weight_, change_, turned_change_;
+  Buffer<char> scratch_;
+};
+
+// The sum of all sequences' parts of one kv head.
+template <typename T>
+void sum_parts(const Shape& s, int64_t head, const float* parts, T* to) {
+  const int64_t part = s.prefix * s.dim;
+  std::vector<float> total(part);
+  for (int64_t item = head; item < s.batch * s.kv_heads; item += s.kv_heads)
+    for (int64_t k = 0; k < part; ++k)
+      total[k] += parts[item * part + k];
+  narrow_row(total.data(), part, to + head * part);
+}
+
 // Gradients of query, key, value, keys and values.
 template <typename T>
 std::vector<at::Tensor> backward(const Shape& s, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const at::Tensor& keys, const at::Tensor& values, double scale,
                                  const at::Tensor& weights, const at::Tensor& gradient) {
-  const int64_t padded = round_up(s.keys(), kPad), items = s.batch * s.kv_heads;
   const std::vector<at::Tensor> out = {at::empty_like(query), at::empty_like(key), at::empty_like(value),
                                        at::empty_like(keys), at::empty_like(values)};
-  // What every sequence gives to the prefix's keys, then values: [batch, kv_heads, n, dim] each.
-  const int64_t part = s.prefix * s.dim;
+  const int64_t items = s.batch * s.kv_heads, floats = items * s.prefix * s.dim;
   Buffer<float> memory;
-  float* parts[2] = {memory.resize(2 * items * part), memory.data() + items * part};
+  float* parts = memory.resize(2 * floats);
+  const Gradients<T> to{out[0].data_ptr<T>(), out[1].data_ptr<T>(), out[2].data_ptr<T>(), out[3].data_ptr<T>(),
+                        out[4].data_ptr<T>(), parts, parts + floats};
   Team::run([&](Team& team) {
-    SmallMatrix rows, above, all_keys, all_values, turned, weight, change, turned_change;
-    Buffer<char> scratch;
-    team.for_each(items, [&](int64_t item) {
-      read_rows<T>(s, item, query, static_cast<float>(scale), rows);
-      read_rows<T>(s, item, gradient, 1.0f, above);
-      read_keys<T>(s, item, keys, key, all_keys);
-      read_keys<T>(s, item, values, value, all_values);
-      weight.resize(s.rows(), s.keys());
-      std::memcpy(weight.row(0), weights.const_data_ptr<float>() + item * s.rows() * padded,
-                  s.rows() * padded * sizeof(float));
-      all_values.transpose_into(turned);
-      change.resize(s.rows(), s.keys());
-      multiply_small(above, turned, scratch, [&](int64_t row, int64_t column, const float* sums) {
-        std::memcpy(change.row(row) + column, sums, kColumns * sizeof(float));
-      });
-      for (int64_t row = 0; row < s.rows(); ++row) {
-        float *to = change.row(row), *own = weight.row(row);
-        Vec mean = {};
-        for (int64_t i = 0; i < padded; i += kLanes)
-          mean += load(own + i) * load(to + i);
-        const float along = sum(mean);
-        for (int64_t i = 0; i < padded; i += kLanes)
-          store(to + i, load(own + i) * (load(to + i) - along));
-      }
-      multiply_small(change, all_keys, scratch, [&](int64_t row, int64_t column, const float* sums) {
-        float scaled[kColumns];
-        for (int i = 0; i < kColumns; ++i)
-          scaled[i] = sums[i] * static_cast<float>(scale);
-        write_part(scaled, column, s.dim, out[0].data_ptr<T>() + (item * s.rows() + row) * s.dim);
-      });
-      const auto to_keys = [&](const SmallMatrix& of_rows, const SmallMatrix& by, T* own, float* shared) {
-        of_rows.transpose_into(turned_change);
-        multiply_small(turned_change, by, scratch, [&](int64_t row, int64_t column, const float* sums) {
-          if (row < s.prefix) {
-            write_part(sums, column, s.dim, shared + item * part + row * s.dim);
-          } else {
-            write_part(sums, column, s.dim, own + (item * s.tokens + row - s.prefix) * s.dim);
-          }
-        });
-      };
-      to_keys(change, rows, out[1].data_ptr<T>(), parts[0]);
-      to_keys(weight, above, out[2].data_ptr<T>(), parts[1]);
-    });
+    Backward<T> thread(s, scale, to);
+    team.for_each(items, [&](int64_t item) { thread.run(item, query, key, value, keys, values, weights, gradient); });
     team.for_each(2 * s.kv_heads, [&](int64_t i) {
-      const int64_t head = i / 2;
-      std::vector<float> total(part);
-      for (int64_t item = head; item < items; item += s.kv_heads)
-        for (int64_t k = 0; k < part; ++k)
-          total[k] += parts[i % 2][item * part + k];
-      narrow_row(total.data(), part, out[3 + i % 2].data_ptr<T>() + head * part);
+      if (i % 2 == 0) {
+        sum_parts(s, i / 2, to.keys_parts, to.keys);
+      } else {
+        sum_parts(s, i / 2, to.values_parts, to.values);
+      }
     });
   });
   return out;

@@ -1,7 +1,7 @@
 // Intel's matrix tiles (AMX): sixteen rows of bfloat16 numbers times sixteen columns, 32 deep, in one instruction.
 //
-// Linux saves the tiles of those processes only that have asked for it, and may refuse: whoever uses them has another
-// way too. Sums are rounded otherwise than those of vectors are, so which way is taken depends on the machine alone.
+// A process must ask Linux for the tiles, and Linux may refuse, so every caller has another way too. Tiles round sums
+// differently from vectors. Which way is taken therefore depends on the machine alone.
 
 #pragma once
 
@@ -43,7 +43,7 @@ inline bool may_use_matrix_tiles() {
   return granted;
 }
 
-// GCC's intrinsics do not tell it that they read memory: what is stored before this is there for those after it.
+// GCC does not know that its tile intrinsics read memory. This orders them behind the stores before it.
 INLINE void memory_is_read() { asm volatile("" ::: "memory"); }
 
 // Whether products of this type run on matrix tiles.
@@ -74,10 +74,10 @@ class MatrixTiles {
   MatrixTiles& operator=(const MatrixTiles&) = delete;
 };
 
-// out[r][c] = sum over k of rows[r][k] * b[k][c], kMatrixColumns columns, for sixteen rows, or with `kTwo` for sixteen
-// `others` behind them; with `kAdd`, what is there counts too. b(i) is where step i of `steps` finds its numbers:
-// kMatrixPairs rows of pairs, one number below the other; behind each step during() is called. Rows stream through,
-// so that b, which meets many of them, stays in the L1 cache; where they are few that does no harm.
+// out[r][c] = sum over k of rows[r][k] * b[k][c], kMatrixColumns columns, for sixteen rows. `kTwo` computes sixteen
+// `others` behind them, `kAdd` adds to what out holds. b(i) points to the numbers of step i: kMatrixPairs rows of
+// pairs, one number below the other. during() is called behind each step. Rows bypass the L1 cache, so that b, which
+// meets many rows, stays in it.
 template <bool kTwo, bool kAdd, typename B, typename F>
 INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const B& b, int64_t steps, float* out,
                                   const F& during) {
@@ -112,7 +112,7 @@ INLINE void multiply_matrix_tiles(MatrixRows rows, MatrixRows others, const B& b
       _tile_dpbf16ps(3, 5, 7);
     }
     during();
-    memory_is_read();  // which it may have written
+    memory_is_read();  // during() may have written
   }
   _tile_stored(0, out, kOutRow);
   _tile_stored(1, right, kOutRow);

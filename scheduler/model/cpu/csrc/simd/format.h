@@ -90,7 +90,7 @@ struct Format<at::BFloat16> {
 #endif
 };
 
-// How attention multiplies numbers of a cache: bfloat16 as it is where the processor can, everything else as float32.
+// How attention multiplies numbers of a cache: bfloat16 directly if the processor can, everything else as float32.
 #if defined(__AVX512BF16__)
 template <typename T>
 using FormatOf = Format<std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, float>>;

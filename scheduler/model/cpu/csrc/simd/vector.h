@@ -106,7 +106,7 @@ INLINE void narrow_row(const float* from, int64_t count, T* to) {
     to[i] = static_cast<T>(from[i]);
 }
 
-// b where either is NaN.
+// b if either is NaN.
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 INLINE bool same(Vec a, Vec b) {
@@ -130,7 +130,7 @@ INLINE Vec pick(Vec a, Vec b, F index, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// Adds up lanes whose indices differ in bit W: a's where that bit is 0, b's where it is 1.
+// Adds up lanes whose indices differ in bit W: of a if that bit is 0, of b if it is 1.
 template <int W>
 INLINE Vec fold(Vec a, Vec b) {
   if constexpr (W >= kLanes) {
@@ -182,11 +182,10 @@ INLINE float largest(Vec v) {
 
 INLINE Vec magnitude(Vec v) { return (Vec)((Bits)v & 0x7fffffffu); }
 
-// What exp2 takes where rounding may end up above 0; NaN stays NaN.
+// exp2 requires x <= 0, and rounding may end up above. NaN stays NaN.
 INLINE Vec min_zero(Vec x) { return x > 0.0f ? Vec{} : x; }
 
-// 2^x for x <= 0 to about 1 ulp; exactly 0 from -127 down, so that a masked key weighs nothing; NaN stays
-// NaN.
+// 2^x for x <= 0 to about 1 ulp, and exactly 0 from -127 down, so that a masked key has no weight. NaN stays NaN.
 INLINE Vec exp2(Vec x) {
   x = max(fill(-127.0f), x);
   const Vec shifted = x + 0x1.8p23f;  // its low mantissa bits hold round(x)

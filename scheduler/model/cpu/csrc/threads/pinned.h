@@ -1,8 +1,8 @@
-// Keeps a team's members on processors of their own for as long as they work.
+// Keeps each member of a team on a processor of its own while the team works.
 //
-// Where the team has as many members as there are processors, other processes come and go for less than a millisecond
-// on each of them. The kernel, which sees a processor with two runnable threads, moves a member to where another one
-// is, and takes up to ten milliseconds to part them again: a step of a small model ends before that.
+// If a team has as many members as there are processors, other processes share a processor with a member for a moment.
+// The operating system then moves the member to another member's processor, and separates them again only after a step
+// of a small model has ended.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace softbatch {
 
 class Pinned {
  public:
-  // Without effect where the team has fewer or more members than the thread may use processors.
+  // No effect unless the team has exactly as many members as the thread may use processors.
   Pinned([[maybe_unused]] int member, [[maybe_unused]] int members) {
 #if defined(__linux__)
     if (members < 2 || sched_getaffinity(0, sizeof before_, &before_) != 0 || CPU_COUNT(&before_) != members) return;

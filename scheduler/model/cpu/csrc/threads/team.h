@@ -1,9 +1,10 @@
 // A team of threads that goes through many small parallel loops within one OpenMP region.
 //
-// A step of a small model is some three hundred loops of a few microseconds each: opening a region for each of them
-// would cost as much as the work. Items are handed out one by one, since their costs differ and other processes may
-// hold up a core; each member has a range of its own first, so that what one loop leaves in a core's cache is where the
-// next one looks for it. A member that waits spins, but yields its core before long: something else may need it.
+// A step of a small model is hundreds of very short loops. Opening a region for each would cost as much as the work.
+//
+// Members take items one by one, because costs differ and other processes may hold up a core. Each member takes those
+// of its own range first, which is the same in every loop, so a core finds in its cache what it left there one loop
+// before. A waiting member spins, and yields its core before long in case another process needs it.
 
 #pragma once
 
@@ -30,7 +31,7 @@ class Team {
 #pragma omp parallel num_threads(most)
     {
 #pragma omp single
-      team.size_ = omp_get_num_threads();  // fewer than asked for where OMP_THREAD_LIMIT or OMP_DYNAMIC say so
+      team.size_ = omp_get_num_threads();  // OMP_THREAD_LIMIT and OMP_DYNAMIC may allow fewer
       const Pinned pinned(omp_get_thread_num(), team.size_);
       [[maybe_unused]] const MatrixTiles matrix_tiles{};
       body(team);
@@ -39,9 +40,8 @@ class Team {
 
   int size() const { return size_; }
 
-  // Calls f(item, the item this member takes next or count) for every item; returns when all are done. With `uneven`
-  // costs items are taken in their order, the last only when they begin, so that none waits for its turn behind a long
-  // one.
+  // Calls f(item, the item this member takes next or count) for every item, and returns when all are done. With
+  // `uneven` costs, items are taken in order. The last ones are not taken in advance, so none waits behind a long one.
   template <typename F>
   void for_each_ahead(int64_t count, bool uneven, const F& f) {
     Items items(*this, count, uneven ? 1 : size_);
@@ -68,7 +68,7 @@ class Team {
     std::atomic<int64_t> taken{0};
   };
 
-  // What a member takes of a loop's items: first its own range, then what is left of the others'.
+  // A member's share of a loop's items: its own range, then the rest of other members' ranges.
   class Items {
    public:
     Items(Team& team, int64_t count, int ranges) : team_(team), count_(count), ranges_(ranges), left_(ranges) {
@@ -78,7 +78,7 @@ class Team {
     int64_t take() {
       for (; left_ > 0; --left_, enter((range_ + 1) % ranges_)) {
         std::atomic<int64_t>& taken = team_.ranges_[range_].taken;
-        if (begin_ + taken.load(std::memory_order_relaxed) >= end_) continue;  // nobody waits for a line to change it
+        if (begin_ + taken.load(std::memory_order_relaxed) >= end_) continue;  // the cache line stays shared
         const int64_t item = begin_ + taken.fetch_add(1, std::memory_order_relaxed);
         if (item < end_) return item;
       }
@@ -100,7 +100,7 @@ class Team {
 
   explicit Team(int most) : ranges_(most) {}
 
-  // The last to come sets the counters back and lets everybody go.
+  // The last member to arrive resets the counters and releases the others.
   void meet() {
     const int64_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {

@@ -1,0 +1,53 @@
+// What the threads of a decoder's step share, and what each has for itself.
+
+#pragma once
+
+#include "attention/problem.h"
+#include "matmul/matmul.h"
+#include "matmul/row_ops.h"
+
+namespace softbatch {
+
+// What enters the products of a layer.
+template <typename W>
+struct ProductInputs {
+  Activations<W> hidden, attended, gated;
+
+  void resize(int64_t rows, int64_t hidden_size, int64_t width, int64_t intermediate_size) {
+    hidden.resize(rows, hidden_size);
+    attended.resize(rows, width);
+    gated.resize(rows, intermediate_size);
+  }
+};
+
+// Rows that go on behind a layer's attention.
+template <typename W>
+struct Selection {
+  int64_t count;
+  Rows residual;
+  ProductInputs<W>* inputs;
+  const int64_t* tokens;  // the token of each row, or null if rows are tokens
+
+  int64_t token(int64_t row) const { return tokens ? tokens[row] : row; }
+};
+
+template <typename W, typename T>
+struct Step {
+  const T* inputs;
+  const int64_t *positions, *slots;
+  Selection<W> all;
+  Selection<W> wanted;  // rows whose logits are asked for: behind the last layer's attention no others count
+  Rows qkv, logits;
+  T *query, *attended;
+  T* gated;  // null if a product's results can be put into the next product's inputs piece by piece
+  float *cosines, *sines;
+  Problem<T> problem;
+};
+
+// A thread, and its memory for one row.
+struct Worker {
+  Team& team;
+  float* row;
+};
+
+}  // namespace softbatch
