@@ -1,5 +1,6 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
+# make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
@@ -9,6 +10,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
+# Processes that share the tests out among them: one for each processor, but not so many that memory runs short.
+WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
 .PHONY: serve test test-gpu gpu lint unit bench docs docs-reference constraints clean
@@ -24,7 +27,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)
