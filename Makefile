@@ -1,5 +1,6 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
+# make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   kill the engine under load, and count what clients notice   (make chaos ARGS="--kills 9 --seed 3")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
@@ -11,6 +12,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
+# Processes that share the tests out among them: one for each processor, but not so many that memory runs short.
+WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
 .PHONY: serve test chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
@@ -26,7 +29,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=. $(VENV)/bin/python -m tests.chaos.run $(ARGS)

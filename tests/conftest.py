@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded; tests often share their cores
@@ -14,7 +15,8 @@ if not torch.cuda.is_available():
 import pytest
 from transformers import AutoTokenizer
 
-from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
+from softbatch.scheduler.model.cpu.build import build as build_kernels
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
 
 FEW_TOKENS = 4096
@@ -52,6 +54,14 @@ def tiny_compressible(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny(request: pytest.FixtureRequest, tiny_models: dict[str, str]) -> Reference:
     """Each tiny model in turn."""
     return load_reference(tiny_models[request.param])
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What several processes of one run share on disk is made before they start: the kernels, the embedded model."""
+    if session.config.getoption("numprocesses", None):  # only pytest-xdist's own process has it set
+        build_kernels()
+        with contextlib.suppress(ModelError):  # the tests that need it tell
+            resolve(EMBEDDED_ALIAS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

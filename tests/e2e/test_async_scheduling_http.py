@@ -9,10 +9,10 @@ from tests.e2e.conftest import StartServer
 from tests.support.models import Reference, sample_texts
 
 
-def test_many_clients_get_what_transformers_answers(start_server: StartServer, smollm2: Reference) -> None:
-    server = start_server(
-        "--dtype", "float32", "--async-scheduling", "on", "--max-batch-size", "4", "--kv-cache-gib", "0.05"
-    )
+def test_many_clients_get_what_transformers_answers(
+    start_server: StartServer, tiny_flags: tuple[str, ...], tiny_llama: Reference
+) -> None:
+    server = start_server(*tiny_flags, "--async-scheduling", "on", "--max-batch-size", "4")
     texts = sample_texts(10)
 
     def ask(index: int) -> str:
@@ -24,7 +24,7 @@ def test_many_clients_get_what_transformers_answers(start_server: StartServer, s
         return "".join(json.loads(line)["choices"][0]["text"] for line in lines if json.loads(line)["choices"])
 
     def leave(index: int) -> None:
-        body = {"prompt": texts[index], "max_tokens": 500, "stream": True, "ignore_eos": True}
+        body = {"prompt": texts[index], "max_tokens": 5000, "stream": True, "ignore_eos": True}
         with server.http.stream("POST", "/v1/completions", json=body) as reply:
             next(reply.iter_lines())
 
@@ -34,7 +34,7 @@ def test_many_clients_get_what_transformers_answers(start_server: StartServer, s
         for future in leaving:
             future.result()
     for index, text in enumerate(texts):
-        ids = smollm2.tokenizer(text)["input_ids"]
-        expected = smollm2.generate(ids, 6 + index)
-        assert answers[index] == smollm2.tokenizer.decode(expected, skip_special_tokens=True), text
+        ids = tiny_llama.tokenizer(text)["input_ids"]
+        expected = tiny_llama.generate(ids, 6 + index)
+        assert answers[index] == tiny_llama.tokenizer.decode(expected, skip_special_tokens=True), text
     server.wait_empty()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -116,36 +117,49 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Referenc
     return str(path)
 
 
-def test_starts_that_fail_in_the_engine(tiny_flags: tuple[str, ...], sliding_model: str, tmp_path: Path) -> None:
-    """Known only once the model is looked at; two processes side by side."""
-    cases = {
-        ("--model", "/nowhere/model"): ("--model /nowhere/model", "neither"),
-        ("--model", sliding_model): (
-            "no further back than 16 tokens",
-            "not supported yet",
-            "--max-model-len 16 serves it",
-        ),
-    }
-    running = {
-        flags: subprocess.Popen(
-            [sys.executable, "-m", "softbatch", "serve", *tiny_flags, *flags, "--port", str(free_port())],
-            cwd=PROJECT,
-            env=environment(SOFTBATCH_PROMPT_STORE=str(tmp_path / "store")),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for flags in cases
-    }
+def test_a_model_that_is_not_there(tiny_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Known only once the engine looks for it; both processes then end in good order."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "softbatch",
+            "serve",
+            *tiny_flags,
+            "--model",
+            "/nowhere/model",
+            "--port",
+            str(free_port()),
+        ],
+        cwd=PROJECT,
+        env=environment(SOFTBATCH_PROMPT_STORE=str(tmp_path / "store")),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    check_refusal(done.returncode, done.stderr, ("--model /nowhere/model", "neither"))
+    assert "Fatal Python error" not in done.stderr
+
+
+def test_a_model_that_is_not_supported(
+    tiny_flags: tuple[str, ...],
+    sliding_model: str,
+    tmp_path: Path,
+    no_settings: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Known only once the engine, in its process, looks at it; the front end that tells of it needs none of its own."""
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        for flags, process in running.items():
-            _, stderr = process.communicate(timeout=240)
-            check_refusal(process.returncode, stderr, cases[flags])
-            assert "Fatal Python error" not in stderr
+        flags = ("--model", sliding_model, "--prompt-store", str(tmp_path / "store"), "--port", str(free_port()))
+        status = main(["serve", *tiny_flags, *flags])
     finally:
-        for process in running.values():
-            process.kill()
+        signal.signal(signal.SIGTERM, before)
+    check_refusal(
+        status,
+        capsys.readouterr().err,
+        ("no further back than 16 tokens", "not supported yet", "--max-model-len 16 serves it"),
+    )
 
 
 def test_models_that_cannot_be_loaded(tiny_llama: Reference, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.model.loader import spec_of
 from softbatch.scheduler.protocol import (
     SoftPromptRef,
 )
@@ -53,7 +54,7 @@ def test_forty_prompts_with_cancellations_chunks_and_preemptions(smollm2: Refere
     assert preemptions > 0
     assert chunks >= 10
     for i, ids in enumerate(prompts):
-        expected = smollm2.generate(ids, lengths[i])
+        expected = smollm2.generate(ids, lengths[i], guess=received[f"r{i}"])
         if f"r{i}" in cancelled:
             assert received[f"r{i}"] == expected[: len(received[f"r{i}"])]
         else:
@@ -78,7 +79,7 @@ def test_many_questions_about_two_long_contexts(smollm2: Reference, way: dict[st
     prompts = [contexts[i % 2] + ids for i, ids in enumerate(questions)]
     received, _, _ = run(engine, [request(f"r{i}", ids, 8) for i, ids in enumerate(prompts)])
     for i, ids in enumerate(prompts):
-        assert received[f"r{i}"] == smollm2.generate(ids, 8), f"prompt {i}"
+        assert received[f"r{i}"] == smollm2.generate(ids, 8, guess=received[f"r{i}"]), f"prompt {i}"
     check_empty(engine)
 
 
@@ -129,8 +130,23 @@ def test_other_architectures_with_chunks_and_preemptions(tiny: Reference, way: d
     received, preemptions, _ = run(engine, [request(f"r{i}", ids, 30) for i, ids in enumerate(prompts)])
     assert preemptions > 0
     for i, ids in enumerate(prompts):
-        assert received[f"r{i}"] == tiny.generate(ids, 30), f"prompt {i}"
+        assert received[f"r{i}"] == tiny.generate(ids, 30, guess=received[f"r{i}"]), f"prompt {i}"
     check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", [None, "embeddings", "kv"])
+def test_a_wrong_guess_is_not_believed(tiny: Reference, kind: str | None) -> None:
+    """What the answers above are compared with is transformers' own, whatever the engine says."""
+    soft_prompt = None
+    if kind is not None:
+        soft_prompt = make_soft_prompt(kind, 9, spec_of("tiny", tiny.model, tiny.tokenizer), scale=0.5)
+    ids = [5, 300, 77]
+    right = Reference(tiny.path, tiny.model, tiny.tokenizer).generate(ids, 8, soft_prompt)
+    guesses = [right, right[:-1], [*right[:-1], right[-1] + 1], [right[0] + 1, *right[1:]], [*right[:3], 2], []]
+    for guess in guesses:
+        fresh = Reference(tiny.path, tiny.model, tiny.tokenizer)
+        assert fresh._is_greedy(ids, 8, soft_prompt, guess) == (guess == right)
+        assert fresh.generate(ids, 8, soft_prompt, guess=guess) == right
 
 
 def check_soft_prompts(engine: Engine, reference: Reference, prompts: dict[int, SoftPrompt], where: Path) -> None:
@@ -139,14 +155,15 @@ def check_soft_prompts(engine: Engine, reference: Reference, prompts: dict[int, 
     for length, prompt in prompts.items():
         path = save_prompt(prompt, where, f"p{length}")
         refs[length] = SoftPromptRef(f"{length:064d}", str(path), length)
-    requests, expected = [], {}
+    requests, asked = [], {}
     for length, ref in refs.items():
         for index, text in enumerate(sample_texts(3)):
             ids = reference.tokenizer(text)["input_ids"]
             name = f"{length}-{index}"
             requests.append(request(name, ids, 12, ref))
-            expected[name] = reference.generate(ids, 12, prompts.get(length))
+            asked[name] = (ids, 12, prompts.get(length))
     received, _, _ = run(engine, requests)
+    expected = {name: reference.generate(*question, guess=received[name]) for name, question in asked.items()}
     for name, tokens in expected.items():
         assert received[name] == tokens, name
     plain = [expected[f"0-{i}"] for i in range(3)]
