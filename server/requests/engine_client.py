@@ -31,7 +31,7 @@ class EngineClient:
     def __init__(self, supervisor: EngineSupervisor, metrics: Metrics) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
-        self._quarantine = Quarantine()
+        self._quarantine = Quarantine(supervisor.config.max_batch_size)
         self._by_sequence: dict[str, ActiveRequest] = {}
         self._died: float | None = None
         self._seconds_per_request = 1.0

@@ -18,7 +18,8 @@ class Quarantine:
     row, it is on trial: replayed with nobody beside it. Another death convicts it; survival acquits it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
         self.on_trial: ActiveRequest | None = None
         self._proven_soft_prompts: set[str] = set()
 
@@ -30,8 +31,10 @@ class Quarantine:
     def engine_died(self, active: Iterable[ActiveRequest], now: float) -> ActiveRequest | None:
         """Count the death for everyone it strikes; returns the one whom it convicts."""
         convicted, self.on_trial = self.on_trial, None
+        active = list(active)
+        has_slot = sum(request.state == "running" for request in active) < self._slots
         for request in active:
-            if request.state == "running" or self._loads_soft_prompt(request):
+            if request.state == "running" or (has_slot and self._loads_soft_prompt(request)):
                 request.deaths = 0 if self.has_survived(request, now) else request.deaths + 1
         self._proven_soft_prompts.clear()
         return convicted if convicted is not None and convicted.deaths > DEATHS_BEFORE_TRIAL else None
@@ -46,7 +49,8 @@ class Quarantine:
         return request.alive_since is not None and now - request.alive_since > SURVIVAL_SECONDS
 
     def _loads_soft_prompt(self, request: ActiveRequest) -> bool:
-        """Whether it waits in the engine for a soft prompt that nobody has used there yet."""
+        """Whether it waits in the engine for a soft prompt that nobody has used there yet; without a free slot, none is
+        loaded."""
         soft_prompt = request.add.soft_prompt
         is_new = soft_prompt is not None and soft_prompt.sha256 not in self._proven_soft_prompts
         return is_new and request.sequence_id is not None

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        flags = ("--model", options.model, "--dtype", options.dtype)
+        # The load comes at once, and its choices and candidates take a place each.
+        flags = ("--model", options.model, "--dtype", options.dtype, "--max-queue-size", str(4 * options.requests))
         with running_server(Path(folder), *flags) as server:
             start_seconds = time.monotonic() - started
             register_soft_prompts(server, resolve(options.model).path, Path(folder))

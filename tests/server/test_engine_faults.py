@@ -32,7 +32,7 @@ def die(quarantine: Quarantine, active: list[ActiveRequest], now: float) -> Acti
 
 
 def test_two_deaths_put_requests_on_trial_one_by_one_and_a_third_convicts_one() -> None:
-    quarantine, active = Quarantine(), requests("a", "b", "c")
+    quarantine, active = Quarantine(8), requests("a", "b", "c")
     for _ in range(2):
         sent = quarantine.next_to_run(active)
         assert sent == active
@@ -58,7 +58,7 @@ def test_two_deaths_put_requests_on_trial_one_by_one_and_a_third_convicts_one() 
 
 
 def test_who_has_lived_for_a_while_or_only_waits_is_not_struck() -> None:
-    quarantine, (old, waiting) = Quarantine(), requests("old", "waiting")
+    quarantine, (old, waiting) = Quarantine(8), requests("old", "waiting")
     for _ in range(5):
         run(quarantine, [old], alive_since=10.0)
         waiting.start_sequence()
@@ -67,7 +67,7 @@ def test_who_has_lived_for_a_while_or_only_waits_is_not_struck() -> None:
 
 
 def test_survival_counts_from_the_newest_engine_on() -> None:
-    quarantine, (request,) = Quarantine(), requests("a")
+    quarantine, (request,) = Quarantine(8), requests("a")
     for now in (10.0, 10.0, LATER, 10.0):
         assert quarantine.on_trial is None
         run(quarantine, quarantine.next_to_run([request]), alive_since=10.0)
@@ -76,7 +76,7 @@ def test_survival_counts_from_the_newest_engine_on() -> None:
 
 
 def test_a_soft_prompt_that_nobody_has_used_yet_makes_those_who_wait_for_it_suspects() -> None:
-    quarantine, (first, second) = Quarantine(), requests("a", "b", soft_prompt="f" * 64)
+    quarantine, (first, second) = Quarantine(8), requests("a", "b", soft_prompt="f" * 64)
     first.start_sequence()
     second.start_sequence()
     die(quarantine, [first, second], 10.0)
@@ -85,6 +85,15 @@ def test_a_soft_prompt_that_nobody_has_used_yet_makes_those_who_wait_for_it_susp
     second.start_sequence()
     die(quarantine, [first, second], LATER)
     assert (first.deaths, second.deaths) == (0, 1)
+
+
+def test_who_waits_for_a_slot_loads_no_soft_prompt() -> None:
+    quarantine, (running,) = Quarantine(1), requests("a")
+    (waiting,) = requests("b", soft_prompt="f" * 64)
+    run(quarantine, [running])
+    waiting.start_sequence()
+    die(quarantine, [running, waiting], 10.0)
+    assert (running.deaths, waiting.deaths) == (1, 0)
 
 
 def test_a_resumed_request_brings_what_it_has_received_and_a_new_name() -> None:

@@ -58,6 +58,7 @@ def mixed_requests(count: int, max_tokens: int) -> list[MixedRequest]:
 async def answers_of(server: Server, requests: Sequence[MixedRequest]) -> list[Any]:
     """Of all at once. What goes wrong is an answer `{"error": …}`."""
     async with server.async_http() as client:
+        client.timeout = httpx.Timeout(None)  # how long the last one waits is up to the machine
         return await asyncio.gather(*(answer_of(client, request) for request in requests))
 
 
