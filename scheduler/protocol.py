@@ -88,7 +88,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, array_like=True):
-    """What one step brought one sequence. `num_computed` counts virtual tokens too."""
+    """What one step brought one sequence. `num_computed` counts virtual tokens too; `num_cached` are those of the
+    prompt's own that the prefix cache had when the sequence was first admitted."""
 
     request_id: str
     num_computed: int
@@ -98,6 +99,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     stop_token_id: int | None = None
     error: str | None = None
     scores: list[float] | None = None
+    num_cached: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
