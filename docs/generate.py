@@ -195,6 +195,11 @@ def errors() -> str:
         "Every answer other than 2xx has one shape, and a stream that fails ends with an event of the same shape:\n\n"
     )
     text += '```json\n{"error": {"message": "…", "type": "…", "param": "…", "code": "…"}}\n```\n\n'
+    text += (
+        "On `/generate`, `/generate_stream` and `/` it is the one of text-generation-inference, whose clients raise\n"
+    )
+    text += "their own exceptions for the types `validation`, `overloaded` (429, 503) and `generation` (5xx):\n\n"
+    text += '```json\n{"error": "…", "error_type": "…", "param": "…", "code": "…"}\n```\n\n'
     text += "`message` is for people and may change. `param` names the field at fault, or is null. `code` is stable:\n"
     text += "decide on it. If an answer carries `Retry-After`, the same request may work later.\n"
     text += "\n## Types\n"

@@ -91,7 +91,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, array_like=True):
-    """What one step computed for one sequence. `num_computed` includes virtual tokens."""
+    """What one step computed for one sequence. `num_computed` includes virtual tokens; `num_cached` counts the
+    prompt tokens that the prefix cache had when the sequence was first admitted."""
 
     request_id: str
     num_computed: int
@@ -101,6 +102,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     stop_token_id: int | None = None
     error: str | None = None
     scores: list[float] | None = None
+    num_cached: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

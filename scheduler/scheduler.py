@@ -156,7 +156,7 @@ class Scheduler:
                 self._leave(sequence)
                 continue
             self._blocks.register(sequence, end)
-            output = SequenceOutput(sequence.request_id, end)
+            output = SequenceOutput(sequence.request_id, end, num_cached=sequence.num_cached)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
                 if end == sequence.length:
@@ -285,7 +285,8 @@ class Scheduler:
         sequence.was_admitted = True
         self._prompts_begun += sequence.length - sequence.num_computed
         self._prefix_queries += sequence.num_prompt
-        self._prefix_hits += sequence.num_computed - sequence.num_virtual
+        sequence.num_cached = sequence.num_computed - sequence.num_virtual
+        self._prefix_hits += sequence.num_cached
         if sequence.soft_prompt is not None and not sequence.missed_soft_prompt:
             self.soft_prompts.hits += 1
 

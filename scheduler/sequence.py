@@ -28,6 +28,7 @@ class Sequence:
         "cache_salt",
         "epoch",
         "missed_soft_prompt",
+        "num_cached",
         "num_computed",
         "num_in_flight_tokens",
         "num_prompt",
@@ -58,6 +59,7 @@ class Sequence:
         self.score_from = request.score_from
         self.scores: list[float] = []
         self.num_computed = 0
+        self.num_cached = 0
         self.num_in_flight_tokens = 0
         self.epoch = 0
         self.block_table: list[int] = []

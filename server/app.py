@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import BodyLimitMiddleware
+from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.http.cut_off import CutOffMiddleware
 from softbatch.server.http.docs_page import install_docs
 from softbatch.server.http.errors import install_handlers
+from softbatch.server.http.head_and_slashes import HeadAndSlashesMiddleware
 from softbatch.server.http.request_log import RequestLogMiddleware
 from softbatch.server.routes import ROUTERS
 from softbatch.server.services import Services
+from softbatch.server.settings import Settings
 from softbatch.server.version import VERSION
 
 
@@ -39,11 +43,28 @@ def create_app(services: Services) -> FastAPI:
 
     install_docs(app, has_keys=bool(services.settings.api_key or services.settings.admin_key))
     install_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=services.settings.max_prompt_mib << 20)
-    app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key, admin_keys=services.settings.admin_key)
+    add_middlewares(app, services.settings)
+    return app
+
+
+def add_middlewares(app: FastAPI, settings: Settings) -> None:
+    """From the innermost to the outermost."""
+    app.add_middleware(ContentEncodingMiddleware)
+    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=settings.max_prompt_mib << 20)
+    app.add_middleware(AuthMiddleware, api_keys=settings.api_key, admin_keys=settings.admin_key)
+    app.add_middleware(HeadAndSlashesMiddleware)
     app.add_middleware(CutOffMiddleware)
     app.add_middleware(RequestLogMiddleware)
-    return app
+    if settings.allow_origin:
+        # Outside of the API keys: a browser's question whether it may ask carries none.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origin,
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+            max_age=3600,
+        )
 
 
 _DESCRIPTION = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -111,6 +112,15 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
         description="key that clients must send as a bearer token; repeat it or separate keys with commas",
     )
+    allow_origin: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="origin whose web pages may use the server, such as https://app.example.com, or * for all; repeat "
+        "it or separate origins with commas",
+    )
+    strict_model_names: bool = Field(
+        False, description="refuse placeholders such as 'tgi' or 'dummy' as model; without it they mean the base model"
+    )
+
     admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
@@ -121,6 +131,18 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
+
+    @field_validator("allow_origin", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            return value
+        origins = tuple(origin.rstrip("/") for part in parts for origin in part.replace(",", " ").split())
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
+                raise ValueError(f"{origin} is no origin: write * or scheme://host or scheme://host:port")
+        return origins
 
     @field_validator("api_key", "admin_key", mode="before")
     @classmethod

@@ -148,7 +148,7 @@ def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: in
             time.sleep(min(0.5, load.seconds / 10))
             running = server.metric("requests_running")
             if running:
-                blocks = server.metric("kv_usage_ratio") * server.metric("kv_blocks_total")
+                blocks = server.metric("kv_usage_ratio") * server.metric("kv_blocks")
                 used.append(blocks * block_bytes / running)
         ended = time.perf_counter()
         stop.set()

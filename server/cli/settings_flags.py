@@ -26,14 +26,18 @@ class UsageError(Exception):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A `--kebab-case` flag for every field of Settings; absent flags are left to environment and default."""
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, ()) else f" (default: {field.default})"
+        default = "" if field.default in (None, (), False) else f" (default: {field.default})"
+        kind: dict[str, Any] = {"action": "store", "metavar": _metavar(field)}
+        if field.annotation is bool:
+            kind = {"action": "store_true"}
+        elif field.default == ():
+            kind["action"] = "append"
         parser.add_argument(
             _flag(name),
             dest=name,
             default=argparse.SUPPRESS,
-            metavar=_metavar(field),
-            action="append" if name in ("api_key", "admin_key") else "store",
             help=f"{field.description}{default} [SOFTBATCH_{name.upper()}]".replace("%", "%%"),
+            **kind,
         )
 
 

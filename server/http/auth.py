@@ -58,7 +58,7 @@ class AuthMiddleware:
             record.owner, record.is_admin = key.owner, key.is_admin
             await self.app(scope, receive, send)
             return
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope["path"])(scope, receive, send)
 
     def _known(self, authorization: str) -> _Key | None:
         scheme, _, token = authorization.partition(" ")

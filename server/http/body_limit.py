@@ -35,7 +35,7 @@ class BodyLimitMiddleware:
         limit = self._max_upload_bytes if is_upload else self._max_json_bytes
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > limit:
-            await error_response(_too_large(limit))(scope, receive, send)
+            await error_response(_too_large(limit), scope["path"])(scope, receive, send)
             return
         received = 0
         exceeded = answered = False
@@ -63,7 +63,7 @@ class BodyLimitMiddleware:
             if not exceeded or answered:
                 raise
         if exceeded and not answered:
-            await error_response(_too_large(limit))(scope, receive, send)
+            await error_response(_too_large(limit), scope["path"])(scope, receive, send)
 
 
 def _too_large(limit: int) -> ApiError:

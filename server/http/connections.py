@@ -180,7 +180,8 @@ class BoundedProtocol(HttpToolsProtocol):
         has_begun = self.cycle.response_started if self._part == "body" else self._is_answering()
         is_silent = self._part == "head" and not self._part_bytes and error.status == 408
         if not (has_begun or is_silent or self.transport.is_closing()):
-            body = error_json(error).encode()
+            path = self.scope["path"] if self._part == "body" else ""  # before the body begins it is not known
+            body = error_json(error, path).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()

@@ -24,4 +24,4 @@ class CutOffMiddleware:
                 raise
             with contextlib.suppress(RuntimeError):  # of uvicorn, when the answer has begun
                 error = unavailable("the server was stopped before this request was finished", code="draining")
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The one map from failures to HTTP statuses, and the only shape errors leave the server in."""
+"""The one map from failures to HTTP statuses, and the only shapes errors leave the server in."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ _DEFAULT_CODES = {
 }
 
 
+# Whose clients expect text-generation-inference's shape of errors.
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+
 STATUS: Mapping[type[Failure], int] = {
     InvalidGrammar: 400,
     InvalidPrompt: 400,
@@ -71,7 +74,8 @@ STATUS: Mapping[type[Failure], int] = {
 
 
 class ApiError(Failure):
-    """An answer other than 2xx: `{"error": {"message", "type", "param", "code"}}` with an HTTP status."""
+    """An answer other than 2xx: `{"error": {"message", "type", "param", "code"}}` with an HTTP status; on the routes of
+    text-generation-inference `{"error", "error_type", "param", "code"}`."""
 
     def __init__(
         self,
@@ -94,6 +98,15 @@ class ApiError(Failure):
         if self.status == 429:
             return "requests"
         return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    @property
+    def tgi_type(self) -> str:
+        """The error types that text-generation-inference's clients know; of others they look at the status."""
+        if self.status in (429, 503):
+            return "overloaded"
+        if self.status >= 500:
+            return "generation"
+        return {401: "authentication", 404: "not_found"}.get(self.status, "validation")
 
 
 def as_api_error(failure: Failure) -> ApiError:
@@ -124,25 +137,25 @@ def unavailable(message: str, *, code: str = "unavailable", retry_after: int = 5
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
 
 
-def error_json(error: ApiError) -> str:
-    """The body of an error reply, also sent as the last event of a stream that fails. Plain ASCII."""
-    body = {
-        "message": error.message[:MAX_MESSAGE_CHARS],
-        "type": error.type,
-        "param": error.param,
-        "code": error.code or _DEFAULT_CODES.get(error.status),
-    }
-    return json.dumps({"error": body}, separators=(",", ":"))
+def error_json(error: ApiError, path: str) -> str:
+    """The body of an error reply, also sent as the last event of a stream that fails, as the clients of the route at
+    `path` know it. Plain ASCII."""
+    message = error.message[:MAX_MESSAGE_CHARS]
+    known = {"param": error.param, "code": error.code or _DEFAULT_CODES.get(error.status)}
+    body: dict[str, Any] = {"error": {"message": message, "type": error.type, **known}}
+    if path in TGI_PATHS:
+        body = {"error": message, "error_type": error.tgi_type, **known}
+    return json.dumps(body, separators=(",", ":"))
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, path: str) -> Response:
     """The error as an ASGI response, for handlers and middlewares alike."""
-    return Response(error_json(error), error.status, error.headers, media_type="application/json")
+    return Response(error_json(error, path), error.status, error.headers, media_type="application/json")
 
 
-def internal_error(exc: BaseException, where: str) -> ApiError:
+def internal_error(exc: BaseException, where: str, request_id: str | None = None) -> ApiError:
     """500 that carries nothing but an id; the log has the same id and the traceback."""
-    request_id = secrets.token_hex(8)
+    request_id = request_id or secrets.token_hex(8)
     logger.error("internal error %s in %s", request_id, where, exc_info=exc)
     return ApiError(500, f"internal error {request_id}; see the server's log", code="internal_error")
 
@@ -175,18 +188,19 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_failure(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, Failure)
-        return error_response(as_api_error(exc))
+        return error_response(as_api_error(exc), request.scope["path"])
 
     async def on_validation_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
-        return error_response(validation_error(exc.errors()))
+        return error_response(validation_error(exc.errors()), request.scope["path"])
 
     async def on_http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        return error_response(_from_http_exception(request, exc))
+        return error_response(_from_http_exception(request, exc), request.scope["path"])
 
     async def on_exception(request: Request, exc: Exception) -> Response:
-        return error_response(internal_error(exc, f"{request.method} {request.scope['path'][:200]!r}"))
+        path = request.scope["path"]
+        return error_response(internal_error(exc, f"{request.method} {path[:200]!r}"), path)
 
     app.add_exception_handler(Failure, on_failure)
     app.add_exception_handler(RequestValidationError, on_validation_error)

@@ -11,12 +11,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softbatch.server.http.auth import is_probe
+from softbatch.server.http.errors import error_response, internal_error
 from softbatch.server.observability.request_record import RequestRecord, begin
 from softbatch.server.request_failures import printable
 
 logger = logging.getLogger(__name__)
 HEADER = "X-Request-Id"
-_USABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# Characters that break neither a line of a log nor a header.
+_USABLE_ID = re.compile(r"[A-Za-z0-9._:@/+=~-]{1,128}")
 MAX_PATH_CHARS = 200
 # What a proxy logs for a client that was gone before the reply began.
 CLIENT_GONE = 499
@@ -47,9 +49,12 @@ class RequestLogMiddleware:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except BaseException:
-            status = 500 if status == CLIENT_GONE else status
-            raise
+        except Exception as error:
+            if status != CLIENT_GONE:
+                raise
+            # Here rather than at the very outside, so that this reply too has its id.
+            failure = internal_error(error, f"{scope['method']} {scope['path'][:MAX_PATH_CHARS]!r}", record.id)
+            await error_response(failure, scope["path"])(scope, receive, send_with_id)
         finally:
             if not is_probe(scope["path"]):
                 _log(scope, record, status, time.monotonic() - began)

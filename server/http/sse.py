@@ -66,9 +66,9 @@ class EventStream(Response):
                 async for event in source:
                     await self._write(send, event)
         except Failure as error:
-            await self._write(send, error_json(as_api_error(error)))
+            await self._write(send, error_json(as_api_error(error), self._route))
         except Exception as error:
-            await self._write(send, error_json(internal_error(error, self._route)))
+            await self._write(send, error_json(internal_error(error, self._route), self._route))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, event: str | bytes) -> None:

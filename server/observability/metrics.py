@@ -73,7 +73,7 @@ class Metrics:
         self.step_duration = self._histogram("step_duration_seconds", "Duration of a step.", _STEP)
 
         self.kv_usage = self._gauge("kv_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
-        self.kv_blocks = self._gauge("kv_blocks_total", "KV blocks there are.")
+        self.kv_blocks = self._gauge("kv_blocks", "KV blocks there are.")
         self.kv_bytes = self._gauge("kv_cache_bytes", "Memory of all KV blocks.")
         self.preemptions = self._counter("preemptions_total", "Sequences put back to the queue for lack of blocks.")
         self.out_of_memory = self._counter(
@@ -97,7 +97,9 @@ class Metrics:
         self.requests_finished = self._counter("requests_finished_total", "Requests that ended.", "reason")
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
         self.between_tokens = self._histogram("inter_token_latency_seconds", "Between two tokens.", _BETWEEN)
-        self.whole_request = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self.whole_request = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token, of requests that got it.", _WHOLE
+        )
         self.prompt_tokens = self._counter("prompt_tokens_total", "Text tokens of admitted prompts.")
         self.connections = self._gauge("connections", "Open connections.")
         self.connections_refused = self._counter(

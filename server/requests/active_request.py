@@ -34,6 +34,7 @@ class ActiveRequest:
     last_token: float | None = None
     state: Literal["waiting", "running"] = "waiting"
     num_computed: int = 0
+    num_cached: int = 0
     received: list[int] = field(default_factory=list)
     outputs: list[SequenceOutput] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)

@@ -186,6 +186,7 @@ class EngineClient:
 
     def _deliver(self, request: ActiveRequest, output: SequenceOutput, now: float) -> None:
         request.num_computed = output.num_computed
+        request.num_cached = output.num_cached
         if output.token_ids:
             if request.alive_since is None:
                 request.alive_since = now
@@ -207,7 +208,8 @@ class EngineClient:
 
     def _count_end(self, request: ActiveRequest, reason: str, now: float) -> None:
         self._metrics.requests_finished.labels(reason).inc()
-        self._metrics.whole_request.observe(now - request.arrived)
+        if reason not in ("cancelled", "error"):
+            self._metrics.whole_request.observe(now - request.arrived)
         # The pace of a busy server: idle time before the request came does not count.
         seconds = min(now - self._last_finish, now - request.arrived)
         self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)

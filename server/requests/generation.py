@@ -119,6 +119,11 @@ class Generation:
         return self._active.virtual_tokens
 
     @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that need not be computed: those of the soft prompt, and those in the prefix cache."""
+        return self._active.virtual_tokens + self._active.num_cached
+
+    @property
     def seed(self) -> int:
         return self._active.add.params.seed
 

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
 from softbatch.server.request_failures import Failure
@@ -21,6 +22,10 @@ from softbatch.server.services import Services
 
 # What OpenAI calls the ends of a text.
 FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+# What clients call a model that they know no name of; never a name that could be a soft prompt misspelt.
+PLACEHOLDERS = frozenset({"", "tgi", "dummy", "default", "none", "model", "local-model", "unused", "placeholder"})
 
 
 def services_of(request: Request) -> Services:
@@ -43,9 +48,24 @@ def is_base_model(services: Services, name: str) -> bool:
     return name in (services.model_name, services.settings.model)
 
 
+def means_base_model(services: Services, name: str | None) -> bool:
+    """Whether `model` names the base model, or nothing: some clients have to send a name and know none."""
+    if name is None or is_base_model(services, name):
+        return True
+    return name in PLACEHOLDERS and not services.settings.strict_model_names and not _is_soft_prompt(services, name)
+
+
+def _is_soft_prompt(services: Services, name: str) -> bool:
+    try:
+        services.store.check_free(name)
+    except SoftPromptError as error:
+        return error.code == "name_taken"
+    return False
+
+
 def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | None) -> str | None:
     """The soft prompt that both fields ask for together. Whether it exists shows when it is used."""
-    if model is None or is_base_model(services, model):
+    if model is None or means_base_model(services, model):
         return soft_prompt
     if soft_prompt not in (None, model):
         raise invalid("soft_prompt", "'model' already names another soft prompt: send only one of them")
@@ -95,7 +115,7 @@ def usage_of(generations: Sequence[Generation], choices_per_prompt: int) -> Usag
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=CachedTokens(cached_tokens=virtual),
+        prompt_tokens_details=CachedTokens(cached_tokens=sum(generation.cached_tokens for generation in prompts)),
     )
 
 

@@ -11,9 +11,9 @@ from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, gather, merge
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
-from softbatch.server.routes.common import fields_named, json_reply, services_of
-from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
 from softbatch.server.schemas.generate import (
+    GENERATE_ERROR_REPLIES,
     CompatGenerateRequest,
     GenerateDetails,
     GeneratedToken,
@@ -26,7 +26,7 @@ from softbatch.server.schemas.generate import (
 )
 from softbatch.server.services import Services
 
-router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
+router = APIRouter(tags=["generate"], responses=GENERATE_ERROR_REPLIES)
 # What the fields of a generation are called here.
 NAMES = {
     "prompt": "inputs",
@@ -67,18 +67,20 @@ async def compat_generate(request: Request, body: CompatGenerateRequest) -> Resp
 
 
 async def _complete(services: Services, body: GenerateRequest, route: str) -> Choice:
-    with fields_named(NAMES):
-        generation = await services.generator.start(_request(body, body.parameters.details, route))
+    request = _request(services, body, body.parameters.details, route)
+    with fields_named(NAMES, model=body.model if body.model == request.soft_prompt else None):
+        generation = await services.generator.start(request)
     return (await gather([generation]))[0]
 
 
 async def _stream(services: Services, body: GenerateRequest, route: str) -> Response:
-    with fields_named(NAMES):
-        generation = await services.generator.start(_request(body, True, route))
+    request = _request(services, body, True, route)
+    with fields_named(NAMES, model=body.model if body.model == request.soft_prompt else None):
+        generation = await services.generator.start(request)
     return EventStream(_events(services, body, generation), [generation], route)
 
 
-def _request(body: GenerateRequest, with_logprobs: bool, route: str) -> GenerationRequest:
+def _request(services: Services, body: GenerateRequest, with_logprobs: bool, route: str) -> GenerationRequest:
     parameters = body.parameters
     return GenerationRequest(
         prompt=body.inputs,
@@ -87,7 +89,7 @@ def _request(body: GenerateRequest, with_logprobs: bool, route: str) -> Generati
         max_tokens=parameters.max_new_tokens,
         stop=tuple(parameters.stop),
         include_stop=True,
-        soft_prompt=parameters.soft_prompt or parameters.adapter_id,
+        soft_prompt=named_soft_prompt(services, body.model, parameters.soft_prompt or parameters.adapter_id),
         truncate=parameters.truncate,
         output_format=parameters.output_format,
         route=route,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.requests.output_format import OutputFormat
-from softbatch.server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
+from softbatch.server.schemas.base import ERROR_REPLIES, MAX_INT32, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.replies import is_none
 from softbatch.server.schemas.sampling import (
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
     OTHER_SAMPLERS,
     SEED_MASK,
+    BaseOrSoftPrompt,
     ModelName,
     StopString,
     TokenCount,
@@ -113,6 +114,9 @@ class GenerateRequest(RequestModel):
     unsupported: ClassVar[Neutral] = {"stream": (False,)}
 
     inputs: Text
+    model: BaseOrSoftPrompt | None = Field(
+        default=None, description="as on OpenAI's routes; not from text-generation-inference's API"
+    )
     parameters: GenerateParameters = Field(default_factory=GenerateParameters)
 
 
@@ -125,6 +129,19 @@ class CompatGenerateRequest(GenerateRequest):
 
     stream: bool = False
 
+
+class GenerateErrorReply(BaseModel):
+    """Every reply other than 2xx on these routes, and the last event of a stream that fails."""
+
+    error: str = Field(examples=["parameters.top_p: input should be less than or equal to 1"])
+    error_type: str = Field(examples=["validation"])
+    param: str | None = Field(examples=["parameters.top_p"])
+    code: str | None = Field(examples=["less_than_equal"])
+
+
+GENERATE_ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
+    status: {**reply, "model": GenerateErrorReply} for status, reply in ERROR_REPLIES.items()
+}
 
 GenerateFinishReason = Literal["length", "eos_token", "stop_sequence"]
 

@@ -13,7 +13,10 @@ def is_none(value: Any) -> bool:
 
 
 class CachedTokens(BaseModel):
-    cached_tokens: int = Field(description="virtual tokens of the soft prompt, computed once for everybody")
+    cached_tokens: int = Field(
+        description="virtual tokens of the soft prompt, computed once for everybody, and prompt tokens found in the "
+        "prefix cache"
+    )
 
 
 class Usage(BaseModel):

@@ -19,6 +19,8 @@ MAX_PRIORITY = 1000
 SEED_MASK = 2**63 - 1
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+# What `model` names; empty where a client has no name to give.
+BaseOrSoftPrompt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_INT32)]
 Salt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -75,8 +77,9 @@ class OpenAIRequest(StructuredRequest):
         }
     )
 
-    model: ModelName | None = Field(
-        default=None, description="the base model (also when left out), or the name of a soft prompt"
+    model: BaseOrSoftPrompt | None = Field(
+        default=None,
+        description="the base model (also when left out, or a placeholder such as 'tgi'), or the name of a soft prompt",
     )
     soft_prompt: ModelName | None = Field(default=None, description="prepended; not from OpenAI's API")
     stream: bool = False

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from softbatch.server.schemas.base import RequestModel, Text, refusal
 from softbatch.server.schemas.chat import Messages
 from softbatch.server.schemas.replies import Usage
-from softbatch.server.schemas.sampling import ModelName, at_most_items
+from softbatch.server.schemas.sampling import BaseOrSoftPrompt, ModelName, at_most_items
 
 MAX_CANDIDATES = 256
 
@@ -28,7 +28,7 @@ class ScoreRequest(RequestModel):
         }
     )
 
-    model: ModelName | None = Field(default=None, description="the base model, or the name of a soft prompt")
+    model: BaseOrSoftPrompt | None = Field(default=None, description="the base model, or the name of a soft prompt")
     soft_prompt: ModelName | None = None
     input: Text | None = Field(default=None, description="the user's turn")
     messages: Messages | None = Field(default=None, description="or a whole conversation, instead of `input`")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstra
 from softbatch.server.schemas.base import Neutral, RequestModel, refusal
 from softbatch.server.schemas.chat import Messages
 from softbatch.server.schemas.completions import token_ids
-from softbatch.server.schemas.sampling import ModelName, at_most_items
+from softbatch.server.schemas.sampling import BaseOrSoftPrompt, at_most_items
 
 MAX_TEXT_CHARS = 1 << 20
 MAX_TOKENS = 1 << 18
@@ -25,7 +25,7 @@ class TokenizeRequest(RequestModel):
         "chat_template_kwargs": ({},),
     }
 
-    model: ModelName | None = None
+    model: BaseOrSoftPrompt | None = None
     prompt: Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)] | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
@@ -54,7 +54,7 @@ class DetokenizeRequest(RequestModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [504, 3575, 282, 4649, 314]}]})
 
-    model: ModelName | None = None
+    model: BaseOrSoftPrompt | None = None
     tokens: Annotated[
         list[int],
         PlainValidator(token_ids, json_schema_input_type=list[int]),

@@ -238,11 +238,18 @@ def test_unknown_models(tiny_server: Server, model: str, stream: bool) -> None:
 
 
 def test_names_that_are_no_names(tiny_server: Server) -> None:
-    for model, message in (("", "at least 1"), ("x" * 257, "at most 256")):
-        reply = tiny_server.post(*completion(model=model))
+    for field, name, message in (("soft_prompt", "", "at least 1"), ("model", "x" * 257, "at most 256")):
+        reply = tiny_server.post(*completion(**{field: name}))
         assert reply.status_code == 400
-        assert error_of(reply)["param"] == "model"
+        assert error_of(reply)["param"] == field
         assert message in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize("model", ["", "tgi", "dummy"])
+def test_placeholders_mean_the_base_model(tiny_server: Server, model: str) -> None:
+    for route, body in (completion(model=model), chat(model=model), (GENERATE, {"inputs": PROMPT, "model": model})):
+        assert tiny_server.post(route, body).status_code == 200
+    assert tiny_server.post(GENERATE, {"inputs": PROMPT, "model": "tgl"}).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_nothing_is_left_but_the_soft_prompts(
         server.complete("The sea", 2, soft_prompt=name)
 
     def only_soft_prompts() -> bool:
-        ratio, blocks, resident = server.metrics("kv_usage_ratio", "kv_blocks_total", "soft_prompts_resident_bytes")
+        ratio, blocks, resident = server.metrics("kv_usage_ratio", "kv_blocks", "soft_prompts_resident_bytes")
         return server.is_idle and round(ratio * blocks) * BLOCK_BYTES == resident > 0
 
     wait_for(only_soft_prompts, "KV blocks are in use by nobody")

@@ -95,6 +95,19 @@ class TestCompletions:
         lengths = [len(token) for token in found.tokens]
         assert found.text_offset == [sum(lengths[:i]) for i in range(6)]
 
+    def test_cached_tokens(self, client: OpenAI, tiny_llama: Reference) -> None:
+        """Whole blocks of 16 tokens of a prompt that was computed before, but for the last token."""
+        text = "A prompt that nobody else sends " * 9
+        ids = tiny_llama.tokenizer(text)["input_ids"]
+        ask: Any = {"model": "tiny-llama", "prompt": text, "max_tokens": 2, "n": 2}
+        found = []
+        for _ in range(2):
+            usage = client.completions.create(**ask).usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            found.append(usage.prompt_tokens_details.cached_tokens)
+        assert found == [0, (len(ids) - 1) // 16 * 16]
+
 
 class TestChat:
     def test_text_and_shape(self, client: OpenAI, tiny_llama: Reference) -> None:

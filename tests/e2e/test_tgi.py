@@ -159,3 +159,16 @@ def test_info(tiny_server: Server) -> None:
     assert (info["model_id"], info["model_dtype"], info["model_device_type"]) == ("tiny-llama", "float32", "cpu")
     assert (info["max_total_tokens"], info["max_input_tokens"]) == (512, 511)
     assert info["version"] == tiny_server.http.get("/version").json()["version"]
+
+
+def test_errors_have_the_types_that_its_clients_know(tiny_server: Server) -> None:
+    """The text-generation client and huggingface_hub make their own exceptions of `error` and `error_type`."""
+    for route in ("/", "/generate", "/generate_stream"):
+        reply = tiny_server.post(route, {"inputs": INPUTS, "parameters": {"top_p": 2}})
+        assert reply.status_code == 400
+        error = reply.json()
+        assert (error["error_type"], error["param"]) == ("validation", "parameters.top_p")
+        assert error["error"].startswith("parameters.top_p: ")
+    assert tiny_server.post("/generate", {}).json()["error_type"] == "validation"
+    unknown = {"inputs": INPUTS, "parameters": {"adapter_id": "nobody"}}
+    assert tiny_server.post("/generate", unknown).json()["error_type"] == "not_found"

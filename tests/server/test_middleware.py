@@ -318,6 +318,6 @@ class TestErrors:
         assert set(kinds) - {Failure} == set(STATUS)
 
     def test_messages_are_bounded_and_printable(self) -> None:
-        assert len(error_json(ApiError(400, "x" * 10_000))) < 1200
-        assert error_json(ApiError(400, "\ud800")).isascii()
+        assert len(error_json(ApiError(400, "x" * 10_000), "/x")) < 1200
+        assert error_json(ApiError(400, "\ud800"), "/x").isascii()
         assert shown("a\nb\ud800" + "c" * 200) == "'a\ufffdb\ufffd" + "c" * 76 + "…'"

@@ -67,6 +67,11 @@ def post(client: TestClient, route: str, body: Any) -> Any:
 def error_of(client: TestClient, route: str, body: Any) -> dict[str, Any]:
     reply = post(client, route, body)
     assert reply.status_code == 400, reply.text
+    if route in ("/generate", "/generate_stream"):
+        body: dict[str, Any] = reply.json()
+        assert set(body) == {"error", "error_type", "param", "code"}
+        assert body["error_type"] == "validation"
+        return {"message": body["error"], "param": body["param"], "code": body["code"]}
     error: dict[str, Any] = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
@@ -245,7 +250,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/completions", completion(stop=["ok", 5]), "stop.1", "valid string"),
         ("/completions", completion(stop_token_ids=[1] * 65), "stop_token_ids", "at most 64"),
         ("/completions", completion(stop_token_ids=[-1]), "stop_token_ids.0", "greater than or equal to 0"),
-        ("/completions", completion(model=""), "model", "at least 1 character"),
+        ("/completions", completion(soft_prompt=""), "soft_prompt", "at least 1 character"),
         ("/completions", completion(model="m" * 257), "model", "at most 256 characters"),
         ("/completions", completion(cache_salt="s" * 257), "cache_salt", "at most 256 characters"),
         # prompts

@@ -27,6 +27,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 240.0
 TIMEOUT = httpx.Timeout(120.0)
 T = TypeVar("T")
+TGI_ROUTES = {"/", "/generate", "/generate_stream"}
+SERVER_ERRORS = {"overloaded", "generation"}
 
 
 @dataclass
@@ -211,8 +213,12 @@ def events_of(lines: Iterator[str]) -> Iterator[str]:
 
 
 def error_of(reply: httpx.Response) -> dict[str, Any]:
-    """The error in the one shape that all of them have."""
+    """The error in the one shape that all of them have, but those on text-generation-inference's routes."""
     body = reply.json()
+    if reply.request.url.path in TGI_ROUTES:
+        assert set(body) == {"error", "error_type", "param", "code"}, body
+        kind = "server_error" if body["error_type"] in SERVER_ERRORS else "invalid_request_error"
+        body = {"error": {"message": body["error"], "type": kind, "param": body["param"], "code": body["code"]}}
     assert set(body) == {"error"}, body
     error: dict[str, Any] = body["error"]
     assert set(error) == {"message", "type", "param", "code"}, error
