@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import time
@@ -97,7 +98,7 @@ def _import(read: Reader, spec: ModelSpec, max_bytes: int) -> SoftPrompt:
 
 def _parse_config(data: bytes) -> dict[str, Any]:
     try:
-        config = pydantic_core.from_json(data)
+        config = pydantic_core.from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         raise _refused(f"{CONFIG_NAME} is not valid JSON: {error}", CONFIG_NAME, "invalid_file") from None
     if not isinstance(config, dict):

@@ -46,6 +46,12 @@ def logits_with(model: PreTrainedModel, prompt: SoftPrompt) -> torch.Tensor:
     return model(TOKENS, past_key_values=cache).logits
 
 
+def test_a_byte_order_mark_in_front_of_the_config_is_passed_over(tmp_path: Path) -> None:
+    folder = saved_adapter(tmp_path)
+    (folder / CONFIG_NAME).write_bytes(b"\xef\xbb\xbf" + (folder / CONFIG_NAME).read_bytes())
+    assert import_peft(folder, spec_of(tiny_llama()), MAX_BYTES).manifest.num_virtual_tokens == N
+
+
 @pytest.mark.parametrize("shape", MODELS)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_logits_are_those_of_peft(name: str, shape: str, tmp_path: Path) -> None:
