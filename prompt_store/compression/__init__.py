@@ -1,5 +1,5 @@
-"""Compress a context into a soft prompt: `pipeline.Compression` runs it, `evaluate.evaluate_prompt` scores the result.
+"""Compress a context into a soft prompt: `pipeline.Compression` does it, `baselines.evaluate_prompt` scores one.
 
-From top to bottom: pipeline → (self_study, evaluate, report, trainer) → (context, matching, student, objectives)
-→ (teacher, pairs, initial) → decoder. Nothing is imported here.
+From top to bottom: pipeline → (gold, forecast, learning) → pace → evaluation → training → frozen → data. Nothing is
+imported here.
 """

@@ -15,11 +15,12 @@ _LETTER = regex.compile(r"\p{L}")
 _LATIN = regex.compile(r"\p{Latin}")
 # What ends a sentence wherever it stands: Unicode's sentence terminals but for the Latin ones, which need a space.
 _TERMINAL = r"[\p{STerm}\u0964\u0965\u061f\u037e\u2026--[.!?]]"
-_CLOSING = r"[\p{Pe}\p{Pf}\u201d\u2019\"']*"
+# Bounded, as is all that is looked back at: a text of brackets costs no more than another.
+_CLOSING = r"[\p{Pe}\p{Pf}\u201d\u2019\"']{0,4}"
 _FULL_STOP = rf"(?<={_TERMINAL}{_CLOSING})(?!{_TERMINAL}|[\p{{Pe}}\p{{Pf}}\"'])\s*"
-_SPACE_IN_UNSPACED = r"(?<=[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*)[ \u200b]+"
+_SPACE_IN_UNSPACED = r"(?<=[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}{0,3})[ \u200b]+"
 _SENTENCE_END = regex.compile(
-    rf"(?V1)(?<=[.!?:;])[\"')\]\p{{Pf}}]*\s+(?=[\"'(\[`*]*[\p{{Lu}}\p{{Lo}}0-9`])|{_FULL_STOP}|{_SPACE_IN_UNSPACED}"
+    rf"(?V1)(?<=[.!?:;])[\"')\]\p{{Pf}}]{{0,8}}\s+(?=[\"'(\[`*]{{0,8}}[\p{{Lu}}\p{{Lo}}0-9`])|{_FULL_STOP}|{_SPACE_IN_UNSPACED}"
 )
 PASSAGE_END = regex.compile(rf"(?V1)(?<=[.!?:;|])\s+|\n+|{_FULL_STOP}|{_SPACE_IN_UNSPACED}")
 _OPEN_END = regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Nd}]\p{M}*$")

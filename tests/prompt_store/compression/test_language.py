@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.language import is_english, question_mark, split_sentences
 from softbatch.prompt_store.compression.data.phrases import sentences
 from softbatch.prompt_store.compression.data.questions import own_questions, questions_from
+from softbatch.prompt_store.compression.data.recitation import passages
 from softbatch.prompt_store.compression.data.selection import merge, split
 from softbatch.prompt_store.compression.data.self_study import model_questions, template_questions
 
@@ -118,3 +120,12 @@ def test_quotes_and_abbreviations_do_not_end_sentences() -> None:
     assert split_sentences("他说：「好。」然后走了。") == ["他说：「好。」", "然后走了。"]
     assert split_sentences("See e.g. the note. Then go on.") == ["See e.g. the note.", "Then go on."]
     assert coverage(CHINESE, [Example("全部？", None, "general")])["asked"] == 0
+
+
+@pytest.mark.parametrize("part", ["a", "。", ")", "” ", "ก", "ก ์", ". )", "่"])
+def test_odd_texts_cost_no_more_than_others(part: str) -> None:
+    text = part * 20_000
+    began = time.process_time()
+    assert split_sentences(text)
+    passages(text, 60)
+    assert time.process_time() - began < 5
