@@ -7,7 +7,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
         # The sockets' paths are short, for ipc:// allows about 100 characters.
+        leased = exits.enter_context(_leases(store.root))
         directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="softbatch-", ignore_cleanup_errors=True))
         supervisor = EngineSupervisor(_engine_config(settings), Path(directory))
         engine = EngineClient(supervisor, metrics)
@@ -75,7 +76,6 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
             spec = ready.model.spec
-            leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = Admission(
                 engine, leases, metrics, slots=settings.max_batch_size, max_waiting=settings.max_queue_size
@@ -108,6 +108,17 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")
+
+
+@contextlib.contextmanager
+def _leases(root: Path) -> Iterator[Path]:
+    """Made before the model is loaded, so that a disk without room is told at once. Raises StartupError."""
+    with contextlib.ExitStack() as exits:
+        try:
+            directory = exits.enter_context(lease_directory(root))
+        except OSError as error:
+            raise StartupError(f"--prompt-store {root}: {error.strerror}") from error
+        yield directory
 
 
 def _warn_of_broken(store: SoftPromptStore) -> None:

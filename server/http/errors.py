@@ -25,6 +25,8 @@ from softbatch.server.request_failures import (
     QueueFull,
     RequestFailed,
     SoftPromptOfAnotherModel,
+    StorageFull,
+    StorageUnwritable,
     TooManyCompressions,
     TooManySequences,
     UnknownSoftPrompt,
@@ -62,6 +64,8 @@ STATUS: Mapping[type[Failure], int] = {
     RequestFailed: 500,
     CompressionsUnavailable: 503,
     EngineAway: 503,
+    StorageUnwritable: 503,
+    StorageFull: 507,
     EngineRestarted: 503,
 }
 

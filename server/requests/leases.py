@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -18,8 +20,14 @@ from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
 from softbatch.scheduler.protocol import SoftPromptRef
-from softbatch.server.request_failures import SoftPromptOfAnotherModel, UnknownSoftPrompt, UnusableSoftPrompt
+from softbatch.server.request_failures import (
+    SoftPromptOfAnotherModel,
+    UnknownSoftPrompt,
+    UnusableSoftPrompt,
+    storage_failure,
+)
 
+logger = logging.getLogger(__name__)
 # Two changes of a directory within so short a time may leave it with one and the same time.
 DIRECTORY_TIME_NS = 2_000_000_000
 
@@ -36,14 +44,23 @@ class Lease:
 def lease_directory(root: Path) -> Iterator[Path]:
     """A directory for this process's leases inside the store's; what killed processes left behind is removed.
 
-    It is locked for as long as its process lives: process ids mean nothing to other containers on the same store.
+    It is locked for as long as its process lives: process ids mean nothing to other containers on the same store. For a
+    store that is read-only it lies among the temporary files, and leases are copies.
     """
     for old in root.glob(".leases-*"):
         with contextlib.suppress(OSError), _opened(old) as descriptor:
             lock(descriptor)
             shutil.rmtree(old, ignore_errors=True)
     # Under its name only once it is locked, so that nobody takes it for an old one.
-    aside = Path(tempfile.mkdtemp(prefix=".new-leases-", dir=root))
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=".new-leases-", dir=root))
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        logger.warning("the prompt store %s is read-only: soft prompts are served, and none can be registered", root)
+        with tempfile.TemporaryDirectory(prefix="softbatch-leases-") as elsewhere:
+            yield Path(elsewhere)
+        return
     with _opened(aside) as descriptor:
         # A file system that cannot lock directories keeps the old ones.
         with contextlib.suppress(OSError):
@@ -102,6 +119,9 @@ class SoftPromptLeases:
         except SoftPromptError as error:
             failure = SoftPromptOfAnotherModel if error.code == "wrong_model" else UnusableSoftPrompt
             raise failure(f"soft prompt {name!r}: {error}", param="soft_prompt", code=error.code) from error
+        except OSError as error:
+            logger.exception("no file for the requests that use the soft prompt %s", name)
+            raise storage_failure(error) from error
         path = self._leased[stored.sha256]
         return Lease(stored, SoftPromptRef(stored.sha256, str(path), stored.manifest.num_virtual_tokens))
 
