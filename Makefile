@@ -1,6 +1,7 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
+# make chaos   kill the engine under load, and count what clients notice   (make chaos ARGS="--kills 9 --seed 3")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
@@ -12,7 +13,7 @@ PYTHON ?= python3
 ARGS   ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -26,6 +27,9 @@ lint: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.dev
+	PYTHONPATH=. $(VENV)/bin/python -m tests.chaos.run $(ARGS)
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)

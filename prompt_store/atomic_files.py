@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks that go with the process that holds them."""
+"""Files that appear whole or not at all, and locks and directories that go with the process that holds them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -52,3 +54,35 @@ def lock(file: int | IO[Any], wait: bool = False) -> None:
     Raises BlockingIOError when another process holds the lock, OSError when the file system has no locks.
     """
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextlib.contextmanager
+def process_directory(root: Path, prefix: str) -> Iterator[Path]:
+    """A directory of this process's own in `root`; what killed processes left behind under `prefix` is removed.
+
+    It is locked for as long as its process lives: process ids mean nothing to other containers on the same file system.
+    """
+    for old in root.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _opened(old) as descriptor:
+            lock(descriptor)
+            shutil.rmtree(old, ignore_errors=True)
+    # Under its name only once it is locked, so that nobody takes it for an old one.
+    aside = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    with _opened(aside) as descriptor:
+        # A file system that cannot lock directories keeps the old ones.
+        with contextlib.suppress(OSError):
+            lock(descriptor)
+        directory = aside.rename(root / aside.name.replace(".new-", prefix))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

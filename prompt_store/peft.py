@@ -58,7 +58,7 @@ def looks_like_peft_zip(path: Path) -> bool:
     """Whether this is a zip with an adapter_config.json somewhere; False for anything else, or broken."""
     try:
         with _open_zip(path) as archive:
-            return any(PurePosixPath(name).name == CONFIG_NAME for name in archive.namelist())
+            return any(_zip_path(name).name == CONFIG_NAME for name in archive.namelist())
     except (SoftPromptError, OSError):
         return False
 
@@ -179,12 +179,17 @@ class _FilesReader:
             return _read_bounded(file, name, limit)
 
 
+def _zip_path(name: str) -> PurePosixPath:
+    """An entry's path; some archivers on Windows write backslashes, which the format does not allow."""
+    return PurePosixPath(name.replace("\\", "/"))
+
+
 class _ZipReader:
     """The adapter nearest to the top of the archive (a training run's zip holds its checkpoints too)."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
-        entries = [(PurePosixPath(info.filename), info) for info in archive.infolist()]
+        entries = [(_zip_path(info.filename), info) for info in archive.infolist()]
         folders = {path.parent for path, _ in entries if path.name == CONFIG_NAME}
         if not folders:
             raise _missing(CONFIG_NAME, {path.name for path, _ in entries})

@@ -59,6 +59,24 @@ def render_chat(
     return rendered[len(prefix) :]
 
 
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the template ends an assistant's turn with; None if it ends in text, or there is none."""
+    mark = secrets.token_hex(16)
+    try:
+        rendered = _render(tokenizer, [_turn("user", "x"), _turn("assistant", mark)], False)
+    except TemplateError:
+        return None
+    ending = tokenizer.encode(rendered.rpartition(mark)[2].lstrip(), add_special_tokens=False)
+    special = {*tokenizer.all_special_ids, *_added_specials(tokenizer)}
+    return int(ending[0]) if ending and ending[0] in special else None
+
+
+def _added_specials(tokenizer: Any) -> list[int]:
+    """Marked special in the vocabulary, whether or not a role of the tokenizer's config names them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [index for index, token in added.items() if getattr(token, "special", False)]
+
+
 def context_turn(tokenizer: Any, context: str, instruction: str | None = None) -> str:
     """The text a soft prompt that replaces 'system' stands for: BOS and the system turn with the context.
 

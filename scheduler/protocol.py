@@ -19,7 +19,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
     alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
-    chosen before there are `min_tokens`.
+    chosen before there are `min_tokens`. `grammar` is what the output must follow, in llguidance's form; empty:
+    anything. An output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves
+    nothing else to say.
     """
 
     max_tokens: int = 16
@@ -36,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     min_tokens: int = 0
     ending_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
 
 class SoftPromptRef(msgspec.Struct, frozen=True):
@@ -48,7 +51,7 @@ class SoftPromptRef(msgspec.Struct, frozen=True):
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_only=True):
     """Start a sequence. `token_ids` holds the prompt and, for a resumed request, the `num_delivered` output
-    tokens at its end that the client already has (the seam for resuming after an engine restart).
+    tokens at its end that an engine which has died had generated.
 
     `score_from` set: nothing is generated (`max_tokens` is 0); instead the log-probability of each token from that
     index of `token_ids` on, given all before it, is reported.
@@ -165,6 +168,19 @@ class StepOutput(msgspec.Struct, tag="step", kw_only=True):
         return bool(self.batch_size or self.num_tokens or changes)
 
 
+class Admitting(msgspec.Struct, frozen=True, tag="admitting"):
+    """The next step computes for these sequences for the first time. It is said before: should the step be the end of
+    the process, the front end knows who was in it."""
+
+    request_ids: list[str]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """Sent every second by a thread of its own, during a step too, which has been running for `step_seconds`."""
+
+    step_seconds: float
+
+
 class StartupPhase(msgspec.Struct, frozen=True, tag="phase"):
     """Progress of the start: `seconds` is how long the named phase took."""
 
@@ -223,4 +239,4 @@ class StartupFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-EngineOutput = StepOutput | StartupPhase | Ready | StartupFailed
+EngineOutput = StepOutput | Admitting | Heartbeat | StartupPhase | Ready | StartupFailed

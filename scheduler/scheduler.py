@@ -220,7 +220,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if sequence.length - sequence.num_computed == 1 and not sequence.will_end:
+            if sequence.length - sequence.num_computed == 1 and not sequence.will_end and not sequence.awaits_token:
                 while not self._blocks.grow(sequence):
                     if not must_preempt(self.running):
                         break

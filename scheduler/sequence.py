@@ -21,6 +21,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "__weakref__",
         "arrival",
         "block_hashes",
         "block_table",
@@ -87,6 +88,11 @@ class Sequence:
         )
 
     @property
+    def awaits_token(self) -> bool:
+        """Whether what it samples next depends on a token that is still in flight."""
+        return self.num_in_flight_tokens > 0 and bool(self.params.grammar)
+
+    @property
     def max_length(self) -> int:
         """The length at which the sequence must end."""
         return self.num_virtual + self.num_prompt + self.params.max_tokens
@@ -105,7 +111,7 @@ class Sequence:
         newest = self.tokens[-1]
         if newest in self.params.stop_token_ids:
             return "stop"
-        if not self.params.ignore_eos and newest in eos_token_ids:
+        if newest in eos_token_ids and (self.params.grammar or not self.params.ignore_eos):
             return "eos"
         return "length" if self.num_generated >= self.params.max_tokens else None
 

@@ -7,6 +7,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import BodyLimitMiddleware
+from softbatch.server.http.cut_off import CutOffMiddleware
 from softbatch.server.http.docs_page import install_docs
 from softbatch.server.http.errors import install_handlers
 from softbatch.server.http.request_log import RequestLogMiddleware
@@ -40,6 +41,7 @@ def create_app(services: Services) -> FastAPI:
     install_handlers(app)
     app.add_middleware(BodyLimitMiddleware, max_upload_bytes=services.settings.max_prompt_mib << 20)
     app.add_middleware(AuthMiddleware, api_keys=services.settings.api_key, admin_keys=services.settings.admin_key)
+    app.add_middleware(CutOffMiddleware)
     app.add_middleware(RequestLogMiddleware)
     return app
 

@@ -32,6 +32,10 @@ class PromptTooLong(InvalidPrompt):
         super().__init__(message, param=param, code="context_length_exceeded")
 
 
+class InvalidGrammar(Failure):
+    """What the output must follow cannot be followed by any text, or not be read."""
+
+
 class TooManySequences(Failure):
     """One request asks for more sequences than the server ever takes at once."""
 
@@ -44,14 +48,14 @@ class QueueFull(Failure):
 
 
 class EngineAway(Failure):
-    """The engine is starting again, or the server is shutting down."""
+    """Nothing is taken any more: the server is shutting down, or its engine cannot be kept alive."""
 
 
-class EngineRestarted(Failure):
-    """The engine ended while the request ran."""
+class EngineGone(Failure):
+    """The server ends before the request has been answered."""
 
     def __init__(self, message: str, *, retry_after: int) -> None:
-        super().__init__(message, code="engine_restarted", retry_after=retry_after)
+        super().__init__(message, code="engine_gone", retry_after=retry_after)
 
 
 class RequestFailed(Failure):
@@ -59,6 +63,16 @@ class RequestFailed(Failure):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="request_failed")
+
+
+class RequestKillsEngine(Failure):
+    """The engine has died on this request more than once, the last time with nobody beside it."""
+
+    def __init__(self, deaths: int) -> None:
+        message = (
+            f"the engine died {deaths} times on this request, the last time with nothing beside it; it is given up"
+        )
+        super().__init__(message, code="request_kills_engine")
 
 
 class UnknownSoftPrompt(Failure):

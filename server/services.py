@@ -11,19 +11,20 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.engine_client import EngineClient
-from softbatch.server.requests.engine_supervisor import EngineSupervisor, StartupError
+from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
+from softbatch.server.requests.output_format import GrammarCompiler
 from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
@@ -47,6 +48,7 @@ class Services:
     compressions: CompressionJobs
     text: TextProcessor
     metrics: Metrics
+    temporary: Path
     spec: ModelSpec
     model_name: str
 
@@ -61,20 +63,23 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
-        # The sockets' paths are short, for ipc:// allows about 100 characters.
         leased = exits.enter_context(_leases(store.root))
-        directory = exits.enter_context(tempfile.TemporaryDirectory(prefix="softbatch-", ignore_cleanup_errors=True))
-        supervisor = EngineSupervisor(_engine_config(settings), Path(directory))
+        # The sockets' paths are short, for ipc:// allows about 100 characters.
+        temporary = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-serve-"))
+        patience = Patience(settings.step_timeout, settings.max_engine_deaths, settings.engine_death_window)
+        supervisor = EngineSupervisor(_engine_config(settings), temporary, patience)
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
             since = time.monotonic()
-            tokenizer = await asyncio.to_thread(AutoTokenizer.from_pretrained, ready.model.tokenizer_path)
+            tokenizer = await asyncio.to_thread(load_tokenizer, ready.model.tokenizer_path)
             text = TextProcessor(tokenizer, ready.model.max_model_len)
             logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
+            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, ready.model.eos_token_ids)
+            exits.callback(grammars.close)
             spec = ready.model.spec
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = Admission(
@@ -94,13 +99,14 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     supervisor=supervisor,
                     engine=engine,
                     admission=admission,
-                    generator=Generator(admission, text, encoder, settings.seed, ready.model.eos_token_ids),
+                    generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
                     store=store,
                     leases=leases,
                     compressions=compressions,
                     text=text,
                     metrics=metrics,
+                    temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,
                 )

@@ -60,6 +60,20 @@ class Settings(BaseSettings):
         le=16_777_216,
         description="most tokens of an answer whose request names no limit, as chats may; cut off by the window",
     )
+    step_timeout: float | None = Field(
+        None,
+        ge=1,
+        le=86_400,
+        description="seconds that one step may take before the engine counts as hung and another is started; default: "
+        "60, and what a full step takes a slow machine",
+    )
+    max_engine_deaths: int = Field(
+        10, ge=1, le=1000, description="the server ends when its engine has died so often within --engine-death-window"
+    )
+    engine_death_window: float = Field(600, gt=0, le=86_400, description="seconds in which engine deaths are counted")
+    drain_timeout: float = Field(
+        300, ge=0, le=86_400, description="seconds that requests may take to finish once the server is told to stop"
+    )
     max_queue_size: int = Field(
         256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
     )

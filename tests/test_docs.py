@@ -15,6 +15,7 @@ PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONT
 NAMED_PATH = re.compile(
     r"(?<![\w./-])(?:server|scheduler|prompt_store|tests|benchmarks|docs|examples)/[\w./-]*[\w/]", re.ASCII
 )
+FLAGS_OF_SCRIPTS = {"--device", "--parts"}  # of benchmarks.gpu.gpu
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -57,3 +58,16 @@ def test_named_paths_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_metrics_and_flags_exist(page: Path) -> None:
+    """Results and the lab log also name flags of other programs, and of earlier versions."""
+    if page.parent.name in {"results", "lab"}:
+        return
+    metrics, commands = ((ROOT / "docs" / "reference" / name).read_text() for name in ("metrics.md", "cli.md"))
+    text = page.read_text()
+    for metric in re.findall(r"\bsoftbatch_[a-z_]+[a-z]\b", text):
+        assert f"`{metric}`" in metrics, f"{page.name} names {metric}"
+    for flag in re.findall(r"`(--[a-z][a-z-]+)", text):
+        assert f"`{flag}" in commands or flag in FLAGS_OF_SCRIPTS, f"{page.name} names {flag}"

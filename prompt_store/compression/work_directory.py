@@ -66,6 +66,7 @@ class JobDirectory:
         "questions.jsonl",
         "held_out.jsonl",
         "train.jsonl",
+        "forecast.json",
         "baselines.json",
         "teacher.safetensors",
         "matching.safetensors",

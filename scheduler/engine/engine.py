@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +41,10 @@ class ModelRunner(SoftPromptRunner, Protocol):
 
     def launch(self, step: Step) -> SubmittedStep:
         """Raises OutOfDeviceMemory and DeviceLost."""
+        ...
+
+    def prepare_grammar(self, grammar: str) -> None:
+        """Called in the thread that receives requests, so that no step waits for it."""
         ...
 
 
@@ -86,6 +91,7 @@ class Engine:
         self._async_scheduling = async_scheduling
         self._in_flight: _InFlight | None = None
         self._last_end = 0.0
+        self.on_admit: Callable[[list[str]], None] = lambda request_ids: None
         self._refused: list[SequenceOutput] = []
 
     @property
@@ -102,9 +108,13 @@ class Engine:
         return self.scheduler.stats(self._bytes_per_block)
 
     def prefetch(self, message: EngineInput) -> None:
-        """Read the soft prompt of a request that is about to be handled, if the request could be admitted at the next
-        step: then it need not wait for another one. Thread-safe."""
-        if isinstance(message, AddRequest) and message.soft_prompt is not None:
+        """Begin with what a request that is about to be handled will need: compile its grammar, and read its soft
+        prompt if the request could be admitted at the next step. Thread-safe."""
+        if not isinstance(message, AddRequest):
+            return
+        if message.params.grammar:
+            self._runner.prepare_grammar(message.params.grammar)
+        if message.soft_prompt is not None:
             self.loader.prefetch(message.soft_prompt)
 
     def handle(self, message: EngineInput) -> None:
@@ -129,6 +139,8 @@ class Engine:
         if self.loader.place_read(report):
             self.scheduler.admit_late(step)
             self.loader.start(step)
+        if report.admitted:
+            self.on_admit(report.admitted)
         ended = [self._in_flight] if self._in_flight else []
         self._in_flight = self._launch(step, started) if step else None
         if self._in_flight and (not self._async_scheduling or isinstance(self._in_flight.launched, _FailedStep)):

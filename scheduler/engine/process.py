@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
@@ -16,9 +19,13 @@ import zmq
 from softbatch.scheduler.engine.engine import Engine, build_engine
 from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.scheduler.protocol import (
+    AddRequest,
+    Admitting,
+    CancelRequest,
     EngineConfig,
     EngineInput,
     EngineOutput,
+    Heartbeat,
     StartupFailed,
     StartupPhase,
     StepOutput,
@@ -26,6 +33,7 @@ from softbatch.scheduler.protocol import (
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 class EngineProcess:
@@ -42,12 +50,14 @@ class EngineProcess:
         self._outbox.setsockopt(zmq.LINGER, 1000)
         self._outbox.connect(config.outbox)
         self._encoder = msgspec.msgpack.Encoder()
+        self._step_since: float | None = None
         self._messages: SimpleQueue[EngineInput | None] = SimpleQueue()  # None: a soft prompt has been read
 
     def run(self) -> int:
         """Serve until the front end goes away. Returns the exit status."""
         from softbatch.scheduler.model.source import ModelError
 
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
         try:
             engine, ready = build_engine(self._config, self._report)
         except ModelError as error:
@@ -55,6 +65,7 @@ class EngineProcess:
             self._outbox.close()
             return 1
         engine.loader.on_read = lambda: self._messages.put(None)
+        engine.on_admit = lambda request_ids: self._send(Admitting(request_ids))
         threading.Thread(target=self._receive, args=(engine,), daemon=True, name="inbox").start()
         self._send(ready)
         while True:
@@ -63,13 +74,15 @@ class EngineProcess:
     def _step(self, engine: Engine) -> None:
         output = None
         if engine.has_work:
+            self._step_since = time.monotonic()
             output = engine.step()
+            self._step_since = None
             if output.has_news:
                 self._send(output)
             if output.has_news or engine.is_running:
                 self._handle(engine, timeout=0)
                 return
-        # Nothing to compute: sleep until a request comes or a soft prompt has been read, and show a sign of life.
+        # Nothing to compute: sleep until a request comes or a soft prompt has been read, and report statistics.
         self._handle(engine, timeout=HEARTBEAT_SECONDS)
         self._send(StepOutput(outputs=[], stats=engine.stats))
 
@@ -85,6 +98,7 @@ class EngineProcess:
     def _receive(self, engine: Engine) -> None:
         """Receive messages in a thread of its own, so that soft prompts are prefetched while a step runs."""
         decoder = msgspec.msgpack.Decoder(EngineInput)
+        compiling = ThreadPoolExecutor(1, "grammars")
         try:
             while True:
                 try:
@@ -92,11 +106,31 @@ class EngineProcess:
                 except msgspec.MsgspecError:
                     logger.exception("a message from the front end could not be read")
                     continue
-                engine.prefetch(message)
-                self._messages.put(message)
+                if isinstance(message, AddRequest) and message.params.grammar:
+                    # Behind it nobody waits for a grammar to be compiled.
+                    compiling.submit(self._hand_on, engine, message)
+                    continue
+                self._hand_on(engine, message)
+                if isinstance(message, CancelRequest):  # it may be about a request that is still to be handed on
+                    compiling.submit(self._messages.put, message)
         except BaseException:
             logger.exception("the engine receives no more messages")
             os._exit(1)  # the front end starts another
+
+    def _hand_on(self, engine: Engine, message: EngineInput) -> None:
+        engine.prefetch(message)
+        self._messages.put(message)
+
+    def _beat(self) -> None:
+        """Shows that the process lives, while it loads and in the middle of a step; sockets belong to one thread."""
+        outbox = zmq.Context().socket(zmq.PUSH)
+        outbox.setsockopt(zmq.LINGER, 0)
+        outbox.connect(self._config.outbox)
+        encoder = msgspec.msgpack.Encoder()
+        while True:
+            since = self._step_since
+            outbox.send(encoder.encode(Heartbeat(time.monotonic() - since if since is not None else 0.0)))
+            time.sleep(HEARTBEAT_SECONDS)
 
     def _send(self, message: EngineOutput) -> None:
         self._outbox.send(self._encoder.encode(message))
@@ -107,6 +141,9 @@ class EngineProcess:
 
 def _exit_with_front_end() -> None:
     """The front end holds the other end of our standard input: when it is gone, so are we."""
+    # Where the kernel can see to it, it also ends a process that hangs or is stopped.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         # Not through sys.stdin, whose lock a thread must not hold while the interpreter ends.

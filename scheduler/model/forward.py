@@ -24,11 +24,13 @@ class Forward(Protocol):
 class TransformersForward:
     """Runs any `transformers` model by its own modelling code, with our attention inside."""
 
-    def __init__(self, model: Any, kv_cache: KVCache, backend: AttentionBackend) -> None:
+    def __init__(self, model: Any, kv_cache: KVCache, backend: AttentionBackend, longest: int | None = None) -> None:
+        """No sequence has more than `longest` tokens; None: it is not known."""
         self._model = model
         self._embed = model.get_input_embeddings()
         self._kv_cache = kv_cache
         self._backend = backend
+        self._longest = longest
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
         inputs = self._embed(batch.token_ids)
@@ -39,7 +41,7 @@ class TransformersForward:
             position_ids=batch.positions[None],
             use_cache=False,
             logits_to_keep=batch.logit_rows,
-            paged=PagedForward(self._kv_cache, batch.attention, self._backend),
+            paged=PagedForward(self._kv_cache, batch.attention, self._backend, self._longest),
         )
         logits: torch.Tensor = output.logits[0]
         return logits

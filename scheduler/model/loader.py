@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from softbatch.prompt_store.fingerprint import fingerprint
 from softbatch.prompt_store.manifest import ModelSpec
@@ -24,14 +23,19 @@ from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
 from softbatch.scheduler.model.cuda.graphs import CudaCapturer
 from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
+from softbatch.scheduler.model.end_tokens import end_tokens
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
+from softbatch.scheduler.model.model_files import first_line, read_config
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
-from softbatch.scheduler.model.self_check import eager_logits, self_check
+from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
+from softbatch.scheduler.model.self_check import Yardstick, measure, self_check
 from softbatch.scheduler.model.source import ModelError, ModelSource, resolve
+from softbatch.scheduler.model.weights import load_weights
 from softbatch.scheduler.protocol import EngineConfig, ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -77,19 +81,21 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     dtype = _dtype(config.dtype, device)
-    source = source or resolve(config.model)
+    source = source or resolve(config.model, lambda found: check_config(found, config.max_model_len))
     phases.done("model files", source.path)
-    model, tokenizer = load_transformers(source, dtype, device)
+    model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
     phases.done("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters in {_name(dtype)}")
     name, backend = choose(device, dtype)
     phases.done("attention kernel", name)
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
-    kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, _max_model_len(config, model))
+    yardstick = _measure(model, spec)  # before the weights are laid out anew, and the KV cache takes the memory
+    phases.done("yardstick", "a short sequence in float32")
+    longest = Family.of(model.config).length(config.max_model_len)
+    kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, longest)
     phases.done("KV cache", kv_cache.describe())
-    expected = eager_logits(model)  # before the weights are laid out anew
-    forward, layout = _forward(model, kv_cache, backend, config.quantization)
+    forward, layout = _forward(model, kv_cache, backend, config.quantization, max_model_len)
     phases.done("weight layout", layout)
 
     info = ModelInfo(
@@ -102,14 +108,17 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_model_len=max_model_len,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=end_tokens(model, tokenizer),
         dtype=_name(dtype),
         device=str(device),
         attention=name,
         num_parameters=num_parameters,
     )
-    runner = _checked_runner(expected, forward, kv_cache, info, config)
-    phases.done("self-check", "paged attention agrees with transformers' own")
+    grammars = GrammarMasks(
+        lambda: grammar_tokenizer(tokenizer.backend_tokenizer, info.vocab_size, info.eos_token_ids), info.vocab_size
+    )
+    runner, found = _checked_runner(yardstick, forward, kv_cache, info, config, grammars)
+    phases.done("self-check", found)
     if on_gpu:
         graphs, build = with_graphs(
             forward,
@@ -120,25 +129,24 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
             max_model_len=max_model_len,
             capturer=CudaCapturer(),
         )
-        runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build)
+        runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
         phases.done("CUDA graphs", graphs.capture_all())
     return Loaded(runner, kv_cache, info)
 
 
-def load_transformers(source: ModelSource, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def load_transformers(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+) -> tuple[Any, Any]:
     """The frozen model, set to our attention, and its tokenizer. Raises ModelError."""
     interface.register()
-    disable_progress_bar()  # the phases say how far the start has come
     try:
-        tokenizer = source.tokenizer
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, attn_implementation="eager")
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        logger.debug("loading failed", exc_info=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"--model {source.name}: transformers cannot load it: {reason}") from error
-    _refuse_unsupported(model)
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError(f"--model {source.name}: its tokenizer has no fast version (tokenizer.json)")
+        config = read_config(source.path)
+        check_config(config, max_model_len)
+    except ModelError as error:
+        raise ModelError(f"--model {source.name}: {error}") from error
+    tokenizer = source.tokenizer
+    model = load_weights(source.name, source.path, dtype, config=config, attn_implementation="eager")
+    _check_vocabulary(source.name, model, tokenizer)
     try:
         model = model.to(device).eval().requires_grad_(False)
     except RuntimeError as error:
@@ -149,21 +157,53 @@ def load_transformers(source: ModelSource, dtype: torch.dtype, device: torch.dev
     return model, tokenizer
 
 
+def check_config(config: Any, max_model_len: int | None) -> None:
+    """Everything that can be said against a model before its weights are read. Raises ModelError."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ModelError(f"config.json: model_type {config.model_type!r} is no causal language model")
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if not getattr(kind, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{kind.__name__} does not use transformers' attention interface; such models cannot be served"
+        )
+    family = Family.of(config)
+    family.refuse_unsupported(kind.__name__, family.length(max_model_len))
+
+
+def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
+    """Requests with a token beyond the embedding are refused one by one; a model that begins or ends each of them so is
+    refused here. Raises ModelError."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for field in ("bos_token", "eos_token"):
+        token = getattr(tokenizer, f"{field}_id")
+        if token is not None and token >= rows:
+            raise ModelError(
+                f"--model {name}: the tokenizer's {field} {getattr(tokenizer, field)!r} is token {token}, but the "
+                f"embedding has {rows} rows"
+            )
+    if len(tokenizer) > rows:
+        logger.warning(
+            "the tokenizer has %d tokens, the embedding %d rows: the last cannot be used", len(tokenizer), rows
+        )
+
+
 def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
     """What a soft prompt must fit to be used with this model."""
-    text = model.config.get_text_config()
-    heads = text.num_attention_heads
+    family = Family.of(model.config)
     return ModelSpec(
         name=name,
         fingerprint=fingerprint(model, tokenizer),
         hidden_size=model.get_input_embeddings().weight.shape[1],
-        num_layers=text.num_hidden_layers,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_layers=family.num_layers,
+        num_kv_heads=family.num_kv_heads,
+        head_dim=family.head_dim,
     )
 
 
-def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str) -> tuple[Forward, str]:
+def _forward(
+    model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str, longest: int
+) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
     if supports(model, kv_cache.dtype) and build_kernels():
         weights = None if quantization == "none" else quantization
@@ -177,36 +217,43 @@ def _forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, quantizat
     if quantization != "none":
         raise unsupported_option_error(f"--quantization {quantization}", model, "--quantization none")
     if kv_cache.device.type == "cuda":
-        forward = make_forward(model, kv_cache, backend)
+        forward = make_forward(model, kv_cache, backend, longest)
         return forward, "merged for fused kernels" if isinstance(forward, FusedForward) else "as transformers has it"
-    return TransformersForward(model, kv_cache, backend), f"{pack_linears(model)} linear layers packed"
+    return TransformersForward(model, kv_cache, backend, longest), f"{pack_linears(model)} linear layers packed"
+
+
+def _measure(model: Any, spec: ModelSpec) -> Yardstick:
+    """Raises ModelError for an architecture that does not pass through paged attention."""
+    with _told_as_architecture(spec.name):
+        return measure(model, spec)
 
 
 def _checked_runner(
-    expected: torch.Tensor, forward: Forward, kv_cache: KVCache, info: ModelInfo, config: EngineConfig
-) -> Runner:
-    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes)
+    yardstick: Yardstick,
+    forward: Forward,
+    kv_cache: KVCache,
+    info: ModelInfo,
+    config: EngineConfig,
+    grammars: GrammarMasks,
+) -> tuple[Runner, str]:
+    """And what the check has found."""
+    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, grammars=grammars)
     rounded_by = [option for option, _ in _rounding(config)]
+    with _told_as_architecture(info.name, bool(rounded_by)):
+        return runner, self_check(yardstick, runner, kv_cache.block_size, rounded_by)
+
+
+@contextmanager
+def _told_as_architecture(name: str, is_optional: bool = False) -> Iterator[None]:
+    """Raises ModelError for what model code and kernels raise where they cannot run a model."""
     try:
-        self_check(expected, runner, info.vocab_size, kv_cache.block_size, rounded_by)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        yield
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         if is_shortage(error):
             raise
-        raise ModelError(f"--model {info.name}: this architecture cannot be served: {error}") from error
-    return runner
-
-
-def _refuse_unsupported(model: Any) -> None:
-    config = model.config.get_text_config()
-    kind = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(f"{kind} does not use transformers' attention interface; such models cannot be served")
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if layers != {"full_attention"} or window is not None:
-        raise ModelError(f"{kind} uses attention that is not full ({', '.join(sorted(layers))}): not supported yet")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ModelError(f"{kind} caps attention scores (attn_logit_softcapping): not supported yet")
+        logger.debug("the self-check failed", exc_info=True)
+        blamed = "" if is_optional else "this architecture cannot be served: "
+        raise ModelError(f"--model {name}: {blamed}{first_line(error)}") from error
 
 
 def _rounding(config: EngineConfig) -> list[tuple[str, str]]:
@@ -250,22 +297,3 @@ def _has_bf16() -> bool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _max_model_len(config: EngineConfig, model: Any) -> int:
-    text = model.config.get_text_config()
-    own = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if config.max_model_len is None:
-        return int(own or 4096)
-    if own is not None and config.max_model_len > own:
-        raise ModelError(f"--max-model-len {config.max_model_len} is more than the model's own {own}")
-    return config.max_model_len
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        return []
-    return sorted(set(eos)) if isinstance(eos, list) else [int(eos)]

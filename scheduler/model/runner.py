@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.forward import Forward
 from softbatch.scheduler.model.in_flight import InFlightStep, StepScores
 from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
+from softbatch.scheduler.model.sampling.grammar import GrammarError, GrammarMasks
 from softbatch.scheduler.model.sampling.sampler import SampleInput, needs_history, sample
 from softbatch.scheduler.model.staging import small_tensor
 from softbatch.scheduler.protocol import SoftPromptRef
@@ -48,11 +51,13 @@ class Runner:
         spec: ModelSpec,
         max_prompt_bytes: int,
         build: BatchBuilder | None = None,
+        grammars: GrammarMasks | None = None,
     ) -> None:
         self._forward = forward
         self._kv_cache = kv_cache
         self._build = build or partial(build_batch, block_size=kv_cache.block_size, device=kv_cache.device)
         self._spec = spec
+        self._grammars = grammars
         self._max_prompt_bytes = max_prompt_bytes
         self._on_gpu = kv_cache.device.type == "cuda"
         self._prefilling: dict[str, torch.Tensor] = {}
@@ -140,27 +145,27 @@ class Runner:
         return staged.embeddings is None
 
     def _run(self, rows: list[StepRow], prefills: list[SoftPromptPrefill], launched: InFlightStep) -> None:
-        batch = self._build([_as_row(row) for row in rows] + [self._prefill_row(prefill) for prefill in prefills])
+        parts = [part for row in rows for part in _as_rows(row, self._on_gpu)]
+        batch = self._build(parts + [self._prefill_row(prefill) for prefill in prefills])
         self._insert_pending(rows, batch.token_ids)
         logits = self._forward(batch)
-        sampling, sampled_rows, at = [], [], 0
+        sampling, names, sampled_rows, at = [], [], [], 0
         for row in rows:
             wanted = row.sequence.logit_rows(row.start, row.num_tokens)
             if row.sequence.score_from is not None:
                 first = row.start - row.sequence.num_virtual
                 following = [row.sequence.tokens[first + offset + 1] for offset in wanted]
                 launched.scores[row.sequence.request_id] = StepScores(logits[at : at + len(wanted)], following)
-            elif wanted:
-                sampling.append(row.sequence)
+            elif wanted and (entry := self._sample_input(row.sequence, launched)):
+                sampling.append(entry)
+                names.append(row.sequence.request_id)
                 sampled_rows.append(at)
             at += len(wanted)
         if not sampling:
             return
         if len(sampled_rows) < at:
             logits = logits[small_tensor(sampled_rows, logits.device, torch.int64)]
-        launched.add_samples(
-            [s.request_id for s in sampling], sample(logits, [self._sample_input(s) for s in sampling])
-        )
+        launched.add_samples(names, sample(logits, sampling))
 
     def _insert_pending(self, rows: list[StepRow], token_ids: torch.Tensor) -> None:
         """Fill in input tokens that only the device knows: the step in flight samples them."""
@@ -174,11 +179,27 @@ class Runner:
         if tokens is not None:
             token_ids[small_tensor(places, token_ids.device, torch.int64)] = tokens
 
-    def _sample_input(self, s: Sequence) -> SampleInput:
+    def prepare_grammar(self, grammar: str) -> None:
+        """Compile a grammar that will be asked for; safe to call from another thread."""
+        if self._grammars is not None:
+            with contextlib.suppress(GrammarError):  # it fails again, and alone, when its sequence samples
+                self._grammars.compile(grammar)
+
+    def _sample_input(self, s: Sequence, launched: InFlightStep) -> SampleInput | None:
+        """None if the sequence fails here: its grammar cannot be followed."""
         is_missing = s.num_in_flight_tokens > 0 and needs_history(s.params)
         pending = self._newest.tokens_of([s.request_id]) if is_missing else None
         barred = () if s.may_end else s.params.ending_ids
-        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, barred)
+        mask = None
+        if s.params.grammar:
+            try:
+                if self._grammars is None:
+                    raise GrammarError("this model's tokenizer cannot follow one")
+                mask = self._grammars.next_mask(s, barred)
+            except GrammarError as error:
+                launched.errors[s.request_id] = f"the output's grammar cannot be followed: {error}"
+                return None
+        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, barred if mask is None else (), mask)
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""
@@ -209,13 +230,27 @@ def _as_out_of_device_memory() -> Iterator[None]:
         raise OutOfDeviceMemory from error
 
 
-def _as_row(row: StepRow) -> Row:
+def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
+    """Output tokens that are computed again, after a preemption or for another engine, are rows of their own.
+
+    Attention on CPUs takes single tokens another way than chunks: so what is sampled behind them is the same to the
+    last bit."""
     sequence = row.sequence
     first = row.start - sequence.num_virtual
     tokens = sequence.tokens[first : first + row.num_tokens]
     if _ends_with_pending(row):
         tokens.append(0)
-    return Row(row.start, tokens, sequence.block_table, sequence.logit_rows(row.start, row.num_tokens))
+    known = row.num_tokens if on_gpu else min(max(sequence.num_prompt - first, 0), row.num_tokens)
+    cuts = [0, *range(max(known, 1), row.num_tokens + 1)]
+    return [
+        Row(
+            row.start + start,
+            tokens[start:end],
+            sequence.block_table,
+            sequence.logit_rows(row.start + start, end - start),
+        )
+        for start, end in pairwise(cuts)
+    ]
 
 
 def _ends_with_pending(row: StepRow) -> bool:

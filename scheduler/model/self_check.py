@@ -1,18 +1,41 @@
-"""Refuses at load what paged attention would get wrong, by comparing with transformers' own attention."""
+"""Refuses at load what paged attention would get wrong, by comparing with transformers' own attention in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from softbatch.scheduler.model.batch import Row
+from softbatch.prompt_store.float32 import (
+    MAX_ERROR_IN_FLOAT32,
+    allowed_error,
+    computing_in_float32,
+    relative_error,
+)
+from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.scheduler.model.attention.reference import reference
+from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME
 
 LENGTH = 24
 CHUNKS = (17, 6, 1)  # the last is a decoding step
+BLOCK_SIZE = 8
+# What options that round more than the dtype may cost: nats between predictions, on average over the sequence.
+MAX_DIVERGENCE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """`logits` [LENGTH, vocab] of a short sequence in float32, and how far the same in the model's dtype is off."""
+
+    logits: torch.Tensor
+    rounding: float
+    dtype: torch.dtype
 
 
 def _tokens(vocab: int) -> list[int]:
@@ -20,41 +43,90 @@ def _tokens(vocab: int) -> list[int]:
 
 
 @torch.inference_mode()
-def eager_logits(model: Any) -> torch.Tensor:
-    """What `self_check` compares with: [vocab] after a short sequence, through transformers' own attention."""
+def measure(model: Any, spec: ModelSpec) -> Yardstick:
+    """What `self_check` compares with; takes the weights as transformers has laid them out.
+
+    Raises RuntimeError when paged attention disagrees with transformers' own in float32: the architecture does
+    something (a mask, a bias, a score cap) that does not pass through the attention interface.
+    """
+    with computing_in_float32(model):
+        logits = _eager(model)
+        error = relative_error(_paged(model, spec, torch.float32), logits)
+    if not error <= MAX_ERROR_IN_FLOAT32:
+        raise RuntimeError(
+            f"its logits through paged attention are {error:.2%} off transformers' own in float32 (at most "
+            f"{MAX_ERROR_IN_FLOAT32:.1%} allowed)"
+        )
+    if model.dtype != torch.float32:
+        error = relative_error(_paged(model, spec, model.dtype), logits)
+    return Yardstick(logits, error, model.dtype)
+
+
+def _eager(model: Any) -> torch.Tensor:
     embed = model.get_input_embeddings().weight
     model.set_attn_implementation("eager")
     try:
         positions = torch.arange(LENGTH, device=embed.device)[None]
         tokens = torch.tensor([_tokens(embed.shape[0])], device=embed.device)
-        logits: torch.Tensor = model(tokens, position_ids=positions, use_cache=False).logits[0, -1]
+        logits: torch.Tensor = model(tokens, position_ids=positions, use_cache=False).logits[0]
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
-    return logits
+    return logits.float()
+
+
+def _paged(model: Any, spec: ModelSpec, dtype: torch.dtype) -> torch.Tensor:
+    """The same through the reference attention, in chunks that are rows of one step, beside another sequence."""
+    device = model.device
+    blocks = LENGTH // BLOCK_SIZE
+    kv_cache = KVCache(
+        num_layers=spec.num_layers,
+        num_blocks=2 * blocks,
+        num_kv_heads=spec.num_kv_heads,
+        block_size=BLOCK_SIZE,
+        head_dim=spec.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    tokens, rows, start = _tokens(model.get_input_embeddings().weight.shape[0]), [], 0
+    rows.append(Row(0, tokens[::-1], list(range(blocks, 2 * blocks)), range(0)))
+    for count in CHUNKS:  # every layer writes the keys of all rows before any row is attended to
+        rows.append(Row(start, tokens[start : start + count], list(range(blocks)), range(count)))
+        start += count
+    forward = TransformersForward(model, kv_cache, reference, longest=LENGTH)
+    return forward(build_batch(rows, BLOCK_SIZE, device)).float()
 
 
 @torch.inference_mode()
-def self_check(
-    expected: torch.Tensor, runner: Runner, vocab: int, block_size: int, rounded_by: Sequence[str] = ()
-) -> None:
-    """Run the same sequence in chunks through the paged cache; `expected` are the `eager_logits`, `rounded_by` the
-    options that round more than the model's dtype.
-
-    Raises RuntimeError when the logits disagree beyond rounding: the architecture does something (a window, a bias, a
-    score cap) that does not pass through the attention interface.
-    """
-    tokens, blocks, start = _tokens(vocab), list(range(-(-LENGTH // block_size))), 0
+def self_check(yardstick: Yardstick, runner: Runner, block_size: int, rounded_by: Sequence[str] = ()) -> str:
+    """Run the same sequence in chunks as it will be served, and say how far that is off; `rounded_by` are the options
+    that round more than the model's dtype. Raises RuntimeError when it is more than rounding."""
+    expected = yardstick.logits
+    tokens, blocks, start = _tokens(expected.shape[-1]), list(range(-(-LENGTH // block_size))), 0
+    found = []
     for count in CHUNKS:
-        row = Row(start, tokens[start : start + count], blocks, range(count - 1, count))
-        paged = runner.forward([row])[0].float()
+        row = Row(start, tokens[start : start + count], blocks, range(count))
+        found.append(runner.forward([row]).float().clone())
         start += count
-    eager = expected.float()
-    spread = float((eager - eager.mean()).norm())
-    error = float((paged - eager).norm()) / max(spread, 1e-6)
-    allowed = 0.4 if rounded_by else 1e-3 if expected.dtype == torch.float32 else 0.3
+    served = torch.cat(found)
+    error = relative_error(served, expected)
+    if rounded_by:
+        divergence = _divergence(expected, served)
+        if not divergence <= MAX_DIVERGENCE:
+            raise RuntimeError(
+                f"{' and '.join(rounded_by)} changes what this model says: {divergence:.2g} nats off float32 (at most "
+                f"{MAX_DIVERGENCE:g} allowed); try without"
+            )
+        return f"{divergence:.2g} nats and {error:.1%} off float32 with {' and '.join(rounded_by)}"
+    allowed = allowed_error(yardstick.rounding, yardstick.dtype)
     if not error <= allowed:
-        advice = f"; try without {' '.join(rounded_by)}" if rounded_by else ""
         raise RuntimeError(
-            f"its logits through paged attention are {error:.1%} off transformers' own (at most {allowed:.1%} "
-            f"allowed){advice}"
+            f"its logits as they would be served are {error:.1%} off transformers' own in float32 (at most "
+            f"{allowed:.1%} allowed)"
         )
+    return f"{error:.2g} off transformers' own attention in float32 (at most {allowed:.2g})"
+
+
+def _divergence(expected: torch.Tensor, served: torch.Tensor) -> float:
+    """KL(expected || served) in nats, the mean over positions."""
+    wanted, got = expected.log_softmax(-1), served.log_softmax(-1)
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())

@@ -21,6 +21,7 @@ class PagedForward:
     kv_cache: KVCache
     batch: PagedBatch
     backend: AttentionBackend
+    longest: int | None = None  # no sequence has more tokens, so that a window of as many hides nothing
 
 
 def paged_attention(
@@ -39,7 +40,10 @@ def paged_attention(
     No mask function is registered under our name, so that transformers makes no mask. Raises NotImplementedError for
     variants of attention whose result would be wrong.
     """
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
+    window = options.pop("sliding_window", None)
+    if window is not None and (paged.longest is None or window < paged.longest):
+        raise NotImplementedError(f"attention with a sliding window of {window} tokens is not supported")
+    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if options.get(name) is not None:
             raise NotImplementedError(f"attention with {name} is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]

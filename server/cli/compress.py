@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from softbatch.prompt_store.compression.pipeline import Stopped
+from softbatch.prompt_store.compression.pace import Stopped
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.scheduler.model.source import ModelError
@@ -192,6 +192,9 @@ def _print_summary(
 ) -> None:
     console = Console()
     console.print(fidelity_table(report))
+    console.print(f"verdict: {report['verdict']}", highlight=False, markup=False, soft_wrap=True)
+    asked = report["coverage"]
+    console.print(f"{asked['asked']} of {asked['sentences']} sentences were asked about", highlight=False)
     console.print(f"{report['compression_ratio']:g}x shorter, {duration(seconds)}", highlight=False)
     if report["segments"] > 1:
         console.print(

@@ -1,4 +1,4 @@
-"""How far a compression has come: bars on a terminal, a line now and then elsewhere."""
+"""How far a compression has come: one bar for the whole run on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,52 +12,57 @@ from softbatch.prompt_store.compression.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 NAMES = {"self_study": "self-study", "gold": "gold answers"}
+WIDTH = 1000
 
 
 class ProgressView:
-    """Shows each phase with its rate, loss and the time it still takes. Close it at the end."""
+    """Shows phase, elapsed time, budget and what is left of it. Close it at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._phase = ""
-        self._began = self._shown = 0.0
-        self._first = 0
+        self._note: str | None = None
+        self._shown = 0.0
         self._bars: Bars | None = None
         self._task = TaskID(0)
 
     def __call__(self, progress: Progress) -> None:
+        if progress.note not in (None, self._note):
+            self.note(progress.note or "")
+            self._note = progress.note
         if progress.phase != self._phase:
-            self.close()
-            self._phase, self._began, self._first = progress.phase, time.monotonic(), progress.done
+            self._phase, self._shown = progress.phase, 0.0
         if self._console.is_terminal:
             self._draw(progress)
         else:
             self._print(progress)
 
     def note(self, text: str) -> None:
-        """A line of its own between the phases."""
-        self.close()
+        """A line of its own, above the bar."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """End the current phase."""
+        """Take the bar away."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
-        self._phase, self._shown = "", 0.0
 
     def _draw(self, progress: Progress) -> None:
         if self._bars is None:
             self._bars = Bars(
                 TextColumn("{task.description:<13}"),
                 BarColumn(bar_width=30),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[details]}"),
+                TextColumn("{task.fields[details]}"),
                 console=self._console,
+                transient=True,
             )
             self._bars.start()
-            self._task = self._bars.add_task(_name(progress), details="")
+            self._task = self._bars.add_task(_name(progress), total=WIDTH, details="")
         self._bars.update(
-            self._task, completed=progress.done, total=max(progress.total, 1), details=self._details(progress)
+            self._task,
+            description=_name(progress),
+            completed=round(WIDTH * _part(progress)),
+            details=_details(progress),
         )
 
     def _print(self, progress: Progress) -> None:
@@ -65,19 +70,33 @@ class ProgressView:
         if progress.done < progress.total and now - self._shown < SECONDS_BETWEEN_LINES:
             return
         self._shown = now
-        line = f"{_name(progress):<13} {progress.done}/{progress.total}  {self._details(progress)}"
+        line = f"{_name(progress):<13} {_details(progress)}"
         self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
-    def _details(self, progress: Progress) -> str:
-        seconds, made = time.monotonic() - self._began, progress.done - self._first
-        parts = []
-        if made > 0 and seconds > 0.1:
-            parts.append(f"{made / seconds:.2f}/s")
-        if progress.loss is not None:
-            parts.append(f"loss {progress.loss:.4f}")
-        if progress.done < progress.total and progress.seconds_left is not None:
-            parts.append(f"{duration(progress.seconds_left)} left")
-        return "  ".join(parts)
+
+def _name(progress: Progress) -> str:
+    return NAMES.get(progress.phase, progress.phase)
+
+
+def _part(progress: Progress) -> float:
+    """Of the whole run where its length is known, else of the phase."""
+    if progress.expected and progress.elapsed is not None:
+        return min(1.0, progress.elapsed / progress.expected)
+    return progress.done / max(1, progress.total)
+
+
+def _details(progress: Progress) -> str:
+    parts = [f"{progress.done}/{progress.total}"]
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    if progress.elapsed is not None and progress.expected is not None:
+        parts.append(f"{duration(progress.elapsed)} of {duration(progress.expected)}")
+        parts.append(f"{duration(max(0.0, progress.expected - progress.elapsed))} left")
+    elif progress.elapsed is not None:
+        parts.append(duration(progress.elapsed))
+    if progress.expected is None and progress.done < progress.total and progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left of this phase")
+    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
@@ -85,7 +104,3 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60}:{whole % 60:02d} min" if whole < 3600 else f"{whole // 3600}:{whole // 60 % 60:02d} h"
-
-
-def _name(progress: Progress) -> str:
-    return NAMES.get(progress.phase, progress.phase)

@@ -46,7 +46,7 @@ def _list(store: PromptStore, settings: Settings, options: argparse.Namespace) -
     if not rows:
         print(f"no soft prompts in {settings.prompt_store}; `softbatch prompts import` adds one")
     else:
-        header = ("NAME", "KIND", "VIRTUAL", "CONTEXT", "SIZE", "MODEL", "CREATED")
+        header = ("NAME", "KIND", "VIRTUAL", "CONTEXT", "SIZE", "MODEL", "CREATED", "VERDICT")
         table = [header, *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(header))]
         for row in table:
@@ -65,6 +65,7 @@ def _row(stored: StoredPrompt) -> tuple[str, ...]:
         f"{stored.num_bytes / 2**20:.1f} MiB",
         manifest.model.name,
         _local_time(manifest.created_at),
+        str(manifest.fidelity.get("verdict", "-")).split(" (")[0].split(";")[0],
     )
 
 

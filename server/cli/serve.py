@@ -10,7 +10,6 @@ import resource
 import signal
 import socket
 import sys
-from types import FrameType
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
@@ -21,8 +20,10 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 # What is open beside the connections: files of soft prompts, sockets of the engine, logs.
 SPARE_FILES = 256
-# Running requests may take this long to finish once the server was told to stop.
-DRAIN_SECONDS = 300
+
+
+class UnfinishedRequests(Exception):
+    """The server ended before all requests were finished; the message says why."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
         configure_logging()
         warn_of_unknown_variables()
         listener = _listen(settings)
-        # While it serves, uvicorn takes the signal, and raises it again behind the last request. An exception lets the
-        # engine and the temporary files go; the default would end the process on the spot.
+        # Until it serves: an exception lets the engine and the temporary files go; the default would end the process on
+        # the spot.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         import uvloop  # here and below: what takes seconds to import comes behind everything that may be refused
 
@@ -43,6 +44,9 @@ def run(options: argparse.Namespace) -> int:
     except (UsageError, StartupError) as error:
         print(f"softbatch serve: {error}", file=sys.stderr)
         return 2
+    except UnfinishedRequests as error:
+        print(f"softbatch serve: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -50,6 +54,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
     from softbatch.server.app import create_app
+    from softbatch.server.draining import DrainingServer
     from softbatch.server.http.connections import ConnectionBounds, Connections
     from softbatch.server.services import running_services
 
@@ -68,26 +73,15 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             access_log=False,
             server_header=False,
             timeout_keep_alive=settings.keep_alive_timeout,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
         )
         logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
-
-        class DrainingServer(uvicorn.Server):
-            """Admits nothing from the moment it is told to stop; what runs is finished."""
-
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                services.admission.draining = True
-                super().handle_exit(sig, frame)
-
-        server = DrainingServer(config)
-
-        def stop() -> None:
-            server.should_exit = True
-
-        services.engine.on_give_up = stop
+        server = DrainingServer(config, services)
+        services.engine.on_give_up = server.give_up
         await server.serve(sockets=[listener])
         if services.supervisor.gave_up:
-            raise StartupError("the engine died and could not be started again; see the log above")
+            raise UnfinishedRequests("the engine could not be kept alive; see the log above")
+        if server.was_cut_short:
+            raise UnfinishedRequests("ended before all requests were finished")
 
 
 def _allow_open_files(count: int) -> None:

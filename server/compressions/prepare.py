@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
+from softbatch.scheduler.model.loader import check_config
+from softbatch.scheduler.model.model_files import read_config
 from softbatch.scheduler.model.source import ModelSource, resolve
 from softbatch.server.compressions.checks import check_compression
 from softbatch.server.compressions.request import CompressionRequest, ModelChoice, ModelShape
@@ -25,8 +25,8 @@ class ModelFiles:
 
     @classmethod
     def open(cls, choice: ModelChoice) -> ModelFiles:
-        """Raises ModelError, or OSError or ValueError when transformers cannot read the files."""
-        source = resolve(choice.model)
+        """Raises ModelError."""
+        source = resolve(choice.model, lambda config: check_config(config, None))
         return cls(choice, source, source.tokenizer, _shape_of(source))
 
     @classmethod
@@ -49,7 +49,7 @@ class ModelFiles:
 
 
 def _shape_of(source: ModelSource) -> ModelShape:
-    return ModelShape.of(AutoConfig.from_pretrained(source.path))
+    return ModelShape.of(read_config(source.path))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import msgspec
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.context_text import ContextTextError, clean_context, decode_context
 from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES, MAX_TEXT, DataError, Example, load_jsonl
+from softbatch.scheduler.model.family import Family
 from softbatch.server.compressions.limits import MAX_CONTEXT_BYTES, MIB
 
 DIRECTORY = ".compressions"  # in a prompt store
@@ -66,16 +67,15 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """From a transformers config."""
-        text = config.get_text_config()
-        heads = text.num_attention_heads
+        """From a transformers config. Raises ModelError."""
+        family = Family.of(config)
         return cls(
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            hidden_size=text.hidden_size,
-            max_positions=getattr(text, "max_position_embeddings", None),
-            vocab_size=getattr(text, "vocab_size", None),
+            num_layers=family.num_layers,
+            num_kv_heads=family.num_kv_heads,
+            head_dim=family.head_dim,
+            hidden_size=family.hidden_size,
+            max_positions=family.max_positions,
+            vocab_size=getattr(config.get_text_config(), "vocab_size", None),
         )
 
 

@@ -20,7 +20,7 @@ from softbatch.server.compressions.run_directory import check_same_model, discar
 from softbatch.server.compressions.session import CompressionSession
 
 # Phases that ask the engine for answers; it is released with the first of the others.
-ANSWERING = frozenset({"self_study", "gold"})
+ANSWERING = frozenset({"self_study", "gold", "estimate"})
 
 
 @contextmanager
@@ -53,6 +53,7 @@ def run_compression(
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
         discard(directory)
+    on_progress(Progress("loading", 0, 1))
     session = CompressionSession.open(prepared.model, prepared.context, prepared.request.max_prompt_bytes)
     try:
         check_model(session.spec)

@@ -85,7 +85,7 @@ def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
     request = msgspec.json.decode((directory / "request.json").read_bytes(), type=CompressionRequest)
 
     def on_progress(progress: Progress) -> None:
-        report(ProgressMessage(progress.phase, progress.done, progress.total, progress.loss, progress.seconds_left))
+        report(ProgressMessage(**vars(progress)))
 
     # A worker of a server that was killed may still be on its way out.
     with locked(directory, wait=True):

@@ -13,6 +13,9 @@ class ProgressMessage(msgspec.Struct, frozen=True, tag="progress", tag_field="ty
     total: int
     loss: float | None = None
     seconds_left: float | None = None
+    elapsed: float | None = None
+    expected: float | None = None
+    note: str | None = None
 
 
 class DoneMessage(msgspec.Struct, frozen=True, tag="done", tag_field="type"):

@@ -18,12 +18,14 @@ from softbatch.server.request_failures import (
     CompressionNotFound,
     CompressionsUnavailable,
     EngineAway,
-    EngineRestarted,
+    EngineGone,
     Failure,
+    InvalidGrammar,
     InvalidPrompt,
     PromptTooLong,
     QueueFull,
     RequestFailed,
+    RequestKillsEngine,
     SoftPromptOfAnotherModel,
     StorageFull,
     StorageUnwritable,
@@ -50,6 +52,7 @@ _DEFAULT_CODES = {
 
 
 STATUS: Mapping[type[Failure], int] = {
+    InvalidGrammar: 400,
     InvalidPrompt: 400,
     PromptTooLong: 400,
     TooManySequences: 400,
@@ -62,11 +65,12 @@ STATUS: Mapping[type[Failure], int] = {
     QueueFull: 429,
     TooManyCompressions: 429,
     RequestFailed: 500,
+    RequestKillsEngine: 500,
     CompressionsUnavailable: 503,
     EngineAway: 503,
+    EngineGone: 503,
     StorageUnwritable: 503,
     StorageFull: 507,
-    EngineRestarted: 503,
 }
 
 

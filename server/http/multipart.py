@@ -95,7 +95,7 @@ async def read_upload(request: Request, services: Services) -> AsyncIterator[Upl
 def register(services: Services, upload: Upload) -> StoredPrompt:
     """Import if need be, check everything, and store. Blocks. Raises SoftPromptError."""
     max_bytes = services.settings.max_prompt_mib << 20
-    with tempfile.TemporaryDirectory(prefix="softbatch-upload-") as folder:
+    with tempfile.TemporaryDirectory(prefix="upload-", dir=services.temporary) as folder:
         paths = [Path(folder) / f"{index}{_suffix(file)}" for index, file in enumerate(upload.files)]
         for path, file in zip(paths, upload.files, strict=True):
             with path.open("xb") as target:

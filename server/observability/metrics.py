@@ -85,6 +85,12 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
 
         self.engine_restarts = self._counter("engine_restarts_total", "Times the engine process was started again.")
+        self.engine_pause = self._histogram(
+            "engine_pause_seconds", "From an engine's death to its successor's readiness.", _WHOLE
+        )
+        self.requests_resumed = self._counter(
+            "requests_resumed_total", "Requests sent to the engine once more, to go on where they were."
+        )
         self.last_step = self._gauge("engine_last_step_timestamp_seconds", "Unix time of the last step or heartbeat.")
 
     def _make_request_metrics(self) -> None:

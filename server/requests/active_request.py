@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from softbatch.scheduler.protocol import AddRequest, SequenceOutput
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
@@ -16,7 +18,9 @@ from softbatch.server.requests.leases import Lease
 class ActiveRequest:
     """The front end's knowledge of a request that the engine has; `outputs` are those not yet taken.
 
-    It holds everything a restarted engine would need to go on: what was asked (`add`) and what came (`received`).
+    `add` and `received` are all that another engine needs to go on. The engine knows the request as `sequence_id`, a
+    new one each time, so that nothing late from an earlier sequence counts; None while it is held back. `alive_since`
+    is when that sequence brought its first token, `deaths` how many engines in a row have died on the request.
     """
 
     add: AddRequest
@@ -34,6 +38,10 @@ class ActiveRequest:
     outputs: list[SequenceOutput] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     error: Failure | None = None
+    sequence_id: str | None = None
+    num_sequences: int = 0
+    alive_since: float | None = None
+    deaths: int = 0
 
     @classmethod
     def of(cls, add: AddRequest, lease: Lease | None, route: str, arrived: float) -> ActiveRequest:
@@ -45,6 +53,26 @@ class ActiveRequest:
             context_tokens=context.num_tokens if context else 0,
             arrived=arrived,
         )
+
+    def start_sequence(self) -> AddRequest:
+        """What the engine is sent: the prompt, and behind it all that has been generated so far."""
+        self.sequence_id = f"{self.request_id}-{self.num_sequences}" if self.num_sequences else self.request_id
+        self.num_sequences += 1
+        if self.num_sequences == 1:
+            return self.add
+        return msgspec.structs.replace(
+            self.add,
+            request_id=self.sequence_id,
+            token_ids=self.add.token_ids + self.received,
+            num_delivered=len(self.received),
+        )
+
+    def end_sequence(self) -> None:
+        """The engine does not have it any more."""
+        self.sequence_id = None
+        self.state = "waiting"
+        self.num_computed = 0
+        self.alive_since = None
 
     @property
     def request_id(self) -> str:

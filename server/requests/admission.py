@@ -62,7 +62,7 @@ class Admission:
     """Prepares all requests of a caller before it submits the first; a failure before that leaves nothing held.
 
     At most `slots` + `max_waiting` requests are inside at any moment: those that are being prepared hold places, before
-    any work is spent on them, and the others are active.
+    any work is spent on them, and the others are active. That another engine is being started makes no difference.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Admission:
             raise
 
     def _take(self, count: int) -> None:
-        if self.draining or not self._engine.is_ready:
+        if self.draining or self._engine.has_ended:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
-            reason = "the server is shutting down" if self.draining else "the engine is restarting"
+            reason = "the server is shutting down" if self.draining else "the engine cannot be kept alive"
             raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
         if count > self._capacity:
             raise TooManySequences(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 
@@ -13,26 +14,35 @@ from softbatch.scheduler.protocol import (
     StepOutput,
 )
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.request_failures import EngineAway, EngineRestarted, RequestFailed
+from softbatch.server.request_failures import EngineGone, Failure, RequestFailed, RequestKillsEngine
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_supervisor import EngineSupervisor
+from softbatch.server.requests.quarantine import Quarantine
+
+logger = logging.getLogger(__name__)
 
 
 class EngineClient:
-    """Owns the list of active requests; how many there may be is up to `Admission`."""
+    """Owns the list of active requests; how many there may be is up to `Admission`.
+
+    A request outlives the engine that serves it: when that dies, its requests are held back and sent to the next one.
+    """
 
     def __init__(self, supervisor: EngineSupervisor, metrics: Metrics) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
-        self._starts = 0
+        self._quarantine = Quarantine()
+        self._by_sequence: dict[str, ActiveRequest] = {}
+        self._died: float | None = None
         self._seconds_per_request = 1.0
         self._last_finish = time.monotonic()
         self.active: dict[str, ActiveRequest] = {}
         self.on_give_up: Callable[[], None] = lambda: None
 
     @property
-    def is_ready(self) -> bool:
-        return self._supervisor.ready
+    def has_ended(self) -> bool:
+        """Whether there will be no engine any more."""
+        return self._supervisor.gave_up
 
     @property
     def num_waiting(self) -> int:
@@ -48,19 +58,16 @@ class EngineClient:
         return self._seconds_per_request * max(1, self.num_waiting)
 
     def submit(self, request: ActiveRequest) -> None:
-        if not self._supervisor.ready:
-            request.error = EngineAway("the engine is restarting; try again in a moment")
-            request.changed.set()
-            return
+        """While the engine is away, or one request is on trial, it is held back."""
         self.active[request.request_id] = request
-        self._supervisor.send(request.add)
+        if self._supervisor.ready and self._quarantine.on_trial is None:
+            self._send(request)
 
     def cancel(self, request: ActiveRequest, reason: str) -> None:
         """Take a request out if it is still active; it leaves the batch before the next step."""
-        if self.active.pop(request.request_id, None) is not None:
-            self._count_end(request, reason, time.monotonic())
-            if self._supervisor.ready:
-                self._supervisor.send(CancelRequest([request.request_id]))
+        if request.request_id in self.active:
+            self._recall(request)
+            self._remove(request, reason, time.monotonic())
 
     async def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Everything that came since the last look, merged when the reader is slow. Raises Failure."""
@@ -82,40 +89,92 @@ class EngineClient:
 
     def fail_all(self, message: str) -> None:
         """Answer every active request with 503."""
+        self._quarantine.on_trial = None
         for request in list(self.active.values()):
-            request.error = EngineRestarted(message, retry_after=2)
-            request.changed.set()
-            self._count_end(request, "error", time.monotonic())
-        self.active.clear()
+            self._fail(request, EngineGone(message, retry_after=2))
 
     def engine_started(self, info: Ready) -> None:
         self._metrics.engine_started(info, self._supervisor.config.max_batch_size)
-        if self._starts:
+        if self._died is not None:
+            pause = time.monotonic() - self._died
             self._metrics.engine_restarts.inc()
-        self._starts += 1
+            self._metrics.engine_pause.observe(pause)
+            logger.info("the engine is back after %.1f s; %d requests go on", pause, len(self.active))
+        self._send_held()
 
     def engine_died(self) -> None:
-        self.fail_all("the engine restarted while this request ran; send it again")
+        """Nothing of a request is lost: another engine goes on behind what this one has generated."""
+        self._died = time.monotonic()
+        convicted = self._quarantine.engine_died(self.active.values(), self._died)
+        self._by_sequence.clear()
+        for request in self.active.values():
+            request.end_sequence()
+        if convicted is not None:
+            logger.error("request %s is given up: %d engines have died on it", convicted.request_id, convicted.deaths)
+            self._fail(convicted, RequestKillsEngine(convicted.deaths))
 
-    def engine_given_up(self) -> None:
+    def engine_given_up(self, reason: str) -> None:
+        self.fail_all(f"{reason}; the server ends")
         self.on_give_up()
+
+    def engine_admitting(self, sequence_ids: list[str]) -> None:
+        now = time.monotonic()
+        for sequence_id in sequence_ids:
+            if request := self._by_sequence.get(sequence_id):
+                self._admit(request, now)
 
     def engine_stepped(self, output: StepOutput) -> None:
         now = time.monotonic()
         self._metrics.observe_step(output)
-        for request_id in output.preempted:
-            if request := self.active.get(request_id):
+        for sequence_id in output.preempted:
+            if request := self._by_sequence.get(sequence_id):
                 request.state = "waiting"
                 request.num_computed = 0
-        for request_id in output.admitted:
-            if request := self.active.get(request_id):
-                self._admit(request, now)
         for sequence in output.outputs:
-            if request := self.active.get(sequence.request_id):
+            if request := self._by_sequence.get(sequence.request_id):
                 self._deliver(request, sequence, now)
+        on_trial = self._quarantine.on_trial
+        if on_trial is not None and self._quarantine.has_survived(on_trial, now):
+            on_trial.deaths = 0
+            self._recall(on_trial)
+            self._send_held()
+
+    def _send(self, request: ActiveRequest) -> None:
+        if request.num_sequences:
+            self._metrics.requests_resumed.inc()
+        self._supervisor.send(request.start_sequence())
+        assert request.sequence_id is not None
+        self._by_sequence[request.sequence_id] = request
+
+    def _send_held(self) -> None:
+        if self._supervisor.ready:
+            for request in self._quarantine.next_to_run(self.active.values()):
+                self._send(request)
+
+    def _recall(self, request: ActiveRequest) -> None:
+        """Take it out of the engine; it keeps what it has received."""
+        if request.sequence_id is not None:
+            del self._by_sequence[request.sequence_id]
+            if self._supervisor.ready:
+                self._supervisor.send(CancelRequest([request.sequence_id]))
+            request.end_sequence()
+
+    def _fail(self, request: ActiveRequest, failure: Failure) -> None:
+        request.error = failure
+        request.changed.set()
+        self._remove(request, "error", time.monotonic())
+
+    def _remove(self, request: ActiveRequest, reason: str, now: float) -> None:
+        del self.active[request.request_id]
+        if request.sequence_id is not None:
+            self._by_sequence.pop(request.sequence_id, None)
+        self._count_end(request, reason, now)
+        if request is self._quarantine.on_trial:
+            self._send_held()
 
     def _admit(self, request: ActiveRequest, now: float) -> None:
         request.state = "running"
+        self._quarantine.admitted(request)
         if request.started is None:
             request.started = now
             self._metrics.queue_time.observe(now - request.arrived)
@@ -128,6 +187,8 @@ class EngineClient:
     def _deliver(self, request: ActiveRequest, output: SequenceOutput, now: float) -> None:
         request.num_computed = output.num_computed
         if output.token_ids:
+            if request.alive_since is None:
+                request.alive_since = now
             self._metrics.generation_tokens.inc(len(output.token_ids))
             if request.last_token is None:
                 request.first_token = now
@@ -137,10 +198,9 @@ class EngineClient:
             request.last_token = now
             request.received += output.token_ids
         if output.finish_reason is not None:
-            del self.active[request.request_id]
-            self._count_end(request, output.finish_reason, now)
             if output.finish_reason == "error":
                 request.error = RequestFailed(output.error or "the request failed")
+            self._remove(request, output.finish_reason, now)
         if output.token_ids or output.finish_reason is not None:
             request.outputs.append(output)
             request.changed.set()

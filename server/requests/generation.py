@@ -20,6 +20,7 @@ from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission, Places
 from softbatch.server.requests.leases import Lease
+from softbatch.server.requests.output_format import GrammarCompiler, OutputFormat
 from softbatch.server.requests.output_text import OutputText
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.text import TextProcessor
@@ -41,6 +42,7 @@ class GenerationRequest:
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str = ""
+    output_format: OutputFormat | None = None
     route: str = ""
 
 
@@ -209,17 +211,20 @@ class Generator:
         admission: Admission,
         text: TextProcessor,
         encoder: PromptEncoder,
+        grammars: GrammarCompiler,
         seed: int,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._admission = admission
         self._text = text
         self._encoder = encoder
+        self._grammars = grammars
         self._random = random.Random(seed)
         self._eos = tuple(eos_token_ids)
 
     async def start(self, request: GenerationRequest) -> Generation:
-        """Raises QueueFull, EngineAway, UnknownSoftPrompt, or InvalidPrompt for a prompt that cannot be served."""
+        """Raises QueueFull, EngineAway, UnknownSoftPrompt, InvalidGrammar, or InvalidPrompt for a prompt that cannot
+        be served."""
         return (await self.start_many([request]))[0]
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -253,8 +258,10 @@ class Generator:
             message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
             raise PromptTooLong(message, param="min_tokens")
         endings = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos)) if params.min_tokens else ()
+        wanted = request.output_format
         params = msgspec.structs.replace(
             params,
+            grammar=await self._grammars.compile(wanted) if wanted is not None else "",
             max_tokens=room,
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
             ending_ids=endings,

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from softbatch.prompt_store.atomic_files import lock
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
@@ -42,43 +40,17 @@ class Lease:
 
 @contextlib.contextmanager
 def lease_directory(root: Path) -> Iterator[Path]:
-    """A directory for this process's leases inside the store's; what killed processes left behind is removed.
-
-    It is locked for as long as its process lives: process ids mean nothing to other containers on the same store. For a
-    store that is read-only it lies among the temporary files, and leases are copies.
-    """
-    for old in root.glob(".leases-*"):
-        with contextlib.suppress(OSError), _opened(old) as descriptor:
-            lock(descriptor)
-            shutil.rmtree(old, ignore_errors=True)
-    # Under its name only once it is locked, so that nobody takes it for an old one.
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=".new-leases-", dir=root))
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        logger.warning("the prompt store %s is read-only: soft prompts are served, and none can be registered", root)
-        with tempfile.TemporaryDirectory(prefix="softbatch-leases-") as elsewhere:
-            yield Path(elsewhere)
-        return
-    with _opened(aside) as descriptor:
-        # A file system that cannot lock directories keeps the old ones.
-        with contextlib.suppress(OSError):
-            lock(descriptor)
-        directory = aside.rename(root / aside.name.replace(".new-", "."))
+    """A directory for this process's leases inside the store's. For a store that is read-only it lies among the
+    temporary files, and leases are copies."""
+    with contextlib.ExitStack() as exits:
         try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+            directory = exits.enter_context(process_directory(root, ".leases-"))
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            logger.warning("the prompt store %s is read-only: none of its soft prompts can be added or deleted", root)
+            directory = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-leases-"))
+        yield directory
 
 
 class SoftPromptLeases:

@@ -92,6 +92,7 @@ def _requests(services: Services, body: ChatCompletionRequest) -> list[Generatio
             soft_prompt=soft_prompt,
             priority=body.priority,
             cache_salt=body.cache_salt,
+            output_format=body.output_format,
             route=ROUTE,
         )
         for choice in range(body.n)

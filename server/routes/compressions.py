@@ -164,6 +164,9 @@ def _object(job: Job) -> CompressionJob:
             total=progress.total,
             loss=progress.loss,
             seconds_left=progress.seconds_left,
+            elapsed=progress.elapsed,
+            expected=progress.expected,
+            note=progress.note,
         )
         if progress is not None
         else None,

@@ -89,6 +89,7 @@ def _request(body: GenerateRequest, with_logprobs: bool, route: str) -> Generati
         include_stop=True,
         soft_prompt=parameters.soft_prompt or parameters.adapter_id,
         truncate=parameters.truncate,
+        output_format=parameters.output_format,
         route=route,
     )
 

@@ -14,13 +14,14 @@ router = APIRouter(prefix="/health", tags=["health"], responses=ERROR_REPLIES)
 
 @router.get("", response_model=Health, summary="Is a step being made?")
 async def health(request: Request) -> Response:
-    """200 only if the engine was heard of lately: it reports every step, and while idle a heartbeat."""
+    """200 only if the engine is there and was heard of lately: it reports every step, and each second a heartbeat."""
     engine = services_of(request).supervisor
+    if engine.gave_up:
+        raise unavailable("the engine cannot be kept alive; the server ends", code="engine_gone")
     if not engine.ready:
-        raise unavailable("the engine is restarting", code="restarting")
-    if not engine.healthy:
-        age = round(engine.last_message_age)
-        raise unavailable(f"the engine has not made a step for {age} seconds", code="stalled")
+        raise unavailable("another engine is being started; requests wait for it", code="restarting")
+    if engine.complaint:
+        raise unavailable(engine.complaint, code="stalled")
     return json_reply(Health())
 
 
@@ -32,7 +33,10 @@ async def live() -> Response:
 
 @router.get("/ready", response_model=Health, summary="Should it get requests?")
 async def ready(request: Request) -> Response:
-    """503 while starting, restarting the engine, or finishing the last requests before the end."""
+    """503 while starting, while another engine is started, or while the last requests are finished before the end.
+
+    Requests that come while another engine is started are answered, as soon as it is there.
+    """
     if services_of(request).admission.draining:
         raise unavailable("the server is shutting down", code="draining")
     return await health(request)

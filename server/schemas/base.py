@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -52,7 +53,7 @@ class RequestModel(BaseModel):
         for name, value in data.items():
             if value is None or name in cls.without_effect:
                 continue
-            if name in cls.model_fields:
+            if name in _fields_of(cls):
                 known[name] = value
             elif name in cls.unsupported:
                 neutral = cls.unsupported[name]
@@ -74,7 +75,13 @@ def _asks_for_nothing(value: object) -> bool:
 
 
 def _close_to(name: str, model: type[RequestModel], cutoff: float) -> list[str]:
-    return difflib.get_close_matches(name[:MAX_NAME_CHARS], list(model.model_fields), n=1, cutoff=cutoff)
+    return difflib.get_close_matches(name[:MAX_NAME_CHARS], sorted(_fields_of(model)), n=1, cutoff=cutoff)
+
+
+@functools.cache
+def _fields_of(model: type[RequestModel]) -> frozenset[str]:
+    """The names of a model's fields on the wire."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 def _unknown_field(name: str, model: type[RequestModel]) -> str:

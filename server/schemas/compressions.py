@@ -94,13 +94,17 @@ class CompressionRequestBody(RequestModel):
 
 
 class JobProgress(BaseModel):
-    """Where the running phase stands: self_study, gold, teacher, matching, training or evaluation."""
+    """Where the running phase stands: loading, self_study, gold, estimate, teacher, matching, training or evaluation.
+    `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
 
     phase: str
     done: int
     total: int
     loss: float | None
     seconds_left: float | None
+    elapsed: float | None
+    expected: float | None
+    note: str | None
 
 
 class JobErrorBody(BaseModel):

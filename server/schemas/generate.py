@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softbatch.scheduler.protocol import SamplingParams
+from softbatch.server.requests.output_format import OutputFormat
 from softbatch.server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.replies import is_none
 from softbatch.server.schemas.sampling import (
@@ -19,6 +20,7 @@ from softbatch.server.schemas.sampling import (
     TokenCount,
     at_most_items,
 )
+from softbatch.server.schemas.structured import GrammarParameter
 
 
 class GenerateParameters(RequestModel):
@@ -31,7 +33,6 @@ class GenerateParameters(RequestModel):
         "typical_p": (1.0,),
         "watermark": (False,),
         "decoder_input_details": (False,),
-        "grammar": (),
         "response_format": (),
         "presence_penalty": (0.0,),
         "min_p": (0.0,),
@@ -64,6 +65,7 @@ class GenerateParameters(RequestModel):
     details: bool = Field(default=False, description="also report every token")
     top_n_tokens: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
     soft_prompt: ModelName | None = Field(default=None, description="name of the soft prompt to prepend")
+    grammar: GrammarParameter | None = Field(default=None, description="what the text must follow")
     adapter_id: ModelName | None = Field(default=None, description="another name of soft_prompt")
 
     @property
@@ -71,6 +73,10 @@ class GenerateParameters(RequestModel):
         if self.do_sample is False or self.temperature == 0 or self.top_p == 0:
             return False
         return bool(self.do_sample) or self.temperature != 1.0 or self.top_k > 0 or self.top_p != 1.0
+
+    @property
+    def output_format(self) -> OutputFormat | None:
+        return self.grammar.as_format("parameters.grammar") if self.grammar is not None else None
 
     def sampling_params(self, logprobs: int | None) -> SamplingParams:
         """`max_tokens` and `seed` are the generator's to set."""

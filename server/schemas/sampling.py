@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
+from softbatch.server.schemas.structured import StructuredRequest
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -58,7 +59,7 @@ class StreamOptions(RequestModel):
     )
 
 
-class OpenAIRequest(RequestModel):
+class OpenAIRequest(StructuredRequest):
     """The fields that `/v1/completions` and `/v1/chat/completions` share."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
@@ -172,12 +173,6 @@ UNSUPPORTED: Neutral = {
     "logits_processors": ([],),
     "bad_words": ([],),
     "allowed_token_ids": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
     "detokenize": (True,),
     "return_token_ids": (False,),
     "do_sample": (True,),

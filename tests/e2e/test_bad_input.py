@@ -118,16 +118,16 @@ BAD_FIELDS: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "10,000 stop tokens": (completion(stop_token_ids=[1] * 10_000), "stop_token_ids", "at most 64"),
     # not supported, by name
     "tools": (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "not supported"),
-    "JSON mode": (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
-    "JSON schema": (
-        chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-        "response_format",
-        "not supported",
+    "JSON mode misspelt": (chat(response_format={"type": "json"}), "response_format.type", "'json_object'"),
+    "JSON schema without an end": (
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/x"}}}),
+        "response_format.json_schema.schema",
+        "does not exist",
     ),
     "logit_bias": (completion(logit_bias={"50": 10}), "logit_bias", "not supported"),
     "best_of": (completion(best_of=3), "best_of", "supported"),
     "suffix": (completion(suffix="the end"), "suffix", "not supported"),
-    "grammar": (generate(grammar={"type": "regex", "value": "a"}), "parameters.grammar", "not supported"),
+    "grammar": (generate(grammar={"type": "regex", "value": "(a"}), "parameters.grammar.value", "unclosed"),
     "watermark": (generate(watermark=True), "parameters.watermark", "not supported"),
     "stream where there is none": ((GENERATE, {"inputs": "x", "stream": True}), "stream", "not supported"),
     # not known

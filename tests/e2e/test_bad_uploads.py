@@ -213,7 +213,7 @@ def test_over_the_limit(tiny_server: Server, announced: bool) -> None:
     else:
         assert reply.status_code == 413
         assert "larger than the 2 MiB" in error_of(reply)["message"]
-    assert not list(tiny_server.temp.rglob("softbatch-upload-*"))
+    assert not list(tiny_server.temp.rglob("upload-*"))
 
 
 def test_forms(tiny_server: Server, good: Path) -> None:

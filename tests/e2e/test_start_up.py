@@ -120,7 +120,11 @@ def test_starts_that_fail_in_the_engine(tiny_flags: tuple[str, ...], sliding_mod
     """Known only once the model is looked at; two processes side by side."""
     cases = {
         ("--model", "/nowhere/model"): ("--model /nowhere/model", "neither"),
-        ("--model", sliding_model): ("not full", "not supported"),
+        ("--model", sliding_model): (
+            "no further back than 16 tokens",
+            "not supported yet",
+            "--max-model-len 16 serves it",
+        ),
     }
     running = {
         flags: subprocess.Popen(

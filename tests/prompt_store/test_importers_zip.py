@@ -34,7 +34,7 @@ def logits_with(model: PreTrainedModel, prompt: SoftPrompt) -> torch.Tensor:
     return model(TOKENS, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("inside", ["", "./", "adapter/", "runs/2024/adapter/"])
+@pytest.mark.parametrize("inside", ["", "./", "adapter/", "runs/2024/adapter/", "adapter\\", "runs\\2024\\adapter\\"])
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_folder_files_and_zip_give_the_same_prompt(tmp_path: Path, inside: str, method: int) -> None:
     folder, spec = saved_adapter(tmp_path), spec_of(tiny_llama())

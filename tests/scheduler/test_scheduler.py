@@ -49,11 +49,13 @@ def drive(
     block_size=st.sampled_from([1, 3, 4, 16]),
     slots=st.integers(1, 6),
     extra_budget=st.integers(0, 20),
-    ahead=st.sampled_from(["never", "always", "resampled"]),
+    async_scheduling=st.sampled_from(["off", "on", "resampled"]),
     fail=st.sampled_from([0.0, 0.02, 0.2]),
 )
-def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slots, extra_budget, ahead, fail):
-    """Ahead: each step is scheduled and launched before what came of the one before is taken in."""
+def test_random_traffic_keeps_every_invariant(
+    seed, num_blocks, block_size, slots, extra_budget, async_scheduling, fail
+):
+    """With async scheduling, each step is scheduled and launched before the result of the one before is processed."""
     rng = random.Random(seed)
     capacity = num_blocks * block_size
     scheduler = make_scheduler(
@@ -63,7 +65,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         max_batch_tokens=slots + extra_budget,
         max_model_len=min(40, capacity),
     )
-    runner = FakeRunner(scheduler, resample=0.2 if ahead == "resampled" else 0.0, fail=fail)
+    runner = FakeRunner(scheduler, resample=0.2 if async_scheduling == "resampled" else 0.0, fail=fail)
     in_flight: list[tuple[Step, StepResult]] = []
     prompts = [prompt_ref(f"p{i}", rng.choice([1, 2, block_size, block_size + 1, 7])) for i in range(4)]
     waiting, added, cancelled, received = list(range(30)), {}, set(), {}
@@ -94,7 +96,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         assert step.num_tokens <= scheduler.config.max_batch_tokens
         runner.read(step, rng.choice(["kv", "embeddings"]))
         if rng.random() < 0.3:
-            for sha256 in list(runner.kinds):  # read ahead: those who wait for it may still join the step
+            for sha256 in list(runner.kinds):  # prefetched: sequences that wait for it are admitted late
                 runner.finish_read(sha256)
             step.soft_prompts_to_load.clear()
             scheduler.admit_late(step)
@@ -103,7 +105,7 @@ def test_random_traffic_keeps_every_invariant(seed, num_blocks, block_size, slot
         scheduler.check_integrity()
         in_flight.append((step, runner.run(step)))
         scheduler.check_integrity()
-        while len(in_flight) > (ahead != "never" and bool(step)):
+        while len(in_flight) > (async_scheduling != "off" and bool(step)):
             for output in scheduler.postprocess(*in_flight.pop(0)):
                 assert output.request_id not in cancelled
                 received.setdefault(output.request_id, []).extend(output.token_ids)
@@ -390,7 +392,7 @@ def test_cancelled_requests_do_not_pile_up_behind_a_blocked_head():
     assert len(scheduler.waiting._heap) < 30
 
 
-def test_a_forgotten_soft_prompt_leaves_with_its_last_user():
+def test_a_deleted_soft_prompt_is_evicted_with_its_last_user():
     scheduler = make_scheduler()
     runner, received = FakeRunner(scheduler), {}
     scheduler.add(request("user", length=2, max_tokens=4, soft_prompt=prompt_ref("p", 6)))
@@ -404,7 +406,7 @@ def test_a_forgotten_soft_prompt_leaves_with_its_last_user():
 
 
 def test_nobody_is_preempted_for_blocks_that_come_back_after_this_step():
-    """The short one's last token is on its way when the long one needs another block."""
+    """The short one's last token is in flight when the long one needs another block."""
     scheduler = make_scheduler(num_blocks=4, block_size=4, max_model_len=16)
     runner = FakeRunner(scheduler)
     asked = [request("long", length=7, max_tokens=8, priority=-1), request("short", length=4, max_tokens=2)]

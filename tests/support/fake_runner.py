@@ -54,6 +54,9 @@ class FakeRunner:
         self.fail = fail
         self.rng = random.Random(7)
 
+    def prepare_grammar(self, grammar: str) -> None:
+        """It follows none."""
+
     def read(self, step: Step, kind: str) -> None:
         for ref in step.soft_prompts_to_load:
             self.kinds[ref.sha256] = kind
@@ -71,7 +74,7 @@ class FakeRunner:
         return blocks[position // self.size] * self.size + position % self.size
 
     def run(self, step: Step) -> StepResult:
-        """Compute a step that has been scheduled, and tell the scheduler that it is on its way."""
+        """Compute a step that has been scheduled, and tell the scheduler that it is in flight."""
         for source, target in step.copies:
             for offset in range(self.size):
                 self.slots[target * self.size + offset] = self.slots.get(source * self.size + offset)
@@ -108,7 +111,7 @@ class FakeRunner:
         return StepResult(sampled, {}, {}, errors, prefill_errors, frozenset(resampled))
 
     def known_tokens(self, sequence: Sequence) -> list[int]:
-        """With the one that has been sampled by the step before, where the scheduler waits for it."""
+        """With the token in flight, if there is one."""
         assert sequence.num_in_flight_tokens <= 1
         return [*sequence.tokens, *([self.pending[sequence.request_id]] if sequence.num_in_flight_tokens else [])]
 

@@ -158,7 +158,7 @@ def _start(directory: Path, flags: Sequence[str], env: Mapping[str, str], store:
             process = subprocess.Popen(
                 [sys.executable, "-m", "softbatch", "serve", "--port", str(port), "--prompt-store", str(store), *flags],
                 cwd=PROJECT,
-                env=environment(TMPDIR=str(temp), **env),
+                env=environment(**{"TMPDIR": str(temp), **env}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,6 @@ MAX_TEXT = 20_000
 MAX_EXAMPLES = 100_000
 PLACES = 16
 _FIELDS = {"input", "output", "kind", "position", "source", "cut"}
-_WORD = re.compile(r"\w+")
-
-
-def words_of(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
 
 
 class DataError(ValueError):

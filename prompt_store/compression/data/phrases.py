@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from softbatch.prompt_store.compression.data.language import split_sentences, words_of
+
 _HEADING = re.compile(r"^\s{0,3}#{1,6}\s+(.+?)\s*#*$|^([^\n]{3,80})\n(?:=+|-{3,})\s*$", re.MULTILINE)
 _NUMBERING = re.compile(r"^(?:(?:chapter|section|part|article)\s+)?[\dIVX]+(?:\.\d+)*[.):]?\s+", re.IGNORECASE)
 _BULLET = re.compile(r"^\s*(?:[-*+•]|\d+[.)])\s+")
-_SENTENCE_END = re.compile(r"(?<=[.!?:;])[\"')\]]*\s+(?=[\"'(\[`*]*[A-Z0-9À-Þ`])")
 _CODE = re.compile(r"`([^`\n]{2,40})`")
 _CAPITALISED = re.compile(r"\b(?:[A-Z][\w'’-]*[A-Za-z0-9]|[A-Z]{2,}[\w-]*)(?:\s+(?:of\s+|and\s+)?[A-Z0-9][\w'’-]*)*")
 _QUANTITY = re.compile(
@@ -75,10 +76,12 @@ def sentences(text: str) -> list[Sentence]:
     def flush() -> None:
         nonlocal paragraph
         section = next((name for at, name in reversed(marked) if at <= start), "")
-        for part in _SENTENCE_END.split(paragraph):
+        at = start
+        for part in split_sentences(paragraph):
             words = plain(part).strip(" |")
-            if len(words.split()) >= 3:
-                found.append(Sentence(words, section, start / max(1, len(text))))
+            if len(words_of(words)) >= 3:
+                found.append(Sentence(words, section, min(at, len(text) - 1) / max(1, len(text))))
+            at += len(part) + 1
         paragraph = ""
 
     for line in text.splitlines(keepends=True):

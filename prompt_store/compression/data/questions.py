@@ -7,6 +7,14 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
+from softbatch.prompt_store.compression.data.language import (
+    beginning,
+    clauses,
+    is_english,
+    is_latin,
+    is_question,
+    question_mark,
+)
 from softbatch.prompt_store.compression.data.phrases import Sentence, headings, key_phrases, plain, sentences, title
 
 # kind -> templates; {p} a key phrase, {o} another one from nearby, {s} a section, {q} a quoted fragment.
@@ -17,11 +25,9 @@ _PHRASE: dict[str, tuple[str, ...]] = {
         "Tell me about {p}.",
         "What should I know about {p}?",
         "What are the rules for {p}?",
-        "How many or how much: {p}?",
         "Which limits apply to {p}?",
         "When does {p} apply, and when does it not?",
         "I have heard about {p}. What is it for, and who uses it?",
-        "What happens with {p} once there is {o}?",
     ),
     "explain": (
         "Explain {p}.",
@@ -54,7 +60,7 @@ _PHRASE: dict[str, tuple[str, ...]] = {
         "Somebody is unsure about {p} because of {o}. What should they do?",
     ),
 }
-# About the document as a whole; not of it, so that σ stays a conversation partner.
+# About the document as a whole, and how a conversation begins.
 GENERAL: tuple[str, ...] = (
     "What is this document about?",
     "Summarise the document.",
@@ -69,11 +75,6 @@ GENERAL: tuple[str, ...] = (
     "Write one paragraph about the document.",
     "What are the most important numbers and limits?",
     "How does this document begin, and how does it end?",
-    "Thank you. What else is there to know?",
-    "What is the capital of France?",
-    "Write a short poem.",
-    "What is 12 plus 30?",
-    "Explain photosynthesis in one sentence.",
 )
 _SECTION: tuple[str, ...] = (
     "Summarise the section about {s}.",
@@ -93,6 +94,7 @@ _QUOTE: tuple[str, ...] = (
     'The document mentions "{q}". What does it say about that?',
     'Why does it say "{q}"?',
 )
+_ENDS = " .,;:!?。、，；：！？।…"
 _AUXILIARIES = "is|are|was|were|can|could|may|must|will|would|should|has|have"
 _INVERTIBLE = re.compile(
     rf"^((?:(?:a|an|the|this|each|every|any|all|one|two|your|our)\s)?[\w'’/-]+(?:\s[\w'’/-]+){{0,4}}?)\s"
@@ -107,27 +109,39 @@ _NOT_A_VERB_WORDS = """
 the your its our their this that these those each every any all some both one two
 """
 _NOT_A_VERB = frozenset(_NOT_A_VERB_WORDS.split())
-_NOT_A_SUBJECT_WORDS = """
-if when unless once after before while because what how why and or but there
+_NOT_IN_A_SUBJECT_WORDS = """
+it they this that these those there he she we you i and or but which who to if when unless once after before while
+because what how why
 """
-_NOT_A_SUBJECT = frozenset(_NOT_A_SUBJECT_WORDS.split())
+_NOT_IN_A_SUBJECT = frozenset(_NOT_IN_A_SUBJECT_WORDS.split())
 # At most so many questions for each key phrase: a text with few sentences and sections has little else to ask about.
 REPEATS = 12
-_ASK = ("", "How", "Why", "When", "In what case")
+_BEING = frozenset(("is", "are", "was", "were", "has", "have"))
+_ASK_OF_BEING = ("", "Why", "When")
+_ASK_OF_DOING = ("", "How", "Why", "When", "In what case")
+_LONGEST_CLAUSE = 16
+Asked = tuple[str, str, float]
 
 
-def questions_from(text: str, rng: random.Random) -> Iterator[tuple[str, str, float]]:
+def questions_from(text: str, rng: random.Random) -> Iterator[Asked]:
     """(question, kind, position) without end in sight of the templates: cycles over the kinds, and within
     each kind over the whole context in an even order, so that any first k of them cover it."""
-    name = title(text)
-    streams = [
-        _cycled(_rewritten(sentences(text), rng), rng),
-        _cycled(list(_compound(_rewritten(sentences(text), rng))), rng),
-        _cycled(list(_quoted(sentences(text), rng)), rng),
-        _cycled(list(_about_phrases(text, rng)), rng),
-        _cycled(list(_about_sections(text)), rng),
-    ]
-    weights = (8, 3, 3, 7, 3)
+    found, name = sentences(text), title(text)
+    english = is_english(text)
+    known = [sentence for sentence in found if english and is_latin(sentence.text)]
+    unknown = [sentence for sentence in found if not (english and is_latin(sentence.text))]
+    streams = [_cycled(own_questions(found, text), rng), _cycled(neutral_questions(unknown), rng)]
+    weights = [3, 8]
+    if english:
+        rewritten = _rewritten(known, rng)
+        streams += [
+            _cycled(rewritten, rng),
+            _cycled(list(_compound(_rewritten(known, rng))), rng),
+            _cycled(list(_quoted(known, rng)), rng),
+            _cycled(list(_about_phrases(text, rng)), rng),
+            _cycled(list(_about_sections(text)), rng),
+        ]
+        weights += [8, 3, 3, 7, 3]
     live = list(zip(streams, weights, strict=True))
     while live:
         for stream, weight in list(live):
@@ -137,7 +151,28 @@ def questions_from(text: str, rng: random.Random) -> Iterator[tuple[str, str, fl
                     live.remove((stream, weight))
                     break
                 question, kind, position = item
-                yield _named(question, name, rng), kind, position
+                named = english and kind not in ("own", "continue") and is_latin(question)
+                yield _named(question, name, rng) if named else question, kind, position
+
+
+def own_questions(found: Sequence[Sentence], text: str) -> list[Asked]:
+    """What the document asks itself, as lists of frequent questions do, in sentences and in headings."""
+    asked = [(sentence.text, "own", sentence.position) for sentence in found if is_question(sentence.text)]
+    heads = [(plain(head), "own", at / max(1, len(text))) for at, head in headings(text) if is_question(head)]
+    return sorted({*asked, *heads}, key=lambda item: (item[2], item[0]))
+
+
+def neutral_questions(found: Sequence[Sentence]) -> list[Asked]:
+    """Of sentences in a language that no templates are known for: parts of each, quoted, asked about, to go on from.
+    Nothing but the sentence's own words and marks is in them."""
+    asked: list[Asked] = []
+    for sentence in found:
+        mark = question_mark(sentence.text)
+        for clause in clauses(sentence.text, 8):
+            asked.append((clause.rstrip(_ENDS) + mark, "quote", sentence.position))
+        for words in (3, 6):
+            asked.append((beginning(sentence.text, words).rstrip(_ENDS) + "…", "continue", sentence.position))
+    return asked
 
 
 def _cycled(items: Sequence[tuple[str, str, float]], rng: random.Random) -> Iterator[tuple[str, str, float]]:
@@ -159,17 +194,9 @@ def _named(question: str, name: str, rng: random.Random) -> str:
         if name and "the document" in question and rng.random() < 0.5:
             return question.replace("the document", name, 1)
         return question
-    shape = rng.randrange(5)
-    if shape == 0:
+    if rng.random() < 0.5:
         return f"I have a question about {name}. {question}"
-    if shape == 1:
-        return f"{name}: {question}"
-    if rng.random() < 0.6:
-        words = name.split()
-        name = " ".join(words[: rng.randint(min(2, len(words)), len(words))])
-    ending = question[-1]
-    word = ("in", "for", "with", "of")[rng.randrange(4)]
-    return f"{question[:-1]} {word} {name}{ending}"
+    return f"{name}: {question}"
 
 
 def _rewritten(found: Sequence[Sentence], rng: random.Random) -> list[tuple[str, str, float]]:
@@ -196,20 +223,20 @@ def _rewritten(found: Sequence[Sentence], rng: random.Random) -> list[tuple[str,
         match = _INVERTIBLE.match(text)
         if match and "|" not in text:
             subject, verb, rest = match.groups()
-            first = subject.split()[0]
-            if first.lower() in _NOT_A_SUBJECT:
-                continue
-            if first == "A" or (not first.isupper() and first[1:].islower()):
-                subject = subject[0].lower() + subject[1:]
-            rest = " ".join(re.split(r"[,;:(]", rest)[0].split()[:14])
-            start = rng.choice(_ASK)
-            question = f"{start} {verb.lower()} {subject} {rest}?".strip()
-            asked.append((question[0].upper() + question[1:], "fact", sentence.position))
-            words = rest.split()
-            if len(words) > 3:
-                question = f"What {verb.lower()} {subject} {words[0]}?"
-                asked.append((question, "fact", sentence.position))
+            clause = re.split(r"[,;:(]", rest)[0].split()
+            if len(clause) <= _LONGEST_CLAUSE and not _NOT_IN_A_SUBJECT & set(subject.lower().split()):
+                asked.append((_inverted(subject, verb.lower(), " ".join(clause), rng), "fact", sentence.position))
     return asked
+
+
+def _inverted(subject: str, verb: str, clause: str, rng: random.Random) -> str:
+    """A question of a statement: its auxiliary goes in front of its subject."""
+    first = subject.split()[0]
+    if first == "A" or (not first.isupper() and first[1:].islower()):
+        subject = subject[0].lower() + subject[1:]
+    start = rng.choice(_ASK_OF_BEING if verb in _BEING else _ASK_OF_DOING)
+    question = f"{start} {verb} {subject} {clause}?".strip()
+    return question[0].upper() + question[1:]
 
 
 def _compound(asked: Sequence[tuple[str, str, float]]) -> Iterator[tuple[str, str, float]]:
@@ -230,7 +257,7 @@ def _quoted(found: Sequence[Sentence], rng: random.Random) -> Iterator[tuple[str
 
 
 def _about_phrases(text: str, rng: random.Random) -> Iterator[tuple[str, str, float]]:
-    phrases = key_phrases(text)
+    phrases = [found for found in key_phrases(text) if is_latin(found[0])]
     kinds = [kind for kind in _PHRASE for _ in range(4 if kind == "fact" else 1)]
     for index, (phrase, position) in enumerate(phrases):
         for repeat in range(REPEATS):
@@ -243,6 +270,8 @@ def _about_phrases(text: str, rng: random.Random) -> Iterator[tuple[str, str, fl
 
 def _about_sections(text: str) -> Iterator[tuple[str, str, float]]:
     for index, (at, name) in enumerate(headings(text)):
+        if is_question(name) or not is_latin(name):
+            continue
         for repeat in range(5):
             form = _SECTION[(index + repeat * 2) % len(_SECTION)]
             yield form.format(s=plain(name)), "summarise", at / max(1, len(text))

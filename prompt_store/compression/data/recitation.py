@@ -7,10 +7,17 @@ such a passage almost surely, so the context is its own gold answer and nothing 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from softbatch.prompt_store.compression.data.language import (
+    PASSAGE_END,
+    beginning,
+    is_english,
+    is_latin,
+    is_unspaced,
+    words_of,
+)
 from softbatch.prompt_store.compression.data.phrases import headings, plain, title
 
 # {s} the section, {w} the passage's first words, {t} the document's title.
@@ -31,14 +38,16 @@ _PLAIN = (
     'Continue the text: "{w}"',
     'What does {t} say from "{w}" on?',
 )
-_BOUNDARY = re.compile(r"(?<=[.!?:;|])\s+|\n+")
+# Of a script or a language that no words are known of: the beginning alone, to go on from.
+_NEUTRAL = ("{w}…", "… {w} …", "“{w}…”")
+_UNSPACED_LENGTH = 60  # characters of a passage where each is a word
 
 
 def passages(text: str, length: int) -> list[tuple[int, str]]:
     """(offset, passage): the whole text cut at ends of lines and sentences into pieces of at least `length`
     characters, headings left out."""
     found: list[tuple[int, str]] = []
-    starts = [0, *(match.end() for match in _BOUNDARY.finditer(text)), len(text)]
+    starts = [0, *(match.end() for match in PASSAGE_END.finditer(text)), len(text)]
     heads = {at for at, _ in headings(text)}
     begin: int | None = None
     for start, end in pairwise(starts):
@@ -54,14 +63,14 @@ def passages(text: str, length: int) -> list[tuple[int, str]]:
             begin = None
     if begin is not None and text[begin:].strip():
         found.append((begin, text[begin:].strip()))
-    return [(at, passage) for at, passage in found if len(passage.split()) >= 4]
+    return [(at, passage) for at, passage in found if len(words_of(passage)) >= 4]
 
 
 def recitations(text: str, count: int, rng: random.Random, length: int = 220) -> list[tuple[str, str, float]]:
     """(question, passage, position) of up to `count` passages, evenly over the text; where there are fewer passages
     than `count` each is asked for in several ways."""
-    pieces = passages(text, length)
-    marked = headings(text)
+    pieces = passages(text, _UNSPACED_LENGTH if is_unspaced(text) else length)
+    english, marked = is_english(text), headings(text)
     name = title(text) or "the document"
     asked: list[tuple[str, str, float]] = []
     rounds = -(-count // len(pieces)) if pieces else 0
@@ -71,7 +80,9 @@ def recitations(text: str, count: int, rng: random.Random, length: int = 220) ->
             section = next((head for start, head in reversed(marked) if start <= at), "")
             forms = _PLAIN if not section or section == name else _INSIDE if section in seen else _SECTION_START
             seen.add(section)
-            words = plain(" ".join(passage.split()[: rng.randint(3, 5)])).strip(' "|')
+            if not english or not is_latin(passage):
+                forms = _NEUTRAL
+            words = plain(beginning(passage, rng.randint(3, 5) + turn)).strip(' "|')
             form = forms[(index + turn) % len(forms)]
             asked.append((form.format(s=section, w=words, t=name), passage, at / max(1, len(text))))
     return asked

@@ -6,8 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from softbatch.prompt_store.compression.data.examples import Example, words_of
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.data.language import words_of
 from softbatch.prompt_store.compression.data.phrases import title
+
+# Kinds of questions that hold words of the context: its own questions, and parts of it to go on from.
+ECHOES = frozenset({"own", "quote", "continue", "recite"})
 
 
 class Deduplicator:
@@ -21,11 +25,12 @@ class Deduplicator:
         self._seen: list[frozenset[str]] = []
         self._index: dict[str, list[int]] = {}
 
-    def add(self, question: str) -> bool:
+    def add(self, question: str, may_echo: bool = False) -> bool:
+        """Whether it is kept; a question that the context itself asks, or that quotes it on purpose, `may_echo`."""
         words = words_of(question)
         if len(words) < 2 or len(question) > 400:
             return False
-        if len(words) > 3 and " ".join(words) in self._context:
+        if not may_echo and len(words) > 3 and " ".join(words) in self._context:
             return False
         content = frozenset(word for word in words if word not in self._title) or frozenset(words)
         rivals = {index for word in content for index in self._index.get(word, ())}
@@ -49,7 +54,7 @@ def merge(user: Sequence[Example], own: Sequence[Example], context: str, count: 
     for example in own:
         if len(merged) >= count:
             break
-        if kept.add(example.input):
+        if kept.add(example.input, example.kind in ECHOES):
             merged.append(example)
     return merged
 

@@ -9,33 +9,40 @@ import random
 import re
 from collections.abc import Sequence
 
+import regex
+
 from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.data.language import is_english, is_of_language, is_question
 from softbatch.prompt_store.compression.data.phrases import plain, sentences
 from softbatch.prompt_store.compression.data.questions import GENERAL, questions_from
 from softbatch.prompt_store.compression.data.recitation import recitations
-from softbatch.prompt_store.compression.data.selection import Deduplicator
+from softbatch.prompt_store.compression.data.selection import ECHOES, Deduplicator
 
 # The part of the template questions that is answered by a passage of the context.
 RECITED = 0.15
+# And where no templates are known: passages to go on from are then much of what can be asked.
+RECITED_NEUTRALLY = 0.4
 
 
 def template_questions(context: str, count: int, seed: int = 0) -> list[Example]:
     """Up to `count` questions from templates, duplicates dropped, spread over the kinds and the whole
     context."""
-    found: list[Example] = [Example(text, None, "general", 0.0, "template") for text in GENERAL[: count // 25]]
+    english = is_english(context)
+    general = GENERAL[: count // 25] if english else ()
+    found: list[Example] = [Example(text, None, "general", 0.0, "template") for text in general]
     kept = Deduplicator(context)
     found = [example for example in found if kept.add(example.input)]
-    recited = recitations(context, int(count * RECITED), random.Random(seed))
+    recited = recitations(context, int(count * (RECITED if english else RECITED_NEUTRALLY)), random.Random(seed))
     recited_examples = [
         Example(question, passage, "recite", min(position, 0.9999), "template", cut=True)
         for question, passage, position in recited
-        if kept.add(question)
+        if kept.add(question, may_echo=True)
     ]
     count -= len(recited_examples)
     for question, kind, position in questions_from(context, random.Random(seed)):
         if len(found) >= count:
             break
-        if kept.add(question):
+        if kept.add(question, kind in ECHOES):
             found.append(Example(question, None, kind, min(position, 0.9999), "template"))
     return _interleaved(found, recited_examples)
 
@@ -51,6 +58,9 @@ _ASK_FOR_QUESTIONS = (
     'Write three short questions that a reader could ask about this part: "{quote}"',
     'Which three questions does this part answer? "{quote}"',
 )
+_ASK_IN_ITS_LANGUAGE = (
+    "Write three short questions that this text answers, in the language that it is written in:\n\n{quote}",
+)
 
 
 def question_prompts(context: str, count: int, seed: int = 0) -> list[tuple[str, float]]:
@@ -58,8 +68,12 @@ def question_prompts(context: str, count: int, seed: int = 0) -> list[tuple[str,
     text."""
     found = sentences(context)
     rng = random.Random(seed)
+    forms = _ASK_FOR_QUESTIONS if is_english(context) else _ASK_IN_ITS_LANGUAGE
     picked = [found[index * len(found) // count] for index in range(count)] if len(found) > count else found
-    return [(rng.choice(_ASK_FOR_QUESTIONS).format(quote=part.text[:300]), part.position) for part in picked]
+    return [(rng.choice(forms).format(quote=part.text[:300]), part.position) for part in picked]
+
+
+_LINES = regex.compile(r"\n+|(?<=[?\uff1f\u061f\u037e])\s*(?=\S)")
 
 
 def model_questions(context: str, replies: Sequence[tuple[str, float]]) -> list[Example]:
@@ -68,8 +82,8 @@ def model_questions(context: str, replies: Sequence[tuple[str, float]]) -> list[
     kept = Deduplicator(context)
     found = []
     for reply, position in replies:
-        for line in re.split(r"\n+|(?<=\?)\s+", reply):
+        for line in _LINES.split(reply):
             question = plain(re.sub(r"^\s*(?:[-*•]|\d+[.):])\s*", "", line)).strip(" \"'")
-            if question.endswith("?") and kept.add(question):
+            if is_question(question) and is_of_language(question, context) and kept.add(question):
                 found.append(Example(question, None, "model", position, "model"))
     return found

@@ -114,6 +114,10 @@ class Evaluation:
         exact, f1 = answer_scores(answers, gold, self.renderer.tokens)
         return Measured(replace(scores, exact_match=exact, token_f1=f1), kl, answers, self.clock() - began)
 
+    def loss(self, prefix: Prefix) -> float:
+        """The held-out KL behind one prefix for all."""
+        return self.measure(Candidate.shared(prefix, len(self.full.prefixes)), freely=False).scores.kl
+
     def baselines(
         self,
         truncated: Prefix,

@@ -74,13 +74,25 @@ def render_page(report: dict[str, Any], name: str = "") -> str:
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{heading}</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>{heading}</h1><p class="lead">{lead}</p>{_cards(report)}'
+        f'<h1>{heading}</h1><p class="lead">{lead}</p>{_verdict(report)}{_cards(report)}'
         f"<h2>Against every baseline</h2>{_table(report)}"
         f'<h2>Plots</h2><div class="plots">{_plots(report)}</div>'
         f"<h2>Where it is faithful</h2>{_groups(report)}"
         f"<h2>Off-topic questions</h2>{_off_topic(report)}"
         f"<h2>Answers side by side</h2>{_answers(report)}"
         "</main></body></html>\n"
+    )
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    """Of a compression; an evaluation of an imported prompt has none."""
+    found = report.get("verdict")
+    if found is None:
+        return ""
+    asked = report["coverage"]
+    return (
+        f'<p class="verdict"><b>{escape(str(found))}</b></p><p class="lead">Its training asked about {asked["asked"]} '
+        f"of the context's {asked['sentences']} sentences.</p>"
     )
 
 

@@ -29,6 +29,12 @@ from softbatch.prompt_store.compression.frozen.prefix import (
     attend_in_layer,
 )
 from softbatch.prompt_store.compression.objectives import objective_from_hidden
+from softbatch.prompt_store.float32 import (
+    MAX_ERROR_IN_FLOAT32,
+    allowed_error,
+    computing_in_float32,
+    relative_error,
+)
 
 
 class ModelKernels(Protocol):
@@ -84,9 +90,13 @@ class Geometry:
 
 
 def _refuse_unsupported(config: Any) -> None:
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if layers != {"full_attention"} or window is not None:
+    longest = getattr(config, "max_position_embeddings", None)
+    # A window of the longest sequence hides nothing.
+    slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
+    hides = slides and window is not None and (longest is None or window < longest)
+    if hides or not kinds <= {"full_attention", "sliding_attention"}:
         raise ValueError("the model's attention is not full in every layer: compression does not support it")
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError("the model caps its attention scores: compression does not support it")
@@ -106,10 +116,8 @@ class Decoder:
         kernels: Kernels | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.kernels = kernels or Kernels()
         # Never to another dtype: that would round the rotary frequencies, which are float32 in every model, as well.
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.dtype: torch.dtype = self.model.dtype
         self.body = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         self.head = self.model.get_output_embeddings()
         self.embedding = self.model.get_input_embeddings()
@@ -117,40 +125,59 @@ class Decoder:
         _refuse_unsupported(config)
         # Ordinary tokens: bf16 is far less exact on a run of special ones.
         probe = config.vocab_size // 2 + torch.arange(12, device=self.device)[None] * (config.vocab_size // 32)
-        self.model.set_attn_implementation("eager")
-        with torch.no_grad():
-            expected = self.model(input_ids=probe, use_cache=False).logits
-        self.model.set_attn_implementation(ATTENTION_NAME)
-        self._model_kernels = self.kernels.of_model(self.model) or ThroughTransformers(self.body, self.head)
-        self.geometry, self.scale = self._measure(config, probe, expected)
+        self.kernels = Kernels()
+        self._model_kernels: ModelKernels = ThroughTransformers(self.body, self.head)
+        self.dtype: torch.dtype = torch.promote_types(self.model.dtype, torch.float32)
+        with computing_in_float32(self.model):
+            expected = self._own_logits(probe)
+            self.geometry, self.scale = self._measure(config, probe, expected)
+            self._refuse_difference(self._error_behind_prefix(probe, expected), MAX_ERROR_IN_FLOAT32)
+        self.dtype = self.model.dtype
+        rounding = self._error_behind_prefix(probe, expected)  # what a right way to compute it costs in this dtype
+        self.kernels = kernels or self.kernels
+        self._model_kernels = self.kernels.of_model(self.model) or self._model_kernels
+        self._refuse_difference(self._error_behind_prefix(probe, expected), allowed_error(rounding, self.dtype))
         self.window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
 
+    @torch.no_grad()
+    def _own_logits(self, probe: Tensor) -> Tensor:
+        """As transformers computes them."""
+        self.model.set_attn_implementation("eager")
+        logits: Tensor = self.model(input_ids=probe, use_cache=False).logits
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        return logits
+
+    @torch.no_grad()
     def _measure(self, config: Any, probe: Tensor, expected: Tensor) -> tuple[Geometry, float]:
-        """Run the probe as a prefix and what follows it; compare with the model's own logits."""
+        """What attention is called with. Raises ValueError where it is not called in every layer."""
         traces: list[LayerTrace] = []
-        cut = probe.shape[1] // 2
-        with torch.no_grad():
-            self.forward(self.embed(probe), None, on_layer=lambda _, trace: traces.append(trace))
-            if len(traces) != config.num_hidden_layers:
-                raise ValueError(f"{type(self.model).__name__} does not use the attention interface in every layer")
-            prefix = self.encode(probe[0, :cut].tolist())
-            behind = self.embed(probe[:, cut:])
-            with torch.enable_grad():  # as training attends, with weights that need no gradients
-                hidden = [self.forward(behind, prefix)]
-            hidden.append(self.forward(behind, prefix))
-            wanted = expected[:, cut:].float()
-            size = wanted.norm().clamp_min(1e-6)
-            errors = [float((self.project(states).float() - wanted).norm() / size) for states in hidden]
-        allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
-        if not all(error <= allowed for error in errors):  # NaN is none
-            raise ValueError(
-                f"{type(self.model).__name__}: the logits behind a prefix differ from the model's own; "
-                "soft prompts cannot be trained for it"
-            )
+        hidden = self.forward(self.embed(probe), None, on_layer=lambda _, trace: traces.append(trace))
+        if len(traces) != config.num_hidden_layers:
+            raise ValueError(f"{type(self.model).__name__} does not use the attention interface in every layer")
         key, query = traces[0].key, traces[0].query
         heads, kv_heads, size = query.shape[1], key.shape[1], key.shape[3]
-        shape = Geometry(len(traces), heads, kv_heads, size, behind.shape[-1], expected.shape[-1])
+        shape = Geometry(len(traces), heads, kv_heads, size, hidden.shape[-1], expected.shape[-1])
         return shape, traces[0].scale
+
+    @torch.no_grad()
+    def _error_behind_prefix(self, probe: Tensor, expected: Tensor) -> float:
+        """Run the probe as a prefix and what follows it, with gradients and without; the larger distance from expected
+        logits."""
+        cut = probe.shape[1] // 2
+        prefix = self.encode(probe[0, :cut].tolist())
+        behind = self.embed(probe[:, cut:])
+        with torch.enable_grad():  # as training attends, with weights that need no gradients
+            hidden = [self.forward(behind, prefix).detach()]
+        hidden.append(self.forward(behind, prefix))
+        errors = [relative_error(self.project(states), expected[:, cut:]) for states in hidden]
+        return float(torch.tensor(errors).max())  # NaN, if one is
+
+    def _refuse_difference(self, error: float, allowed: float) -> None:
+        if not error <= allowed:  # NaN is none
+            raise ValueError(
+                f"{type(self.model).__name__}: the logits behind a prefix differ from the model's own in float32 by "
+                f"{error:.2%} (at most {allowed:.2%} allowed); soft prompts cannot be trained for it"
+            )
 
     def wait(self) -> None:
         """Until the device has done all it was asked to: a clock read before would not know of it."""

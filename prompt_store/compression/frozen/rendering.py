@@ -9,7 +9,7 @@ from typing import Any
 
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
-from softbatch.prompt_store.template import TemplateError, context_turn, render_chat
+from softbatch.prompt_store.template import TemplateError, context_turn, render_chat, turn_end
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,7 @@ class Renderer:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The end-of-sequence token and whatever the template ends an assistant turn with."""
-        marks = {self.tokenizer.eos_token_id} - {None}
-        full = render_chat(self.tokenizer, [_user("x"), {"role": "assistant", "content": "zq"}], False)
-        ending = self.tokens(full.rpartition("zq")[2])
-        special = set(self.tokenizer.all_special_ids)
-        return frozenset(marks | ({ending[0]} if ending and ending[0] in special else set()))
+        return frozenset({self.tokenizer.eos_token_id, turn_end(self.tokenizer)} - {None})
 
     def context(self, text: str) -> list[int]:
         """The tokens σ stands for."""
@@ -111,7 +107,8 @@ class Renderer:
         if example.output is None:
             raise ValueError("the example has no gold answer")
         answer = self.tokens(example.output)[:max_answer_tokens]
-        stop = self.tokenizer.eos_token_id
+        ends_turn = turn_end(self.tokenizer)
+        stop = self.tokenizer.eos_token_id if ends_turn is None else ends_turn
         if not example.cut and len(answer) < max_answer_tokens and stop is not None:
             answer.append(stop)
         return TrainingPair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments))

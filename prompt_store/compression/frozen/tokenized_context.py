@@ -10,7 +10,8 @@ from functools import cached_property
 from itertools import cycle, pairwise
 from typing import Any
 
-from softbatch.prompt_store.compression.data.examples import Example, words_of
+from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.data.language import words_of
 from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment
 
 # What a user turn may take beside the answer.

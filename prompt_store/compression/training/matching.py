@@ -152,8 +152,11 @@ def fit(
     takes it up.
     """
     resumes = checkpoint is not None and checkpoint.exists()
+    solving = clock()
     if not resumes:
         _solve(student, observed)
+    solving = clock() - solving  # once more at the end, within the same time
+    seconds = None if settings.seconds is None else max(0.01, settings.seconds - 2 * solving)
     rates = {"keys": settings.key_rate, "values": settings.value_rate, "embeddings": settings.embedding_rate}
     groups = [{"params": [part], "rate": rates[name]} for name, part in student.trainable.items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -162,8 +165,8 @@ def fit(
     began = saved - spent
     for step in range(first, settings.steps):
         fraction = step / settings.steps
-        if settings.seconds is not None:
-            fraction = max(fraction, (clock() - began) / settings.seconds)
+        if seconds is not None:
+            fraction = max(fraction, (clock() - began) / seconds)
             if fraction >= 1:
                 break
         for group in optimiser.param_groups:

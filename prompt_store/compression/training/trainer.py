@@ -140,7 +140,9 @@ class Trainer:
             self.save()
         return TrainingResult(state.step, state.elapsed, list(state.curve), stopped)
 
-    def _fraction(self) -> float:
+    @property
+    def fraction(self) -> float:
+        """How much of the training is done."""
         if self.settings.steps is not None:
             return self.state.step / self.settings.steps
         assert self.budget is not None
@@ -154,7 +156,7 @@ class Trainer:
         return self.state.elapsed + per_step > self.budget
 
     def _step(self, indices: list[int]) -> float:
-        factor = learning_rate_factor(self._fraction(), self.settings.warmup, self.settings.final_rate)
+        factor = learning_rate_factor(self.fraction, self.settings.warmup, self.settings.final_rate)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate * group["factor"] * factor
         decoder = self.student.decoder

@@ -16,17 +16,18 @@ from softbatch.scheduler.model.cuda import fused
 from softbatch.scheduler.model.cuda.buckets import BucketedBatches, decoding_sizes, mixed_sizes
 from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, memory_of, peak_of
 from softbatch.scheduler.model.cuda.graphs import Capturer, GraphForward
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
 from softbatch.scheduler.protocol import EngineConfig, SamplingParams
 
 
-def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend) -> Forward:
+def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, longest: int | None = None) -> Forward:
     """The fastest forward pass for this model without graphs."""
     if isinstance(backend, TritonAttention) and fused.supports(model):
         return fused.FusedForward(model, kv_cache, backend)
-    return TransformersForward(model, kv_cache, backend)
+    return TransformersForward(model, kv_cache, backend, longest)
 
 
 def with_graphs(
@@ -57,7 +58,7 @@ def with_graphs(
 def make_planner(model: Any, backend: AttentionBackend, spec: ModelSpec) -> Planner | None:
     if not isinstance(backend, TritonAttention):
         return None
-    heads: int = model.config.get_text_config().num_attention_heads
+    heads = Family.of(model.config).num_heads
     return backend.planner(heads=heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=model.dtype)
 
 
@@ -87,7 +88,7 @@ def largest_step(
         dtype=model.dtype,
         device=device,
     )
-    forward = make_forward(model, kv_cache, backend)
+    forward = make_forward(model, kv_cache, backend, max_model_len)
     planner = make_planner(model, backend, spec)
     rows, left = [], config.max_batch_tokens
     while left > 0:  # all in the same blocks, because the result does not matter

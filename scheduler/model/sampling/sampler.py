@@ -23,7 +23,8 @@ class SampleInput:
     """One row: its parameters, all its tokens so far (prompt first), and the position being sampled.
 
     `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet. `barred` are
-    tokens that may not be chosen."""
+    tokens that may not be chosen. `mask`, int32 [ceil(vocab / 32)], has one bit per token that may be: None is
+    for all."""
 
     params: SamplingParams
     tokens: Sequence[int]
@@ -31,6 +32,7 @@ class SampleInput:
     position: int
     pending: torch.Tensor | None = None
     barred: Sequence[int] = ()
+    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,18 @@ class Samples(Protocol):
 def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     """Choose one token per row of `logits` [rows, vocab].
 
-    Order: penalties, barred tokens, temperature, top-k, top-p within what top-k left, min-p relative to the most
+    Order: masks, penalties, barred tokens, temperature, top-k, top-p within what top-k left, min-p relative to the most
     probable token.
     Log-probabilities are those of the model, before all of these. All is read back from the device at once.
     """
     logits = logits.float()
+    raw = logits
+    if any(row.mask is not None for row in inputs):
+        if any(row.params.logprobs is not None for row in inputs):
+            logits = logits.clone()
+        _apply_masks(logits, inputs)
     if logits.device.type == "cpu" and all(_is_greedy(row) for row in inputs):
         return _GreedyOnCpu(logits.numpy())
-    raw = logits
     if any(needs_history(row.params) or row.barred for row in inputs):
         logits = logits.clone()
         for index, row in enumerate(inputs):
@@ -78,6 +84,25 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     if drawn is not None:
         tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
     return _OnDevice(tokens, finite, drawn, _LogprobTable.of(raw, inputs))
+
+
+def _apply_masks(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> None:
+    """In place: tokens that a row's mask leaves out become impossible."""
+    rows = [index for index, row in enumerate(inputs) if row.mask is not None]
+    masks = np.stack([row.mask for row in inputs if row.mask is not None])
+    size = logits.shape[-1]
+    if logits.device.type == "cpu":
+        allowed = np.unpackbits(masks.view(np.uint8), axis=-1, count=size, bitorder="little").view(np.bool_)
+        table = logits.numpy()
+        for row, mine in zip(rows, allowed, strict=True):
+            np.copyto(table[row], -np.inf, where=~mine)
+        return
+    bits = torch.from_numpy(masks).to(logits.device, non_blocking=True)[..., None] >> torch.arange(
+        32, device=logits.device
+    )
+    left_out = (bits & 1).flatten(1)[:, :size] == 0
+    at = small_tensor(rows, logits.device, torch.int64)
+    logits[at] = logits[at].masked_fill(left_out, -torch.inf)
 
 
 class _OnDevice:

@@ -12,7 +12,9 @@ import torch
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.pipeline import Compression, Stopped
+from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
+from softbatch.prompt_store.compression.pace import Stopped
+from softbatch.prompt_store.compression.pipeline import Compression
 from tests.support.models import Reference
 from tests.support.small_compressions import CONTEXT, SMALL, engine
 
@@ -34,11 +36,11 @@ def compression(llama: Reference, directory: Path, device: str, stop_after: int 
     decoder = Decoder(copy.deepcopy(llama.model), device)
     decoder.window = 4096
     calls = iter(range(1 << 30))
+    settings = CompressionSettings(**(SMALL | options))
     return Compression(
         decoder,
-        llama.tokenizer,
-        CONTEXT,
-        CompressionSettings(**(SMALL | options)),
+        TokenizedContext(llama.tokenizer, CONTEXT, None, settings.max_answer_tokens, decoder.window),
+        settings,
         engine(decoder),
         directory,
         should_stop=lambda: next(calls) >= stop_after,

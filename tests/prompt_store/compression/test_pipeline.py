@@ -25,7 +25,8 @@ from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer, group_of
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
-from softbatch.prompt_store.compression.pipeline import Compression, Outcome, Stopped
+from softbatch.prompt_store.compression.pace import Stopped
+from softbatch.prompt_store.compression.pipeline import Compression, Outcome
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.template import context_turn, render_chat
@@ -203,7 +204,7 @@ def test_questions_are_split_alike_after_a_restart(llama: Reference, tmp_path: P
     text = (EXAMPLES / "policy" / "context.md").read_text(encoding="utf-8")
     first = compression(llama, tmp_path, text, questions=2000)
     second = compression(llama, tmp_path, text, questions=2000)
-    assert first._questions() == second._questions()
+    assert first.gold.questions([]) == second.gold.questions([])
 
 
 @pytest.mark.parametrize(
@@ -223,9 +224,9 @@ def test_the_model_asks_questions_of_its_own(llama: Reference, tmp_path: Path) -
         replies = [f"How bright is lamp {number}? And why is it so?" for number in range(len(prompts))]
         if any("questions" in text.rpartition("user")[2] for text in asked):
             return [llama.tokenizer.encode(reply) for reply in replies]
-        return greedy(run.decoder, None, prompts, max_tokens, {2})
+        return greedy(run.context.decoder, None, prompts, max_tokens, {2})
 
-    run.generate = generate
+    run.gold.generate = generate
     run.run()
     made = [example for example in load_jsonl(tmp_path / "questions.jsonl") if example.source == "model"]
     assert 0 < len(made) <= 4

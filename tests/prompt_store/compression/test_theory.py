@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
 from softbatch.prompt_store.compression.frozen.greedy import greedy
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
@@ -56,8 +56,8 @@ class Fork:
 
 
 @pytest.fixture(scope="module")
-def decoder(smollm2: Reference) -> Decoder:
-    return Decoder(copy.deepcopy(smollm2.model))
+def decoder(smollm2: Reference, kernels: Kernels) -> Decoder:
+    return Decoder(copy.deepcopy(smollm2.model), kernels=kernels)
 
 
 def next_word(decoder: Decoder, prefix: Prefix, pairs: list[TrainingPair]) -> Tensor:

@@ -20,12 +20,11 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def ways() -> list[object]:
-    """Where the engine runs, and whether a step is launched before the tokens of the one before are known;
-    transformers, which it is compared with, runs on the CPU."""
+    """Where the engine runs, with and without async scheduling. transformers, the reference, runs on the CPU."""
     return [
-        pytest.param({"device": device, "async_scheduling": ahead}, id=f"{device}-{ahead}", marks=marks)
+        pytest.param({"device": device, "async_scheduling": mode}, id=f"{device}-{mode}", marks=marks)
         for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
-        for ahead in ("off", "on")
+        for mode in ("off", "on")
     ]
 
 

@@ -60,9 +60,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[ToHost]:
     return waited_for
 
 
-@pytest.mark.parametrize("ahead", ["on", "off"])
-def test_a_decoding_step_waits_for_its_tokens_alone(smollm2: Reference, reads: list[ToHost], ahead: str) -> None:
-    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2, async_scheduling=ahead), lambda *_: None)
+@pytest.mark.parametrize("async_scheduling", ["on", "off"])
+def test_a_decoding_step_waits_for_its_tokens_alone(
+    smollm2: Reference, reads: list[ToHost], async_scheduling: str
+) -> None:
+    engine, _ = build_engine(config(smollm2.path, kv_cache_gib=0.2, async_scheduling=async_scheduling), lambda *_: None)
     add(engine, 3, max_tokens=20)
     for _ in range(6):
         engine.step()

@@ -38,13 +38,13 @@ class SmallDevice:
         return self._forward(batch)
 
 
-@pytest.mark.parametrize("ahead", ["off", "on"])
+@pytest.mark.parametrize("async_scheduling", ["off", "on"])
 @pytest.mark.parametrize(("most", "failing"), [(1000, {4}), (1000, {1, 6, 12, 13, 20}), (9, set()), (3, set())])
 def test_every_request_still_gets_its_tokens(
-    llama: Reference, tmp_path, most: int, failing: set[int], ahead: str
+    llama: Reference, tmp_path, most: int, failing: set[int], async_scheduling: str
 ) -> None:
     limits = {"max_batch_size": 5, "max_batch_tokens": 24, "max_model_len": 120, "max_queue_size": 50}
-    engine, ready = build(llama.path, num_blocks=40, async_scheduling=ahead, **limits)
+    engine, ready = build(llama.path, num_blocks=40, async_scheduling=async_scheduling, **limits)
     runner = engine._runner
     runner._forward = SmallDevice(runner._forward, most, frozenset(failing))
     prompt = make_soft_prompt("embeddings", 19, ready.model)
@@ -67,8 +67,8 @@ def test_every_request_still_gets_its_tokens(
     for index, ids in enumerate(prompts):
         expected = llama.generate(ids, 9, prompt if index % 3 == 2 else None)
         assert received[str(index)][: len(expected)] == expected, index
-    # A step that is launched ahead is tried again when the one before has given back what it holds.
-    assert engine.stats.out_of_memory_total >= (max(1, len(failing)) if ahead == "off" else most < 1000)
+    # With async scheduling, a step is first tried again after the step in flight has released its memory.
+    assert engine.stats.out_of_memory_total >= (max(1, len(failing)) if async_scheduling == "off" else most < 1000)
     check_empty(engine)
 
 
@@ -137,10 +137,10 @@ def test_a_soft_prompt_that_finds_no_room_waits_for_those_who_run(llama: Referen
         check_empty(engine)
 
 
-@pytest.mark.parametrize("ahead", ["off", "on"])
-def test_what_never_fits_fails_alone(llama: Reference, ahead: str) -> None:
+@pytest.mark.parametrize("async_scheduling", ["off", "on"])
+def test_what_never_fits_fails_alone(llama: Reference, async_scheduling: str) -> None:
     limits = {"max_batch_size": 5, "max_batch_tokens": 24, "max_model_len": 120}
-    engine, _ = build(llama.path, num_blocks=40, async_scheduling=ahead, **limits)
+    engine, _ = build(llama.path, num_blocks=40, async_scheduling=async_scheduling, **limits)
     runner = engine._runner
     runner._forward = SmallDevice(runner._forward, 0)
     engine.handle(AddRequest(request_id="a", token_ids=[5, 6, 7], params=SamplingParams(max_tokens=3)))

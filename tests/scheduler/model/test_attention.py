@@ -404,9 +404,11 @@ def script(path: Path, text: str) -> Path:
 @needs_compiler
 def test_processes_that_start_together_share_a_cache(tmp_path: Path) -> None:
     """Also: a compiler that lacks -march=native builds a portable kernel, and a built one needs no compiler."""
+    objects, once = tmp_path / "objects", ROOT / "tests" / "support" / "compile_once.py"
     old_compiler = script(
         tmp_path / "g++",
-        'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac\nexec c++ "$@"',
+        'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac\n'
+        f'exec "{sys.executable}" "{once}" "{objects}" "$@"',
     )
     cache = tmp_path / "cache"
     together = [start(cache, old_compiler), start(cache, old_compiler)]

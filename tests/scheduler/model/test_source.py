@@ -15,7 +15,7 @@ def test_a_broken_gguf_file(content: str, tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "broken.gguf"
     with _embedded_gguf().open("rb") as whole:
         file.write_bytes(b"no model" * 100 if content == "text" else whole.read(1 << 20))
-    with pytest.raises(ModelError, match=r"--model broken.gguf: transformers cannot convert it: ") as refused:
+    with pytest.raises(ModelError, match=r"--model broken.gguf: (not a whole GGUF file|the file ends at)") as refused:
         resolve(str(file))
     assert "\n" not in str(refused.value)
-    assert list((tmp_path / "cache" / "softbatch" / "models").iterdir()) == []
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []

@@ -1,6 +1,6 @@
-"""Steps that are launched before the tokens of the one before are known give what steps one by one give.
+"""Async scheduling gives the same answers as synchronous scheduling.
 
-Greedy output against transformers is `test_exactness.py`'s and `test_gpu_path.py`'s business, in both ways too."""
+`test_exactness.py` and `test_gpu_path.py` compare greedy output of both with transformers."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def llama(tiny_models: dict[str, str]) -> str:
     return tiny_models["llama"]
 
 
-def engine_of(path: str, ahead: str, num_blocks: int = 200) -> Engine:
+def engine_of(path: str, async_scheduling: str, num_blocks: int = 200) -> Engine:
     limits = {"max_batch_size": 8, "max_batch_tokens": 24, "max_model_len": 64, "max_queue_size": 50}
-    return build(path, num_blocks=num_blocks, block_size=4, async_scheduling=ahead, **limits)[0]
+    return build(path, num_blocks=num_blocks, block_size=4, async_scheduling=async_scheduling, **limits)[0]
 
 
 def requests() -> list[AddRequest]:
@@ -77,10 +77,10 @@ def test_everything_a_request_may_ask_for_is_answered_alike(
 
     monkeypatch.setattr(InFlightStep, "result", result_told)
     answers, preemptions = {}, {}
-    for ahead in ("off", "on"):
-        engine = engine_of(llama, ahead, num_blocks)
-        answers[ahead] = {name: told(outputs) for name, outputs in drain(engine, requests()).items()}
-        preemptions[ahead] = engine.stats.preemptions_total
+    for mode in ("off", "on"):
+        engine = engine_of(llama, mode, num_blocks)
+        answers[mode] = {name: told(outputs) for name, outputs in drain(engine, requests()).items()}
+        preemptions[mode] = engine.stats.preemptions_total
         check_empty(engine)
     for name, (tokens, logprobs, scores, *end) in answers["off"].items():
         found = answers["on"][name]
@@ -95,7 +95,7 @@ def test_everything_a_request_may_ask_for_is_answered_alike(
 
 
 def test_penalties_see_every_token_before(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest of which the host does not know yet when it launches the step."""
+    """The host does not know the newest one yet when it launches the step."""
     seen: list[list[int]] = []
 
     def sample_told(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
@@ -160,7 +160,7 @@ def test_a_step_in_which_everyone_fails_is_followed_by_others(llama: str, monkey
     check_empty(engine)
 
 
-def test_a_soft_prompt_that_fails_fails_once_though_its_next_chunk_is_on_its_way(
+def test_a_soft_prompt_fails_once_though_its_next_chunk_is_in_flight(
     llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = {"max_batch_size": 8, "max_batch_tokens": 24, "max_model_len": 128}
@@ -187,13 +187,13 @@ def test_a_soft_prompt_that_fails_fails_once_though_its_next_chunk_is_on_its_way
     check_empty(engine)
 
 
-def test_who_is_cancelled_while_its_step_runs_is_not_heard_of_again(llama: str) -> None:
+def test_a_sequence_cancelled_in_flight_has_no_more_outputs(llama: str) -> None:
     engine = engine_of(llama, "on")
     for name in "ab":
         engine.handle(make_request(name, [5, 6], max_tokens=8))
     engine.step()
     engine.handle(CancelRequest(["a", "b"]))
-    assert engine.has_work, "a step is on its way"
+    assert engine.has_work, "a step is in flight"
     assert engine.step().outputs == []
     assert not engine.has_work
     check_empty(engine)

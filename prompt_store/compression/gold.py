@@ -1,0 +1,85 @@
+"""What is asked about a context, and the full-context model's answers, kept in the work directory as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.examples import Example, Generate, load_jsonl, save_jsonl
+from softbatch.prompt_store.compression.data.language import is_english
+from softbatch.prompt_store.compression.data.selection import merge, usable
+from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
+from softbatch.prompt_store.compression.evaluation.baselines import with_gold
+from softbatch.prompt_store.compression.frozen.context import Context
+from softbatch.prompt_store.compression.pace import Pace
+
+QUESTION_TOKENS = 96  # for three questions that the model asks
+# Of a text that is not English: so many parts are asked about, every fourth first, to see whether the model is able.
+FOREIGN_PROMPTS = 32
+PROBE_STRIDE = 4
+FOREIGN_SHARE = 0.08
+
+
+class GoldAnswers:
+    """The questions and answers of one run."""
+
+    def __init__(
+        self, context: Context, settings: CompressionSettings, generate: Generate, directory: Path, pace: Pace
+    ) -> None:
+        self.context, self.settings, self.generate = context, settings, generate
+        self._directory, self._pace = directory, pace
+
+    def questions(self, user_examples: Sequence[Example]) -> list[Example]:
+        """All questions, the user's first, without answers of the model yet; the same on every call."""
+        path = self._directory / "questions.jsonl"
+        if path.exists():
+            return load_jsonl(path)
+        settings, text = self.settings, self.context.tokenized.text
+        count = settings.questions + settings.held_out
+        own = self._of_the_model(text) + template_questions(text, count, settings.seed)
+        examples = merge(user_examples, own, text, count + len(user_examples))
+        save_jsonl(self.context.tokenized.placed(examples), path)
+        self._pace.tell("self_study", len(examples), len(examples))
+        return load_jsonl(path)  # as a resumed run reads them, positions rounded
+
+    def _of_the_model(self, text: str) -> list[Example]:
+        """As many as were asked for. Of a text that is not English, which no templates are made for, some in any case,
+        if the model writes questions in its language, and while that takes little of the budget."""
+        wanted, pace, began = self.settings.model_questions, self._pace, self._pace.clock()
+        if wanted:
+            return self._asked_by_the_model(text, question_prompts(text, wanted // 2 + 1, self.settings.seed))[:wanted]
+        if is_english(text):
+            return []
+        prompts = question_prompts(text, FOREIGN_PROMPTS, self.settings.seed)
+        found = self._asked_by_the_model(text, prompts[::PROBE_STRIDE])
+        probed = len(prompts[::PROBE_STRIDE])
+        rest = [prompt for index, prompt in enumerate(prompts) if index % PROBE_STRIDE]
+        coming = (pace.clock() - began) / max(1, probed) * len(rest)
+        if len(found) < probed:
+            return []
+        return found if pace.is_late(FOREIGN_SHARE, coming) else found + self._asked_by_the_model(text, rest)
+
+    def _asked_by_the_model(self, text: str, prompts: Sequence[tuple[str, float]]) -> list[Example]:
+        examples = [Example(message, None, "model", position, "model") for message, position in prompts]
+        replies = self.context.ask(examples, QUESTION_TOKENS, self.generate)
+        texts = [self.context.renderer.text(reply) for reply in replies]
+        return model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])
+
+    def answer(self, examples: Sequence[Example], name: str, share: float, next_file: str) -> list[Example]:
+        """The usable ones of the examples with gold answers, as many as that share of the budget allows; kept in
+        `name`.jsonl. Where the phase behind this one has begun `next_file`, no more are asked for."""
+        path = self._directory / f"{name}.jsonl"
+        done = load_jsonl(path) if path.exists() and path.stat().st_size else []
+        if (self._directory / next_file).exists():
+            return [example for example in done[: len(examples)] if usable(example)]
+        began = self._pace.clock()
+        for part in self._pace.chunks(len(done), len(examples), share, self.settings.batch_size):
+            for example in with_gold(self.context, examples[part.start : part.stop], self.generate):
+                # The file has no empty answers; one that echoes the question is as unusable.
+                empty = not (example.output or "").strip()
+                done.append(replace(example, output=example.input) if empty else example)
+            save_jsonl(done, path)
+            self._pace.tell("gold", len(done), len(examples), began)
+        return [example for example in done[: len(examples)] if usable(example)]

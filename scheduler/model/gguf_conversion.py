@@ -1,0 +1,150 @@
+"""GGUF files as directories of bfloat16 safetensors, each made once and known by the file's whole content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from softbatch.prompt_store.atomic_files import replacing
+from softbatch.scheduler.model.gguf_metadata import GgufFile, complete_config
+from softbatch.scheduler.model.model_error import ModelError
+from softbatch.scheduler.model.model_files import first_line
+
+logger = logging.getLogger(__name__)
+# Raised when the same file would become another directory.
+_VERSION = 2
+# A file that changed so shortly before it was read may change again without a new time stamp.
+_SETTLED_SECONDS = 2.0
+# Tensors that become part of the config.
+_IN_CONFIG = frozenset({"rope_freqs.weight"})
+
+
+def converted(gguf: Path, cache: Path, accept: Callable[[Any], None]) -> Path:
+    """The directory made from a GGUF file: written aside, then renamed into the cache. `accept` is asked before any
+    conversion. Raises ModelError."""
+    try:
+        return _converted(gguf, cache, accept)
+    except ModelError as error:
+        raise ModelError(f"--model {gguf.name}: {error}") from None
+
+
+def _converted(gguf: Path, cache: Path, accept: Callable[[Any], None]) -> Path:
+    target = cache / f"{gguf.stem}-{_content_key(gguf, cache)}"
+    if (target / "config.json").is_file():
+        return target
+    file = GgufFile(gguf)
+    config = _read_config(gguf, file)
+    accept(config)
+    logger.info("converting %s, once: the result is kept in %s", gguf.name, target)
+    began = time.monotonic()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
+        try:
+            _convert(gguf, file, config, aside)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if not (target / "config.json").is_file():  # otherwise another process was quicker
+            raise ModelError(f"cannot write the converted model to {target}: {error.strerror}") from error
+    logger.info("converted in %.1f s", time.monotonic() - began)
+    return target
+
+
+def _content_key(path: Path, cache: Path) -> str:
+    """The hash of the whole content. It is remembered with all that changes when the file does, so that only the first
+    start reads many gigabytes for it."""
+    stat = path.stat()
+    seen = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    note = cache / ".keys" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["seen"] == seen:
+            return str(known["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(str(_VERSION).encode())
+    key = digest.hexdigest()[:16]
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS and _stat_of(path) == seen:
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(note) as written:
+                written.write_text(json.dumps({"seen": seen, "key": key}), encoding="utf-8")
+        except OSError:
+            logger.debug("the key is not remembered", exc_info=True)
+    return key
+
+
+def _stat_of(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _read_config(gguf: Path, file: GgufFile) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    except Exception as error:  # of many kinds: a field's type, what a config computes of its fields
+        raise ModelError(f"transformers cannot read its metadata: {first_line(error)}") from error
+    complete_config(config, file)
+    return config
+
+
+def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from softbatch.scheduler.model.weights import load_weights
+
+    options = {"gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **options)
+        model = load_weights(
+            gguf.name,
+            str(gguf.parent),
+            torch.float32,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            **options,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # of many kinds: a reader's, numpy's, transformers' own
+        raise ModelError(f"transformers cannot convert it: {first_line(error)}") from error
+    _refuse_left_out(model, file)
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    # save_pretrained refuses a model that came from GGUF; an empty one with the same weights is saved instead.
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(state, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    fresh.save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
+
+
+def _refuse_left_out(model: Any, file: GgufFile) -> None:
+    """transformers passes over tensors that it has no name for."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    from softbatch.scheduler.model.weights import refuse_other_weights
+
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
+    named = get_gguf_hf_weights_map(model, processor).keys() | _IN_CONFIG
+    left_out = [name for name in file.tensor_names if name not in named]
+    refuse_other_weights(model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": left_out})

@@ -1,0 +1,177 @@
+"""What a GGUF file says about its model beside its tensors, held against the config that transformers makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softbatch.scheduler.model.model_error import ModelError
+from softbatch.scheduler.model.model_files import first_line
+
+# How the numbers of an architecture are called in configs; of several names the first that the config has.
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "context_length": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "embedding_length": ("hidden_size",),
+    "block_count": ("num_hidden_layers",),
+    "feed_forward_length": ("intermediate_size", "n_inner", "ffn_hidden_size"),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
+    "attention.key_length": ("head_dim", "global_head_dim"),
+    "attention.value_length": ("head_dim", "global_head_dim"),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling", "logit_scale"),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size", "intermediate_size"),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "vocab_size": ("vocab_size",),
+}
+_SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
+# The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
+_FREQUENCIES, _LONG_FREQUENCIES = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
+_LOW_FACTOR, _HIGH_FACTOR, _ORIGINAL = 1.0, 4.0, 8192
+
+
+class GgufFile:
+    """The metadata and the tensor list of a file that was found to be whole."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ModelError for what is no whole GGUF file."""
+        from gguf import GGUFReader
+
+        try:
+            self._reader = GGUFReader(str(path))
+            # Not the tokenizer's, which are hundreds of thousands of strings.
+            names = [name for name in self._reader.fields if not name.startswith("tokenizer.")]
+            self.fields: dict[str, Any] = {name: self._reader.fields[name].contents() for name in names}
+        except Exception as error:  # of many kinds: numpy's, its own
+            raise ModelError(f"not a whole GGUF file: {first_line(error)}") from error
+        size = path.stat().st_size
+        for tensor in self._reader.tensors:
+            if tensor.data_offset + tensor.n_bytes > size:
+                raise ModelError(f"the file ends at {size} bytes, before its tensor {tensor.name} does: fetch it again")
+        if not self._reader.tensors:
+            raise ModelError("the file has no tensors")
+        parts = int(self.fields.get("split.count", 1))
+        if parts > 1:
+            raise ModelError(
+                f"the file is one of {parts} (split.count): join them first, with llama-gguf-split --merge"
+            )
+        self.architecture = str(self.fields.get("general.architecture", ""))
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return [tensor.name for tensor in self._reader.tensors]
+
+    def tensor(self, name: str) -> np.ndarray[Any, Any] | None:
+        """Of float32, as it lies in the file."""
+        found = next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
+        return None if found is None else np.array(found.data, dtype=np.float32).reshape(-1)
+
+    def of_model(self) -> dict[str, Any]:
+        """What is said about the architecture, without its name in front."""
+        prefix = f"{self.architecture}."
+        return {name.removeprefix(prefix): value for name, value in self.fields.items() if name.startswith(prefix)}
+
+
+def complete_config(config: Any, file: GgufFile) -> None:
+    """Put into the config what transformers leaves out of it. Raises ModelError for what then still differs: a number
+    that is dropped in silence makes another model."""
+    said = file.of_model()
+    _scale_positions(config, file, said)
+    for name, value in said.items():
+        if not name.startswith("rope."):
+            _compare(config, f"{file.architecture}.{name}", _FIELDS.get(name, ()), value)
+    _compare_rotary(config, file.architecture, said)
+
+
+def _compare(config: Any, name: str, fields: tuple[str, ...], value: Any) -> None:
+    known = [field for field in fields if getattr(config, field, None) is not None]
+    if not known:
+        raise ModelError(
+            f"the file says {name} = {value!r}, which transformers' {type(config).__name__} has no place for"
+        )
+    has = getattr(config, known[0])
+    if not _same(has, value):
+        raise ModelError(f"the file says {name} = {value!r}, but transformers makes {known[0]} = {has!r} of it")
+
+
+def _same(has: Any, value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_same(has, each) for each in value)
+    return math.isclose(float(has), float(value), rel_tol=1e-6, abs_tol=1e-12)
+
+
+def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> None:
+    """rope.scaling, and frequencies kept as a tensor."""
+    if any(name in file.tensor_names for name in _LONG_FREQUENCIES):
+        raise ModelError(f"its positions are scaled by {_LONG_FREQUENCIES[0]} (longrope), which is not supported yet")
+    scaling = {
+        name.removeprefix("rope.scaling."): value for name, value in said.items() if name.startswith("rope.scal")
+    }
+    kind = str(scaling.pop("type", "linear" if scaling else "none"))
+    scaling.pop("finetuned", None)
+    if "rope.scale_linear" in said:  # the older name
+        kind, scaling = "linear", {"factor": said["rope.scale_linear"]}
+    factors = file.tensor(_FREQUENCIES)
+    if kind == "none" and factors is None:
+        return
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if factors is not None:
+        config.rope_parameters = parameters | _from_frequencies(factors, config, parameters)
+        return
+    unknown = scaling.keys() - set(_SCALED.get(kind, ()))
+    if kind not in _SCALED or unknown or any(isinstance(value, dict) for value in parameters.values()):
+        named = f"rope.scaling.{min(unknown)}" if kind in _SCALED and unknown else f"rope.scaling.type = {kind!r}"
+        raise ModelError(f"its positions are scaled by {file.architecture}.{named}, which is not supported")
+    scaled = {"rope_type": kind, "factor": float(scaling.get("factor", 1.0))}
+    if kind == "yarn":
+        scaled["original_max_position_embeddings"] = int(scaling["original_context_length"])
+    config.rope_parameters = parameters | scaled
+
+
+def _from_frequencies(factors: np.ndarray[Any, Any], config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """llama3's scaling, of which files keep only by what it divides each frequency. Raises ModelError for any other."""
+    factor = float(factors.max())
+    size = 2 * len(factors)
+    frequencies = float(parameters["rope_theta"]) ** -(np.arange(0, size, 2) / size)
+    for original in dict.fromkeys((_ORIGINAL, round(config.max_position_embeddings / factor))):
+        turns = original * frequencies / (2 * math.pi)
+        smooth = np.clip((turns - _LOW_FACTOR) / (_HIGH_FACTOR - _LOW_FACTOR), 0, 1)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": _LOW_FACTOR,
+                "high_freq_factor": _HIGH_FACTOR,
+                "original_max_position_embeddings": original,
+            }
+    raise ModelError(f"its frequencies are scaled by {_FREQUENCIES}, by no scheme that is known: not supported")
+
+
+def _compare_rotary(config: Any, architecture: str, said: Mapping[str, Any]) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name in (name for name in said if name.startswith("rope.") and not name.startswith("rope.scal")):
+        value, full = said[name], parameters.get("full_attention", parameters)
+        if name == "rope.freq_base":
+            has: Any = full.get("rope_theta")
+        elif name in ("rope.freq_base_swa", "rope.local.freq_base"):
+            has = parameters.get("sliding_attention", {}).get("rope_theta")
+        elif name == "rope.dimension_count":
+            has = int(head_dim * full.get("partial_rotary_factor", 1.0))
+        else:
+            raise ModelError(f"the file says {architecture}.{name} = {value!r}, which is not supported")
+        if has is None or not _same(has, value):
+            raise ModelError(f"the file says {architecture}.{name} = {value!r}, but transformers makes {has!r} of it")

@@ -1,0 +1,174 @@
+"""What stands beside a model's weights, read strictly: config and tokenizer. Code that a model brings is never run."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from softbatch.scheduler.model.model_error import ModelError
+
+logger = logging.getLogger(__name__)
+_TEXTS = frozenset({".json", ".jinja", ".txt"})
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+_SIZES = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_positions",
+    }
+)
+_FIELD = re.compile(r"field '(\w+)'")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_directory(path: Path) -> None:
+    """Raises ModelError for a directory that does not hold a model, or more than one."""
+    has_adapter = (path / "adapter_config.json").is_file()
+    if not (path / "config.json").is_file():
+        adapter = "it holds an adapter (adapter_config.json), not a model" if has_adapter else "it has no config.json"
+        raise ModelError(f"--model {path}: {adapter}; give the directory of a whole model")
+    if has_adapter:
+        raise ModelError(
+            f"--model {path}: an adapter lies beside the model (adapter_config.json); merge it into the weights, or "
+            "move its files elsewhere"
+        )
+    for name in _CONFIGS:
+        if (path / name).is_file():
+            _parse(path / name)
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{file}: not valid JSON: {first_line(error)}") from error
+    if not isinstance(parsed, dict):
+        raise ModelError(f"{file}: it holds {type(parsed).__name__}, but must hold an object")
+    return parsed
+
+
+def without_marks(path: Path, cache: Path) -> Path:
+    """The directory itself, or, where texts in it begin with a byte order mark that readers stumble over, links to its
+    files and those texts without the mark, in `cache`. Raises ModelError."""
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    marked = [file for file in files if file.suffix in _TEXTS and _has_mark(file)]
+    if not marked:
+        return path
+    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    target = cache / f"{path.name}-{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".unmarking-", dir=cache))
+        try:
+            for file in files:
+                if file in marked:
+                    (aside / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+                else:
+                    (aside / file.name).symlink_to(file)
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if not target.is_dir():  # otherwise another process was quicker
+            raise ModelError(f"cannot write to {cache}: {error.strerror}") from error
+    return target
+
+
+def _has_mark(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
+def read_config(path: str) -> Any:
+    """The transformers config of a directory or a hub id. Raises ModelError, which names the field at fault."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = Path(path) / "config.json"
+    if file.is_file():
+        content = _parse(file)
+        kind = content.get("model_type")
+        if kind not in CONFIG_MAPPING and "auto_map" in content:
+            raise ModelError(
+                f"config.json: the model brings its own code (auto_map), which is never run, and transformers knows no "
+                f"model_type {kind!r}"
+            )
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise ModelError(f"config.json: model_type is {kind!r}, which transformers does not know")
+        _check_sizes(content)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of many kinds: JSON, a field's type, what a config computes of its fields
+        raise ModelError(f"config.json: {_reason(error, 'config')}") from error
+
+
+def _check_sizes(content: dict[str, Any]) -> None:
+    """Before a config divides one by the other. Raises ModelError."""
+    for field in _SIZES & content.keys():
+        value = content[field]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ModelError(f"config.json: {field} is {value!r}, but must be a whole number of at least 1")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The fast tokenizer of a directory or a hub id. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of many kinds, the tokenizers library's own among them
+        raise ModelError(f"{_tokenizer_file(path)}: {_reason(error, 'tokenizer')}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError("its tokenizer has no fast version (tokenizer.json)")
+    return tokenizer
+
+
+def _tokenizer_file(path: str) -> str:
+    """The file at fault, as far as that can be told."""
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return "tokenizer"
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        return f"tokenizer.json is not a tokenizer ({first_line(error)})"
+    return "tokenizer_config.json"
+
+
+def _reason(error: Exception, what: str) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if any("trust_remote_code" in line or "custom code" in line for line in lines):
+        return f"the {what} takes code that the model brings (auto_map), which is never run"
+    field = _FIELD.search(lines[0]) if lines else None
+    if field is not None:
+        return f"{field[1]}: {lines[-1].removeprefix('TypeError: ').removeprefix('ValueError: ')}"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, TypeError | AttributeError | ZeroDivisionError):
+        return f"transformers cannot read it: {type(error).__name__}: {lines[0] if lines else ''}"
+    return lines[0] if lines else type(error).__name__

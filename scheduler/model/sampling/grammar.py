@@ -1,0 +1,105 @@
+"""Which tokens a grammar allows next: one matcher per sequence, which follows the sequence's output."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from tokenizers import Tokenizer
+
+from softbatch.scheduler.sequence import Sequence
+
+MAX_COMPILED = 128
+MAX_REASON_CHARS = 300
+
+
+class GrammarError(Exception):
+    """The grammar cannot be followed any further; the message says why in the library's words."""
+
+
+@dataclass
+class _Follower:
+    """A matcher and how many output tokens it has taken."""
+
+    matcher: LLMatcher
+    num_taken: int = 0
+
+
+class GrammarMasks:
+    """Owns the compiled grammars and a matcher for each sequence that has one.
+
+    A matcher's state depends on the sequence's output alone, so a sequence that is preempted, or resumed in another
+    process, goes on as if nothing had happened.
+    """
+
+    def __init__(self, make_tokenizer: Callable[[], LLTokenizer], vocab_size: int) -> None:
+        self._make_tokenizer = make_tokenizer
+        self._vocab_size = vocab_size
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._followers: weakref.WeakKeyDictionary[Sequence, _Follower] = weakref.WeakKeyDictionary()
+        self._lock = Lock()
+
+    def compile(self, grammar: str) -> LLMatcher:
+        """A matcher at the start of `grammar`, compiled once. Any thread may call this. Raises GrammarError."""
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+            if matcher is None:
+                if self._tokenizer is None:
+                    self._tokenizer = self._make_tokenizer()
+                matcher = compile_grammar(self._tokenizer, grammar, self._vocab_size)
+                self._compiled[grammar] = matcher
+                if len(self._compiled) > MAX_COMPILED:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return matcher.deep_copy()
+
+    def next_mask(self, sequence: Sequence, barred: Iterable[int] = ()) -> np.ndarray:
+        """One bit per token that may come next, lowest first, int32 [ceil(vocab / 32)]; of `barred` ones only if the
+        grammar leaves nothing else. Raises GrammarError."""
+        follower = self._followers.get(sequence)
+        if follower is None:
+            follower = self._followers[sequence] = _Follower(self.compile(sequence.params.grammar))
+        new = sequence.tokens[sequence.num_prompt + follower.num_taken :]
+        if new:
+            follower.matcher.consume_tokens(new)
+            follower.num_taken += len(new)
+        mask = _mask(follower.matcher, self._vocab_size)
+        left = mask.copy()
+        for token in barred:
+            left.view(np.uint8)[token // 8] &= ~np.uint8(1 << token % 8)
+        return left if left.any() else mask
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> LLMatcher:
+    """A matcher with its first mask computed, which may take much longer than later ones. Raises GrammarError."""
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    _mask(matcher, vocab_size)
+    return matcher
+
+
+def _mask(matcher: LLMatcher, vocab_size: int) -> np.ndarray:
+    _check(matcher)
+    mask: np.ndarray = allocate_token_bitmask(1, vocab_size)
+    fill_next_token_bitmask(matcher, mask)
+    _check(matcher)
+    row: np.ndarray = mask[0]
+    return row
+
+
+def grammar_tokenizer(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
+    """A model's tokens as grammars see them. `vocab_size` is the number of logits, of which some may have no token."""
+    content = tokenizer.to_str()
+    size = max(vocab_size, tokenizer.get_vocab_size())
+    return LLTokenizer(content, n_vocab=size, eos_token=list(eos_token_ids))
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarError(" ".join(matcher.get_error().split())[:MAX_REASON_CHARS] or "it cannot be compiled")

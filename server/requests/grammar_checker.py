@@ -1,0 +1,66 @@
+"""A process that compiles one output format after another, and may be killed while it does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+from typing import BinaryIO
+
+import msgspec
+from llguidance import LLMatcher, LLTokenizer, grammar_from
+from tokenizers import Tokenizer
+
+from softbatch.scheduler.model.sampling.grammar import GrammarError, compile_grammar, grammar_tokenizer
+from softbatch.server.requests.output_format import CheckerSettings, CheckReply, FormatKind
+
+# A model that is unsure of itself writes blanks without end if a schema allows them.
+JSON_WHITESPACE = r"[ \n\r\t]{0,32}"
+# What one grammar may need beside the tokenizer.
+MAX_BYTES = 2 << 30
+NICE = 5
+
+
+def main() -> None:
+    """Read settings, then (kind, text) after another from standard input until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICE)
+    inbox, outbox = sys.stdin.buffer, sys.stdout.buffer
+    settings = msgspec.msgpack.decode(_read(inbox), type=CheckerSettings)
+    tokenizer = Tokenizer.from_str(settings.tokenizer)
+    tokens = grammar_tokenizer(tokenizer, settings.vocab_size, settings.eos_token_ids)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
+    _write(outbox, CheckReply())
+    while content := _read(inbox):
+        kind, text = msgspec.msgpack.decode(content, type=tuple[FormatKind, str])
+        _write(outbox, check(tokens, settings.vocab_size, kind, text))
+
+
+def check(tokens: LLTokenizer, vocab_size: int, kind: FormatKind, text: str) -> CheckReply:
+    """The grammar, if it can be followed at all."""
+    try:
+        if kind == "json_schema":
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_WHITESPACE})
+        else:
+            grammar = grammar_from(kind, text)
+        compile_grammar(tokens, grammar, vocab_size)
+    except (GrammarError, ValueError) as error:
+        return CheckReply(reason=" ".join(str(error).split()) or "it cannot be read")
+    return CheckReply(grammar)
+
+
+def _read(inbox: BinaryIO) -> bytes:
+    return inbox.read(int.from_bytes(inbox.read(4), "big"))
+
+
+def _write(outbox: BinaryIO, reply: CheckReply) -> None:
+    content = msgspec.msgpack.encode(reply)
+    outbox.write(len(content).to_bytes(4, "big") + content)
+    outbox.flush()
+
+
+if __name__ == "__main__":
+    main()

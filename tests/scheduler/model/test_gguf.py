@@ -1,0 +1,130 @@
+"""GGUF files: what they say reaches the model or is refused by name, and a conversion is known by its whole content."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softbatch.scheduler.model.loader import check_config
+from softbatch.scheduler.model.source import ModelError, resolve
+from tests.support.gguf_files import HEAD_DIM, tensors, write_gguf
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Seen(Exception):
+    """What a conversion would be made with."""
+
+
+def rope_of(file: Path) -> dict[str, Any]:
+    def accept(config: Any) -> None:
+        raise Seen(config)
+
+    with pytest.raises(Seen) as seen:
+        resolve(str(file), accept)
+    return dict(seen.value.args[0].rope_parameters)
+
+
+def refusal(file: Path, cache: Path) -> str:
+    with pytest.raises(ModelError) as refused:
+        resolve(str(file), lambda config: check_config(config, None))
+    assert "\n" not in str(refused.value)
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.parent.name != ".keys"]
+    return str(refused.value)
+
+
+def llama3_frequencies(factor: float, original: int) -> np.ndarray[Any, Any]:
+    """What converters of Llama 3.1 and later write."""
+    frequencies = 500000.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    wavelengths = 2 * np.pi / frequencies
+    smooth = (original / wavelengths - 1) / 3
+    middle = 1 / ((1 - smooth) / factor + smooth)
+    found = np.where(wavelengths < original / 4, 1.0, np.where(wavelengths > original, factor, middle))
+    return found.astype(np.float32)
+
+
+SCALED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 4096, "finetuned": True},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    ),
+    ({"type": "none"}, {"rope_type": "default"}),
+]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("said", "expected"), SCALED, ids=[str(said["type"]) for said, _ in SCALED])
+def test_scaled_positions_are_applied(said: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", {f"llama.rope.scaling.{name}": value for name, value in said.items()})
+    parameters = rope_of(file)
+    assert parameters == parameters | expected | {"rope_theta": 10000.0}
+
+
+@pytest.mark.usefixtures("cache")
+def test_frequencies_in_a_tensor_are_applied(tmp_path: Path) -> None:
+    weights = tensors() | {"rope_freqs.weight": llama3_frequencies(2.0, 8192)}
+    parameters = rope_of(write_gguf(tmp_path / "a.gguf", {"llama.rope.freq_base": 500000.0}, weights))
+    assert (parameters["rope_type"], parameters["factor"]) == ("llama3", 2.0)
+    assert parameters["original_max_position_embeddings"] == 8192
+
+
+def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Before anything is converted: nothing is left behind."""
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        (
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
+            {},
+            "rope.scaling.type = 'longrope'",
+        ),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier"),
+        ({}, {"rope_freqs.weight": np.array([1, 3, 9, 4], dtype=np.float32)}, "rope_freqs.weight"),
+        ({}, {"rope_factors_long.weight": np.ones(4, dtype=np.float32)}, "longrope"),
+        ({"llama.attention.clamp_kqv": 8.0}, {}, "llama.attention.clamp_kqv = 8.0"),
+        ({"llama.attention.value_length": 16}, {}, "llama.attention.value_length = 16"),
+        ({"split.count": 2}, {}, "split.count"),
+    ]
+    for index, (fields, more, named) in enumerate(cases):
+        file = write_gguf(tmp_path / f"{index}.gguf", fields, tensors() | more)
+        assert named in refusal(file, cache)
+
+
+def test_other_tensors_than_the_model_has_are_refused(cache: Path, tmp_path: Path) -> None:
+    whole = tensors()
+    lacking = {name: tensor for name, tensor in whole.items() if name != "blk.1.ffn_up.weight"}
+    assert "lacks model.layers.1.mlp.up_proj.weight" in refusal(write_gguf(tmp_path / "a.gguf", weights=lacking), cache)
+    more = whole | {"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)}
+    assert "has blk.0.attn_q.bias" in refusal(write_gguf(tmp_path / "b.gguf", weights=more), cache)
+
+
+def test_half_a_file_is_refused(cache: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf")
+    os.truncate(file, file.stat().st_size * 9 // 10)
+    message = refusal(file, cache)
+    assert "not a whole GGUF file" in message or "the file ends at" in message
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_changes_in_place_is_converted_anew(tmp_path: Path) -> None:
+    """A byte in its middle, same size, same time of change: as an editor of metadata may leave it."""
+    file = write_gguf(tmp_path / "a.gguf")
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    first = resolve(str(file)).path
+    assert json.loads((Path(first) / "config.json").read_text())["tie_word_embeddings"]
+    assert resolve(str(file)).path == first
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte[0] ^ 1]))
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    assert resolve(str(file)).path != first

@@ -1,0 +1,63 @@
+"""Tiny random models of many families, as directories that `--model` takes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GEMMA = SIZES | {"head_dim": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "qwen2": SIZES,
+    "qwen3": SIZES | {"head_dim": 16},
+    "mistral": SIZES | {"sliding_window": None},
+    "gemma": GEMMA,
+    "gemma3_text": GEMMA | {"sliding_window": 256},
+    "phi3": SIZES | {"sliding_window": None},
+    "olmo2": SIZES,
+    "granite": SIZES,
+    "smollm3": SIZES,
+    "gpt_neox": {name: value for name, value in SIZES.items() if name != "num_key_value_heads"},
+    "gpt2": {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "eos_token_id": 2},
+}
+
+
+def save_family(
+    path: Path, tokenizer_of: str, kind: str = "llama", dtype: torch.dtype | None = None, **fields: Any
+) -> Path:
+    """A random model of `kind` with the tokenizer of another directory; its weights are spread wider than at first."""
+    torch.manual_seed(11)
+    config = AutoConfig.for_model(kind, **(FAMILIES[kind] | fields))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer_of) / name, path / name)
+    return path
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Write the directory's weights anew."""
+    file = path / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
