@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,12 @@ def save(prompt: SoftPrompt, path: Path) -> None:
     # Clones: safetensors refuses two tensors that share memory, as views of one KV tensor do.
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in prompt.tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={_HEADER_KEY: prompt.manifest.model_dump_json()})
+        try:
+            save_file(tensors, temporary, metadata={_HEADER_KEY: prompt.manifest.model_dump_json()})
+        except SafetensorError as error:  # which has the system's error in its text alone
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise
         sync(temporary)
     sync(path.parent)
 

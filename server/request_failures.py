@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 MAX_ECHO_CHARS = 80
 
 
@@ -87,6 +89,27 @@ class UnusableSoftPrompt(Failure):
 
 class SoftPromptOfAnotherModel(UnusableSoftPrompt):
     """The soft prompt was made for a model other than the one served."""
+
+
+class StorageFull(Failure):
+    """There is no room on the server's disk."""
+
+
+class StorageUnwritable(Failure):
+    """The server may not, or cannot, write on its disk."""
+
+
+def storage_failure(error: OSError) -> Failure:
+    """What an error of the disk means to somebody who wants to store something."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message = (
+            "the server's disk is full: nothing was stored; make room there, or delete soft prompts, and try again"
+        )
+        return StorageFull(message, code="disk_full")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        message = "the server's prompt store is read-only: nothing can be registered, deleted or compressed there"
+        return StorageUnwritable(message, code="store_read_only")
+    return StorageUnwritable(f"the server's disk does not work: {error.strerror}", code="disk_error")
 
 
 class CompressionNotFound(Failure):

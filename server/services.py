@@ -7,7 +7,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
+        leased = exits.enter_context(_leases(store.root))
         # The sockets' paths are short, for ipc:// allows about 100 characters.
         temporary = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-serve-"))
         patience = Patience(settings.step_timeout, settings.max_engine_deaths, settings.engine_death_window)
@@ -80,7 +81,6 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             grammars = GrammarCompiler(text.backend, ready.model.vocab_size, ready.model.eos_token_ids)
             exits.callback(grammars.close)
             spec = ready.model.spec
-            leased = exits.enter_context(lease_directory(store.root))
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = Admission(
                 engine, leases, metrics, slots=settings.max_batch_size, max_waiting=settings.max_queue_size
@@ -114,6 +114,17 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")
+
+
+@contextlib.contextmanager
+def _leases(root: Path) -> Iterator[Path]:
+    """Made before the model is loaded, so that a disk without room is told at once. Raises StartupError."""
+    with contextlib.ExitStack() as exits:
+        try:
+            directory = exits.enter_context(lease_directory(root))
+        except OSError as error:
+            raise StartupError(f"--prompt-store {root}: {error.strerror}") from error
+        yield directory
 
 
 def _warn_of_broken(store: SoftPromptStore) -> None:

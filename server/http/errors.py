@@ -27,6 +27,8 @@ from softbatch.server.request_failures import (
     RequestFailed,
     RequestKillsEngine,
     SoftPromptOfAnotherModel,
+    StorageFull,
+    StorageUnwritable,
     TooManyCompressions,
     TooManySequences,
     UnknownSoftPrompt,
@@ -70,6 +72,8 @@ STATUS: Mapping[type[Failure], int] = {
     CompressionsUnavailable: 503,
     EngineAway: 503,
     EngineGone: 503,
+    StorageUnwritable: 503,
+    StorageFull: 507,
 }
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import logging
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +18,14 @@ from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
 from softbatch.scheduler.protocol import SoftPromptRef
-from softbatch.server.request_failures import SoftPromptOfAnotherModel, UnknownSoftPrompt, UnusableSoftPrompt
+from softbatch.server.request_failures import (
+    SoftPromptOfAnotherModel,
+    UnknownSoftPrompt,
+    UnusableSoftPrompt,
+    storage_failure,
+)
 
+logger = logging.getLogger(__name__)
 # Two changes of a directory within so short a time may leave it with one and the same time.
 DIRECTORY_TIME_NS = 2_000_000_000
 
@@ -29,9 +38,19 @@ class Lease:
     ref: SoftPromptRef
 
 
-def lease_directory(root: Path) -> AbstractContextManager[Path]:
-    """A directory for this process's leases inside the store's."""
-    return process_directory(root, ".leases-")
+@contextlib.contextmanager
+def lease_directory(root: Path) -> Iterator[Path]:
+    """A directory for this process's leases inside the store's. For a store that is read-only it lies among the
+    temporary files, and leases are copies."""
+    with contextlib.ExitStack() as exits:
+        try:
+            directory = exits.enter_context(process_directory(root, ".leases-"))
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            logger.warning("the prompt store %s is read-only: none of its soft prompts can be added or deleted", root)
+            directory = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-leases-"))
+        yield directory
 
 
 class SoftPromptLeases:
@@ -72,6 +91,9 @@ class SoftPromptLeases:
         except SoftPromptError as error:
             failure = SoftPromptOfAnotherModel if error.code == "wrong_model" else UnusableSoftPrompt
             raise failure(f"soft prompt {name!r}: {error}", param="soft_prompt", code=error.code) from error
+        except OSError as error:
+            logger.exception("no file for the requests that use the soft prompt %s", name)
+            raise storage_failure(error) from error
         path = self._leased[stored.sha256]
         return Lease(stored, SoftPromptRef(stored.sha256, str(path), stored.manifest.num_virtual_tokens))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
@@ -13,12 +14,13 @@ from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.store import StoredPrompt
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
-from softbatch.server.request_failures import UnknownSoftPrompt, shown
+from softbatch.server.request_failures import UnknownSoftPrompt, shown, storage_failure
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.soft_prompts import BrokenFile, SoftPromptDeleted, SoftPromptList, SoftPromptObject
 from softbatch.server.services import Services
 
+logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/soft_prompts", tags=["soft prompts"], responses=ERROR_REPLIES)
 # Anything else that is wrong with a soft prompt is 422.
 STATUS = {"unknown_prompt": 404, "name_taken": 409, "too_large": 413}
@@ -97,6 +99,9 @@ def _store_errors(name: str | None = None) -> Iterator[None]:
         status = STATUS.get(error.code, 422)
         where = f"soft prompt {shown(name)}: " if name is not None else ""
         raise ApiError(status, f"{where}{error}", param=error.param, code=error.code) from error
+    except OSError as error:
+        logger.exception("the prompt store does not work")
+        raise storage_failure(error) from error
 
 
 def _object(stored: StoredPrompt, full: bool = False) -> SoftPromptObject:

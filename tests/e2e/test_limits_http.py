@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
+import psutil
 import pytest
 
-from tests.support.servers import Server, running_server, stream_json
+from softbatch.prompt_store.manifest import ModelSpec
+from tests.support.models import make_soft_prompt, save_prompt
+from tests.support.servers import Server, error_of, running_server, stream_json
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,32 @@ class TestKeys:
         ended = found["two"]["others_running"] == 0  # a fast machine is through before it is asked
         assert found["two"]["running"] == []
         assert ended or len(found["root"]["running"]) == 1
+
+
+class TestDisks:
+    ROOT: ClassVar = {"Authorization": "Bearer root"}
+
+    def test_a_full_one_refuses_uploads_and_keeps_nothing(
+        self, small_server: Server, tiny_spec: ModelSpec, tmp_path: Path
+    ) -> None:
+        """A process that may write no larger files meets what it would on a full disk."""
+        path = save_prompt(make_soft_prompt("kv", 900, tiny_spec), tmp_path, "large")
+        limit = path.stat().st_size // 2
+        server = psutil.Process(small_server.process.pid)
+        before = server.rlimit(psutil.RLIMIT_FSIZE)
+        server.rlimit(psutil.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            reply = self.upload(small_server, path)
+            assert reply.status_code == 507, reply.text
+            assert error_of(reply)["code"] == "disk_full"
+        finally:
+            server.rlimit(psutil.RLIMIT_FSIZE, before)
+        assert not [file for file in small_server.store.iterdir() if file.suffix or "add" in file.name]
+        assert self.upload(small_server, path).status_code == 201
+        gone = httpx.delete(f"{small_server.url}/v1/soft_prompts/large", headers=self.ROOT)
+        assert gone.status_code == 200
+
+    def upload(self, server: Server, path: Path) -> httpx.Response:
+        files = {"file": (path.name, path.read_bytes())}
+        url = f"{server.url}/v1/soft_prompts"
+        return httpx.post(url, data={"name": "large"}, files=files, headers=self.ROOT, timeout=60)

@@ -11,7 +11,7 @@ import pytest
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.server.request_failures import UnknownSoftPrompt
-from softbatch.server.requests.leases import SoftPromptLeases
+from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
 from tests.support.models import make_soft_prompt, save_prompt
 
 SPEC = ModelSpec(name="tiny", fingerprint="ab" * 32, hidden_size=8, num_layers=2, num_kv_heads=1, head_dim=4)
@@ -84,3 +84,11 @@ def test_a_request_given_up_while_its_file_is_linked(store: SlowStore, tmp_path:
         assert len(unused) == 1
 
     asyncio.run(scenario())
+
+
+def test_a_store_that_is_read_only_has_its_leases_elsewhere() -> None:
+    """Not even root makes a directory there."""
+    with lease_directory(Path("/sys/kernel")) as directory:
+        assert directory.is_dir()
+        assert Path("/sys") not in directory.parents
+    assert not directory.exists()
