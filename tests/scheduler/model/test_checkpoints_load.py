@@ -36,7 +36,9 @@ def test_log_probabilities_are_those_of_transformers(checkpoint: Checkpoint) -> 
 def test_qwen_passes_both_checks_in_bfloat16() -> None:
     config = EngineConfig(model=str(fetch(QWEN)), dtype="bfloat16", device="cpu", kv_cache_gib=0.1)
     loaded = load(config, lambda *_: None)
-    assert len(loaded.info.eos_token_ids) == 2
+    assert loaded.info.eos_token_ids[0] == resolve(loaded.info.tokenizer_path).tokenizer.convert_tokens_to_ids(
+        "<|im_end|>"
+    )
     Decoder(AutoModelForCausalLM.from_pretrained(loaded.info.tokenizer_path, dtype=torch.bfloat16))
 
 
