@@ -167,6 +167,12 @@ class ServerClient:
         except ValueError:
             raise UsageError(f"--server {self._url}: this is no softbatch server (status {status})") from None
         if status not in expected:
-            message = parsed.get("error", {}).get("message") if isinstance(parsed, dict) else None
-            raise UsageError(f"the server says: {message or f'status {status}'}")
+            raise UsageError(f"the server says: {_message_of(parsed) or f'status {status}'}")
         return status, parsed
+
+
+def _message_of(reply: object) -> str | None:
+    """Of an error as this server, or a proxy before it, says it."""
+    error = reply.get("error") if isinstance(reply, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else None

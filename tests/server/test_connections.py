@@ -101,8 +101,10 @@ def answer(connection: socket.socket) -> tuple[int, bytes]:
 
 
 def code_of(body: bytes) -> str:
-    error = json.loads(body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    parsed = json.loads(body)
+    # Once the path is known, text-generation-inference's clients get the error as they know it.
+    error = parsed if "error_type" in parsed else parsed["error"]
+    assert {"type", "error_type"} & set(error)
     return str(error["code"])
 
 
