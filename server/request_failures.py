@@ -36,6 +36,13 @@ class InvalidGrammar(Failure):
     """What the output must follow cannot be followed by any text, or not be read."""
 
 
+class GrammarsUnavailable(Failure):
+    """The process that compiles output formats does not start."""
+
+    def __init__(self) -> None:
+        super().__init__("output formats cannot be compiled at the moment; the server's log says why", retry_after=30)
+
+
 class TooManySequences(Failure):
     """One request asks for more sequences than the server ever takes at once."""
 

@@ -118,7 +118,10 @@ class EngineProcess:
             os._exit(1)  # the front end starts another
 
     def _hand_on(self, engine: Engine, message: EngineInput) -> None:
-        engine.prefetch(message)
+        try:
+            engine.prefetch(message)
+        except Exception:  # whatever it was, it is met again when the request is handled, which must not be lost here
+            logger.exception("a request could not be prepared")
         self._messages.put(message)
 
     def _beat(self) -> None:

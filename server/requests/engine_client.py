@@ -186,7 +186,8 @@ class EngineClient:
 
     def _deliver(self, request: ActiveRequest, output: SequenceOutput, now: float) -> None:
         request.num_computed = output.num_computed
-        request.num_cached = output.num_cached
+        if request.num_sequences == 1:  # later ones find what the first has computed
+            request.num_cached = output.num_cached
         if output.token_ids:
             if request.alive_since is None:
                 request.alive_since = now

@@ -262,7 +262,8 @@ class Generator:
         if params.min_tokens > room:
             message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
             raise PromptTooLong(message, param="min_tokens")
-        endings = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos)) if params.min_tokens else ()
+        ends_with_eos = not params.ignore_eos or request.output_format is not None
+        endings = (*params.stop_token_ids, *(self._eos if ends_with_eos else ())) if params.min_tokens else ()
         wanted = request.output_format
         params = msgspec.structs.replace(
             params,

@@ -20,12 +20,15 @@ from softbatch.server.requests.output_format import CheckerSettings, CheckReply,
 JSON_WHITESPACE = r"[ \n\r\t]{0,32}"
 # What one grammar may need beside the tokenizer.
 MAX_BYTES = 2 << 30
+MAX_CPU_SECONDS = 30
 NICE = 5
 
 
 def main() -> None:
     """Read settings, then (kind, text) after another from standard input until it ends."""
+    # The whole group gets these; the server still has requests to finish, and ends this process then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(NICE)
     inbox, outbox = sys.stdin.buffer, sys.stdout.buffer
     settings = msgspec.msgpack.decode(_read(inbox), type=CheckerSettings)
@@ -35,6 +38,9 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     _write(outbox, CheckReply())
     while content := _read(inbox):
+        # A server that was killed does not end a compilation; the kernel does.
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime + spent.ru_stime) + MAX_CPU_SECONDS, -1))
         kind, text = msgspec.msgpack.decode(content, type=tuple[FormatKind, str])
         _write(outbox, check(tokens, settings.vocab_size, kind, text))
 

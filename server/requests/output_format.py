@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 from tokenizers import Tokenizer
 
-from softbatch.server.request_failures import InvalidGrammar
+import softbatch
+from softbatch.server.request_failures import GrammarsUnavailable, InvalidGrammar, QueueFull
 
+logger = logging.getLogger(__name__)
 FormatKind = Literal["json_schema", "regex", "choice", "grammar"]
 # Some grammars take hours to compile, and no limit of the library's sees them coming.
 COMPILE_SECONDS = 5.0
 START_SECONDS = 60.0
+REMEMBER_SECONDS = 60.0
+MAX_CHECKS = 16
 MAX_KNOWN = 256
+PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
+Key = tuple[FormatKind, str]
 
 
 @dataclass(frozen=True)
@@ -49,27 +60,23 @@ class CheckReply(msgspec.Struct, frozen=True):
 class GrammarCompiler:
     """Turns output formats into grammars that the engine can compile in bounded time and memory.
 
-    Owns a process that tries each of them once: one that takes too long is killed, and nobody else waits for it.
+    Owns a process that tries each of them once. One that takes too long is killed with it; others wait for that, so
+    that there is a bound on how many wait, and what was too complex is known for a while.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._settings = CheckerSettings(tokenizer.to_str(), vocab_size, list(eos_token_ids))
         self._process: asyncio.subprocess.Process | None = None
-        self._known: OrderedDict[tuple[str, str], CheckReply] = OrderedDict()
-        self._lock = asyncio.Lock()
+        self._known: OrderedDict[Key, tuple[CheckReply, float]] = OrderedDict()
+        self._checks: dict[Key, asyncio.Task[CheckReply]] = {}
+        self._turn = asyncio.Lock()
 
     async def compile(self, wanted: OutputFormat) -> str:
-        """Raises InvalidGrammar. What took too long may be tried again: the machine may have been busy."""
+        """Raises InvalidGrammar, QueueFull or GrammarsUnavailable."""
         key = (wanted.kind, wanted.text)
-        reply = self._known.get(key)
-        if reply is None:
-            async with self._lock:
-                reply = self._known.get(key) or await self._check(wanted)
-            self._known[key] = reply
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-        else:
-            self._known.move_to_end(key)
+        reply, until = self._known.get(key, (None, 0.0))
+        if reply is None or until < time.monotonic():
+            reply = await asyncio.shield(self._check_of(key))
         if reply.grammar is None:
             raise InvalidGrammar(f"{wanted.param}: {reply.reason}", param=wanted.param)
         return reply.grammar
@@ -79,29 +86,62 @@ class GrammarCompiler:
             self._process.kill()
         self._process = None
 
-    async def _check(self, wanted: OutputFormat) -> CheckReply:
-        try:
-            if self._process is None:
-                async with asyncio.timeout(START_SECONDS):
-                    await self._start()
-            async with asyncio.timeout(COMPILE_SECONDS):
-                return await self._exchange([wanted.kind, wanted.text])
-        except (TimeoutError, asyncio.IncompleteReadError, OSError):
-            self.close()
-            message = f"too complex: no grammar was made of it in {COMPILE_SECONDS:g} seconds; simplify it"
-            raise InvalidGrammar(f"{wanted.param}: {message}", param=wanted.param) from None
-        except BaseException:  # a caller that leaves now would leave its reply for the next one to read
-            self.close()
-            raise
+    def _check_of(self, key: Key) -> asyncio.Task[CheckReply]:
+        """Requests of one format share a check, which goes on when they leave."""
+        check = self._checks.get(key)
+        if check is None:
+            if len(self._checks) >= MAX_CHECKS:
+                raise QueueFull("too many output formats are being compiled; try again later", retry_after=5)
+            check = self._checks[key] = asyncio.create_task(self._check(key))
+            check.add_done_callback(partial(self._ended, key))
+        return check
 
-    async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "softbatch.server.requests.grammar_checker"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            limit=1 << 24,
-        )
-        await self._exchange(self._settings)
+    def _ended(self, key: Key, check: asyncio.Task[CheckReply]) -> None:
+        del self._checks[key]
+        if not check.cancelled():
+            check.exception()  # known to whoever still waits; asyncio complains of one that nobody has looked at
+
+    async def _check(self, key: Key) -> CheckReply:
+        async with self._turn:
+            until = math.inf
+            try:
+                await self._ensure_process()
+                async with asyncio.timeout(COMPILE_SECONDS):
+                    reply = await self._exchange(key)
+            except TimeoutError:
+                self.close()
+                reason = f"too complex: no grammar was made of it in {COMPILE_SECONDS:g} seconds; simplify it"
+                reply, until = CheckReply(reason=reason), time.monotonic() + REMEMBER_SECONDS
+            except (asyncio.IncompleteReadError, OSError):
+                self.close()
+                reason = "too complex: compiling it took too much memory; simplify it"
+                reply, until = CheckReply(reason=reason), time.monotonic() + REMEMBER_SECONDS
+            except BaseException:
+                self.close()
+                raise
+        self._known[key] = (reply, until)
+        self._known.move_to_end(key)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+        return reply
+
+    async def _ensure_process(self) -> None:
+        """Raises GrammarsUnavailable."""
+        if self._process is not None and self._process.returncode is None:
+            return
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "softbatch.server.requests.grammar_checker"),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    cwd=PROJECT,
+                )
+                await self._exchange(self._settings)
+        except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
+            self.close()
+            logger.exception("output formats cannot be compiled")
+            raise GrammarsUnavailable from error
 
     async def _exchange(self, message: object) -> CheckReply:
         """One message out, one reply in, each behind its length."""

@@ -22,9 +22,12 @@ class Quarantine:
         self._slots = slots
         self.on_trial: ActiveRequest | None = None
         self._proven_soft_prompts: set[str] = set()
+        self._proven_grammars: set[str] = set()
 
     def admitted(self, request: ActiveRequest) -> None:
-        """Its soft prompt, if it has one, was loaded without harm."""
+        """Its soft prompt was loaded, and its grammar compiled, without harm."""
+        if request.add.params.grammar:
+            self._proven_grammars.add(request.add.params.grammar)
         if request.add.soft_prompt is not None:
             self._proven_soft_prompts.add(request.add.soft_prompt.sha256)
 
@@ -34,9 +37,10 @@ class Quarantine:
         active = list(active)
         has_slot = sum(request.state == "running" for request in active) < self._slots
         for request in active:
-            if request.state == "running" or (has_slot and self._loads_soft_prompt(request)):
+            if request.state == "running" or self._is_prepared(request, has_slot):
                 request.deaths = 0 if self.has_survived(request, now) else request.deaths + 1
         self._proven_soft_prompts.clear()
+        self._proven_grammars.clear()
         return convicted if convicted is not None and convicted.deaths > DEATHS_BEFORE_TRIAL else None
 
     def next_to_run(self, active: Iterable[ActiveRequest]) -> list[ActiveRequest]:
@@ -48,9 +52,11 @@ class Quarantine:
     def has_survived(self, request: ActiveRequest, now: float) -> bool:
         return request.alive_since is not None and now - request.alive_since > SURVIVAL_SECONDS
 
-    def _loads_soft_prompt(self, request: ActiveRequest) -> bool:
-        """Whether it waits in the engine for a soft prompt that nobody has used there yet; without a free slot, none is
-        loaded."""
-        soft_prompt = request.add.soft_prompt
+    def _is_prepared(self, request: ActiveRequest, has_slot: bool) -> bool:
+        """Whether it waits in the engine for a grammar or a soft prompt that nobody has used there yet. Without a free
+        slot, no soft prompt is loaded."""
+        if request.sequence_id is None:
+            return False
+        soft_prompt, grammar = request.add.soft_prompt, request.add.params.grammar
         is_new = soft_prompt is not None and soft_prompt.sha256 not in self._proven_soft_prompts
-        return is_new and request.sequence_id is not None
+        return (has_slot and is_new) or (grammar != "" and grammar not in self._proven_grammars)

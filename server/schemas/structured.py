@@ -169,6 +169,8 @@ class GrammarParameter(RequestModel):
             if not isinstance(self.value, str) or not 1 <= len(self.value) <= MAX_GRAMMAR_CHARS:
                 message = f"must be a regular expression of at most {MAX_GRAMMAR_CHARS} characters"
                 raise refusal("regex", message, "value")
+            if any("\ud800" <= character <= "\udfff" for character in self.value):
+                raise refusal("regex", "must be valid Unicode, without lone surrogates", "value")
             return OutputFormat("regex", self.value, f"{param}.value")
         value = self.value
         if self.type == "json_schema":

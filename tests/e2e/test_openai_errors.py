@@ -13,7 +13,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from tests.e2e.conftest import StartServer
 from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.openai_requests import MESSAGES, PROMPT, chat_ids, client_of, greedy_text
-from tests.support.servers import Server, wait_for
+from tests.support.servers import Server
 
 SOFT_PROMPT = "openai-manual"
 
@@ -115,16 +115,4 @@ class TestErrors:
                 assert 1 <= int(full.value.response.headers["retry-after"]) <= 60
             server.wait_empty()
             server.engine().kill()
-            caught = wait_for(lambda: unavailable(client, ask), "no request was refused while the engine was away")
-            assert isinstance(caught, openai.InternalServerError)
-            assert caught.status_code == 503
-            assert caught.type == "server_error"
-            assert "retry-after" in caught.response.headers
-
-
-def unavailable(client: OpenAI, ask: Any) -> openai.APIStatusError | None:
-    try:
-        client.completions.create(**ask)
-    except openai.APIStatusError as error:
-        return error
-    return None
+            assert client.completions.create(**ask).choices[0].text, "it waits for the next engine"

@@ -38,7 +38,7 @@ def test_list_show_import_export_remove(
     assert prompts(capsys, "import", str(path), "--name", "manual") == "manual: 9 virtual tokens, kind kv\n"
     assert (store / "manual.safetensors").read_bytes() == path.read_bytes()
     header, row = prompts(capsys, "list").splitlines()
-    assert header.split() == ["NAME", "KIND", "VIRTUAL", "CONTEXT", "SIZE", "MODEL", "CREATED"]
+    assert header.split() == ["NAME", "KIND", "VIRTUAL", "CONTEXT", "SIZE", "MODEL", "CREATED", "VERDICT"]
     assert row.split()[:3] == ["manual", "kv", "9"]
     summary = dict(line.split("  ", 1) for line in prompts(capsys, "show", "manual").splitlines())
     assert summary["virtual tokens"].strip() == "9"

@@ -95,11 +95,6 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "a context twice": ({"input": "x", "context": "y", "soft_prompt": NAME}, 400, "context"),
     "an unknown prompt": ({"input": "x", "soft_prompt": "nobody"}, 404, "soft_prompt"),
     "no room": ({"input": "word " * 600}, 400, "input"),
-    "a system turn twice": (
-        {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], "model": NAME},
-        400,
-        "messages",
-    ),
 }
 
 

@@ -7,6 +7,7 @@ no gradients are needed attention may be one more implementation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,7 @@ class Decoder:
             hidden = [self.forward(behind, prefix).detach()]
         hidden.append(self.forward(behind, prefix))
         errors = [relative_error(self.project(states), expected[:, cut:]) for states in hidden]
-        return float(torch.tensor(errors).max())  # NaN, if one is
+        return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
     def _refuse_difference(self, error: float, allowed: float) -> None:
         if not error <= allowed:  # NaN is none

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Lock
 
@@ -15,7 +16,10 @@ from tokenizers import Tokenizer
 
 from softbatch.scheduler.sequence import Sequence
 
-MAX_COMPILED = 128
+# More than wait and run at once unless --max-queue-size is raised: whoever is evicted is compiled again in a step.
+MAX_COMPILED = 512
+# Of one grammar; llguidance needs one to two kilobytes for each.
+MAX_LEXER_STATES = 50_000
 MAX_REASON_CHARS = 300
 
 
@@ -42,23 +46,40 @@ class GrammarMasks:
         self._make_tokenizer = make_tokenizer
         self._vocab_size = vocab_size
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._making_tokenizer = Lock()
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._changing_compiled = Lock()
         self._followers: weakref.WeakKeyDictionary[Sequence, _Follower] = weakref.WeakKeyDictionary()
-        self._lock = Lock()
 
     def compile(self, grammar: str) -> LLMatcher:
-        """A matcher at the start of `grammar`, compiled once. Any thread may call this. Raises GrammarError."""
-        with self._lock:
-            matcher = self._compiled.get(grammar)
-            if matcher is None:
-                if self._tokenizer is None:
-                    self._tokenizer = self._make_tokenizer()
-                matcher = compile_grammar(self._tokenizer, grammar, self._vocab_size)
-                self._compiled[grammar] = matcher
+        """A matcher at the start of `grammar`. Each grammar is compiled once, and only those who ask for it wait.
+
+        Thread-safe. Raises GrammarError.
+        """
+        with self._changing_compiled:
+            future = self._compiled.get(grammar)
+            is_new = future is None
+            if future is None:
+                future = self._compiled[grammar] = Future()
                 if len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
+        if is_new:
+            try:
+                future.set_result(compile_grammar(self._tokens(), grammar, self._vocab_size))
+            except BaseException as error:
+                future.set_exception(error)
+                with self._changing_compiled:
+                    self._compiled.pop(grammar, None)
+        matcher = future.result()
+        with self._changing_compiled:  # a matcher is copied by one thread at a time
             return matcher.deep_copy()
+
+    def _tokens(self) -> LLTokenizer:
+        with self._making_tokenizer:
+            if self._tokenizer is None:
+                self._tokenizer = self._make_tokenizer()
+            return self._tokenizer
 
     def next_mask(self, sequence: Sequence, barred: Iterable[int] = ()) -> np.ndarray:
         """One bit per token that may come next, lowest first, int32 [ceil(vocab / 32)]; of `barred` ones only if the
@@ -79,7 +100,8 @@ class GrammarMasks:
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> LLMatcher:
     """A matcher with its first mask computed, which may take much longer than later ones. Raises GrammarError."""
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     _mask(matcher, vocab_size)
     return matcher
 

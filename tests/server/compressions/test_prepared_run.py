@@ -66,7 +66,7 @@ def test_texts_are_checked_while_the_engine_starts(tmp_path: Path) -> None:
         settings=SimpleNamespace(model="m", prompt_store=tmp_path, max_prompt_mib=8),
         model_name="m",
         store=softbatch.PromptStore(tmp_path, 8 << 20),
-        engine=SimpleNamespace(info=None),
+        supervisor=SimpleNamespace(info=None),
     )
     services = cast(Services, starting)
     for bad in ({"context": " \n"}, {"context": "a\0b"}, {"questions": [{"input": " "}]}, {"name": "m"}):
