@@ -285,7 +285,7 @@ class Scheduler:
         sequence.was_admitted = True
         self._prompts_begun += sequence.length - sequence.num_computed
         self._prefix_queries += sequence.num_prompt
-        sequence.num_cached = sequence.num_computed - sequence.num_virtual
+        sequence.num_cached = min(sequence.num_computed - sequence.num_virtual, sequence.num_prompt)
         self._prefix_hits += sequence.num_cached
         if sequence.soft_prompt is not None and not sequence.missed_soft_prompt:
             self.soft_prompts.hits += 1

@@ -28,6 +28,7 @@ def create_app(services: Services) -> FastAPI:
         description=_DESCRIPTION,
         docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
+        redirect_slashes=False,  # a slash too many is taken off before
     )
     app.state.services = services
     for router in ROUTERS:

@@ -79,6 +79,7 @@ class RemoteRegistry:
             raise NameTaken(name)
         if self._info.get("model_id") == name:
             raise UsageError(_is_the_model(name))
+        self._client.call("GET", "/v1/compressions")  # what registers a soft prompt may do this too
 
     def check_model(self, name: str, spec: ModelSpec) -> None:
         info = self._info

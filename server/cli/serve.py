@@ -65,8 +65,6 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             create_app(services),
             http=connections.protocol(),
             ws="none",
-            callback_notify=connections.sweep,
-            timeout_notify=1,
             lifespan="off",
             backlog=BACKLOG,
             log_config=None,
@@ -77,7 +75,13 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
         server = DrainingServer(config, services)
         services.engine.on_give_up = server.give_up
-        await server.serve(sockets=[listener])
+        if services.supervisor.gave_up:  # before anybody listened to it
+            raise UnfinishedRequests("the engine could not be kept alive; see the log above")
+        sweeping = asyncio.create_task(connections.keep_sweeping())
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            sweeping.cancel()
         if services.supervisor.gave_up:
             raise UnfinishedRequests("the engine could not be kept alive; see the log above")
         if server.was_cut_short:

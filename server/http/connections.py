@@ -15,6 +15,7 @@ from softbatch.server.settings import Settings
 
 # A body may take --body-timeout, and longer if it comes at this rate or faster: an upload on a slow line does.
 MIN_BODY_BYTES_PER_SECOND = 16 << 10
+SWEEP_SECONDS = 1.0
 Reason = Literal["connections", "address", "head_size", "head_timeout", "body_timeout"]
 
 
@@ -72,6 +73,12 @@ class Connections:
 
     def count_refusal(self, reason: Reason) -> None:
         self._metrics.connections_refused.labels(reason).inc()
+
+    async def keep_sweeping(self) -> None:
+        """Until cancelled, so that a server that drains does not wait for a request that never comes."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self.sweep()
 
     async def sweep(self) -> None:
         """End the connections whose request takes too long to come. Called every second: a timer for each request would

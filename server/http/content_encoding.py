@@ -71,6 +71,8 @@ class ContentEncodingMiddleware:
                 body += inflater.decompress(message.get("body", b""), self._max_bytes + 1 - len(body))
             except zlib.error:
                 raise _broken() from None
+            if inflater.unused_data:  # more behind the end; several members in one body are not read
+                raise _broken()
             if len(body) > self._max_bytes:
                 limit = f"{self._max_bytes / MIB:g} MiB"
                 raise ApiError(413, f"the body is larger than {limit} when it is no longer compressed")

@@ -58,6 +58,7 @@ class RequestLogMiddleware:
         finally:
             if not is_probe(scope["path"]):
                 _log(scope, record, status, time.monotonic() - began)
+            record.started.clear()  # the connection's timers keep the record while the connection lives
 
 
 def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from softbatch.server.http.errors import as_api_error, error_json, internal_error
+from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation
 
@@ -68,7 +69,7 @@ class EventStream(Response):
         except Failure as error:
             await self._write(send, error_json(as_api_error(error), self._route))
         except Exception as error:
-            await self._write(send, error_json(internal_error(error, self._route), self._route))
+            await self._write(send, error_json(internal_error(error, self._route, current().id), self._route))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, event: str | bytes) -> None:

@@ -258,7 +258,7 @@ class Generator:
             if request.truncate:
                 token_ids = token_ids[-request.truncate :]
         params = request.params
-        room = self._encoder.room(lease, len(token_ids), request.max_tokens)
+        room = self._encoder.room(lease, len(token_ids), request.max_tokens, params.min_tokens)
         if params.min_tokens > room:
             message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
             raise PromptTooLong(message, param="min_tokens")

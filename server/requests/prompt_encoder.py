@@ -44,9 +44,9 @@ class PromptEncoder:
             return await asyncio.to_thread(self._text.encode, text, add_special_tokens)
         return self._text.encode(text, add_special_tokens)
 
-    def room(self, lease: Lease | None, prompt: int, wanted: int | None) -> int:
-        """How many tokens may be generated: `wanted`, or the server's default if so many fit, or all that do. Raises
-        PromptTooLong when that is too many."""
+    def room(self, lease: Lease | None, prompt: int, wanted: int | None, least_wanted: int = 0) -> int:
+        """How many tokens may be generated: `wanted`, or the server's default, but at least `least_wanted`, if so many
+        fit, or all that do. Raises PromptTooLong when that is too many."""
         virtual = lease.ref.num_virtual_tokens if lease else 0
         left = self._max_model_len - virtual - prompt
         least = 1 if wanted is None else wanted
@@ -58,7 +58,7 @@ class PromptEncoder:
                 "tokens; shorten the prompt or ask for fewer tokens",
                 param="prompt" if left < 1 else "max_tokens",
             )
-        return min(left, self._default_max_tokens) if wanted is None else wanted
+        return min(left, max(self._default_max_tokens, least_wanted)) if wanted is None else wanted
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raises InvalidPrompt for a token that the tokenizer may have, but the model has no embedding for."""

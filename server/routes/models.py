@@ -30,7 +30,8 @@ async def list_models(request: Request) -> Response:
 @router.get("/{model:path}", response_model=ModelCard, summary="One of them (OpenAI)")
 async def get_model(request: Request, model: str) -> Response:
     services = services_of(request)
-    if is_base_model(services, model):
+    # A model may be named by its path, whose first slash is lost behind the route's own.
+    if is_base_model(services, model) or is_base_model(services, f"/{model}"):
         return json_reply(_base_card(services))
     stored = await asyncio.to_thread(services.store.list)
     for prompt in stored:

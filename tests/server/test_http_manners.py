@@ -163,7 +163,10 @@ class TestCompressedBodies:
         fits = gzip.compress(self.JSON + b" " * (MAX_JSON_BYTES - len(self.JSON)))
         assert self.post(client, fits, "gzip").json() == 5
 
-    @pytest.mark.parametrize("body", [b"", b"{}", gzip.compress(JSON, mtime=0)[:-9], zlib.compress(JSON)])
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"{}", gzip.compress(JSON, mtime=0)[:-9], zlib.compress(JSON), gzip.compress(JSON, mtime=0) + b"more"],
+    )
     def test_what_is_no_gzip(self, client: TestClient, body: bytes) -> None:
         reply = self.post(client, body, "gzip")
         assert reply.status_code == 400
