@@ -11,7 +11,8 @@ import msgspec
 
 from softbatch.prompt_store.manifest import ModelSpec
 
-FinishReason = Literal["eos", "stop", "length", "error", "cancelled"]
+# The front end alone says "timeout": the engine knows no deadlines.
+FinishReason = Literal["eos", "stop", "length", "timeout", "error", "cancelled"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

@@ -82,9 +82,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             exits.callback(grammars.close)
             spec = ready.model.spec
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
-            admission = Admission(
-                engine, leases, metrics, slots=settings.max_batch_size, max_waiting=settings.max_queue_size
-            )
+            admission = _admission(settings, engine, leases, metrics)
             metrics.watch(
                 waiting=lambda: engine.num_waiting,
                 running=lambda: engine.num_running,
@@ -131,6 +129,17 @@ def _warn_of_broken(store: SoftPromptStore) -> None:
     """Reads every soft prompt once, in a thread: with many of them that takes a while."""
     for name, reason in store.broken():
         logger.warning("soft prompt %s cannot be used: %s", name, reason)
+
+
+def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLeases, metrics: Metrics) -> Admission:
+    return Admission(
+        engine,
+        leases,
+        metrics,
+        slots=settings.max_batch_size,
+        max_waiting=settings.max_queue_size,
+        request_timeout=settings.request_timeout,
+    )
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

@@ -78,6 +78,13 @@ class Settings(BaseSettings):
     max_queue_size: int = Field(
         256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
     )
+    request_timeout: float | None = Field(
+        None,
+        ge=0.001,
+        le=86_400,
+        description="seconds that a request may take if it brings no timeout_ms of its own: without output by then it "
+        "gets 504, otherwise it ends with what it has; default: no limit",
+    )
     kv_cache_gib: float | None = Field(
         None,
         gt=0,

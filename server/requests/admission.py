@@ -15,6 +15,7 @@ from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.request_record import note_start, own_salt
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
 from softbatch.server.requests.active_request import ActiveRequest
+from softbatch.server.requests.deadline import Deadline
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
 
@@ -22,9 +23,10 @@ from softbatch.server.requests.leases import Lease, SoftPromptLeases
 class Places:
     """Places held for requests that are being prepared, and the leases taken for them so far."""
 
-    def __init__(self, leases: SoftPromptLeases, arrived: float) -> None:
+    def __init__(self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None) -> None:
         self._leases = leases
         self._arrived = arrived
+        self._deadline = deadline
         self.leased: list[Lease] = []
 
     async def lease(self, soft_prompt: str | None) -> Lease | None:
@@ -55,7 +57,7 @@ class Places:
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
         )
-        return ActiveRequest.of(add, lease, route, self._arrived)
+        return ActiveRequest.of(add, lease, route, self._arrived, self._deadline)
 
 
 class Admission:
@@ -66,22 +68,32 @@ class Admission:
     """
 
     def __init__(
-        self, engine: EngineClient, leases: SoftPromptLeases, metrics: Metrics, *, slots: int, max_waiting: int
+        self,
+        engine: EngineClient,
+        leases: SoftPromptLeases,
+        metrics: Metrics,
+        *,
+        slots: int,
+        max_waiting: int,
+        request_timeout: float | None = None,
     ) -> None:
         self._engine = engine
         self._leases = leases
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._capacity = slots + max_waiting
+        self._request_timeout = request_timeout
         self._reserved = 0
         self.draining = False
 
     @contextlib.contextmanager
-    def reserve(self, count: int) -> Iterator[Places]:
-        """Hold `count` places, one for each `submit` after the block. Raises QueueFull, EngineAway or
-        TooManySequences."""
+    def reserve(self, count: int, timeout: float | None = None) -> Iterator[Places]:
+        """Hold `count` places, one for each `submit` after the block. `timeout` None: the server's own, which may be
+        none. Raises QueueFull, EngineAway or TooManySequences."""
         self._take(count)
-        places = Places(self._leases, time.monotonic())
+        now = time.monotonic()
+        seconds = self._request_timeout if timeout is None else timeout
+        places = Places(self._leases, now, None if seconds is None else Deadline(now + seconds, seconds))
         try:
             yield places
         except BaseException:

@@ -93,6 +93,7 @@ def _requests(services: Services, body: ChatCompletionRequest) -> list[Generatio
             priority=body.priority,
             cache_salt=body.cache_salt,
             output_format=body.output_format,
+            timeout=body.timeout,
             route=ROUTE,
         )
         for choice in range(body.n)

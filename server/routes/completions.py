@@ -78,6 +78,7 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
             priority=body.priority,
             cache_salt=body.cache_salt,
             output_format=body.output_format,
+            timeout=body.timeout,
             route=ROUTE,
         )
         for prompt in body.prompt
