@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.observability.request_record import note_start, own_salt
+from softbatch.server.observability.request_record import note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.deadline import Deadline
@@ -46,6 +46,7 @@ class Places:
         route: str,
         priority: int = 0,
         cache_salt: str = "",
+        user: str = "",
         score_from: int | None = None,
     ) -> ActiveRequest:
         add = AddRequest(
@@ -54,6 +55,7 @@ class Places:
             params=params,
             soft_prompt=lease.ref if lease else None,
             priority=priority,
+            owner=share_owner(user),
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
         )

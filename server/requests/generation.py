@@ -45,6 +45,7 @@ class GenerationRequest:
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str = ""
+    user: str = ""
     output_format: OutputFormat | None = None
     timeout: float | None = None
     route: str = ""
@@ -282,4 +283,5 @@ class Generator:
             route=request.route,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            user=request.user,
         )

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from softbatch.scheduler.protocol import SamplingParams
-from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
+from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.structured import StructuredRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -68,7 +68,6 @@ class OpenAIRequest(StructuredRequest):
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
-            "user",
             "metadata",
             "store",
             "service_tier",
@@ -110,6 +109,10 @@ class OpenAIRequest(StructuredRequest):
         default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; not from OpenAI's API"
     )
     cache_salt: Salt = Field(default="", description="only requests with the same salt share cached prefixes")
+    user: Text = Field(
+        default="",
+        description="who asks, if API keys do not tell: users have equal shares of the server, as keys have",
+    )
     timeout_ms: Milliseconds | None = Field(
         default=None,
         description="milliseconds from arrival: without output by then the request gets 504, otherwise it ends with "

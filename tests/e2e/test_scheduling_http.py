@@ -376,3 +376,25 @@ async def waits_in_vain(server: Server) -> None:
         for stream in busy:
             assert stream.finish_reason is None
             await stream.close()
+
+
+def test_a_user_who_sends_much_does_not_hold_up_another(server: Server) -> None:
+    asyncio.run(light_beside_heavy(server))
+    server.wait_empty()
+
+
+async def light_beside_heavy(server: Server) -> None:
+    async with server.async_http() as client:
+        heavy = [start(client, 150, user="heavy") for _ in range(50)]
+
+        async def all_are_there() -> bool:
+            return len((await queue_of(client))[1]) > 40
+
+        await until(all_are_there, "the heavy user does not fill the queue")
+        light = start(client, 5, user="light")
+        assert light.task is not None
+        await light.task
+        # Those of the four slots had begun before, and may have ended in one step with four others.
+        assert sum(stream.finish_reason is not None for stream in heavy) <= 16
+        for stream in heavy:
+            await stream.close()
