@@ -19,7 +19,7 @@ from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.requests.admission import Admission
+from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -132,14 +132,14 @@ def _warn_of_broken(store: SoftPromptStore) -> None:
 
 
 def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLeases, metrics: Metrics) -> Admission:
-    return Admission(
-        engine,
-        leases,
-        metrics,
+    limits = AdmissionLimits(
         slots=settings.max_batch_size,
         max_waiting=settings.max_queue_size,
+        max_waiting_tokens=settings.max_queue_tokens,
+        max_waiting_per_owner=settings.max_queue_size_per_key,
         request_timeout=settings.request_timeout,
     )
+    return Admission(engine, leases, metrics, limits)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from softbatch.scheduler.protocol import (
     CancelRequest,
@@ -45,9 +45,13 @@ class EngineClient:
         """Whether there will be no engine any more."""
         return self._supervisor.gave_up
 
+    def waiting(self) -> Iterator[ActiveRequest]:
+        """In the order of submission."""
+        return (request for request in list(self.active.values()) if request.state == "waiting")
+
     @property
     def num_waiting(self) -> int:
-        return sum(1 for request in list(self.active.values()) if request.state == "waiting")
+        return sum(1 for _ in self.waiting())
 
     @property
     def num_running(self) -> int:
@@ -235,6 +239,8 @@ class EngineClient:
         self._metrics.requests_finished.labels(reason).inc()
         if reason not in ("cancelled", "error", "expired", "timeout"):
             self._metrics.whole_request.observe(now - request.arrived)
+        if request.started is None:
+            return  # Whoever leaves the queue unserved says nothing about the pace.
         # The pace of a busy server: idle time before the request came does not count.
         seconds = min(now - self._last_finish, now - request.arrived)
         self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)

@@ -238,10 +238,10 @@ class Generator:
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """All or none: places are reserved and every request is prepared before the first is submitted. They have one
-        deadline, that of the first."""
+        deadline and one user, those of the first."""
         leases: list[Lease | None] = []
         prepared: list[ActiveRequest] = []
-        with self._admission.reserve(len(requests), requests[0].timeout) as places:
+        with self._admission.reserve(len(requests), requests[0].timeout, requests[0].user) as places:
             for request in requests:
                 leases.append(await places.lease(request.soft_prompt))
                 # Several choices of one prompt are tokenised once.
@@ -283,5 +283,4 @@ class Generator:
             route=request.route,
             priority=request.priority,
             cache_salt=request.cache_salt,
-            user=request.user,
         )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from softbatch.scheduler.protocol import SequenceOutput
 from softbatch.server.request_failures import DeadlineExceeded
 from softbatch.server.requests.active_request import ActiveRequest
-from softbatch.server.requests.admission import Admission
+from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.deadline import Deadline
 from tests.support.fake_runner import next_token
 from tests.support.in_process_engine import InProcessEngine, active_request
@@ -139,14 +139,8 @@ async def test_the_alarm_rings_at_the_deadline_alone() -> None:
 async def test_a_request_has_its_own_time_or_the_servers() -> None:
     engine = InProcessEngine()
     for default, own, expected in ((None, None, None), (None, 2.0, 2.0), (5.0, None, 5.0), (5.0, 9.0, 9.0)):
-        admission = Admission(
-            engine.client,
-            None,  # type: ignore[arg-type]
-            engine.metrics,
-            slots=1,
-            max_waiting=1,
-            request_timeout=default,
-        )
+        limits = AdmissionLimits(slots=1, max_waiting=1, request_timeout=default)
+        admission = Admission(engine.client, None, engine.metrics, limits)  # type: ignore[arg-type]
         with admission.reserve(1, own) as places:
             request = places.prepare([1], active_request("any").add.params, None, route="")
         if expected is None:
