@@ -1,4 +1,4 @@
-"""The policy: who is admitted next, who comes first in a step, and who is preempted. All of it is decided here."""
+"""The policy: who comes first, and who is preempted. Among those who wait, `fair_order.py` first looks at shares."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import msgspec
 
 from softbatch.prompt_store.manifest import ModelSpec
 
-FinishReason = Literal["eos", "stop", "length", "error", "cancelled"]
+# The front end alone says "timeout": the engine knows no deadlines.
+FinishReason = Literal["eos", "stop", "length", "timeout", "error", "cancelled"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -54,7 +55,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     tokens at its end that an engine which has died had generated.
 
     `score_from` set: nothing is generated (`max_tokens` is 0); instead the log-probability of each token from that
-    index of `token_ids` on, given all before it, is reported.
+    index of `token_ids` on, given all before it, is reported. Among requests of one priority, each `owner` has an equal
+    share of the tokens; it is a word that stands for somebody, never a key or a name.
     """
 
     request_id: str
@@ -63,6 +65,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     num_delivered: int = 0
     soft_prompt: SoftPromptRef | None = None
     priority: int = 0
+    owner: str = ""
     cache_salt: str = ""
     score_from: int | None = None
 

@@ -284,6 +284,7 @@ class Scheduler:
         """Count hits and misses once per request, not again after a preemption."""
         sequence.was_admitted = True
         self._prompts_begun += sequence.length - sequence.num_computed
+        self.waiting.order.charge(sequence, sequence.length - sequence.num_computed)
         self._prefix_queries += sequence.num_prompt
         sequence.num_cached = min(sequence.num_computed - sequence.num_virtual, sequence.num_prompt)
         self._prefix_hits += sequence.num_cached
@@ -308,6 +309,8 @@ class Scheduler:
         self.running.remove(sequence)
         self._admission_limit = self.config.max_batch_size
         self._blocks.give_back(sequence)
+        self.waiting.order.charge(sequence, sequence.num_generated - sequence.num_charged)
+        sequence.num_charged = sequence.num_generated
 
     def _discard_in_flight(self, sequence: Sequence, num_computed: int) -> None:
         """Make every step in flight stale for this sequence, and discard its positions from `num_computed` on."""

@@ -29,11 +29,13 @@ class Sequence:
         "epoch",
         "missed_soft_prompt",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_in_flight_tokens",
         "num_prompt",
         "num_registered",
         "num_virtual",
+        "owner",
         "params",
         "priority",
         "request_id",
@@ -53,6 +55,7 @@ class Sequence:
         self.soft_prompt = request.soft_prompt
         self.num_virtual = request.soft_prompt.num_virtual_tokens if request.soft_prompt else 0
         self.priority = request.priority
+        self.owner = request.owner
         self.cache_salt = request.cache_salt
         self.arrival = arrival
         self.turn = turn
@@ -60,6 +63,7 @@ class Sequence:
         self.scores: list[float] = []
         self.num_computed = 0
         self.num_cached = 0
+        self.num_charged = request.num_delivered  # of those generated
         self.num_in_flight_tokens = 0
         self.epoch = 0
         self.block_table: list[int] = []

@@ -54,6 +54,14 @@ class QueueFull(Failure):
         super().__init__(message, code="rate_limit_exceeded", retry_after=retry_after)
 
 
+class DeadlineExceeded(Failure):
+    """The request's time is over, and nothing of its output is there yet."""
+
+    def __init__(self, seconds: float) -> None:
+        message = f"the request had no output within its time ({seconds:g} s, timeout_ms or the server's default)"
+        super().__init__(message, code="deadline_exceeded")
+
+
 class EngineAway(Failure):
     """Nothing is taken any more: the server is shutting down, or its engine cannot be kept alive."""
 

@@ -19,7 +19,7 @@ from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.requests.admission import Admission
+from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -82,9 +82,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             exits.callback(grammars.close)
             spec = ready.model.spec
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
-            admission = Admission(
-                engine, leases, metrics, slots=settings.max_batch_size, max_waiting=settings.max_queue_size
-            )
+            admission = _admission(settings, engine, leases, metrics)
             metrics.watch(
                 waiting=lambda: engine.num_waiting,
                 running=lambda: engine.num_running,
@@ -131,6 +129,17 @@ def _warn_of_broken(store: SoftPromptStore) -> None:
     """Reads every soft prompt once, in a thread: with many of them that takes a while."""
     for name, reason in store.broken():
         logger.warning("soft prompt %s cannot be used: %s", name, reason)
+
+
+def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLeases, metrics: Metrics) -> Admission:
+    limits = AdmissionLimits(
+        slots=settings.max_batch_size,
+        max_waiting=settings.max_queue_size,
+        max_waiting_tokens=settings.max_queue_tokens,
+        max_waiting_per_owner=settings.max_queue_size_per_key,
+        request_timeout=settings.request_timeout,
+    )
+    return Admission(engine, leases, metrics, limits)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

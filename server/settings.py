@@ -78,6 +78,25 @@ class Settings(BaseSettings):
     max_queue_size: int = Field(
         256, ge=0, le=1_000_000, description="requests that may wait behind a full batch; more get 429"
     )
+    max_queue_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**40,
+        description="prompt tokens that may wait behind a full batch; more get 429; default: no limit",
+    )
+    max_queue_size_per_key: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="waiting requests of one API key or, if keys do not tell, of one user; default: no limit",
+    )
+    request_timeout: float | None = Field(
+        None,
+        ge=0.001,
+        le=86_400,
+        description="seconds that a request may take if it brings no timeout_ms of its own: without output by then it "
+        "gets 504, otherwise it ends with what it has; default: no limit",
+    )
     kv_cache_gib: float | None = Field(
         None,
         gt=0,

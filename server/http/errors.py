@@ -17,6 +17,7 @@ from softbatch.server.request_failures import (
     CompressionNameTaken,
     CompressionNotFound,
     CompressionsUnavailable,
+    DeadlineExceeded,
     EngineAway,
     EngineGone,
     Failure,
@@ -75,6 +76,7 @@ STATUS: Mapping[type[Failure], int] = {
     GrammarsUnavailable: 503,
     EngineGone: 503,
     StorageUnwritable: 503,
+    DeadlineExceeded: 504,
     StorageFull: 507,
 }
 
@@ -120,6 +122,9 @@ def as_api_error(failure: Failure) -> ApiError:
     if isinstance(failure, ApiError):
         return failure
     headers = {} if failure.retry_after is None else {"Retry-After": str(failure.retry_after)}
+    if isinstance(failure, DeadlineExceeded):
+        # OpenAI's clients send a request again after any 5xx, unless told not to: late as it is, and to a busy server.
+        headers["X-Should-Retry"] = "false"
     return ApiError(STATUS[type(failure)], failure.message, param=failure.param, code=failure.code, headers=headers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -63,6 +64,12 @@ def own_salt(given: str) -> str:
     """The cache salt of the request being served: prefixes are shared among the requests of one owner alone."""
     owner = current().owner
     return f"{owner}\0{given}" if owner else given
+
+
+def share_owner(user: str) -> str:
+    """With whom the request being served shares a part of the server: the holder of its API key or, where keys do not
+    tell, the `user` that it names."""
+    return current().owner or (hashlib.sha256(user.encode()).hexdigest()[:12] if user else "")
 
 
 def note_start(active: Started) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from softbatch.scheduler.protocol import AddRequest, SequenceOutput
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
+from softbatch.server.requests.deadline import Deadline
 from softbatch.server.requests.leases import Lease
 
 
@@ -20,7 +21,8 @@ class ActiveRequest:
 
     `add` and `received` are all that another engine needs to go on. The engine knows the request as `sequence_id`, a
     new one each time, so that nothing late from an earlier sequence counts; None while it is held back. `alive_since`
-    is when that sequence brought its first token, `deaths` how many engines in a row have died on the request.
+    is when that sequence brought its first token, `deaths` how many engines in a row have died on the request. `alarm`
+    rings at the deadline, if there is one.
     """
 
     add: AddRequest
@@ -43,9 +45,13 @@ class ActiveRequest:
     num_sequences: int = 0
     alive_since: float | None = None
     deaths: int = 0
+    deadline: Deadline | None = None
+    alarm: asyncio.TimerHandle | None = None
 
     @classmethod
-    def of(cls, add: AddRequest, lease: Lease | None, route: str, arrived: float) -> ActiveRequest:
+    def of(
+        cls, add: AddRequest, lease: Lease | None, route: str, arrived: float, deadline: Deadline | None = None
+    ) -> ActiveRequest:
         context = lease.stored.manifest.context if lease else None
         return cls(
             add=add,
@@ -53,6 +59,7 @@ class ActiveRequest:
             soft_prompt=lease.stored.name if lease else None,
             context_tokens=context.num_tokens if context else 0,
             arrived=arrived,
+            deadline=deadline,
         )
 
     def start_sequence(self) -> AddRequest:

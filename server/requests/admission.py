@@ -8,13 +8,16 @@ import contextlib
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.observability.request_record import note_start, own_salt
+from softbatch.server.observability.request_record import note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
 from softbatch.server.requests.active_request import ActiveRequest
+from softbatch.server.requests.deadline import Deadline
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.leases import Lease, SoftPromptLeases
 
@@ -22,9 +25,12 @@ from softbatch.server.requests.leases import Lease, SoftPromptLeases
 class Places:
     """Places held for requests that are being prepared, and the leases taken for them so far."""
 
-    def __init__(self, leases: SoftPromptLeases, arrived: float) -> None:
+    def __init__(self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str) -> None:
         self._leases = leases
         self._arrived = arrived
+        self._deadline = deadline
+        self._owner = owner
+        self.prompt_tokens = 0
         self.leased: list[Lease] = []
 
     async def lease(self, soft_prompt: str | None) -> Lease | None:
@@ -46,16 +52,30 @@ class Places:
         cache_salt: str = "",
         score_from: int | None = None,
     ) -> ActiveRequest:
+        self.prompt_tokens += len(token_ids)
         add = AddRequest(
             request_id=uuid.uuid4().hex,
             token_ids=token_ids,
             params=params,
             soft_prompt=lease.ref if lease else None,
             priority=priority,
+            owner=self._owner,
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
         )
-        return ActiveRequest.of(add, lease, route, self._arrived)
+        return ActiveRequest.of(add, lease, route, self._arrived, self._deadline)
+
+
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """`slots` sequences run at once, all else bounds those who wait behind them; None: no limit. `request_timeout`, in
+    seconds, is for requests that bring none."""
+
+    slots: int
+    max_waiting: int
+    max_waiting_tokens: int | None = None
+    max_waiting_per_owner: int | None = None
+    request_timeout: float | None = None
 
 
 class Admission:
@@ -66,31 +86,35 @@ class Admission:
     """
 
     def __init__(
-        self, engine: EngineClient, leases: SoftPromptLeases, metrics: Metrics, *, slots: int, max_waiting: int
+        self, engine: EngineClient, leases: SoftPromptLeases, metrics: Metrics, limits: AdmissionLimits
     ) -> None:
         self._engine = engine
         self._leases = leases
         self._metrics = metrics
-        self._max_waiting = max_waiting
-        self._capacity = slots + max_waiting
-        self._reserved = 0
+        self._limits = limits
+        self._capacity = limits.slots + limits.max_waiting
+        self._reserved: Counter[str] = Counter()  # by owner
         self.draining = False
 
     @contextlib.contextmanager
-    def reserve(self, count: int) -> Iterator[Places]:
-        """Hold `count` places, one for each `submit` after the block. Raises QueueFull, EngineAway or
-        TooManySequences."""
-        self._take(count)
-        places = Places(self._leases, time.monotonic())
+    def reserve(self, count: int, timeout: float | None = None, user: str = "") -> Iterator[Places]:
+        """Hold `count` places, one for each `submit` after the block. `timeout` None: the server's own, which may be
+        none. Raises QueueFull, EngineAway or TooManySequences."""
+        owner = share_owner(user)
+        self._take(count, owner)
+        now = time.monotonic()
+        seconds = self._limits.request_timeout if timeout is None else timeout
+        places = Places(self._leases, now, None if seconds is None else Deadline(now + seconds, seconds), owner)
         try:
             yield places
+            self._check_tokens(count, places.prompt_tokens)
         except BaseException:
-            self._reserved -= count
+            self._give_back(count, owner)
             for lease in places.leased:
                 self._leases.release(lease)
             raise
 
-    def _take(self, count: int) -> None:
+    def _take(self, count: int, owner: str) -> None:
         if self.draining or self._engine.has_ended:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
             reason = "the server is shutting down" if self.draining else "the engine cannot be kept alive"
@@ -99,17 +123,43 @@ class Admission:
             raise TooManySequences(
                 f"this asks for {count} sequences at once; the server takes {self._capacity} at the most"
             )
-        if len(self._engine.active) + self._reserved + count > self._capacity:
-            self._metrics.requests_rejected.labels("queue_full").inc(count)
-            raise QueueFull(
-                f"the waiting queue is full ({self._max_waiting} requests); try again later",
-                retry_after=min(max(math.ceil(self._engine.seconds_to_drain), 1), 60),
-            )
-        self._reserved += count
+        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
+            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+        most = self._limits.max_waiting_per_owner
+        if most is not None:
+            own = sum(1 for request in self._engine.waiting() if request.add.owner == owner) + self._reserved[owner]
+            if own + count - self._free_slots > most:
+                raise self._full(count, "key_queue_full", f"of this key or user {most} requests may wait, not more")
+        self._check_tokens(count)
+        self._reserved[owner] += count
+
+    def _check_tokens(self, count: int, prompt_tokens: int = 1) -> None:
+        """Looked at twice: before any work, and when the tokens are counted. Whoever finds nobody waiting is let in,
+        for a prompt longer than the limit would otherwise never be."""
+        most = self._limits.max_waiting_tokens
+        if most is not None:
+            behind = list(self._engine.waiting())[self._free_slots :]
+            waiting = sum(request.prompt_tokens for request in behind)
+            if waiting and waiting + prompt_tokens > most:
+                raise self._full(count, "queue_tokens", f"the waiting queue is full ({most} prompt tokens)")
+
+    def _full(self, count: int, reason: str, message: str) -> QueueFull:
+        self._metrics.requests_rejected.labels(reason).inc(count)
+        seconds = math.ceil(self._engine.seconds_to_drain)
+        return QueueFull(f"{message}; try again later", retry_after=min(max(seconds, 1), 60))
+
+    @property
+    def _free_slots(self) -> int:
+        return max(0, self._limits.slots - self._engine.num_running)
+
+    def _give_back(self, count: int, owner: str) -> None:
+        self._reserved[owner] -= count
+        if not self._reserved[owner]:
+            del self._reserved[owner]
 
     def submit(self, request: ActiveRequest) -> None:
         """Its reserved place becomes that of an active request."""
-        self._reserved -= 1
+        self._give_back(1, request.add.owner)
         self._engine.submit(request)
         note_start(request)
 

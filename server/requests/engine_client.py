@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from softbatch.scheduler.protocol import (
     CancelRequest,
@@ -14,7 +15,7 @@ from softbatch.scheduler.protocol import (
     StepOutput,
 )
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.request_failures import EngineGone, Failure, RequestFailed, RequestKillsEngine
+from softbatch.server.request_failures import DeadlineExceeded, EngineGone, Failure, RequestFailed, RequestKillsEngine
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_supervisor import EngineSupervisor
 from softbatch.server.requests.quarantine import Quarantine
@@ -44,9 +45,13 @@ class EngineClient:
         """Whether there will be no engine any more."""
         return self._supervisor.gave_up
 
+    def waiting(self) -> Iterator[ActiveRequest]:
+        """In the order of submission."""
+        return (request for request in list(self.active.values()) if request.state == "waiting")
+
     @property
     def num_waiting(self) -> int:
-        return sum(1 for request in list(self.active.values()) if request.state == "waiting")
+        return sum(1 for _ in self.waiting())
 
     @property
     def num_running(self) -> int:
@@ -58,8 +63,14 @@ class EngineClient:
         return self._seconds_per_request * max(1, self.num_waiting)
 
     def submit(self, request: ActiveRequest) -> None:
-        """While the engine is away, or one request is on trial, it is held back."""
+        """While the engine is away, or one request is on trial, it is held back; its deadline runs on."""
         self.active[request.request_id] = request
+        if request.deadline is not None:
+            left = request.deadline.at - time.monotonic()
+            if left <= 0:
+                self._expire(request)
+                return
+            request.alarm = asyncio.get_running_loop().call_later(left, self._expire, request)
         if self._supervisor.ready and self._quarantine.on_trial is None:
             self._send(request)
 
@@ -159,13 +170,29 @@ class EngineClient:
                 self._supervisor.send(CancelRequest([request.sequence_id]))
             request.end_sequence()
 
-    def _fail(self, request: ActiveRequest, failure: Failure) -> None:
+    def _expire(self, request: ActiveRequest) -> None:
+        """Its deadline has passed: it leaves the engine, and ends with the output so far, if there is any."""
+        deadline = request.deadline
+        if deadline is None or request.request_id not in self.active:
+            return
+        num_computed = request.num_computed
+        self._recall(request)
+        if not deadline.has_output:
+            self._fail(request, DeadlineExceeded(deadline.seconds), "expired")
+            return
+        request.outputs.append(SequenceOutput(request.request_id, num_computed, finish_reason="timeout"))
+        request.changed.set()
+        self._remove(request, "timeout", time.monotonic())
+
+    def _fail(self, request: ActiveRequest, failure: Failure, reason: str = "error") -> None:
         request.error = failure
         request.changed.set()
-        self._remove(request, "error", time.monotonic())
+        self._remove(request, reason, time.monotonic())
 
     def _remove(self, request: ActiveRequest, reason: str, now: float) -> None:
         del self.active[request.request_id]
+        if request.alarm is not None:
+            request.alarm.cancel()
         if request.sequence_id is not None:
             self._by_sequence.pop(request.sequence_id, None)
         self._count_end(request, reason, now)
@@ -189,6 +216,8 @@ class EngineClient:
         if request.num_sequences == 1:  # later ones find what the first has computed
             request.num_cached = output.num_cached
         if output.token_ids:
+            if request.deadline is not None:
+                request.deadline.has_output = True
             if request.alive_since is None:
                 request.alive_since = now
             self._metrics.generation_tokens.inc(len(output.token_ids))
@@ -209,8 +238,10 @@ class EngineClient:
 
     def _count_end(self, request: ActiveRequest, reason: str, now: float) -> None:
         self._metrics.requests_finished.labels(reason).inc()
-        if reason not in ("cancelled", "error"):
+        if reason not in ("cancelled", "error", "expired", "timeout"):
             self._metrics.whole_request.observe(now - request.arrived)
+        if request.started is None:
+            return  # Whoever leaves the queue unserved says nothing about the pace.
         # The pace of a busy server: idle time before the request came does not count.
         seconds = min(now - self._last_finish, now - request.arrived)
         self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)

@@ -25,11 +25,14 @@ from softbatch.server.requests.output_text import OutputText
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.text import TextProcessor
 
+EndOfText = Literal["eos", "stop", "length", "timeout"]
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
-    default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens."""
+    default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens; `timeout` is in seconds,
+    None: the server's."""
 
     prompt: Prompt
     params: SamplingParams
@@ -42,7 +45,9 @@ class GenerationRequest:
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str = ""
+    user: str = ""
     output_format: OutputFormat | None = None
+    timeout: float | None = None
     route: str = ""
 
 
@@ -70,11 +75,11 @@ class Token(msgspec.Struct, frozen=True, gc=False):
 
 class Delta(msgspec.Struct, frozen=True, gc=False):
     """What is new since the last one. Only the last has a `finish_reason`; 'stop' names the stop string or token id in
-    `stop_reason`."""
+    `stop_reason`, which for 'timeout' is the same word."""
 
     text: str
     tokens: tuple[Token, ...]
-    finish_reason: Literal["eos", "stop", "length"] | None = None
+    finish_reason: EndOfText | None = None
     stop_reason: str | int | None = None
 
 
@@ -175,16 +180,15 @@ class Generation:
                 if self._output.found is not None:
                     return self._last_delta(pieces, "stop", self._output.found)
         last = outputs[-1]
-        if last.finish_reason in ("eos", "stop", "length"):
+        if last.finish_reason in ("eos", "stop", "length", "timeout"):
             pieces.append(self._output.finish())
             if self._output.found is not None:
                 return self._last_delta(pieces, "stop", self._output.found)
-            return self._last_delta(pieces, last.finish_reason, last.stop_token_id)
+            stop_reason = "timeout" if last.finish_reason == "timeout" else last.stop_token_id
+            return self._last_delta(pieces, last.finish_reason, stop_reason)
         return Delta("".join(pieces), tuple(self._settled()))
 
-    def _last_delta(
-        self, pieces: list[str], reason: Literal["eos", "stop", "length"], stop_reason: str | int | None
-    ) -> Delta:
+    def _last_delta(self, pieces: list[str], reason: EndOfText, stop_reason: str | int | None) -> Delta:
         tokens = self._settled()
         tokens += [self._token(token_id, b"", logprobs) for token_id, logprobs in self._unsettled]
         self._unsettled.clear()
@@ -233,10 +237,11 @@ class Generator:
         return (await self.start_many([request]))[0]
 
     async def start_many(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        """All or none: places are reserved and every request is prepared before the first is submitted."""
+        """All or none: places are reserved and every request is prepared before the first is submitted. They have one
+        deadline and one user, those of the first."""
         leases: list[Lease | None] = []
         prepared: list[ActiveRequest] = []
-        with self._admission.reserve(len(requests)) as places:
+        with self._admission.reserve(len(requests), requests[0].timeout, requests[0].user) as places:
             for request in requests:
                 leases.append(await places.lease(request.soft_prompt))
                 # Several choices of one prompt are tokenised once.

@@ -92,7 +92,9 @@ def _requests(services: Services, body: ChatCompletionRequest) -> list[Generatio
             soft_prompt=soft_prompt,
             priority=body.priority,
             cache_salt=body.cache_salt,
+            user=body.user,
             output_format=body.output_format,
+            timeout=body.timeout,
             route=ROUTE,
         )
         for choice in range(body.n)

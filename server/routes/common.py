@@ -21,7 +21,13 @@ from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
 from softbatch.server.services import Services
 
 # What OpenAI calls the ends of a text.
-FINISH_REASONS: Mapping[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
+FINISH_REASONS: Mapping[str, FinishReason] = {
+    "eos": "stop",
+    "stop": "stop",
+    "length": "length",
+    # Clients parse no other word; `stop_reason` says which of the two it was.
+    "timeout": "length",
+}
 
 
 # What clients call a model that they know no name of; never a name that could be a soft prompt misspelt.

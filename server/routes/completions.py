@@ -77,7 +77,9 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
             add_special_tokens=body.add_special_tokens,
             priority=body.priority,
             cache_salt=body.cache_salt,
+            user=body.user,
             output_format=body.output_format,
+            timeout=body.timeout,
             route=ROUTE,
         )
         for prompt in body.prompt

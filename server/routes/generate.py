@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
@@ -38,7 +39,11 @@ FINISH_REASONS: Mapping[str, GenerateFinishReason] = {
     "eos": "eos_token",
     "stop": "stop_sequence",
     "length": "length",
+    "timeout": "length",
 }
+
+# Stands in the last event of a stream whose time is over with no token left to send; clients expect one in each event.
+NO_TOKEN = Token(id=0, text="", special=True, utf8=b"")
 
 
 @router.post("/generate", response_model=GenerateReply, summary="Continue a text (text-generation-inference)")
@@ -92,6 +97,7 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
         soft_prompt=named_soft_prompt(services, body.model, parameters.soft_prompt or parameters.adapter_id),
         truncate=parameters.truncate,
         output_format=parameters.output_format,
+        timeout=parameters.timeout,
         route=route,
     )
 
@@ -107,6 +113,7 @@ def _reply(services: Services, body: GenerateRequest, choice: Choice) -> Generat
         generated_text=text,
         details=GenerateDetails(
             finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
+            stop_reason=_timed_out(choice.finish_reason),
             generated_tokens=choice.generation.completion_tokens,
             seed=_seed(body, choice.generation),
             tokens=[_token(token) for token in choice.tokens],
@@ -126,12 +133,15 @@ async def _events(
             pieces.append(delta.text)
             # Text may be certain before the token is that it is a part of.
             unsent += delta.text
-            if not delta.tokens:
+            tokens = delta.tokens
+            if not tokens and delta.finish_reason is not None:
+                tokens = (NO_TOKEN,)
+            if not tokens:
                 continue
-            texts, unsent = _texts(delta.tokens, unsent), ""
-            for position, (token, text) in enumerate(zip(delta.tokens, texts, strict=True), 1):
+            texts, unsent = _texts(tokens, unsent), ""
+            for position, (token, text) in enumerate(zip(tokens, texts, strict=True), 1):
                 index += 1
-                is_last = delta.finish_reason is not None and position == len(delta.tokens)
+                is_last = delta.finish_reason is not None and position == len(tokens)
                 yield StreamEvent(
                     index=index,
                     token=_token(token).model_copy(update={"text": text}),
@@ -154,10 +164,15 @@ def _texts(tokens: Sequence[Token], text: str) -> list[str]:
 def _stream_details(body: GenerateRequest, generation: Generation, finish_reason: str | None) -> StreamDetails:
     return StreamDetails(
         finish_reason=FINISH_REASONS[finish_reason or "stop"],
+        stop_reason=_timed_out(finish_reason),
         generated_tokens=generation.completion_tokens,
         seed=_seed(body, generation),
         input_length=generation.virtual_tokens + generation.prompt_tokens,
     )
+
+
+def _timed_out(finish_reason: str | None) -> Literal["timeout"] | None:
+    return "timeout" if finish_reason == "timeout" else None
 
 
 def _prefix(body: GenerateRequest) -> str:

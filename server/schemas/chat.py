@@ -11,6 +11,7 @@ from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.replies import Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
+    STOP_REASON,
     UNSUPPORTED,
     FinishReason,
     OpenAIRequest,
@@ -192,7 +193,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
-    stop_reason: str | int | None = Field(description="the stop string or stop token id that ended the text")
+    stop_reason: str | int | None = Field(description=STOP_REASON)
 
 
 class ChatCompletion(BaseModel):

@@ -8,7 +8,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
 from softbatch.server.schemas.replies import Usage
-from softbatch.server.schemas.sampling import MAX_TOP_LOGPROBS, UNSUPPORTED, FinishReason, OpenAIRequest, TokenCount
+from softbatch.server.schemas.sampling import (
+    MAX_TOP_LOGPROBS,
+    STOP_REASON,
+    UNSUPPORTED,
+    FinishReason,
+    OpenAIRequest,
+    TokenCount,
+)
 
 MAX_PROMPTS = 64
 MAX_CHOICES = 64
@@ -116,7 +123,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: str | int | None = Field(description="the stop string or stop token id that ended the text")
+    stop_reason: str | int | None = Field(description=STOP_REASON)
 
 
 class Completion(BaseModel):

@@ -16,6 +16,7 @@ from softbatch.server.schemas.sampling import (
     OTHER_SAMPLERS,
     SEED_MASK,
     BaseOrSoftPrompt,
+    Milliseconds,
     ModelName,
     StopString,
     TokenCount,
@@ -68,6 +69,14 @@ class GenerateParameters(RequestModel):
     soft_prompt: ModelName | None = Field(default=None, description="name of the soft prompt to prepend")
     grammar: GrammarParameter | None = Field(default=None, description="what the text must follow")
     adapter_id: ModelName | None = Field(default=None, description="another name of soft_prompt")
+    timeout_ms: Milliseconds | None = Field(
+        default=None, description="as on OpenAI's routes; not from text-generation-inference's API"
+    )
+
+    @property
+    def timeout(self) -> float | None:
+        """In seconds."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
     @property
     def samples(self) -> bool:
@@ -144,6 +153,10 @@ GENERATE_ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
 }
 
 GenerateFinishReason = Literal["length", "eos_token", "stop_sequence"]
+TimedOut = Annotated[
+    Literal["timeout"] | None,
+    Field(exclude_if=is_none, description="with the finish reason 'length', if the request's time was over"),
+]
 
 
 class GeneratedToken(BaseModel):
@@ -155,6 +168,7 @@ class GeneratedToken(BaseModel):
 
 class GenerateDetails(BaseModel):
     finish_reason: GenerateFinishReason
+    stop_reason: TimedOut = None
     generated_tokens: int
     seed: int | None = Field(description="null when nothing was drawn at random")
     prefill: list[GeneratedToken] = []
@@ -169,6 +183,7 @@ class GenerateReply(BaseModel):
 
 class StreamDetails(BaseModel):
     finish_reason: GenerateFinishReason
+    stop_reason: TimedOut = None
     generated_tokens: int
     seed: int | None
     input_length: int

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from softbatch.scheduler.protocol import SamplingParams
-from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, refusal
+from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.structured import StructuredRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -16,12 +16,14 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES_PER_PROMPT = 16
 MAX_PRIORITY = 1000
+MAX_TIMEOUT_MS = 86_400_000
 SEED_MASK = 2**63 - 1
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
 # What `model` names; empty where a client has no name to give.
 BaseOrSoftPrompt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_INT32)]
+Milliseconds = Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)]
 Salt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -66,7 +68,6 @@ class OpenAIRequest(StructuredRequest):
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
-            "user",
             "metadata",
             "store",
             "service_tier",
@@ -108,6 +109,20 @@ class OpenAIRequest(StructuredRequest):
         default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; not from OpenAI's API"
     )
     cache_salt: Salt = Field(default="", description="only requests with the same salt share cached prefixes")
+    user: Text = Field(
+        default="",
+        description="who asks, if API keys do not tell: users have equal shares of the server, as keys have",
+    )
+    timeout_ms: Milliseconds | None = Field(
+        default=None,
+        description="milliseconds from arrival: without output by then the request gets 504, otherwise it ends with "
+        "what it has; left out: the server's --request-timeout; not from OpenAI's API",
+    )
+
+    @property
+    def timeout(self) -> float | None:
+        """In seconds."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
     def seed_of(self, choice: int) -> int | None:
         """The seed of one prompt's `choice`, in the 63 bits that the sampler takes."""
@@ -183,3 +198,4 @@ UNSUPPORTED: Neutral = {
 }
 
 FinishReason = Literal["stop", "length"]
+STOP_REASON = "the stop string or stop token id that ended the text; 'timeout' if its time was over"

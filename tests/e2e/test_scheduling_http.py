@@ -17,7 +17,7 @@ import pytest
 from softbatch.prompt_store.manifest import ModelSpec
 from tests.e2e.conftest import StartServer
 from tests.support.models import Reference, make_soft_prompt, save_prompt
-from tests.support.servers import Server, error_of, running_server
+from tests.support.servers import Server, error_of, running_server, stream_json
 
 PROMPT = "Write a short story about a bridge"
 WHOLE_CONTEXT = 16000  # more tokens than any test waits for
@@ -312,3 +312,89 @@ def choices_take_places(server: Server, capacity: int) -> None:
         assert reply.status_code == 400, "waiting would not help"
         assert f"takes {capacity} at the most" in error_of(reply)["message"]
     server.wait_empty()
+
+
+def late(path: str, timeout_ms: int, **fields: Any) -> dict[str, Any]:
+    """A request for far more than it has time for."""
+    if path == "/v1/completions":
+        return body(WHOLE_CONTEXT, timeout_ms=timeout_ms) | fields
+    if path == "/v1/chat/completions":
+        chat = body(WHOLE_CONTEXT, timeout_ms=timeout_ms, messages=[{"role": "user", "content": PROMPT}]) | fields
+        del chat["prompt"]
+        return chat
+    parameters = {"max_new_tokens": WHOLE_CONTEXT, "timeout_ms": timeout_ms, "details": True, "ignore_eos_token": True}
+    return {"inputs": PROMPT, "parameters": parameters}
+
+
+def test_who_runs_at_its_deadline_ends_with_its_output(server: Server) -> None:
+    whole = server.complete(PROMPT, 40, ignore_eos=True)
+    reply = server.post("/v1/completions", late("/v1/completions", 700, n=2)).json()
+    for choice in reply["choices"]:
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "timeout")
+        assert choice["text"].startswith(whole[:20])
+    assert 2 <= reply["usage"]["completion_tokens"] < 2 * WHOLE_CONTEXT
+
+    options = {"include_usage": True}
+    *_, last, usage, done = stream_json(
+        server, "/v1/chat/completions", late("/v1/chat/completions", 700, stream=True, stream_options=options)
+    )
+    assert done == "[DONE]"
+    assert (last["choices"][0]["finish_reason"], last["choices"][0]["stop_reason"]) == ("length", "timeout")
+    assert 1 <= usage["usage"]["completion_tokens"] < WHOLE_CONTEXT
+
+    details = server.post("/generate", late("/generate", 700)).json()["details"]
+    assert (details["finish_reason"], details["stop_reason"]) == ("length", "timeout")
+    assert details["generated_tokens"] == len(details["tokens"]) > 0
+    events = stream_json(server, "/generate_stream", late("/generate_stream", 700))
+    assert (events[-1]["details"]["finish_reason"], events[-1]["details"]["stop_reason"]) == ("length", "timeout")
+    assert events[-1]["generated_text"] == "".join(event["token"]["text"] for event in events)
+    server.wait_empty()
+    assert server.metric("requests_finished_total", reason="timeout") == 5
+
+
+def test_who_waits_at_its_deadline_gets_504_and_never_runs(server: Server) -> None:
+    asyncio.run(waits_in_vain(server))
+    server.wait_empty()
+
+
+async def waits_in_vain(server: Server) -> None:
+    async with server.async_http() as client:
+        busy = [start(client, WHOLE_CONTEXT) for _ in range(4)]
+        for stream in busy:
+            await stream.begun.wait()
+        prompts = await asyncio.to_thread(server.metric, "prompt_tokens_total")
+        for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
+            began = time.monotonic()
+            reply = await client.post(path, json=late(path, 200))
+            assert time.monotonic() - began < 5
+            assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+            assert reply.headers["x-should-retry"] == "false"
+        request = client.stream("POST", "/v1/completions", json=late("/v1/completions", 200, stream=True))
+        async with request as streamed:
+            assert [event["error"]["code"] async for event in events(streamed)] == ["deadline_exceeded"]
+        assert await asyncio.to_thread(server.metric, "prompt_tokens_total") == prompts
+        for stream in busy:
+            assert stream.finish_reason is None
+            await stream.close()
+
+
+def test_a_user_who_sends_much_does_not_hold_up_another(server: Server) -> None:
+    asyncio.run(light_beside_heavy(server))
+    server.wait_empty()
+
+
+async def light_beside_heavy(server: Server) -> None:
+    async with server.async_http() as client:
+        heavy = [start(client, 150, user="heavy") for _ in range(50)]
+
+        async def all_are_there() -> bool:
+            return len((await queue_of(client))[1]) > 40
+
+        await until(all_are_there, "the heavy user does not fill the queue")
+        light = start(client, 5, user="light")
+        assert light.task is not None
+        await light.task
+        # Those of the four slots had begun before, and may have ended in one step with four others.
+        assert sum(stream.finish_reason is not None for stream in heavy) <= 16
+        for stream in heavy:
+            await stream.close()

@@ -230,6 +230,10 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/completions", completion(logprobs=21), "logprobs", "less than or equal to 20"),
         ("/completions", completion(logprobs=True), "logprobs", "valid integer"),
         ("/completions", completion(priority=1001), "priority", "less than or equal to 1000"),
+        ("/completions", completion(timeout_ms=0), "timeout_ms", "greater than or equal to 1"),
+        ("/chat", chat(timeout_ms=1.5), "timeout_ms", "valid integer"),
+        ("/chat", chat(timeout_ms=86_400_001), "timeout_ms", "less than or equal to 86400000"),
+        ("/generate", generate(timeout_ms=0), "parameters.timeout_ms", "greater than or equal to 1"),
         ("/completions", completion(stream="yes"), "stream", "valid boolean"),
         (
             "/completions",
