@@ -45,6 +45,7 @@ class Places:
         priority: int = 0,
         cache_salt: str = "",
         score_from: int | None = None,
+        score_top: int = 0,
     ) -> ActiveRequest:
         add = AddRequest(
             request_id=uuid.uuid4().hex,
@@ -54,6 +55,7 @@ class Places:
             priority=priority,
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
+            score_top=score_top,
         )
         return ActiveRequest.of(add, lease, route, self._arrived)
 
