@@ -54,9 +54,12 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     """Start a sequence. `token_ids` holds the prompt and, for a resumed request, the `num_delivered` output
     tokens at its end that an engine which has died had generated.
 
-    `score_from` set: nothing is generated (`max_tokens` is 0); instead the log-probability of each token from that
-    index of `token_ids` on, given all before it, is reported. Among requests of one priority, each `owner` has an equal
-    share of the tokens; it is a word that stands for somebody, never a key or a name.
+    `score_from` set: the log-probability of each prompt token from that index on, given all before it, is reported
+    with `score_top` alternatives. The report comes with the first output token, or is the end if `max_tokens` is 0. A
+    request for no output always sets it, to the number of its tokens if none is to be scored.
+
+    Among requests of one priority, each `owner` has an equal share of the tokens; it is a word that stands for
+    somebody, never a key or a name.
     """
 
     request_id: str
@@ -68,6 +71,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     owner: str = ""
     cache_salt: str = ""
     score_from: int | None = None
+    score_top: int = 0
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
@@ -93,6 +97,12 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class PromptLogprobs(TokenLogprobs, frozen=True, array_like=True):
+    """The same of a given token. `rank` is its place in the whole vocabulary: 1 for the most probable one."""
+
+    rank: int
+
+
 class SequenceOutput(msgspec.Struct, array_like=True):
     """What one step computed for one sequence. `num_computed` includes virtual tokens; `num_cached` counts the
     prompt tokens that the prefix cache had when the sequence was first admitted."""
@@ -104,7 +114,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
-    scores: list[float] | None = None
+    scores: list[PromptLogprobs] | None = None
     num_cached: int = 0
 
 

@@ -24,6 +24,8 @@ class SchedulerConfig:
     num_blocks: int
     block_size: int
     eos_token_ids: frozenset[int]
+    # Positions of one step whose logits score a prompt's token: each has a row as long as the vocabulary.
+    max_scored_tokens: int = 1 << 16
 
 
 class Scheduler:
@@ -139,7 +141,7 @@ class Scheduler:
         for row in step.rows:
             sequence = row.sequence
             sequence.num_computed += row.num_tokens
-            if sequence.score_from is None and sequence.num_computed == sequence.length:
+            if sequence.num_computed == sequence.length and sequence.params.max_tokens > 0:
                 sequence.num_in_flight_tokens += 1
         for prefill in step.prefills:
             prefill.prompt.num_computed += prefill.num_tokens
@@ -159,11 +161,11 @@ class Scheduler:
             output = SequenceOutput(sequence.request_id, end, num_cached=sequence.num_cached)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
-                if end == sequence.length:
-                    output.scores, output.finish_reason = sequence.scores, "length"
-                    self._leave(sequence)
-                outputs.append(output)
-                continue
+                if end >= sequence.num_virtual + sequence.num_prompt:
+                    output.scores, sequence.scores, sequence.score_from = sequence.scores, [], None
+                    if sequence.params.max_tokens == 0:
+                        output.finish_reason = "length"
+                        self._leave(sequence)
             token = result.tokens.get(sequence.request_id)
             if token is not None:
                 sequence.tokens.append(token)
@@ -293,8 +295,17 @@ class Scheduler:
 
     def _add_row(self, step: Step, sequence: Sequence, budget: int) -> int:
         count = min(sequence.length - sequence.num_computed, budget)
+        if sequence.score_from is not None:
+            count = self._with_room_for_logits(step, sequence, count)
+            if count == 0:
+                return 0
         step.rows.append(StepRow(sequence, sequence.num_computed, count, sequence.epoch))
         return count
+
+    def _with_room_for_logits(self, step: Step, sequence: Sequence, count: int) -> int:
+        scored = sequence.scored_rows(sequence.num_computed, count)
+        left = self.config.max_scored_tokens - step.num_scored
+        return min(count, scored.start + left) if scored else count
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave(sequence)

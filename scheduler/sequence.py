@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 
-from softbatch.scheduler.protocol import AddRequest, FinishReason, SequenceOutput
+from softbatch.scheduler.protocol import AddRequest, FinishReason, PromptLogprobs, SequenceOutput
 
 
 class Sequence:
@@ -40,6 +40,7 @@ class Sequence:
         "priority",
         "request_id",
         "score_from",
+        "score_top",
         "scores",
         "soft_prompt",
         "tokens",
@@ -59,8 +60,10 @@ class Sequence:
         self.cache_salt = request.cache_salt
         self.arrival = arrival
         self.turn = turn
-        self.score_from = request.score_from
-        self.scores: list[float] = []
+        # Whoever resumes behind a first output token has the scores: they came with it.
+        self.score_from = None if request.num_delivered else request.score_from
+        self.score_top = request.score_top
+        self.scores: list[PromptLogprobs] = []
         self.num_computed = 0
         self.num_cached = 0
         self.num_charged = request.num_delivered  # of those generated
@@ -105,12 +108,22 @@ class Sequence:
 
     def logit_rows(self, start: int, count: int) -> range:
         """Which of the `count` positions from `start` on need logits, counted from `start`: the last one if a token is
-        sampled, or those before a token to be scored."""
+        sampled, and those before a token to be scored."""
+        samples = start + count == self.length
+        if self.score_from is None:
+            return range(count - 1, count) if samples else range(0)
+        scored = self.scored_rows(start, count)
+        if not samples or self.params.max_tokens == 0:
+            return scored
+        return range(scored.start if scored else count - 1, count)
+
+    def scored_rows(self, start: int, count: int) -> range:
+        """Which of the `count` positions from `start` on are before a token to be scored, counted from `start`."""
+        if self.score_from is None:
+            return range(0)
         first = start - self.num_virtual
-        if self.score_from is not None:
-            start = max(0, self.score_from - 1 - first)
-            return range(start, max(start, min(count, len(self.tokens) - 1 - first)))
-        return range(count - 1, count) if start + count == self.length else range(0)
+        begin = max(0, self.score_from - 1 - first)
+        return range(begin, max(begin, min(count, self.num_prompt - 1 - first)))
 
     def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends with its newest token, or None if it goes on."""

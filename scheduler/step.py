@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from softbatch.scheduler.protocol import SequenceOutput, SoftPromptRef, TokenLogprobs
+from softbatch.scheduler.protocol import PromptLogprobs, SequenceOutput, SoftPromptRef, TokenLogprobs
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
 
@@ -66,6 +66,11 @@ class Step:
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows) + sum(prefill.num_tokens for prefill in self.prefills)
 
+    @property
+    def num_scored(self) -> int:
+        """The positions whose logits score a prompt's token."""
+        return sum(len(row.sequence.scored_rows(row.start, row.num_tokens)) for row in self.rows)
+
     def __bool__(self) -> bool:
         return bool(self.rows or self.prefills)
 
@@ -87,7 +92,7 @@ class StepResult:
 
     tokens: dict[str, int]
     logprobs: dict[str, TokenLogprobs]
-    scores: dict[str, list[float]]
+    scores: dict[str, list[PromptLogprobs]]
     errors: dict[str, str]
     prefill_errors: dict[str, str]
     resampled: frozenset[str] = frozenset()

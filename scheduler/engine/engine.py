@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from softbatch.scheduler.model.source import ModelSource
 
 logger = logging.getLogger(__name__)
+# At most so much memory holds a step's logits, in float32, that score prompts.
+_SCORED_LOGITS_BYTES = 256 << 20
 
 
 class SubmittedStep(Protocol):
@@ -209,6 +211,7 @@ def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | N
             num_blocks=kv.num_blocks,
             block_size=kv.block_size,
             eos_token_ids=frozenset(loaded.info.eos_token_ids),
+            max_scored_tokens=max(1, _SCORED_LOGITS_BYTES // (4 * loaded.info.vocab_size)),
         )
     )
     ready = Ready(

@@ -10,21 +10,38 @@ import torch
 
 from softbatch.scheduler.model.sampling.sampler import Samples
 from softbatch.scheduler.model.staging import ToHost, small_tensor
+from softbatch.scheduler.protocol import PromptLogprobs
 from softbatch.scheduler.step import StepResult
+
+# Rows whose log-probabilities are computed at a time, so that no second table of all the logits is made.
+_ROWS = 64
 
 
 class StepScores:
-    """Log-probabilities of given tokens, which are being copied from the device.
+    """Log-probabilities of given tokens and of the `top` best ones, which are being copied from the device.
 
     `logits` [n, vocab] predict the n tokens of `following`."""
 
-    def __init__(self, logits: torch.Tensor, following: Sequence[int]) -> None:
-        targets = small_tensor(following, logits.device, torch.int64)
-        table = torch.log_softmax(logits.float(), dim=-1)
-        self._numbers = ToHost([table.gather(1, targets[:, None])])
+    def __init__(self, logits: torch.Tensor, following: Sequence[int], top: int) -> None:
+        targets = small_tensor(following, logits.device, torch.int64)[:, None]
+        self._top = min(top, logits.shape[-1])
+        parts = []
+        for rows, given in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
+            table = torch.log_softmax(rows.float(), dim=-1)
+            chosen = table.gather(1, given)
+            ranks = (table > chosen).sum(-1, keepdim=True) + 1
+            best = table.topk(self._top, dim=-1)
+            parts += [chosen, ranks, best.indices, best.values]
+        self._numbers = ToHost(parts)
 
-    def read(self) -> list[float]:
-        return self._numbers.read()[0]
+    def read(self) -> list[PromptLogprobs]:
+        found = iter(self._numbers.read())
+        scores = []
+        for chosen, ranks, ids, values in zip(found, found, found, found, strict=True):
+            for row, (logprob, rank) in enumerate(zip(chosen, ranks, strict=True)):
+                best = slice(row * self._top, (row + 1) * self._top)
+                scores.append(PromptLogprobs(logprob, [int(id) for id in ids[best]], values[best], int(rank)))
+        return scores
 
 
 @dataclass(eq=False)
@@ -71,7 +88,7 @@ class InFlightStep:
                     resampled.add(request_id)
         for request_id, found in self.scores.items():
             values = found.read()
-            if all(map(math.isfinite, values)):
+            if all(math.isfinite(score.logprob) for score in values):
                 scores[request_id] = values
             else:
                 errors[request_id] = "the model's logits are not finite"

@@ -151,16 +151,13 @@ class Runner:
         logits = self._forward(batch)
         sampling, names, sampled_rows, at = [], [], [], 0
         for row in rows:
-            wanted = row.sequence.logit_rows(row.start, row.num_tokens)
-            if row.sequence.score_from is not None:
-                first = row.start - row.sequence.num_virtual
-                following = [row.sequence.tokens[first + offset + 1] for offset in wanted]
-                launched.scores[row.sequence.request_id] = StepScores(logits[at : at + len(wanted)], following)
-            elif wanted and (entry := self._sample_input(row.sequence, launched)):
+            wanted = len(row.sequence.logit_rows(row.start, row.num_tokens))
+            scored = _add_scores(row, logits[at:], launched) if row.sequence.score_from is not None else 0
+            if wanted > scored and (entry := self._sample_input(row.sequence, launched)):
                 sampling.append(entry)
                 names.append(row.sequence.request_id)
-                sampled_rows.append(at)
-            at += len(wanted)
+                sampled_rows.append(at + scored)
+            at += wanted
         if not sampling:
             return
         if len(sampled_rows) < at:
@@ -251,6 +248,17 @@ def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
         )
         for start, end in pairwise(cuts)
     ]
+
+
+def _add_scores(row: StepRow, logits: torch.Tensor, launched: InFlightStep) -> int:
+    """Score what the row holds of a prompt, by the first of these logits; returns how many they are."""
+    sequence = row.sequence
+    scored = sequence.scored_rows(row.start, row.num_tokens)
+    if scored:
+        following = row.start - sequence.num_virtual + 1
+        tokens = sequence.tokens[following + scored.start : following + scored.stop]
+        launched.scores[sequence.request_id] = StepScores(logits[: len(scored)], tokens, sequence.score_top)
+    return len(scored)
 
 
 def _ends_with_pending(row: StepRow) -> bool:

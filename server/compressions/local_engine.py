@@ -85,7 +85,7 @@ class LocalEngine:
             for output in self._engine.step().outputs:
                 _raise_error(output.error)
                 if output.scores is not None:
-                    scores[output.request_id] = output.scores
+                    scores[output.request_id] = [score.logprob for score in output.scores]
         return [scores[str(index)] for index in range(len(candidates))]
 
 

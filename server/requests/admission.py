@@ -51,6 +51,7 @@ class Places:
         priority: int = 0,
         cache_salt: str = "",
         score_from: int | None = None,
+        score_top: int = 0,
     ) -> ActiveRequest:
         self.prompt_tokens += len(token_ids)
         add = AddRequest(
@@ -62,6 +63,7 @@ class Places:
             owner=self._owner,
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
+            score_top=score_top,
         )
         return ActiveRequest.of(add, lease, route, self._arrived, self._deadline)
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from softbatch.scheduler.protocol import SamplingParams, SequenceOutput, TokenLogprobs
+from softbatch.scheduler.protocol import PromptLogprobs, SamplingParams, SequenceOutput, TokenLogprobs
 from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission, Places
@@ -32,7 +32,7 @@ EndOfText = Literal["eos", "stop", "length", "timeout"]
 class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
     default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens; `timeout` is in seconds,
-    None: the server's."""
+    None: the server's. With `score_prompt` the prompt's tokens are scored, each with so many alternatives."""
 
     prompt: Prompt
     params: SamplingParams
@@ -48,6 +48,7 @@ class GenerationRequest:
     user: str = ""
     output_format: OutputFormat | None = None
     timeout: float | None = None
+    score_prompt: int | None = None
     route: str = ""
 
 
@@ -96,6 +97,8 @@ class Generation:
     ) -> None:
         self.created = int(time.time())
         self.completion_tokens = 0
+        # Of the prompt's tokens from the second on; there before the first delta.
+        self.prompt_scores: list[PromptLogprobs] = []
         self._active = active
         self._lease = lease
         self._admission = admission
@@ -114,6 +117,10 @@ class Generation:
     @property
     def request_id(self) -> str:
         return self._active.request_id
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self._active.token_ids
 
     @property
     def prompt_tokens(self) -> int:
@@ -171,6 +178,8 @@ class Generation:
         """Text, and the tokens whose part of the text has become certain; one may be more at a time than the other."""
         pieces: list[str] = []
         for output in outputs:
+            if output.scores is not None:
+                self.prompt_scores = output.scores
             for index, token_id in enumerate(output.token_ids):
                 self.completion_tokens += 1
                 self._unsettled.append((token_id, output.logprobs[index] if output.logprobs else None))
@@ -190,7 +199,7 @@ class Generation:
 
     def _last_delta(self, pieces: list[str], reason: EndOfText, stop_reason: str | int | None) -> Delta:
         tokens = self._settled()
-        tokens += [self._token(token_id, b"", logprobs) for token_id, logprobs in self._unsettled]
+        tokens += [token_of(self._text, token_id, b"", logprobs) for token_id, logprobs in self._unsettled]
         self._unsettled.clear()
         return Delta("".join(pieces), tuple(tokens), reason, stop_reason)
 
@@ -198,18 +207,20 @@ class Generation:
         settled = []
         for part in self._output.take_parts():
             token_id, logprobs = self._unsettled.popleft()
-            settled.append(self._token(token_id, part, logprobs))
+            settled.append(token_of(self._text, token_id, part, logprobs))
         return settled
 
-    def _token(self, token_id: int, utf8: bytes, logprobs: TokenLogprobs | None) -> Token:
-        text, special = self._text.piece(token_id), self._text.is_special(token_id)
-        if logprobs is None:
-            return Token(token_id, text, special, utf8)
-        top = tuple(
-            TopToken(top_id, self._text.piece(top_id), logprob, self._text.tokens.piece(top_id)[0])
-            for top_id, logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
-        )
-        return Token(token_id, text, special, utf8, logprobs.logprob, top)
+
+def token_of(text: TextProcessor, token_id: int, utf8: bytes, logprobs: TokenLogprobs | None) -> Token:
+    """`utf8` is its part of the text that it stands in."""
+    piece, special = text.piece(token_id), text.is_special(token_id)
+    if logprobs is None:
+        return Token(token_id, piece, special, utf8)
+    top = tuple(
+        TopToken(top_id, text.piece(top_id), logprob, text.tokens.piece(top_id)[0])
+        for top_id, logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)
+    )
+    return Token(token_id, piece, special, utf8, logprobs.logprob, top)
 
 
 class Generator:
@@ -284,4 +295,6 @@ class Generator:
             route=request.route,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            score_from=1 if request.score_prompt is not None else len(token_ids) if room == 0 else None,
+            score_top=request.score_prompt or 0,
         )

@@ -85,5 +85,5 @@ class Scorer:
     async def _await_score(self, request: ActiveRequest) -> list[float]:
         scores: list[float] = []
         async for outputs in self._admission.outputs(request):
-            scores = outputs[-1].scores or scores
+            scores = [score.logprob for score in outputs[-1].scores or ()]
         return scores

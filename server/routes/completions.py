@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request, Response
 
 from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import DONE, EventStream
-from softbatch.server.requests.choices import gather, merge
+from softbatch.server.requests.choices import Choice, gather, merge
 from softbatch.server.requests.generation import Delta, Generation, GenerationRequest, Token
+from softbatch.server.requests.scored_prompt import scored_prompt
 from softbatch.server.routes.common import (
     FINISH_REASONS,
     ChunkTemplate,
@@ -22,7 +23,14 @@ from softbatch.server.routes.common import (
     usage_of,
 )
 from softbatch.server.schemas.base import ERROR_REPLIES
-from softbatch.server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from softbatch.server.schemas.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    PromptAlternative,
+    ScoredChoice,
+)
 from softbatch.server.schemas.sampling import StreamOptions
 from softbatch.server.services import Services
 
@@ -38,25 +46,15 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """
     services = services_of(request)
     requests = _requests(services, body)
-    echoes = [_echo(services, body, prompt) for prompt in body.prompt for _ in range(body.n)]
     if body.stream:
         generations = await start_all(services, body, requests)
         reply = _reply_fields(services, body, generations)
-        events = _events(body, generations, echoes, reply)
+        events = _events(services, body, generations, reply)
         return EventStream(events, generations, ROUTE)
 
     async def complete() -> Response:
         generations = await start_all(services, body, requests)
-        choices = [
-            CompletionChoice(
-                index=index,
-                text=echoes[index] + choice.text,
-                logprobs=None if body.logprobs is None else _logprobs(choice.tokens, 0),
-                finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
-                stop_reason=choice.stop_reason,
-            )
-            for index, choice in enumerate(await gather(generations))
-        ]
+        choices = _choices(services, body, await gather(generations))
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
         return json_reply(Completion(**reply, choices=choices, usage=usage))
@@ -80,6 +78,8 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
             user=body.user,
             output_format=body.output_format,
             timeout=body.timeout,
+            # The choices of one reply share the scores of the first.
+            score_prompt=body.score_prompt if choice == 0 or body.stream else None,
             route=ROUTE,
         )
         for prompt in body.prompt
@@ -87,10 +87,68 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
     ]
 
 
-def _echo(services: Services, body: CompletionRequest, prompt: str | list[int]) -> str:
+def _choices(services: Services, body: CompletionRequest, choices: Sequence[Choice]) -> list[CompletionChoice]:
+    made: list[CompletionChoice] = []
+    for at, prompt in enumerate(body.prompt):
+        generation = choices[at * body.n].generation
+        echo, echoed = _echo(services, body, prompt, generation)
+        of_prompt = _prompt_logprobs(services, body, generation)
+        for choice in choices[at * body.n : (at + 1) * body.n]:
+            fields: dict[str, Any] = {
+                "index": len(made),
+                "text": echo + choice.text,
+                "logprobs": None if body.logprobs is None else _joined(echoed, _logprobs(choice.tokens, len(echo))),
+                "finish_reason": FINISH_REASONS[choice.finish_reason or "stop"],
+                "stop_reason": choice.stop_reason,
+            }
+            if of_prompt is None:
+                made.append(CompletionChoice(**fields))
+            else:
+                made.append(ScoredChoice(**fields, prompt_logprobs=of_prompt))
+    return made
+
+
+def _echo(
+    services: Services, body: CompletionRequest, prompt: str | list[int], generation: Generation
+) -> tuple[str, CompletionLogprobs | None]:
+    """What the reply begins with, once the generation has brought something."""
     if not body.echo:
-        return ""
-    return prompt if isinstance(prompt, str) else services.text.decode(prompt)
+        return "", None
+    if body.logprobs is None:
+        return prompt if isinstance(prompt, str) else services.text.decode(prompt), None
+    scored = scored_prompt(services.text, prompt, generation.prompt_ids, generation.prompt_scores, body.logprobs)
+    logprobs = _logprobs(scored.tokens, 0)
+    if scored.places is not None:
+        logprobs.text_offset = list(scored.places)
+    return scored.text, logprobs
+
+
+def _joined(first: CompletionLogprobs | None, second: CompletionLogprobs) -> CompletionLogprobs:
+    if first is None:
+        return second
+    return CompletionLogprobs(**{name: [*values, *getattr(second, name)] for name, values in first})
+
+
+def _prompt_logprobs(
+    services: Services, body: CompletionRequest, generation: Generation
+) -> list[dict[int, PromptAlternative] | None] | None:
+    """As vLLM reports them."""
+    if body.prompt_logprobs is None:
+        return None
+    reply: list[dict[int, PromptAlternative] | None] = [None]
+    for token_id, score in zip(generation.prompt_ids[1:], generation.prompt_scores, strict=True):
+        found = {token_id: (score.logprob, score.rank)}
+        top = zip(score.top_ids[: body.prompt_logprobs], score.top_logprobs, strict=False)
+        for rank, (top_id, logprob) in enumerate(top, start=1):
+            found.setdefault(top_id, (logprob, rank))
+        piece = services.text.piece
+        reply.append(
+            {
+                each: PromptAlternative(logprob=logprob, rank=rank, decoded_token=piece(each))
+                for each, (logprob, rank) in found.items()
+            }
+        )
+    return reply
 
 
 def _reply_fields(services: Services, body: CompletionRequest, generations: Sequence[Generation]) -> dict[str, Any]:
@@ -103,7 +161,7 @@ def _reply_fields(services: Services, body: CompletionRequest, generations: Sequ
 
 
 async def _events(
-    body: CompletionRequest, generations: Sequence[Generation], echoes: Sequence[str], reply: dict[str, Any]
+    services: Services, body: CompletionRequest, generations: Sequence[Generation], reply: dict[str, Any]
 ) -> AsyncGenerator[str | bytes, None]:
     options = body.stream_options or StreamOptions()
 
@@ -122,15 +180,18 @@ async def _events(
 
     # What all but the last chunks of a choice look like, unless log-probabilities are asked for.
     templates = [ChunkTemplate(chunk(index, ChunkTemplate.TEXT)) for index in range(len(generations))]
-    pending_echo = list(echoes)
+    has_begun = [False] * len(generations)
     offsets = [0] * len(generations)
     async with aclosing(merge(generations)) as deltas:
         async for index, delta in deltas:
-            text, pending_echo[index] = pending_echo[index] + delta.text, ""
-            logprobs = None
+            echo, echoed, logprobs = "", None, None
+            if not has_begun[index]:
+                has_begun[index] = True
+                echo, echoed = _echo(services, body, body.prompt[index // body.n], generations[index])
+            text = echo + delta.text
             if body.logprobs is not None:
-                logprobs = _logprobs(delta.tokens, offsets[index])
-                offsets[index] += sum(_characters_begun(token) for token in delta.tokens)
+                logprobs = _joined(echoed, _logprobs(delta.tokens, offsets[index] + len(echo)))
+                offsets[index] += len(echo) + sum(_characters_begun(token) for token in delta.tokens)
             if not text and not (logprobs and logprobs.tokens) and delta.finish_reason is None:
                 continue
             if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
@@ -146,15 +207,15 @@ def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
     """`offset` is how many characters the tokens before have begun."""
     reply = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token in tokens:
-        logprob = token.logprob if token.logprob is not None else 0.0
         # Two tokens may have the same text; the better one comes first and stays.
         top: dict[str, float] = {}
         for other in token.top:
             top.setdefault(other.text, other.logprob)
-        top.setdefault(token.text, logprob)
+        if token.logprob is not None:
+            top.setdefault(token.text, token.logprob)
         reply.tokens.append(token.text)
-        reply.token_logprobs.append(logprob)
-        reply.top_logprobs.append(top)
+        reply.token_logprobs.append(token.logprob)
+        reply.top_logprobs.append(top or None)
         reply.text_offset.append(offset - (token.utf8[:1] > b"\x7f" and token.utf8[0] < 0xC0))
         offset += _characters_begun(token)
     return reply

@@ -14,7 +14,6 @@ from softbatch.server.schemas.sampling import (
     UNSUPPORTED,
     FinishReason,
     OpenAIRequest,
-    TokenCount,
 )
 
 MAX_PROMPTS = 64
@@ -73,6 +72,12 @@ def _none_if_false(value: object) -> object:
     return None if value is False else value
 
 
+Alternatives = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None,
+    BeforeValidator(_none_if_false, json_schema_input_type=int | None),
+]
+
+
 class CompletionRequest(OpenAIRequest):
     """Continue one text or several. Fields of OpenAI's API that this server does not support are refused."""
 
@@ -84,15 +89,18 @@ class CompletionRequest(OpenAIRequest):
     unsupported: ClassVar[Neutral] = {**UNSUPPORTED, "suffix": ("",)}
 
     prompt: Prompts = Field(description="text, token ids, or a list of either")
-    max_tokens: TokenCount = Field(default=16, description="at most this many tokens per choice")
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="only 1 or n")
-    logprobs: Annotated[int | None, BeforeValidator(_none_if_false, json_schema_input_type=int | None)] = Field(
-        default=None,
-        ge=0,
-        le=MAX_TOP_LOGPROBS,
-        description="alternatives per token; 0: the chosen one alone",
+    max_tokens: int = Field(
+        default=16, ge=0, le=MAX_INT32, description="at most this many tokens per choice; 0: only compute the prompt"
     )
-    echo: bool = Field(default=False, description="begin the text with the prompt; not with logprobs")
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="only 1 or n")
+    logprobs: Alternatives = Field(default=None, description="alternatives per token; 0: the chosen one alone")
+    prompt_logprobs: Alternatives = Field(
+        default=None,
+        description="alternatives per prompt token, reported by token id; not in streams; not from OpenAI's API",
+    )
+    echo: bool = Field(
+        default=False, description="begin the text with the prompt; with `logprobs` also its tokens' log-probabilities"
+    )
     add_special_tokens: bool = Field(default=True, description="as the tokenizer does it, e.g. BOS in front")
 
     @model_validator(mode="after")
@@ -101,20 +109,27 @@ class CompletionRequest(OpenAIRequest):
         self.check_lengths(self.max_tokens, "max_tokens")
         if self.best_of not in (None, 1, self.n):
             raise refusal("unsupported_field", f"only 1 or n ({self.n}) is supported", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise refusal("unsupported_field", "not supported together with logprobs", "echo")
+        if self.stream and self.prompt_logprobs is not None:
+            message = "not available with 'stream': true; send 'echo': true and 'logprobs', or do not stream"
+            raise refusal("unsupported_field", message, "prompt_logprobs")
         if len(self.prompt) * self.n > MAX_CHOICES:
             message = f"prompts times n must be at most {MAX_CHOICES}, not {len(self.prompt)} times {self.n}"
             raise refusal("too_long", message, "n")
         return self
+
+    @property
+    def score_prompt(self) -> int | None:
+        """How many alternatives of each prompt token are wanted; None: prompts are not scored."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
 
 class CompletionLogprobs(BaseModel):
     """OpenAI's legacy format: four lists with one entry per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] = Field(description="the alternatives, the chosen token among them")
+    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt")
+    top_logprobs: list[dict[str, float] | None] = Field(description="the alternatives, the chosen token among them")
     text_offset: list[int] = Field(description="where the token begins, in characters")
 
 
@@ -126,6 +141,22 @@ class CompletionChoice(BaseModel):
     stop_reason: str | int | None = Field(description=STOP_REASON)
 
 
+class PromptAlternative(BaseModel):
+    """`rank` is its place among all tokens; the most probable one has 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class ScoredChoice(CompletionChoice):
+    """A choice of a request with `prompt_logprobs`."""
+
+    prompt_logprobs: list[dict[int, PromptAlternative] | None] = Field(
+        description="of each prompt token: its own id and those of the alternatives; null for the first one"
+    )
+
+
 class Completion(BaseModel):
     """The reply, and with `stream` every chunk of it."""
 
@@ -133,6 +164,6 @@ class Completion(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: list[ScoredChoice | CompletionChoice]
     system_fingerprint: None = None
     usage: Usage | None = None

@@ -137,3 +137,24 @@ def test_tokens_that_the_model_does_not_have(fallback_server: Server, route: str
     assert f"token {extra}" in error["message"]
     assert "'<extra>'" in error["message"]
     assert f"0 to {extra - 1}" in error["message"]
+
+
+def test_places_in_echoed_texts_that_the_tokenizer_changes(fallback_server: Server) -> None:
+    """It drops the first space, and writes what it does not know byte by byte."""
+    tokenizer = as_transformers(byte_fallback())
+    for text in ("hello", " hello world", "hello <|im_end|> world", "<s>hello 🙂 café", "é日🙂"):
+        ids = tokenizer(text)["input_ids"]
+        found = []
+        for prompt in (text, ids):
+            ask = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
+            reply = fallback_server.post("/v1/completions", ask)
+            assert reply.status_code == 200, reply.text
+            found.append(reply.json()["choices"][0])
+        own, again = (choice["logprobs"] for choice in found)
+        assert found[0]["text"] == text
+        assert len(own["tokens"]) == len(ids)
+        assert own["text_offset"] == sorted(own["text_offset"])
+        for token, at in zip(own["tokens"], own["text_offset"], strict=True):
+            is_word = token.isascii() and token.strip()
+            assert not is_word or token.strip() in text[at : at + len(token) + 1]
+        assert again["token_logprobs"][1:] == pytest.approx(own["token_logprobs"][1:], abs=1e-4)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -54,13 +55,16 @@ def requests() -> list[AddRequest]:
         AddRequest(request_id=f"s{n}", token_ids=list(range(300, 300 + n)), params=params, score_from=2)
         for n in (3, 40)
     ]
-    return [*sampled[:4], *scored, *sampled[4:]]
+    continued = msgspec.structs.replace(sampled[2], request_id="both", score_from=1, score_top=2)
+    return [*sampled[:4], *scored, continued, *sampled[4:]]
 
 
 def told(outputs: Sequence[SequenceOutput]) -> tuple[Any, ...]:
     logprobs = [entry for output in outputs for entry in output.logprobs or []]
     last = outputs[-1]
-    return tokens_of(list(outputs)), logprobs, last.scores, last.finish_reason, last.error, last.num_computed
+    scores = next((output.scores for output in outputs if output.scores is not None), None)
+    scored = None if scores is None else [score.logprob for score in scores]
+    return tokens_of(list(outputs)), logprobs, scored, last.finish_reason, last.error, last.num_computed
 
 
 @pytest.mark.parametrize("num_blocks", [200, 18])
