@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from softbatch.prompt_store.control_tokens import ControlTokens
 from softbatch.prompt_store.manifest import Replaces, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
 from softbatch.prompt_store.stores.directory import PromptStore
@@ -100,7 +101,8 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
     files = ModelFiles.open(choice)
     tokenizer = files.tokenizer
     stored = PromptStore(settings.prompt_store, max_bytes).get(options.soft_prompt) if options.soft_prompt else None
-    shared = _prompt(tokenizer, options.input, context, stored.manifest.replaces if stored else "nothing")
+    control = ControlTokens(tokenizer)
+    shared = _prompt(tokenizer, control, options.input, context, stored.manifest.replaces if stored else "nothing")
     engine = LocalEngine(files, len(shared), 64, max_bytes)
     try:
         ref = None
@@ -108,7 +110,7 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
             check_fits(stored.manifest, engine.ready.model.spec)
             ref = SoftPromptRef(stored.sha256, str(stored.path), stored.manifest.num_virtual_tokens)
         ending = engine.ready.model.eos_token_ids[:1]
-        candidates = [[*_tokens(tokenizer, text), *ending] for text in options.candidate]
+        candidates = [[*control.encode(control.quote(text)), *ending] for text in options.candidate]
         logprobs = engine.score(shared, candidates, ref)
     finally:
         engine.close()
@@ -121,18 +123,14 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
     ]
 
 
-def _prompt(tokenizer: Any, text: str, context: str | None, replaces: Replaces) -> list[int]:
+def _prompt(tokenizer: Any, control: ControlTokens, text: str, context: str | None, replaces: Replaces) -> list[int]:
     if not tokenizer.chat_template:
         raw = "\n\n".join(part for part in (context, text) if part)
         return list(tokenizer.encode(raw, add_special_tokens=replaces == "nothing"))
     turns = [{"role": "user", "content": text}]
     if context is not None:
         turns.insert(0, {"role": "system", "content": context})
-    return _tokens(tokenizer, render_chat(tokenizer, turns, replaces=replaces))
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return control.encode(render_chat(tokenizer, control.quote_turns(turns), replaces=replaces))
 
 
 def _shares(logprobs: Sequence[float]) -> list[float]:

@@ -11,7 +11,8 @@ from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.text import Message, TextProcessor
 
 Prompt = str | Sequence[int] | Sequence[Message]
-# Texts longer than this are tokenised in a thread, so that they do not stall the event loop.
+# Texts longer than this are tokenised in a thread, so that they do not stall the event loop. So are those with quotes,
+# as the first of them takes long.
 LONG_TEXT = 4096
 
 
@@ -40,9 +41,13 @@ class PromptEncoder:
         return token_ids
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) > LONG_TEXT:
+        if len(text) > LONG_TEXT or self._text.has_quotes(text):
             return await asyncio.to_thread(self._text.encode, text, add_special_tokens)
         return self._text.encode(text, add_special_tokens)
+
+    async def encode_quoted(self, text: str) -> list[int]:
+        """Text alone: no control token is made of it."""
+        return await self.encode(self._text.quote(text), add_special_tokens=False)
 
     def room(self, lease: Lease | None, prompt: int, wanted: int | None, least_wanted: int = 0) -> int:
         """How many tokens may be generated: `wanted`, or the server's default, but at least `least_wanted`, if so many

@@ -75,7 +75,7 @@ class Scorer:
         )
 
     async def _answer(self, text: str, index: int, end: bool) -> list[int]:
-        token_ids = await self._encoder.encode(text, add_special_tokens=False)
+        token_ids = await self._encoder.encode_quoted(text)
         token_ids += self._eos if end else ()
         if not token_ids:
             raise InvalidPrompt("the candidate is empty; give at least one token", param=f"candidates.{index}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from softbatch.prompt_store.control_tokens import ControlTokens
 from softbatch.prompt_store.manifest import Replaces
 from softbatch.prompt_store.template import TemplateError, render_chat
 from softbatch.server.request_failures import InvalidPrompt, PromptTooLong, shown
@@ -25,6 +26,7 @@ class TextProcessor:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.tokens = TokenBytes(self.backend)
+        self._control = ControlTokens(tokenizer)
         self._special = self.tokens.hidden | frozenset(tokenizer.all_special_ids)
         # No token stands for more characters than this, so longer texts are refused without tokenising them.
         longest = max(len(token) for token in self.backend.get_vocab())
@@ -32,13 +34,28 @@ class TextProcessor:
         self._max_model_len = max_model_len
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if len(text) > self._max_chars:
+        """Control tokens that the text spells out become control tokens, unless they are quoted."""
+        has_quotes = self.has_quotes(text)
+        length = len(self._control.unquote(text)) if has_quotes else len(text)
+        if length > self._max_chars:
             raise PromptTooLong(
-                f"the prompt has {len(text)} characters; no text that long fits into {self._max_model_len} tokens",
+                f"the prompt has {length} characters; no text that long fits into {self._max_model_len} tokens",
                 param="prompt",
             )
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        if not has_quotes:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        try:
+            return self._control.encode(text, add_special_tokens)
+        except TemplateError as error:
+            raise InvalidPrompt(str(error), param="messages") from error
+
+    def quote(self, text: str) -> str:
+        """For `encode`: the text with its control tokens quoted."""
+        return self._control.quote(text)
+
+    def has_quotes(self, text: str) -> bool:
+        return self._control.has_quotes(text)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """As the same tokens come out of a stream."""
@@ -50,11 +67,12 @@ class TextProcessor:
     def render(
         self, messages: Sequence[Message], replaces: Replaces = "nothing", add_generation_prompt: bool = True
     ) -> str:
-        """Chat turns as the text the model was trained on; `replaces` says what a soft prompt stands for."""
+        """Chat turns as the text the model was trained on, with what people wrote quoted; `replaces` says what a soft
+        prompt stands for."""
         if not self.tokenizer.chat_template:
             raise InvalidPrompt("this model has no chat template; use /v1/completions", param="messages")
         try:
-            return render_chat(self.tokenizer, list(messages), add_generation_prompt, replaces)
+            return render_chat(self.tokenizer, self._control.quote_turns(messages), add_generation_prompt, replaces)
         except TemplateError as error:
             raise InvalidPrompt(str(error), param="messages") from error
 

@@ -52,7 +52,8 @@ def _as_parts(value: object) -> object:
 
 
 class ChatMessage(RequestModel):
-    """One turn. `developer` is the newer name of `system`. Templates read nothing else of a turn than what is here."""
+    """One turn. `developer` is the newer name of `system`. Templates read nothing else of a turn than what is here.
+    Control tokens that the content spells out, such as `<|im_end|>`, are text."""
 
     is_open: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"name"})

@@ -9,6 +9,7 @@ from typing import Any
 
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
+from softbatch.prompt_store.control_tokens import ControlTokens
 from softbatch.prompt_store.template import TemplateError, context_turn, render_chat, turn_end
 
 
@@ -29,12 +30,14 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, instruction: str | None = None, vocab_size: int | None = None) -> None:
         self.tokenizer = tokenizer
-        self.instruction = instruction
+        self._control = ControlTokens(tokenizer)
+        self._instruction = None if instruction is None else self._control.quote(instruction)
         self._vocab_size = vocab_size
         self._has_too_many = vocab_size is not None and max(tokenizer.get_vocab().values()) >= vocab_size
 
     def tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        """Of text alone: no control token is made of it."""
+        return self._control.encode(self._control.quote(text))
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -59,26 +62,27 @@ class Renderer:
 
     def context(self, text: str) -> list[int]:
         """The tokens σ stands for."""
-        return self.tokens(context_turn(self.tokenizer, text, self.instruction))
+        return self._control.encode(context_turn(self.tokenizer, self._control.quote(text), self._instruction))
 
     def frame(self) -> tuple[int, int]:
         """How many tokens of the context's turn come before and after the context itself."""
         mark = "\u2042"
-        head, _, tail = context_turn(self.tokenizer, mark, self.instruction).partition(mark)
-        return len(self.tokens(head)), len(self.tokens(tail))
+        head, _, tail = context_turn(self.tokenizer, mark, self._instruction).partition(mark)
+        return len(self._control.encode(head)), len(self._control.encode(tail))
 
     def question(self, message: str) -> list[int]:
         """The user turn as it follows the context or σ, up to where the answer begins."""
-        return self.tokens(render_chat(self.tokenizer, [_user(message)], replaces="system"))
+        turns = self._control.quote_turns([_user(message)])
+        return self._control.encode(render_chat(self.tokenizer, turns, replaces="system"))
 
     def without_context(self) -> list[int]:
         """What stands before the user turn when there is no context: the instruction or the model's
         default."""
-        if self.instruction:
-            return self.tokens(context_turn(self.tokenizer, self.instruction))
+        if self._instruction:
+            return self._control.encode(context_turn(self.tokenizer, self._instruction))
         message = [_user("x")]
         suffix = render_chat(self.tokenizer, message, replaces="system")
-        return self.tokens(render_chat(self.tokenizer, message).removesuffix(suffix))
+        return self._control.encode(render_chat(self.tokenizer, message).removesuffix(suffix))
 
     def segments(self, context: str, window: int) -> list[Segment]:
         """The whole context where its turn fits `window` tokens, else about equal parts cut between
