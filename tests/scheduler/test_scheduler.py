@@ -424,3 +424,23 @@ def test_nobody_is_preempted_for_blocks_that_come_back_after_this_step():
         before = after
     assert sizes[:4] == [2, 2, 0, 1]
     assert received == {req.request_id: expected_output(req) for req in asked}
+
+
+def test_a_step_scores_no_more_positions_than_their_logits_have_room() -> None:
+    """What needs no logits is not held up by that."""
+    scheduler = make_scheduler(max_scored_tokens=3)
+    for name, score_from in (("a", 1), ("b", 1), ("late", 6)):
+        assert scheduler.add(request(name, length=8, max_tokens=0, score_from=score_from)) is None
+    scored, counts = [], {"a": 0, "b": 0, "late": 0}
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        scored.append(step.num_scored)
+        for row in step.rows:
+            counts[row.sequence.request_id] += row.num_tokens
+        if len(scored) == 1:
+            assert counts == {"a": 3, "b": 0, "late": 5}
+        scheduler.mark_in_flight(step)
+        scheduler.postprocess(step, StepResult({}, {}, {}, {}, {}))
+        scheduler.check_integrity()
+    assert (max(scored), sum(scored)) == (3, 7 + 7 + 2)
+    assert counts == dict.fromkeys(counts, 8)

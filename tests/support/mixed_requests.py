@@ -42,7 +42,7 @@ def mixed_requests(count: int, max_tokens: int) -> list[MixedRequest]:
         candidates = ["The sea.", "Nobody knows.", "It is a long story that begins with a clock."]
         kinds: list[tuple[str, dict[str, Any]]] = [
             (CHAT, common | turns | streamed),
-            (COMPLETE, common | prompt | {"logprobs": 3}),
+            (COMPLETE, common | prompt | {"logprobs": 3, "echo": True}),
             (COMPLETE, drawn | prompt | streamed | {"soft_prompt": EMBEDDINGS}),
             (CHAT, drawn | turns | {"n": 3}),
             (COMPLETE, common | prompt | streamed | {"soft_prompt": KEYS_AND_VALUES, "presence_penalty": 0.7, "n": 2}),
@@ -104,7 +104,13 @@ def _error(status: int, text: str) -> dict[str, Any]:
 
 
 def _without_names(reply: Any) -> Any:
-    return {key: value for key, value in reply.items() if key not in ("id", "created")}
+    return {key: value for key, value in reply.items() if key not in ("id", "created")} | _usage(reply.get("usage"))
+
+
+def _usage(usage: dict[str, Any] | None) -> dict[str, Any]:
+    """Without what the prefix cache had: that depends on who came before."""
+    counts = {key: value for key, value in (usage or {}).items() if key != "prompt_tokens_details"}
+    return {"usage": counts}
 
 
 def _joined(events: Sequence[Any]) -> Any:
@@ -122,4 +128,4 @@ def _joined(events: Sequence[Any]) -> Any:
             choice["text"] += part.get("text") or part.get("delta", {}).get("content") or ""
             choice["logprobs"] += (part.get("logprobs") or {}).get("content") or []
             choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
-    return {"choices": {str(index): choice for index, choice in sorted(choices.items())}, "usage": usage}
+    return {"choices": {str(index): choice for index, choice in sorted(choices.items())}, **_usage(usage)}
