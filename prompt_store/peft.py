@@ -10,12 +10,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pydantic_core
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
 from softbatch.prompt_store.manifest import (
     MAX_VIRTUAL_TOKENS,
@@ -25,6 +23,9 @@ from softbatch.prompt_store.manifest import (
     SoftPromptError,
 )
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+
+if TYPE_CHECKING:  # what is no adapter is told without torch
+    import torch
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -126,6 +127,8 @@ def _check_config(config: dict[str, Any]) -> str:
 
 def _prompt_tensor(data: bytes) -> torch.Tensor:
     """The [n, width] tensor."""
+    from safetensors.torch import load as load_tensors
+
     try:
         tensors: dict[str, torch.Tensor] = load_tensors(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError):
