@@ -10,12 +10,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pydantic_core
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
 from softbatch.prompt_store.manifest import (
     MAX_VIRTUAL_TOKENS,
@@ -25,6 +23,9 @@ from softbatch.prompt_store.manifest import (
     SoftPromptError,
 )
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+
+if TYPE_CHECKING:  # what is no adapter is told without torch
+    import torch
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -38,9 +39,13 @@ _MAX_ZIP_ENTRIES = 1000
 _MAX_ZIP_DIRECTORY_BYTES = 1 << 20
 
 Reader = Callable[[str, int], bytes]
+# The model's own weight of a name, None if it has none.
+BaseWeight = Callable[[str], "torch.Tensor | None"]
 
 
-def import_peft(source: Path | Sequence[Path], spec: ModelSpec, max_bytes: int) -> SoftPrompt:
+def import_peft(
+    source: Path | Sequence[Path], spec: ModelSpec, max_bytes: int, base_weight: BaseWeight = lambda name: None
+) -> SoftPrompt:
     """Read an adapter saved by PEFT for the model `spec`; it replaces nothing, as PEFT trains it before BOS.
 
     `source` is the adapter's folder, a zip of it, or its two files in any order; `max_bytes` bounds the
@@ -49,10 +54,10 @@ def import_peft(source: Path | Sequence[Path], spec: ModelSpec, max_bytes: int) 
     """
     if isinstance(source, Path):
         if source.is_dir():
-            return _import(_FolderReader(source).read, spec, max_bytes)
+            return _import(_FolderReader(source).read, spec, max_bytes, base_weight)
         with _open_zip(source) as archive:
-            return _import(_ZipReader(archive).read, spec, max_bytes)
-    return _import(_FilesReader(source).read, spec, max_bytes)
+            return _import(_ZipReader(archive).read, spec, max_bytes, base_weight)
+    return _import(_FilesReader(source).read, spec, max_bytes, base_weight)
 
 
 def looks_like_peft_zip(path: Path) -> bool:
@@ -64,10 +69,10 @@ def looks_like_peft_zip(path: Path) -> bool:
         return False
 
 
-def _import(read: Reader, spec: ModelSpec, max_bytes: int) -> SoftPrompt:
+def _import(read: Reader, spec: ModelSpec, max_bytes: int, base_weight: BaseWeight) -> SoftPrompt:
     config = _parse_config(read(CONFIG_NAME, _MAX_CONFIG_BYTES))
     peft_type = _check_config(config)
-    tensor = _prompt_tensor(read(WEIGHTS_NAME, max_bytes))
+    tensor = _prompt_tensor(read(WEIGHTS_NAME, max_bytes), base_weight)
     num_virtual_tokens, width = tensor.shape
     if not 1 <= num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
         raise _refused(
@@ -124,13 +129,28 @@ def _check_config(config: dict[str, Any]) -> str:
     return str(peft_type)
 
 
-def _prompt_tensor(data: bytes) -> torch.Tensor:
-    """The [n, width] tensor."""
+def _prompt_tensor(data: bytes, base_weight: BaseWeight) -> torch.Tensor:
+    """The [n, width] tensor. What PEFT saves beside it, the embedding of a vocabulary that was resized, must be the
+    model's."""
+    from safetensors.torch import load as load_tensors
+
     try:
         tensors: dict[str, torch.Tensor] = load_tensors(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError):
         raise _refused(f"{WEIGHTS_NAME} is not a whole safetensors file", WEIGHTS_NAME, "invalid_file") from None
-    if set(tensors) != {_TENSOR}:
+    others = {name: tensor for name, tensor in tensors.items() if name != _TENSOR}
+    own = {name: base_weight(name.removeprefix("base_model.")) for name in others}
+    for name, weight in own.items():
+        if weight is not None and not _is_same(others[name], weight):
+            raise _unsupported(
+                f"{name} in {WEIGHTS_NAME} {list(others[name].shape)} is not the model's {list(weight.shape)}: the "
+                "adapter was trained with another embedding; serve the model that it was trained with",
+                name[:256],
+            )
+    known = [weight for weight in own.values() if weight is not None]
+    # A head that is tied to the embedding is not among the model's weights.
+    is_known = all(any(_is_same(tensor, weight) for weight in known) for tensor in others.values())
+    if _TENSOR not in tensors or not is_known:
         found = ", ".join(sorted(tensors)[:8])[:256] or "none"
         raise _refused(
             f"{WEIGHTS_NAME} must hold the one tensor {_TENSOR}; found {found}", WEIGHTS_NAME, "wrong_tensors"
@@ -143,6 +163,12 @@ def _prompt_tensor(data: bytes) -> torch.Tensor:
             "wrong_shape",
         )
     return tensor
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """As far as the shorter of the two dtypes tells."""
+    dtype = min(one.dtype, other.dtype, key=lambda kind: kind.itemsize)
+    return one.shape == other.shape and bool((one.to(dtype) == other.to(dtype)).all())
 
 
 def _check_width(width: int, expected: int, meaning: str, peft_type: str, spec: ModelSpec) -> None:

@@ -43,6 +43,15 @@ def test_the_scheduler_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_a_server_starts_its_engine_before_it_imports_torch() -> None:
+    """Which takes seconds, and so do transformers and numpy. What the front end imports behind that is its own."""
+    heavy = {"torch", "transformers", "numpy", "fastapi"}
+    for module, names in (("services", heavy), ("app", heavy - {"fastapi"})):
+        code = f"import sys, softbatch.server.cli.serve, softbatch.server.{module}; print(*sorted(sys.modules))"
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert not names & set(run.stdout.split()), module
+
+
 def test_nothing_unpickles() -> None:
     """No pickle and no torch.load anywhere in the product."""
     for package in ABOVE:

@@ -29,8 +29,8 @@ from softbatch.prompt_store.compression.data.self_study import template_question
 from softbatch.prompt_store.compression.evaluation.baselines import with_gold
 from softbatch.prompt_store.compression.evaluation.fidelity import position_scores
 from softbatch.prompt_store.compression.frozen.context import Context
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.training.hidden_states import (
     Observed,
     TeacherOutputs,

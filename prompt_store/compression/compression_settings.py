@@ -1,15 +1,15 @@
-"""What a compression is asked to do."""
+"""What a compression is asked to do. Imports no torch, so that a server knows it before it imports what does it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES
-from softbatch.prompt_store.compression.objectives import weight_of_nll
-from softbatch.prompt_store.compression.training.matching import MatchingSettings
-from softbatch.prompt_store.compression.training.student import Kind
 from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
 
+Kind = Literal["embeddings", "kv"]
+Objective = Literal["kl", "nll", "mixed"]
 # The manifest of a soft prompt keeps the instruction; longer texts do not fit there.
 MAX_INSTRUCTION_CHARS = 4096
 MAX_MINUTES = 30 * 24 * 60
@@ -27,6 +27,27 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "matching_steps": (0, 100_000),
     "seed": (0, 2**63 - 1),
 }
+
+
+@dataclass(frozen=True)
+class MatchingSettings:
+    """`steps` of Adam over the observed batches in turn, cut short after `seconds`."""
+
+    steps: int = 500
+    seconds: float | None = None
+    key_rate: float = 0.1
+    value_rate: float = 0.02
+    embedding_rate: float = 0.03
+
+
+def weight_of_nll(objective: str, alpha: float) -> float:
+    """The α that makes `mixed` the objective. Raises ValueError for an unknown objective or α outside [0,
+    1]."""
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    return {"nll": 1.0, "kl": 0.0}.get(objective, alpha)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from softbatch.prompt_store.compression.evaluation.fidelity import position_tabl
 from softbatch.prompt_store.compression.evaluation.verdict import FEW_STEPS
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, answer_states, collate
+from softbatch.prompt_store.compression.frozen.pairs import answer_states, collate
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.student import Student
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.compression_settings import CompressionSettings, MatchingSettings
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.selection import spread_first, surplus_recitations
 from softbatch.prompt_store.compression.frozen.context import Context
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.pace import Pace, Stopped
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.hidden_states import (
@@ -21,7 +21,7 @@ from softbatch.prompt_store.compression.training.hidden_states import (
     hidden_states_of,
     without,
 )
-from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
+from softbatch.prompt_store.compression.training.matching import fit, selected
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingResult, TrainingSettings
 from softbatch.prompt_store.compression.work_directory import load_states, save_states

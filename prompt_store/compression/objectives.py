@@ -12,13 +12,11 @@ three.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-Objective = Literal["kl", "nll", "mixed"]
 
 
 def nll(student_logits: Tensor, gold: Tensor) -> Tensor:
@@ -35,16 +33,6 @@ def kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 def mixed(teacher_logits: Tensor, student_logits: Tensor, gold: Tensor, alpha: float) -> Tensor:
     """α · nll + (1 − α) · kl at each position."""
     return alpha * nll(student_logits, gold) + (1 - alpha) * kl(teacher_logits, student_logits)
-
-
-def weight_of_nll(objective: str, alpha: float) -> float:
-    """The α that makes `mixed` the objective. Raises ValueError for an unknown objective or α outside [0,
-    1]."""
-    if objective not in get_args(Objective):
-        raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
-    return {"nll": 1.0, "kl": 0.0}.get(objective, alpha)
 
 
 class _FromHidden(torch.autograd.Function):

@@ -7,21 +7,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.frozen.tokenized_context import sha256_of
 
+if TYPE_CHECKING:  # a run is known by its record, without torch
+    from torch import Tensor
+
 
 def save_states(states: Sequence[Tensor], path: Path) -> None:
     """Tensors [rows, hidden] of one dtype, in order, whole or not at all."""
+    import torch
+    from safetensors.torch import save_file
+
     sizes = torch.tensor([len(state) for state in states], device="cpu")
     tensors = {"sizes": sizes, "states": torch.cat(list(states)).cpu().contiguous()}
     replace_file(path, lambda target: save_file(tensors, target))
@@ -29,6 +32,9 @@ def save_states(states: Sequence[Tensor], path: Path) -> None:
 
 def load_states(path: Path) -> list[Tensor]:
     """Raises ValueError when the file cannot be read."""
+    import torch
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(path)
         return list(torch.split(tensors["states"], tensors["sizes"].tolist()))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from softbatch.scheduler.model.model_error import ModelError
 from softbatch.scheduler.model.model_files import first_line
+
+if TYPE_CHECKING:  # most servers read no such file
+    import numpy as np
 
 # How the numbers of an architecture are called in configs; of several names the first that the config has.
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -76,6 +77,8 @@ class GgufFile:
 
     def tensor(self, name: str) -> np.ndarray[Any, Any] | None:
         """Of float32, as it lies in the file."""
+        import numpy as np
+
         found = next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
         return None if found is None else np.array(found.data, dtype=np.float32).reshape(-1)
 
@@ -143,6 +146,8 @@ def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> No
 
 def _from_frequencies(factors: np.ndarray[Any, Any], config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """llama3's scaling, of which files keep only by what it divides each frequency. Raises ModelError for any other."""
+    import numpy as np
+
     factor = float(factors.max())
     size = 2 * len(factors)
     frequencies = float(parameters["rope_theta"]) ** -(np.arange(0, size, 2) / size)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from softbatch.prompt_store.fingerprint import fingerprint
 from softbatch.prompt_store.manifest import ModelSpec
@@ -30,7 +29,7 @@ from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
-from softbatch.scheduler.model.model_files import first_line, read_config
+from softbatch.scheduler.model.model_files import check_config, first_line, read_config
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
@@ -156,20 +155,6 @@ def load_transformers(
         raise ModelError(f"--model {source.name}: its weights do not fit the GPU's free memory") from error
     model.set_attn_implementation(interface.ATTENTION_NAME)
     return model, tokenizer
-
-
-def check_config(config: Any, max_model_len: int | None) -> None:
-    """Everything that can be said against a model before its weights are read. Raises ModelError."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None:
-        raise ModelError(f"config.json: model_type {config.model_type!r} is no causal language model")
-    kind = kind[0] if isinstance(kind, tuple) else kind
-    if not getattr(kind, "_supports_attention_backend", False):
-        raise ModelError(
-            f"{kind.__name__} does not use transformers' attention interface; such models cannot be served"
-        )
-    family = Family.of(config)
-    family.refuse_unsupported(kind.__name__, family.length(max_model_len))
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:

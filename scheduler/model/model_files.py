@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.model_error import ModelError
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,22 @@ def read_config(path: str) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: JSON, a field's type, what a config computes of its fields
         raise ModelError(f"config.json: {_reason(error, 'config')}") from error
+
+
+def check_config(config: Any, max_model_len: int | None) -> None:
+    """Everything that can be said against a model before its weights are read. Raises ModelError."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ModelError(f"config.json: model_type {config.model_type!r} is no causal language model")
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    if not getattr(kind, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{kind.__name__} does not use transformers' attention interface; such models cannot be served"
+        )
+    family = Family.of(config)
+    family.refuse_unsupported(kind.__name__, family.length(max_model_len))
 
 
 def _check_sizes(content: dict[str, Any]) -> None:

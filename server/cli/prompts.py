@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
@@ -119,10 +120,14 @@ def _local_time(seconds: int) -> str:
 def _import(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
     from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
     from softbatch.prompt_store.soft_prompt_file import save
+    from softbatch.scheduler.model.source import resolve
+    from softbatch.scheduler.model.weight_files import stored_weight
 
     store.check_free(options.name)
     if options.file.is_dir() or looks_like_peft_zip(options.file):
-        prompt = import_peft(options.file, _spec_of(settings.model), settings.max_prompt_mib << 20)
+        spec = _spec_of(settings.model)
+        base_weight = partial(stored_weight, resolve(settings.model).path)
+        prompt = import_peft(options.file, spec, settings.max_prompt_mib << 20, base_weight)
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "imported.safetensors"
             save(prompt, path)

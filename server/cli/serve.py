@@ -51,14 +51,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _serve(settings: Settings, listener: socket.socket) -> None:
-    import uvicorn
-
-    from softbatch.server.app import create_app
-    from softbatch.server.draining import DrainingServer
-    from softbatch.server.http.connections import ConnectionBounds, Connections
     from softbatch.server.services import running_services
 
+    importing = asyncio.create_task(asyncio.to_thread(_import_what_serves))
     async with running_services(settings) as services:
+        await importing
+        import uvicorn
+
+        from softbatch.server.app import create_app
+        from softbatch.server.draining import DrainingServer
+        from softbatch.server.http.connections import ConnectionBounds, Connections
+
         _allow_open_files(settings.max_connections + SPARE_FILES)
         connections = Connections(ConnectionBounds.of(settings), services.metrics)
         config = uvicorn.Config(
@@ -86,6 +89,19 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             raise UnfinishedRequests("the engine could not be kept alive; see the log above")
         if server.was_cut_short:
             raise UnfinishedRequests("ended before all requests were finished")
+
+
+def _import_what_serves() -> None:
+    """Takes seconds, which the engine needs too until it has loaded its model."""
+    import transformers
+    import uvicorn  # noqa: F401
+
+    import softbatch.server.app
+    import softbatch.server.draining
+    import softbatch.server.http.connections  # noqa: F401
+
+    # Imported when they are asked for; a config, whichever, brings what reading a tokenizer needs beside it.
+    _ = transformers.AutoTokenizer, transformers.LlamaConfig
 
 
 def _allow_open_files(count: int) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from softbatch.prompt_store.compression.compression_settings import Kind, Objective
 from softbatch.prompt_store.compression.data.examples import Example
-from softbatch.prompt_store.compression.objectives import Objective
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.compression.training.student import Kind
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
-from softbatch.scheduler.model.loader import check_config
-from softbatch.scheduler.model.model_files import read_config
+from softbatch.scheduler.model.model_files import check_config, read_config
 from softbatch.scheduler.model.source import ModelSource, resolve
 from softbatch.server.compressions.checks import check_compression
 from softbatch.server.compressions.request import CompressionRequest, ModelChoice, ModelShape

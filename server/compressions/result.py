@@ -7,21 +7,21 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
 
-from softbatch.prompt_store.compression.evaluation.report import write_report
-from softbatch.prompt_store.compression.objectives import Objective
-from softbatch.prompt_store.compression.pipeline import Outcome
-from softbatch.prompt_store.compression.training.student import Kind
+from softbatch.prompt_store.compression.compression_settings import Kind, Objective
 from softbatch.prompt_store.compression.work_directory import identity_of, seconds_spent
 from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
-from softbatch.server.compressions.prepare import PreparedRun
 from softbatch.server.compressions.request import CompressionRequest, InputError
 from softbatch.server.compressions.run_directory import DATA, RESULT
+
+if TYPE_CHECKING:
+    from softbatch.prompt_store.compression.pipeline import Outcome
+    from softbatch.server.compressions.prepare import PreparedRun
 
 SOURCE = "softbatch compress"
 _SECTIONS = ("answers", "curve", "off_topic", "baselines")
@@ -57,6 +57,8 @@ def finished_before(prepared: PreparedRun, directory: Path) -> Finished | None:
 
 def keep(outcome: Outcome, request: CompressionRequest, spec: ModelSpec, directory: Path) -> Finished:
     """The soft prompt last: with it the run is over."""
+    from softbatch.prompt_store.compression.evaluation.report import write_report  # needs torch, which the run has
+
     prompt = SoftPrompt(_manifest(outcome, request, spec), **outcome.tensors)
     write_report(outcome.report, directory / "report", request.name)
     for name in DATA:

@@ -102,10 +102,17 @@ def register(services: Services, upload: Upload) -> StoredPrompt:
                 shutil.copyfileobj(file.file, target)
         path = paths[0]
         if len(paths) > 1 or looks_like_peft_zip(path):
-            prompt = import_peft(paths if len(paths) > 1 else path, services.spec, max_bytes)
+            prompt = import_peft(paths if len(paths) > 1 else path, services.spec, max_bytes, _base_weight(services))
             path = Path(folder) / "imported.safetensors"
             save(prompt, path)
         return services.store.add(upload.name, path, services.spec)
+
+
+def _base_weight(services: Services) -> Callable[[str], Any]:
+    from softbatch.scheduler.model.weight_files import stored_weight
+
+    info = services.supervisor.info
+    return lambda name: None if info is None else stored_weight(info.model.tokenizer_path, name)
 
 
 class _Parser(MultiPartParser):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from softbatch.prompt_store.peft import CONFIG_NAME, WEIGHTS_NAME, import_peft
-from softbatch.prompt_store.soft_prompt_file import SoftPrompt, check_fits, load, save
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, SoftPromptError, check_fits, load, save
+from softbatch.scheduler.model.weight_files import stored_weight
 from tests.support.peft_samples import (
     ADAPTERS,
     CAUSAL,
@@ -152,6 +154,23 @@ def test_an_adapter_that_saved_other_modules_is_refused_by_its_tensors_too(tmp_p
     adapter.save_pretrained(folder, save_embedding_layers=True)
     assert len(load_file(folder / WEIGHTS_NAME)) > 1
     assert refused(folder).code == "wrong_tensors"
+
+
+def test_the_models_own_embedding_beside_the_prompt_is_no_hindrance(tmp_path: Path) -> None:
+    """PEFT saves it after a vocabulary was resized."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    folder = saved_adapter(tmp_path, model=tiny_llama())
+    train(tiny_llama(), "PROMPT_TUNING").save_pretrained(folder, save_embedding_layers=True)
+    base = partial(stored_weight, str(tmp_path / "model"))
+    assert import_peft(folder, spec_of(model), MAX_BYTES, base).manifest.num_virtual_tokens == N
+    tensors = load_file(folder / WEIGHTS_NAME)
+    name = next(name for name in tensors if "embed_tokens" in name)
+    for other in (tensors[name] + 1, torch.cat([tensors[name], tensors[name][:1]])):
+        save_file({**tensors, name: other.contiguous()}, folder / WEIGHTS_NAME)
+        with pytest.raises(SoftPromptError, match="trained with another embedding") as caught:
+            import_peft(folder, spec_of(model), MAX_BYTES, base)
+        assert (caught.value.code, caught.value.param) == ("unsupported_adapter", name)
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"name": "other", "hidden_size": 16}])

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from softbatch.prompt_store.compression.compression_settings import Kind
 from softbatch.prompt_store.compression.data.examples import Example, Generate
 from softbatch.prompt_store.compression.data.selection import usable
 from softbatch.prompt_store.compression.evaluation.evaluation import Candidate, Evaluation, Measured
@@ -17,7 +18,7 @@ from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.compression.training.student import Kind, Student
+from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.manifest import Replaces
 
 

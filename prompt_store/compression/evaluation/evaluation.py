@@ -22,9 +22,8 @@ from softbatch.prompt_store.compression.evaluation.fidelity import (
 )
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment
+from softbatch.prompt_store.compression.frozen.rendering import Renderer, Segment, TrainingPair
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 
 BASELINES = ("no_context", "truncated", "untrained", "wrong_prompt", "full_context")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.objectives import kl, nll
 
 RANKED = 20

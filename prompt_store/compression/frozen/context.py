@@ -10,9 +10,8 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.data.examples import Example, Generate
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import group_of
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair, group_of
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix, truncated_ids
 

@@ -12,22 +12,7 @@ from torch import Tensor
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import pad
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-
-
-@dataclass(frozen=True)
-class TrainingPair:
-    """The user turn as tokens, up to where the answer begins, and the gold answer with its stop token.
-
-    `group` names what the pair's teacher saw: pairs of one group share one teacher prefix.
-    """
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    group: int = 0
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.answer) - 1
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Contexts and examples as tokens, through the template that serving uses: no skew between the two."""
+"""Contexts and examples as tokens, through the template that serving uses: no skew between the two. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from softbatch.prompt_store.compression.data.examples import Example
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.control_tokens import ControlTokens
 from softbatch.prompt_store.template import TemplateError, context_turn, render_chat, turn_end
 
@@ -20,6 +19,22 @@ class Segment:
 
     ids: tuple[int, ...]
     end: float
+
+
+@dataclass(frozen=True)
+class TrainingPair:
+    """The user turn as tokens, up to where the answer begins, and the gold answer with its stop token.
+
+    `group` names what the pair's teacher saw: pairs of one group share one teacher prefix.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    group: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer) - 1
 
 
 class Renderer:

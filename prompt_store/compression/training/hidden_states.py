@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import Batch, TrainingPair, collate
+from softbatch.prompt_store.compression.frozen.pairs import Batch, collate
 from softbatch.prompt_store.compression.frozen.prefix import LayerTrace, Prefix
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.frozen.untrained_start import moved
 
 

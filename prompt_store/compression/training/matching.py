@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softbatch.prompt_store.atomic_files import replace_file
+from softbatch.prompt_store.compression.compression_settings import MatchingSettings
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Attend, Prefix, attend, attention_weights, weighted_values
 from softbatch.prompt_store.compression.frozen.untrained_start import moved
@@ -39,17 +40,6 @@ RIDGE = 1e-3
 # And for each observed row: in a head that hardly looks at σ, where the mean is next to nothing, values stay put.
 FLOOR = 1e-8
 CHECKPOINT_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class MatchingSettings:
-    """`steps` of Adam over the observed batches in turn, cut short after `seconds`."""
-
-    steps: int = 500
-    seconds: float | None = None
-    key_rate: float = 0.1
-    value_rate: float = 0.02
-    embedding_rate: float = 0.03
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from softbatch.prompt_store.compression.compression_settings import Kind
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-
-Kind = Literal["embeddings", "kv"]
 
 
 class Student:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softbatch.prompt_store.atomic_files import replace_file
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, answer_states, batches_from, collate
-from softbatch.prompt_store.compression.objectives import weight_of_nll
+from softbatch.prompt_store.compression.compression_settings import weight_of_nll
+from softbatch.prompt_store.compression.frozen.pairs import answer_states, batches_from, collate
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
 from softbatch.prompt_store.compression.training.student import Student

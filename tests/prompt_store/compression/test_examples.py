@@ -13,8 +13,8 @@ from softbatch.prompt_store.compression.evaluation.fidelity import position_scor
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.soft_prompt_file import check_fits, load

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softbatch.prompt_store.compression.objectives import kl, mixed, nll, objective_from_hidden, weight_of_nll
+from softbatch.prompt_store.compression.compression_settings import weight_of_nll
+from softbatch.prompt_store.compression.objectives import kl, mixed, nll, objective_from_hidden
 
 
 def logits(seed: int, positions: int = 5, vocab: int = 11) -> torch.Tensor:

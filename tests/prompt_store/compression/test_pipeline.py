@@ -21,9 +21,8 @@ from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.report import break_even, thinned
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import Renderer, group_of
+from softbatch.prompt_store.compression.frozen.rendering import Renderer, TrainingPair, group_of
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.pace import Stopped
 from softbatch.prompt_store.compression.pipeline import Compression, Outcome

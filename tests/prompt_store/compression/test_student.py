@@ -14,8 +14,9 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, answer_states, collate
+from softbatch.prompt_store.compression.frozen.pairs import answer_states, collate
 from softbatch.prompt_store.compression.frozen.prefix import Prefix, attend
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.frozen.untrained_start import (
     chosen_positions,
     moved_prefix,

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
 from softbatch.prompt_store.compression.frozen.greedy import greedy
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
-from softbatch.prompt_store.compression.frozen.rendering import Renderer
+from softbatch.prompt_store.compression.frozen.rendering import Renderer, TrainingPair
 from softbatch.prompt_store.compression.frozen.untrained_start import chosen_positions, moved_prefix
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.student import Student

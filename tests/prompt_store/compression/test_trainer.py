@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.pairs import TrainingPair, batches_from, collate, epoch_batches
+from softbatch.prompt_store.compression.frozen.pairs import batches_from, collate, epoch_batches
+from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor

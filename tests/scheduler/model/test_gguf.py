@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softbatch.scheduler.model.loader import check_config
+from softbatch.scheduler.model.model_files import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
 from tests.support.gguf_files import HEAD_DIM, tensors, write_gguf
 
