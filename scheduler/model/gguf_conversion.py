@@ -146,5 +146,6 @@ def _refuse_left_out(model: Any, file: GgufFile) -> None:
 
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
     named = get_gguf_hf_weights_map(model, processor).keys() | _IN_CONFIG
-    left_out = [name for name in file.tensor_names if name not in named]
+    # The stacked weights of experts are bare parameters in transformers: its names for them have no suffix.
+    left_out = [name for name in file.tensor_names if not {name, name.removesuffix(".weight")} & named]
     refuse_other_weights(model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": left_out})

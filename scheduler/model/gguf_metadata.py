@@ -37,6 +37,11 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "vocab_size": ("vocab_size",),
 }
+# What transformers leaves at the default of its class, though nothing else of the config depends on it.
+_TAKEN = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 _SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
 # The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
 _FREQUENCIES, _LONG_FREQUENCIES = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
@@ -90,6 +95,9 @@ def complete_config(config: Any, file: GgufFile) -> None:
     that is dropped in silence makes another model."""
     said = file.of_model()
     _scale_positions(config, file, said)
+    for name, field in _TAKEN.items():
+        if name in said and hasattr(config, field):
+            setattr(config, field, said[name])
     for name, value in said.items():
         if not name.startswith("rope."):
             _compare(config, f"{file.architecture}.{name}", _FIELDS.get(name, ()), value)

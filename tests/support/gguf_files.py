@@ -28,6 +28,40 @@ NUMBERS: dict[str, Any] = {
 }
 
 
+EXPERTS, EXPERT_FEED_FORWARD = 4, 16
+
+
+def expert_numbers() -> dict[str, Any]:
+    """Of a tiny Qwen3 with experts."""
+    said = {name.replace("llama.", "qwen3moe."): value for name, value in NUMBERS.items()}
+    return said | {
+        "qwen3moe.attention.key_length": HEAD_DIM,
+        "qwen3moe.attention.value_length": HEAD_DIM,
+        "qwen3moe.expert_count": EXPERTS,
+        "qwen3moe.expert_used_count": 2,
+        "qwen3moe.expert_feed_forward_length": EXPERT_FEED_FORWARD,
+    }
+
+
+def expert_tensors() -> dict[str, np.ndarray[Any, Any]]:
+    """The same of it: each layer's experts are stacked in one tensor."""
+    rng = np.random.default_rng(6)
+    found = {name: tensor for name, tensor in tensors().items() if not name.endswith(("gate.weight", "up.weight"))}
+    for layer in range(LAYERS):
+        del found[f"blk.{layer}.ffn_down.weight"]
+        shapes = {
+            "attn_q_norm": (HEAD_DIM,),
+            "attn_k_norm": (HEAD_DIM,),
+            "ffn_gate_inp": (EXPERTS, HIDDEN),
+            "ffn_gate_exps": (EXPERTS, EXPERT_FEED_FORWARD, HIDDEN),
+            "ffn_up_exps": (EXPERTS, EXPERT_FEED_FORWARD, HIDDEN),
+            "ffn_down_exps": (EXPERTS, HIDDEN, EXPERT_FEED_FORWARD),
+        }
+        for name, shape in shapes.items():
+            found[f"blk.{layer}.{name}.weight"] = rng.normal(0, 0.15, shape).astype(np.float32)
+    return found
+
+
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
     """Random weights of a tied Llama, by the names that GGUF gives them."""
     rng = np.random.default_rng(5)
@@ -66,10 +100,11 @@ def write_gguf(
     path: Path,
     fields: Mapping[str, Any] | None = None,
     weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    architecture: str = "llama",
 ) -> Path:
-    """A Llama whose metadata is `NUMBERS` with `fields` over it."""
-    writer = GGUFWriter(str(path), "llama")
-    numbers = NUMBERS | dict(fields or {})
+    """A Llama whose metadata is `NUMBERS` with `fields` over it; for another architecture, `fields` are all."""
+    writer = GGUFWriter(str(path), architecture)
+    numbers = (NUMBERS if architecture == "llama" else {}) | dict(fields or {})
     for name, (value, types) in _tokenizer().items():
         if name not in numbers:
             writer.add_key_value(name, value, types[0], sub_type=types[1] if len(types) > 1 else None)

@@ -9,10 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from softbatch.scheduler.model.loader import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
-from tests.support.gguf_files import HEAD_DIM, tensors, write_gguf
+from tests.support.gguf_files import (
+    EXPERT_FEED_FORWARD,
+    EXPERTS,
+    HEAD_DIM,
+    expert_numbers,
+    expert_tensors,
+    tensors,
+    write_gguf,
+)
 
 
 @pytest.fixture
@@ -104,6 +113,27 @@ def test_other_tensors_than_the_model_has_are_refused(cache: Path, tmp_path: Pat
     assert "lacks model.layers.1.mlp.up_proj.weight" in refusal(write_gguf(tmp_path / "a.gguf", weights=lacking), cache)
     more = whole | {"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)}
     assert "has blk.0.attn_q.bias" in refusal(write_gguf(tmp_path / "b.gguf", weights=more), cache)
+
+
+@pytest.mark.usefixtures("cache")
+def test_experts_are_converted(tmp_path: Path) -> None:
+    """All of them, and each into its own place."""
+    weights = expert_tensors()
+    path = Path(resolve(str(write_gguf(tmp_path / "a.gguf", expert_numbers(), weights, "qwen3moe"))).path)
+    assert json.loads((path / "config.json").read_text())["moe_intermediate_size"] == EXPERT_FEED_FORWARD
+    found = load_file(path / "model.safetensors")
+    for expert in range(EXPERTS):
+        for kind in ("gate", "up", "down"):
+            tensor = found[f"model.layers.1.mlp.experts.{expert}.{kind}_proj.weight"]
+            expected = weights[f"blk.1.ffn_{kind}_exps.weight"][expert]
+            np.testing.assert_allclose(tensor.float().numpy(), expected, rtol=0.01)
+
+
+def test_tensors_beside_experts_are_refused(cache: Path, tmp_path: Path) -> None:
+    weights = expert_tensors() | {"blk.0.ffn_up_exps.bias": np.ones((4, 16), dtype=np.float32)}
+    assert "has blk.0.ffn_up_exps.bias" in refusal(
+        write_gguf(tmp_path / "a.gguf", expert_numbers(), weights, "qwen3moe"), cache
+    )
 
 
 def test_half_a_file_is_refused(cache: Path, tmp_path: Path) -> None:
