@@ -16,7 +16,7 @@ from typing import Any
 from softbatch.prompt_store.atomic_files import replacing
 from softbatch.scheduler.model.gguf_metadata import GgufFile, complete_config
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.model_files import first_line
+from softbatch.scheduler.model.model_files import first_line, reason
 
 logger = logging.getLogger(__name__)
 # Raised when the same file would become another directory.
@@ -97,8 +97,13 @@ def _read_config(gguf: Path, file: GgufFile) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # of many kinds: a field's type, what a config computes of its fields
-        raise ModelError(f"transformers cannot read its metadata: {first_line(error)}") from error
-    complete_config(config, file)
+        raise ModelError(f"transformers cannot read its metadata: {reason(error, 'config')}") from error
+    try:
+        complete_config(config, file)
+    except ModelError:
+        raise
+    except Exception as error:  # of many kinds: any field may be of any type
+        raise ModelError(f"its metadata cannot be read: {type(error).__name__}: {first_line(error)}") from error
     return config
 
 

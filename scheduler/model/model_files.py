@@ -122,7 +122,7 @@ def read_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: JSON, a field's type, what a config computes of its fields
-        raise ModelError(f"config.json: {_reason(error, 'config')}") from error
+        raise ModelError(f"config.json: {reason(error, 'config')}") from error
 
 
 def _check_sizes(content: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds, the tokenizers library's own among them
-        raise ModelError(f"{_tokenizer_file(path)}: {_reason(error, 'tokenizer')}") from error
+        raise ModelError(f"{_tokenizer_file(path)}: {reason(error, 'tokenizer')}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError("its tokenizer has no fast version (tokenizer.json)")
     return tokenizer
@@ -160,7 +160,8 @@ def _tokenizer_file(path: str) -> str:
     return "tokenizer_config.json"
 
 
-def _reason(error: Exception, what: str) -> str:
+def reason(error: Exception, what: str) -> str:
+    """What is wrong with the config or the tokenizer, in one line that names the field where there is one."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if any("trust_remote_code" in line or "custom code" in line for line in lines):
         return f"the {what} takes code that the model brings (auto_map), which is never run"

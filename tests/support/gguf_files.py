@@ -62,6 +62,41 @@ def expert_tensors() -> dict[str, np.ndarray[Any, Any]]:
     return found
 
 
+def phi3_numbers() -> dict[str, Any]:
+    return {name.replace("llama.", "phi3."): value for name, value in NUMBERS.items()}
+
+
+def gpt2_numbers() -> dict[str, Any]:
+    return {
+        "gpt2.context_length": 64,
+        "gpt2.embedding_length": HIDDEN,
+        "gpt2.block_count": 1,
+        "gpt2.feed_forward_length": 4 * HIDDEN,
+        "gpt2.attention.head_count": HEADS,
+        "gpt2.attention.layer_norm_epsilon": 1e-5,
+        "gpt2.vocab_size": VOCAB,
+    }
+
+
+def gpt2_tensors(feed_forward: int = 4 * HIDDEN) -> dict[str, np.ndarray[Any, Any]]:
+    """A tied GPT-2 of one layer."""
+    rng = np.random.default_rng(7)
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name, (rows, columns) in {
+        "attn_qkv": (3 * HIDDEN, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_up": (feed_forward, HIDDEN),
+        "ffn_down": (HIDDEN, feed_forward),
+    }.items():
+        found[f"blk.0.{name}.weight"] = rng.normal(0, 0.15, (rows, columns)).astype(np.float32)
+        found[f"blk.0.{name}.bias"] = np.zeros(rows, dtype=np.float32)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        found |= {f"{name}.weight": np.ones(HIDDEN, np.float32), f"{name}.bias": np.zeros(HIDDEN, np.float32)}
+    for name, rows in (("token_embd", VOCAB), ("position_embd", 64)):
+        found[f"{name}.weight"] = rng.normal(0, 0.15, (rows, HIDDEN)).astype(np.float32)
+    return found
+
+
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
     """Random weights of a tied Llama, by the names that GGUF gives them."""
     rng = np.random.default_rng(5)
@@ -115,7 +150,10 @@ def write_gguf(
         str: GGUFValueType.STRING,
     }
     for name, value in numbers.items():
-        writer.add_key_value(name, value, kinds[type(value)])
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            writer.add_key_value(name, value, kinds[type(value)])
     for name, tensor in (weights or tensors()).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

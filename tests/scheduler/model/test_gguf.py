@@ -17,8 +17,12 @@ from tests.support.gguf_files import (
     EXPERT_FEED_FORWARD,
     EXPERTS,
     HEAD_DIM,
+    HIDDEN,
     expert_numbers,
     expert_tensors,
+    gpt2_numbers,
+    gpt2_tensors,
+    phi3_numbers,
     tensors,
     write_gguf,
 )
@@ -34,13 +38,17 @@ class Seen(Exception):
     """What a conversion would be made with."""
 
 
-def rope_of(file: Path) -> dict[str, Any]:
+def config_of(file: Path) -> Any:
     def accept(config: Any) -> None:
         raise Seen(config)
 
     with pytest.raises(Seen) as seen:
         resolve(str(file), accept)
-    return dict(seen.value.args[0].rope_parameters)
+    return seen.value.args[0]
+
+
+def rope_of(file: Path) -> dict[str, Any]:
+    return dict(config_of(file).rope_parameters)
 
 
 def refusal(file: Path, cache: Path) -> str:
@@ -68,11 +76,13 @@ SCALED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
     ),
     ({"type": "none"}, {"rope_type": "default"}),
+    ({"original_context_length": 4096}, {"rope_type": "default"}),
+    ({"type": "linear", "factor": 2.0, "original_context_length": 4096}, {"rope_type": "linear", "factor": 2.0}),
 ]
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("said", "expected"), SCALED, ids=[str(said["type"]) for said, _ in SCALED])
+@pytest.mark.parametrize(("said", "expected"), SCALED, ids=["-".join(map(str, said.values())) for said, _ in SCALED])
 def test_scaled_positions_are_applied(said: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "a.gguf", {f"llama.rope.scaling.{name}": value for name, value in said.items()})
     parameters = rope_of(file)
@@ -85,6 +95,22 @@ def test_frequencies_in_a_tensor_are_applied(tmp_path: Path) -> None:
     parameters = rope_of(write_gguf(tmp_path / "a.gguf", {"llama.rope.freq_base": 500000.0}, weights))
     assert (parameters["rope_type"], parameters["factor"]) == ("llama3", 2.0)
     assert parameters["original_max_position_embeddings"] == 8192
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("said", "expected"), [(0, None), (2047, 2047)])
+def test_a_window_is_taken_from_the_file(said: int, expected: int | None, tmp_path: Path) -> None:
+    """0 is no window; Phi-3's converters write it, and the original length of models without scaled positions."""
+    numbers = phi3_numbers() | {"phi3.attention.sliding_window": said, "phi3.rope.scaling.original_context_length": 64}
+    assert config_of(write_gguf(tmp_path / "a.gguf", numbers, architecture="phi3")).sliding_window == expected
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("feed_forward", [4 * HIDDEN, 3 * HIDDEN])
+def test_gpt2_is_converted(feed_forward: int, tmp_path: Path) -> None:
+    numbers = gpt2_numbers() | {"gpt2.feed_forward_length": feed_forward}
+    path = Path(resolve(str(write_gguf(tmp_path / "a.gguf", numbers, gpt2_tensors(feed_forward), "gpt2"))).path)
+    assert load_file(path / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"].shape == (HIDDEN, feed_forward)
 
 
 def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -101,6 +127,16 @@ def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path
         ({"llama.attention.clamp_kqv": 8.0}, {}, "llama.attention.clamp_kqv = 8.0"),
         ({"llama.attention.value_length": 16}, {}, "llama.attention.value_length = 16"),
         ({"split.count": 2}, {}, "split.count"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            {},
+            "llama.rope.scaling.original_context_length = None",
+        ),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": "4"}, {}, "factor = '4'"),
+        ({"llama.rope.freq_base": "high"}, {}, "'high'"),
+        ({"llama.attention.head_count_kv": [2, 1]}, {}, "num_key_value_heads: "),
+        ({"llama.attention.layer_norm_rms_epsilon": "small"}, {}, "small"),
+        ({"llama.attention.sliding_window": 512}, {}, "llama.attention.sliding_window = 512"),
     ]
     for index, (fields, more, named) in enumerate(cases):
         file = write_gguf(tmp_path / f"{index}.gguf", fields, tensors() | more)
