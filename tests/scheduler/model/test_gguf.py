@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,38 @@ def test_a_file_that_changes_in_place_is_converted_anew(tmp_path: Path) -> None:
         opened.write(bytes([byte[0] ^ 1]))
     os.utime(file, (1_700_000_000, 1_700_000_000))
     assert resolve(str(file)).path != first
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """Its first read fails, whoever asks."""
+    (tmp_path / "a.gguf").symlink_to("/proc/self/mem")
+    with pytest.raises(ModelError, match=r"--model \S*a\.gguf: .*error"):
+        resolve(str(tmp_path / "a.gguf"))
+
+
+def test_what_a_killed_conversion_left_is_removed(cache: Path, tmp_path: Path) -> None:
+    left = cache / "softbatch" / "models" / ".converting-killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    made = Path(resolve(str(write_gguf(tmp_path / "a.gguf"))).path)
+    assert sorted(path.name for path in made.parent.iterdir()) == [".keys", made.name]
+
+
+def test_two_starts_convert_once(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = str(write_gguf(tmp_path / "a.gguf"))
+    caplog.set_level("INFO")
+    together = threading.Barrier(2)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: resolve(file, lambda _: together.wait(30) and None), range(2)))
+    assert found[0] == found[1]
+    assert [record.message.split(" ")[0] for record in caplog.records].count("converted") == 1
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_is_replaced_while_it_is_converted(tmp_path: Path) -> None:
+    """What was made of the new one must not be kept under the old one's content."""
+    file, other = write_gguf(tmp_path / "a.gguf"), write_gguf(tmp_path / "b.gguf", {"llama.context_length": 64})
+    with pytest.raises(ModelError, match="changed while it was converted"):
+        resolve(str(file), lambda _: other.replace(file) and None)
+    assert Path(resolve(str(file)).path, "config.json").is_file()
