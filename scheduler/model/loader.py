@@ -30,7 +30,7 @@ from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
-from softbatch.scheduler.model.model_files import first_line, read_config
+from softbatch.scheduler.model.model_files import config_content, first_line, read_config
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
@@ -109,7 +109,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_model_len=max_model_len,
-        eos_token_ids=end_tokens(model, tokenizer),
+        eos_token_ids=end_tokens(model, tokenizer, config_content(source.path)),
         dtype=_name(dtype),
         device=str(device),
         attention=name,

@@ -142,6 +142,17 @@ def read_config(path: str) -> Any:
         raise ModelError(f"config.json: {reason(error, 'config')}") from error
 
 
+def config_content(path: str) -> dict[str, Any]:
+    """What the config.json of a directory or a hub id, loaded before, says itself: no defaults. Raises ModelError."""
+    from transformers.utils import cached_file
+
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return _parse(file)
+    cached = cached_file(path, file.name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    return _parse(Path(cached)) if cached else {}
+
+
 def _check_sizes(content: dict[str, Any]) -> None:
     """Before a config divides one by the other. Raises ModelError."""
     for field in _SIZES & content.keys():

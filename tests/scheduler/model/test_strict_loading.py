@@ -177,6 +177,22 @@ def test_a_copy_without_marks_is_whole(directory: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == [copy]
 
 
+@pytest.mark.parametrize("has_generation_config", [True, False])
+def test_only_end_tokens_that_a_file_names(has_generation_config: bool, directory: Path) -> None:
+    """2 is the default of Llama's config."""
+    if has_generation_config:
+        edit_json(directory / "generation_config.json", eos_token_id=7)
+    else:
+        (directory / "generation_config.json").unlink()
+    assert 2 in start(directory).info.eos_token_ids
+    content = json.loads((directory / "config.json").read_text())
+    del content["eos_token_id"]
+    (directory / "config.json").write_text(json.dumps(content))
+    edit_json(directory / "tokenizer_config.json", eos_token="<|endoftext|>")
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    assert start(directory).info.eos_token_ids == ([0, 7] if has_generation_config else [0])
+
+
 def test_files_that_are_no_models(directory: Path) -> None:
     (directory / "adapter_config.json").write_text("{}")
     assert "adapter_config.json" in refusal(directory)
