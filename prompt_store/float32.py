@@ -21,11 +21,11 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     """Every module computes with its weights widened while it runs, one at a time; they stay as they are."""
     narrow: list[tuple[nn.Module, nn.Parameter, torch.Tensor]] = []
 
-    def widen(module: nn.Module, _: Any) -> None:
+    def widen(module: nn.Module, given: tuple[Any, ...]) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 narrow.append((module, parameter, parameter.data))
-                parameter.data = parameter.data.float()
+                parameter.data = _looked_up(module, parameter.data, given)
 
     def restore(module: nn.Module, *results: Any) -> None:
         while narrow and narrow[-1][0] is module:
@@ -44,6 +44,17 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
             handle.remove()
         for _, parameter, data in narrow[::-1]:
             parameter.data = data
+
+
+def _looked_up(module: nn.Module, weight: torch.Tensor, given: tuple[Any, ...]) -> torch.Tensor:
+    """The weight widened: of a plain embedding, the rows that it is asked for, since tables are large and texts short.
+    Other kinds of embeddings may look up other rows than they are given."""
+    if type(module).forward is not nn.Embedding.forward or not given:
+        return weight.float()
+    wide = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)  # untouched memory costs nothing
+    rows = given[0].reshape(-1)
+    wide[rows] = weight[rows].float()
+    return wide
 
 
 def allowed_error(rounding: float, dtype: torch.dtype) -> float:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from softbatch.prompt_store.atomic_files import replacing
+from softbatch.prompt_store.atomic_files import lock, process_directory, replacing
 from softbatch.scheduler.model.gguf_metadata import GgufFile, complete_config
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.model_files import first_line
+from softbatch.scheduler.model.model_files import first_line, reason
 
 logger = logging.getLogger(__name__)
 # Raised when the same file would become another directory.
 _VERSION = 2
 # A file that changed so shortly before it was read may change again without a new time stamp.
 _SETTLED_SECONDS = 2.0
+# Keys of files that were read before, and locks of those that are converted.
+_NOTES = ".keys"
 # Tensors that become part of the config.
 _IN_CONFIG = frozenset({"rope_freqs.weight"})
 
@@ -37,39 +38,56 @@ def converted(gguf: Path, cache: Path, accept: Callable[[Any], None]) -> Path:
 
 
 def _converted(gguf: Path, cache: Path, accept: Callable[[Any], None]) -> Path:
-    target = cache / f"{gguf.stem}-{_content_key(gguf, cache)}"
+    key, seen = _content_key(gguf, cache)
+    target = cache / f"{gguf.stem}-{key}"
     if (target / "config.json").is_file():
         return target
     file = GgufFile(gguf)
     config = _read_config(gguf, file)
     accept(config)
-    logger.info("converting %s, once: the result is kept in %s", gguf.name, target)
-    began = time.monotonic()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))
-        try:
-            _convert(gguf, file, config, aside)
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with _alone(cache, key):
+            if not (target / "config.json").is_file():  # another process has made it meanwhile
+                logger.info("converting %s, once: the result is kept in %s", gguf.name, target)
+                began = time.monotonic()
+                with process_directory(cache, ".converting-") as aside:
+                    _convert(gguf, file, config, aside)
+                    if _stat_of(gguf) != seen:
+                        raise ModelError("the file changed while it was converted: start again")
+                    aside.rename(target)
+                logger.info("converted in %.1f s", time.monotonic() - began)
     except OSError as error:
         if not (target / "config.json").is_file():  # otherwise another process was quicker
             raise ModelError(f"cannot write the converted model to {target}: {error.strerror}") from error
-    logger.info("converted in %.1f s", time.monotonic() - began)
     return target
 
 
-def _content_key(path: Path, cache: Path) -> str:
-    """The hash of the whole content. It is remembered with all that changes when the file does, so that only the first
-    start reads many gigabytes for it."""
+@contextlib.contextmanager
+def _alone(cache: Path, key: str) -> Iterator[None]:
+    """Waits until no other process converts the same file: two would take twice the memory."""
+    notes = cache / _NOTES
+    notes.mkdir(parents=True, exist_ok=True)
+    with (notes / f"{key}.lock").open("ab") as file:
+        try:
+            lock(file)
+        except BlockingIOError:
+            logger.info("waiting for another process that converts the same file")
+            lock(file, wait=True)
+        except OSError:
+            logger.debug("the file system has no locks", exc_info=True)
+        yield
+
+
+def _content_key(path: Path, cache: Path) -> tuple[str, list[int]]:
+    """The hash of the whole content, and the file's stat that it goes with. It is remembered with all that changes when
+    the file does, so that only the first start reads many gigabytes for it."""
     stat = path.stat()
-    seen = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    note = cache / ".keys" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    seen = _stat_fields(stat)
+    note = cache / _NOTES / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
         if known["seen"] == seen:
-            return str(known["key"])
+            return str(known["key"]), seen
     except (OSError, ValueError, KeyError, TypeError):
         pass
     with path.open("rb") as file:
@@ -83,11 +101,14 @@ def _content_key(path: Path, cache: Path) -> str:
                 written.write_text(json.dumps({"seen": seen, "key": key}), encoding="utf-8")
         except OSError:
             logger.debug("the key is not remembered", exc_info=True)
-    return key
+    return key, seen
 
 
 def _stat_of(path: Path) -> list[int]:
-    stat = path.stat()
+    return _stat_fields(path.stat())
+
+
+def _stat_fields(stat: os.stat_result) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
@@ -97,8 +118,13 @@ def _read_config(gguf: Path, file: GgufFile) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # of many kinds: a field's type, what a config computes of its fields
-        raise ModelError(f"transformers cannot read its metadata: {first_line(error)}") from error
-    complete_config(config, file)
+        raise ModelError(f"transformers cannot read its metadata: {reason(error, 'config')}") from error
+    try:
+        complete_config(config, file)
+    except ModelError:
+        raise
+    except Exception as error:  # of many kinds: any field may be of any type
+        raise ModelError(f"its metadata cannot be read: {type(error).__name__}: {first_line(error)}") from error
     return config
 
 
@@ -146,5 +172,6 @@ def _refuse_left_out(model: Any, file: GgufFile) -> None:
 
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
     named = get_gguf_hf_weights_map(model, processor).keys() | _IN_CONFIG
-    left_out = [name for name in file.tensor_names if name not in named]
+    # The stacked weights of experts are bare parameters in transformers: its names for them have no suffix.
+    left_out = [name for name in file.tensor_names if not {name, name.removesuffix(".weight")} & named]
     refuse_other_weights(model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": left_out})

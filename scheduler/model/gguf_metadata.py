@@ -38,6 +38,13 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     "vocab_size": ("vocab_size",),
 }
+# What transformers leaves at the default of its class, though nothing else of the config depends on it.
+_TAKEN = {
+    "context_length": "n_positions",
+    "feed_forward_length": "n_inner",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 _SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
 # The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
 _FREQUENCIES, _LONG_FREQUENCIES = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
@@ -93,10 +100,23 @@ def complete_config(config: Any, file: GgufFile) -> None:
     that is dropped in silence makes another model."""
     said = file.of_model()
     _scale_positions(config, file, said)
+    for name, field in _TAKEN.items():
+        if name in said and hasattr(config, field):
+            setattr(config, field, said[name])
+    has_window = _takes_window(config, said)
     for name, value in said.items():
-        if not name.startswith("rope."):
+        if not name.startswith("rope.") and (has_window or name != "attention.sliding_window"):
             _compare(config, f"{file.architecture}.{name}", _FIELDS.get(name, ()), value)
     _compare_rotary(config, file.architecture, said)
+
+
+def _takes_window(config: Any, said: Mapping[str, Any]) -> bool:
+    """Whether there is a window to compare; 0 is none. Where every layer has the same one, the file's is taken."""
+    window = said.get("attention.sliding_window")
+    is_uniform = not (getattr(config, "layer_types", None) or hasattr(config, "use_sliding_window"))
+    if window is not None and is_uniform and hasattr(config, "sliding_window"):
+        config.sliding_window = window or None
+    return bool(window) or getattr(config, "sliding_window", None) is not None
 
 
 def _compare(config: Any, name: str, fields: tuple[str, ...], value: Any) -> None:
@@ -112,7 +132,10 @@ def _compare(config: Any, name: str, fields: tuple[str, ...], value: Any) -> Non
 
 def _same(has: Any, value: Any) -> bool:
     if isinstance(value, list):
-        return all(_same(has, each) for each in value)
+        each_has = has if isinstance(has, list | tuple) else [has] * len(value)
+        return len(each_has) == len(value) and all(map(_same, each_has, value))
+    if not isinstance(has, int | float) or not isinstance(value, int | float):
+        return bool(has == value)
     return math.isclose(float(has), float(value), rel_tol=1e-6, abs_tol=1e-12)
 
 
@@ -127,6 +150,10 @@ def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> No
     scaling.pop("finetuned", None)
     if "rope.scale_linear" in said:  # the older name
         kind, scaling = "linear", {"factor": said["rope.scale_linear"]}
+    if kind in ("none", "linear"):  # they do not depend on it, and some converters always write it
+        scaling.pop("original_context_length", None)
+    if kind == "linear" and not scaling:
+        kind = "none"
     factors = file.tensor(_FREQUENCIES)
     if kind == "none" and factors is None:
         return
@@ -138,10 +165,21 @@ def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> No
     if kind not in _SCALED or unknown or any(isinstance(value, dict) for value in parameters.values()):
         named = f"rope.scaling.{min(unknown)}" if kind in _SCALED and unknown else f"rope.scaling.type = {kind!r}"
         raise ModelError(f"its positions are scaled by {file.architecture}.{named}, which is not supported")
-    scaled = {"rope_type": kind, "factor": float(scaling.get("factor", 1.0))}
+    missing = [name for name in _SCALED[kind] if not _is_positive(scaling.get(name))]
+    if missing:
+        named = f"{file.architecture}.rope.scaling"
+        raise ModelError(
+            f"the file says {named}.type = {kind!r} and {named}.{missing[0]} = {scaling.get(missing[0])!r}, which must "
+            "be a number above 0"
+        )
+    scaled = {"rope_type": kind, "factor": float(scaling["factor"])}
     if kind == "yarn":
         scaled["original_max_position_embeddings"] = int(scaling["original_context_length"])
     config.rope_parameters = parameters | scaled
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _from_frequencies(factors: np.ndarray[Any, Any], config: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
-from softbatch.scheduler.model.model_files import check_config, first_line, read_config
+from softbatch.scheduler.model.model_files import check_config, config_content, first_line, read_config
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
@@ -84,13 +84,13 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     source = source or resolve(config.model, lambda found: check_config(found, config.max_model_len))
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
-    phases.done("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters in {_name(dtype)}")
+    num_parameters = sum(p.numel() for p in model.parameters())
+    phases.done("weights", f"{num_parameters:,} parameters in {_name(dtype)}")
     name, backend = choose(device, dtype)
     phases.done("attention kernel", name)
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    yardstick = _measure(model, spec)  # before the weights are laid out anew, and the KV cache takes the memory
+    yardstick = _measure(model, spec, tokenizer)  # before weights are laid out anew, and the KV cache takes the memory
     phases.done("yardstick", "a short sequence in float32")
     longest = Family.of(model.config).length(config.max_model_len)
     kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, longest)
@@ -108,7 +108,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_model_len=max_model_len,
-        eos_token_ids=end_tokens(model, tokenizer),
+        eos_token_ids=end_tokens(model, tokenizer, config_content(source.path)),
         dtype=_name(dtype),
         device=str(device),
         attention=name,
@@ -208,10 +208,10 @@ def _forward(
     return TransformersForward(model, kv_cache, backend, longest), f"{pack_linears(model)} linear layers packed"
 
 
-def _measure(model: Any, spec: ModelSpec) -> Yardstick:
+def _measure(model: Any, spec: ModelSpec, tokenizer: Any) -> Yardstick:
     """Raises ModelError for an architecture that does not pass through paged attention."""
     with _told_as_architecture(spec.name):
-        return measure(model, spec)
+        return measure(model, spec, tokenizer)
 
 
 def _checked_runner(

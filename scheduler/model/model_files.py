@@ -7,16 +7,32 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.model_error import ModelError
 
 logger = logging.getLogger(__name__)
-_TEXTS = frozenset({".json", ".jinja", ".txt"})
+# What transformers reads beside the weights; a mark in any other text, a licence say, disturbs nobody.
+_TEXTS = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    }
+)
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 _SIZES = frozenset(
     {
@@ -63,7 +79,7 @@ def _parse(file: Path) -> dict[str, Any]:
         parsed = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ModelError(f"{file}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON: {first_line(error)}") from error
     if not isinstance(parsed, dict):
         raise ModelError(f"{file}: it holds {type(parsed).__name__}, but must hold an object")
@@ -71,28 +87,25 @@ def _parse(file: Path) -> dict[str, Any]:
 
 
 def without_marks(path: Path, cache: Path) -> Path:
-    """The directory itself, or, where texts in it begin with a byte order mark that readers stumble over, links to its
-    files and those texts without the mark, in `cache`. Raises ModelError."""
-    files = sorted(file for file in path.iterdir() if file.is_file())
-    marked = [file for file in files if file.suffix in _TEXTS and _has_mark(file)]
+    """The directory itself, or, where a config or a tokenizer's file begins with a byte order mark that readers stumble
+    over, links to all in it and those texts without the mark, in `cache`. Raises ModelError."""
+    entries = sorted(entry for entry in path.iterdir() if entry.exists())
+    marked = [entry for entry in entries if entry.name in _TEXTS and _has_mark(entry)]
     if not marked:
         return path
-    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    seen = [(str(entry), entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries]
     target = cache / f"{path.name}-{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
     if target.is_dir():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".unmarking-", dir=cache))
-        try:
-            for file in files:
-                if file in marked:
-                    (aside / file.name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+        with process_directory(cache, ".unmarking-") as aside:
+            for entry in entries:
+                if entry in marked:
+                    (aside / entry.name).write_bytes(entry.read_bytes().removeprefix(codecs.BOM_UTF8))
                 else:
-                    (aside / file.name).symlink_to(file)
+                    (aside / entry.name).symlink_to(entry)
             aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         if not target.is_dir():  # otherwise another process was quicker
             raise ModelError(f"cannot write to {cache}: {error.strerror}") from error
@@ -100,8 +113,11 @@ def without_marks(path: Path, cache: Path) -> Path:
 
 
 def _has_mark(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    except OSError:  # whoever needs the file says so
+        return False
 
 
 def read_config(path: str) -> Any:
@@ -112,18 +128,30 @@ def read_config(path: str) -> Any:
     if file.is_file():
         content = _parse(file)
         kind = content.get("model_type")
-        if kind not in CONFIG_MAPPING and "auto_map" in content:
+        is_known = isinstance(kind, str) and kind in CONFIG_MAPPING
+        if not is_known and "auto_map" in content:
             raise ModelError(
                 f"config.json: the model brings its own code (auto_map), which is never run, and transformers knows no "
                 f"model_type {kind!r}"
             )
-        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if not is_known:
             raise ModelError(f"config.json: model_type is {kind!r}, which transformers does not know")
         _check_sizes(content)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: JSON, a field's type, what a config computes of its fields
-        raise ModelError(f"config.json: {_reason(error, 'config')}") from error
+        raise ModelError(f"config.json: {reason(error, 'config')}") from error
+
+
+def config_content(path: str) -> dict[str, Any]:
+    """What the config.json of a directory or a hub id, loaded before, says itself: no defaults. Raises ModelError."""
+    from transformers.utils import cached_file
+
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return _parse(file)
+    cached = cached_file(path, file.name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    return _parse(Path(cached)) if cached else {}
 
 
 def check_config(config: Any, max_model_len: int | None) -> None:
@@ -157,7 +185,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds, the tokenizers library's own among them
-        raise ModelError(f"{_tokenizer_file(path)}: {_reason(error, 'tokenizer')}") from error
+        raise ModelError(f"{_tokenizer_file(path)}: {reason(error, 'tokenizer')}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError("its tokenizer has no fast version (tokenizer.json)")
     return tokenizer
@@ -177,7 +205,8 @@ def _tokenizer_file(path: str) -> str:
     return "tokenizer_config.json"
 
 
-def _reason(error: Exception, what: str) -> str:
+def reason(error: Exception, what: str) -> str:
+    """What is wrong with the config or the tokenizer, in one line that names the field where there is one."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if any("trust_remote_code" in line or "custom code" in line for line in lines):
         return f"the {what} takes code that the model brings (auto_map), which is never run"

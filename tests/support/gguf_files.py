@@ -28,6 +28,75 @@ NUMBERS: dict[str, Any] = {
 }
 
 
+EXPERTS, EXPERT_FEED_FORWARD = 4, 16
+
+
+def expert_numbers() -> dict[str, Any]:
+    """Of a tiny Qwen3 with experts."""
+    said = {name.replace("llama.", "qwen3moe."): value for name, value in NUMBERS.items()}
+    return said | {
+        "qwen3moe.attention.key_length": HEAD_DIM,
+        "qwen3moe.attention.value_length": HEAD_DIM,
+        "qwen3moe.expert_count": EXPERTS,
+        "qwen3moe.expert_used_count": 2,
+        "qwen3moe.expert_feed_forward_length": EXPERT_FEED_FORWARD,
+    }
+
+
+def expert_tensors() -> dict[str, np.ndarray[Any, Any]]:
+    """The same of it: each layer's experts are stacked in one tensor."""
+    rng = np.random.default_rng(6)
+    found = {name: tensor for name, tensor in tensors().items() if not name.endswith(("gate.weight", "up.weight"))}
+    for layer in range(LAYERS):
+        del found[f"blk.{layer}.ffn_down.weight"]
+        shapes = {
+            "attn_q_norm": (HEAD_DIM,),
+            "attn_k_norm": (HEAD_DIM,),
+            "ffn_gate_inp": (EXPERTS, HIDDEN),
+            "ffn_gate_exps": (EXPERTS, EXPERT_FEED_FORWARD, HIDDEN),
+            "ffn_up_exps": (EXPERTS, EXPERT_FEED_FORWARD, HIDDEN),
+            "ffn_down_exps": (EXPERTS, HIDDEN, EXPERT_FEED_FORWARD),
+        }
+        for name, shape in shapes.items():
+            found[f"blk.{layer}.{name}.weight"] = rng.normal(0, 0.15, shape).astype(np.float32)
+    return found
+
+
+def phi3_numbers() -> dict[str, Any]:
+    return {name.replace("llama.", "phi3."): value for name, value in NUMBERS.items()}
+
+
+def gpt2_numbers() -> dict[str, Any]:
+    return {
+        "gpt2.context_length": 64,
+        "gpt2.embedding_length": HIDDEN,
+        "gpt2.block_count": 1,
+        "gpt2.feed_forward_length": 4 * HIDDEN,
+        "gpt2.attention.head_count": HEADS,
+        "gpt2.attention.layer_norm_epsilon": 1e-5,
+        "gpt2.vocab_size": VOCAB,
+    }
+
+
+def gpt2_tensors(feed_forward: int = 4 * HIDDEN) -> dict[str, np.ndarray[Any, Any]]:
+    """A tied GPT-2 of one layer."""
+    rng = np.random.default_rng(7)
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name, (rows, columns) in {
+        "attn_qkv": (3 * HIDDEN, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_up": (feed_forward, HIDDEN),
+        "ffn_down": (HIDDEN, feed_forward),
+    }.items():
+        found[f"blk.0.{name}.weight"] = rng.normal(0, 0.15, (rows, columns)).astype(np.float32)
+        found[f"blk.0.{name}.bias"] = np.zeros(rows, dtype=np.float32)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        found |= {f"{name}.weight": np.ones(HIDDEN, np.float32), f"{name}.bias": np.zeros(HIDDEN, np.float32)}
+    for name, rows in (("token_embd", VOCAB), ("position_embd", 64)):
+        found[f"{name}.weight"] = rng.normal(0, 0.15, (rows, HIDDEN)).astype(np.float32)
+    return found
+
+
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
     """Random weights of a tied Llama, by the names that GGUF gives them."""
     rng = np.random.default_rng(5)
@@ -66,10 +135,11 @@ def write_gguf(
     path: Path,
     fields: Mapping[str, Any] | None = None,
     weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    architecture: str = "llama",
 ) -> Path:
-    """A Llama whose metadata is `NUMBERS` with `fields` over it."""
-    writer = GGUFWriter(str(path), "llama")
-    numbers = NUMBERS | dict(fields or {})
+    """A Llama whose metadata is `NUMBERS` with `fields` over it; for another architecture, `fields` are all."""
+    writer = GGUFWriter(str(path), architecture)
+    numbers = (NUMBERS if architecture == "llama" else {}) | dict(fields or {})
     for name, (value, types) in _tokenizer().items():
         if name not in numbers:
             writer.add_key_value(name, value, types[0], sub_type=types[1] if len(types) > 1 else None)
@@ -80,7 +150,10 @@ def write_gguf(
         str: GGUFValueType.STRING,
     }
     for name, value in numbers.items():
-        writer.add_key_value(name, value, kinds[type(value)])
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            writer.add_key_value(name, value, kinds[type(value)])
     for name, tensor in (weights or tensors()).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

@@ -40,6 +40,17 @@ def test_weights_are_widened_while_they_compute(kind: str) -> None:
     assert model(TOKENS).logits.dtype == torch.bfloat16
 
 
+def test_an_embedding_that_looks_up_other_rows_than_it_is_given() -> None:
+    class Shifted(torch.nn.Embedding):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens + 2)
+
+    table = Shifted(16, 4, dtype=torch.bfloat16)
+    expected = table.weight.float()[TOKENS + 2]
+    with computing_in_float32(table):
+        torch.testing.assert_close(table(TOKENS), expected, rtol=0, atol=0)
+
+
 def test_weights_stay_as_they_are_when_a_layer_fails() -> None:
     model = make("llama")
     with pytest.raises(RuntimeError), computing_in_float32(model):

@@ -45,3 +45,11 @@ def test_qwen_passes_both_checks_in_bfloat16() -> None:
 def test_gemma_is_refused_beyond_its_window() -> None:
     with pytest.raises(ModelError, match="--max-model-len 512 serves it"):
         load(EngineConfig(model=str(fetch(GEMMA)), device="cpu"), lambda *_: None)
+
+
+def test_qwen_keeps_its_cache_in_8_bits() -> None:
+    """On text this costs it thousandths of a nat; over tokens that no text has, it would be refused."""
+    config = EngineConfig(
+        model=str(fetch(QWEN)), dtype="bfloat16", device="cpu", kv_cache_gib=0.1, kv_cache_dtype="int8"
+    )
+    assert load(config, lambda *_: None).kv_cache

@@ -47,7 +47,25 @@ def make_model(generation: Any, config: Any = None) -> Any:
     ],
 )
 def test_all_sources_are_joined(template: str | None, generation: Any, config: Any, expected: list[int]) -> None:
-    assert end_tokens(make_model(generation, config), make_tokenizer(template)) == expected
+    said = {"eos_token_id": config}
+    assert end_tokens(make_model(generation, config), make_tokenizer(template), said) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "is_derived", "expected"),
+    [(0, False, [2, 1, 0]), (5, False, [2, 1, 5]), (5, True, [2, 1]), (None, False, [2, 1])],
+)
+def test_the_default_of_a_configs_class_ends_nothing(generation: Any, is_derived: bool, expected: list[int]) -> None:
+    """config.json does not name it; a generation config without a file of its own has it too."""
+    model = make_model(generation, 5)
+    model.generation_config._from_model_config = is_derived
+    assert end_tokens(model, make_tokenizer(), {}) == expected
+
+
+def test_the_default_of_a_configs_class_where_nothing_else_is_named() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.eos_token = None
+    assert end_tokens(make_model(None, 5), tokenizer, {}) == [5]
 
 
 def test_a_template_that_refuses_ends_nothing() -> None:

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from softbatch.scheduler.model.model_files import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
-from tests.support.gguf_files import HEAD_DIM, tensors, write_gguf
+from tests.support.gguf_files import (
+    EXPERT_FEED_FORWARD,
+    EXPERTS,
+    HEAD_DIM,
+    HIDDEN,
+    expert_numbers,
+    expert_tensors,
+    gpt2_numbers,
+    gpt2_tensors,
+    phi3_numbers,
+    tensors,
+    write_gguf,
+)
 
 
 @pytest.fixture
@@ -25,13 +40,17 @@ class Seen(Exception):
     """What a conversion would be made with."""
 
 
-def rope_of(file: Path) -> dict[str, Any]:
+def config_of(file: Path) -> Any:
     def accept(config: Any) -> None:
         raise Seen(config)
 
     with pytest.raises(Seen) as seen:
         resolve(str(file), accept)
-    return dict(seen.value.args[0].rope_parameters)
+    return seen.value.args[0]
+
+
+def rope_of(file: Path) -> dict[str, Any]:
+    return dict(config_of(file).rope_parameters)
 
 
 def refusal(file: Path, cache: Path) -> str:
@@ -59,11 +78,13 @@ SCALED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
     ),
     ({"type": "none"}, {"rope_type": "default"}),
+    ({"original_context_length": 4096}, {"rope_type": "default"}),
+    ({"type": "linear", "factor": 2.0, "original_context_length": 4096}, {"rope_type": "linear", "factor": 2.0}),
 ]
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("said", "expected"), SCALED, ids=[str(said["type"]) for said, _ in SCALED])
+@pytest.mark.parametrize(("said", "expected"), SCALED, ids=["-".join(map(str, said.values())) for said, _ in SCALED])
 def test_scaled_positions_are_applied(said: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "a.gguf", {f"llama.rope.scaling.{name}": value for name, value in said.items()})
     parameters = rope_of(file)
@@ -76,6 +97,22 @@ def test_frequencies_in_a_tensor_are_applied(tmp_path: Path) -> None:
     parameters = rope_of(write_gguf(tmp_path / "a.gguf", {"llama.rope.freq_base": 500000.0}, weights))
     assert (parameters["rope_type"], parameters["factor"]) == ("llama3", 2.0)
     assert parameters["original_max_position_embeddings"] == 8192
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("said", "expected"), [(0, None), (2047, 2047)])
+def test_a_window_is_taken_from_the_file(said: int, expected: int | None, tmp_path: Path) -> None:
+    """0 is no window; Phi-3's converters write it, and the original length of models without scaled positions."""
+    numbers = phi3_numbers() | {"phi3.attention.sliding_window": said, "phi3.rope.scaling.original_context_length": 64}
+    assert config_of(write_gguf(tmp_path / "a.gguf", numbers, architecture="phi3")).sliding_window == expected
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("feed_forward", [4 * HIDDEN, 3 * HIDDEN])
+def test_gpt2_is_converted(feed_forward: int, tmp_path: Path) -> None:
+    numbers = gpt2_numbers() | {"gpt2.feed_forward_length": feed_forward}
+    path = Path(resolve(str(write_gguf(tmp_path / "a.gguf", numbers, gpt2_tensors(feed_forward), "gpt2"))).path)
+    assert load_file(path / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"].shape == (HIDDEN, feed_forward)
 
 
 def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -92,6 +129,16 @@ def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path
         ({"llama.attention.clamp_kqv": 8.0}, {}, "llama.attention.clamp_kqv = 8.0"),
         ({"llama.attention.value_length": 16}, {}, "llama.attention.value_length = 16"),
         ({"split.count": 2}, {}, "split.count"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            {},
+            "llama.rope.scaling.original_context_length = None",
+        ),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": "4"}, {}, "factor = '4'"),
+        ({"llama.rope.freq_base": "high"}, {}, "'high'"),
+        ({"llama.attention.head_count_kv": [2, 1]}, {}, "num_key_value_heads: "),
+        ({"llama.attention.layer_norm_rms_epsilon": "small"}, {}, "small"),
+        ({"llama.attention.sliding_window": 512}, {}, "llama.attention.sliding_window = 512"),
     ]
     for index, (fields, more, named) in enumerate(cases):
         file = write_gguf(tmp_path / f"{index}.gguf", fields, tensors() | more)
@@ -104,6 +151,27 @@ def test_other_tensors_than_the_model_has_are_refused(cache: Path, tmp_path: Pat
     assert "lacks model.layers.1.mlp.up_proj.weight" in refusal(write_gguf(tmp_path / "a.gguf", weights=lacking), cache)
     more = whole | {"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)}
     assert "has blk.0.attn_q.bias" in refusal(write_gguf(tmp_path / "b.gguf", weights=more), cache)
+
+
+@pytest.mark.usefixtures("cache")
+def test_experts_are_converted(tmp_path: Path) -> None:
+    """All of them, and each into its own place."""
+    weights = expert_tensors()
+    path = Path(resolve(str(write_gguf(tmp_path / "a.gguf", expert_numbers(), weights, "qwen3moe"))).path)
+    assert json.loads((path / "config.json").read_text())["moe_intermediate_size"] == EXPERT_FEED_FORWARD
+    found = load_file(path / "model.safetensors")
+    for expert in range(EXPERTS):
+        for kind in ("gate", "up", "down"):
+            tensor = found[f"model.layers.1.mlp.experts.{expert}.{kind}_proj.weight"]
+            expected = weights[f"blk.1.ffn_{kind}_exps.weight"][expert]
+            np.testing.assert_allclose(tensor.float().numpy(), expected, rtol=0.01)
+
+
+def test_tensors_beside_experts_are_refused(cache: Path, tmp_path: Path) -> None:
+    weights = expert_tensors() | {"blk.0.ffn_up_exps.bias": np.ones((4, 16), dtype=np.float32)}
+    assert "has blk.0.ffn_up_exps.bias" in refusal(
+        write_gguf(tmp_path / "a.gguf", expert_numbers(), weights, "qwen3moe"), cache
+    )
 
 
 def test_half_a_file_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -128,3 +196,38 @@ def test_a_file_that_changes_in_place_is_converted_anew(tmp_path: Path) -> None:
         opened.write(bytes([byte[0] ^ 1]))
     os.utime(file, (1_700_000_000, 1_700_000_000))
     assert resolve(str(file)).path != first
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """Its first read fails, whoever asks."""
+    (tmp_path / "a.gguf").symlink_to("/proc/self/mem")
+    with pytest.raises(ModelError, match=r"--model \S*a\.gguf: .*error"):
+        resolve(str(tmp_path / "a.gguf"))
+
+
+def test_what_a_killed_conversion_left_is_removed(cache: Path, tmp_path: Path) -> None:
+    left = cache / "softbatch" / "models" / ".converting-killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    made = Path(resolve(str(write_gguf(tmp_path / "a.gguf"))).path)
+    assert sorted(path.name for path in made.parent.iterdir()) == [".keys", made.name]
+
+
+def test_two_starts_convert_once(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = str(write_gguf(tmp_path / "a.gguf"))
+    caplog.set_level("INFO")
+    together = threading.Barrier(2)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: resolve(file, lambda _: together.wait(30) and None), range(2)))
+    assert found[0] == found[1]
+    assert [record.message.split(" ")[0] for record in caplog.records].count("converted") == 1
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_is_replaced_while_it_is_converted(tmp_path: Path) -> None:
+    """What was made of the new one must not be kept under the old one's content."""
+    file, other = write_gguf(tmp_path / "a.gguf"), write_gguf(tmp_path / "b.gguf", {"llama.context_length": 64})
+    with pytest.raises(ModelError, match="changed while it was converted"):
+        resolve(str(file), lambda _: other.replace(file) and None)
+    assert Path(resolve(str(file)).path, "config.json").is_file()

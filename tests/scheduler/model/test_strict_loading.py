@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from softbatch.scheduler.model.loader import load
+from softbatch.scheduler.model.model_files import without_marks
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.families import FAMILIES, edit_weights, save_family
@@ -132,6 +133,7 @@ WRONG_CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "4"}}, ("factor", "'4'")),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "10000"}}, ("rope_theta", "'10000'")),
     ({"vocab_size": 500}, ("[512, 32] in the file and [500, 32] by config.json",)),
+    ({"model_type": ["llama"]}, ("config.json: model_type is ['llama']",)),
     ({"model_type": "lama"}, ("config.json: model_type is 'lama'",)),
     ({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}, ("config.json", "auto_map", "never run")),
     ({"model_type": "bert"}, ("lacks bert.", "has lm_head.weight")),
@@ -156,6 +158,39 @@ def test_a_byte_order_mark_is_passed_over(directory: Path, monkeypatch: pytest.M
     edit_json(directory / "config.json", num_hidden_layers=3)
     (directory / "tokenizer.json").write_bytes(b"\xef\xbb\xbf{}")
     assert "model.layers.2." in refusal(directory) or "tokenizer.json" in refusal(directory)
+
+
+def test_other_texts_with_a_byte_order_mark_need_no_copy(directory: Path, tmp_path: Path) -> None:
+    (directory / "LICENSE.txt").write_bytes(b"\xef\xbb\xbfAnybody may use it.")
+    (directory / "merges.txt").symlink_to("/proc/self/mem")  # whose first read fails, whoever asks
+    assert without_marks(directory, tmp_path / "cache") == directory
+
+
+def test_a_copy_without_marks_is_whole(directory: Path, tmp_path: Path) -> None:
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (directory / "config.json").write_bytes(b"\xef\xbb\xbf" + (directory / "config.json").read_bytes())
+    (tmp_path / "cache" / ".unmarking-killed").mkdir(parents=True)
+    copy = without_marks(directory, tmp_path / "cache")
+    assert {entry.name for entry in copy.iterdir()} == {entry.name for entry in directory.iterdir()}
+    assert (copy / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
+    assert list((tmp_path / "cache").iterdir()) == [copy]
+
+
+@pytest.mark.parametrize("has_generation_config", [True, False])
+def test_only_end_tokens_that_a_file_names(has_generation_config: bool, directory: Path) -> None:
+    """2 is the default of Llama's config."""
+    if has_generation_config:
+        edit_json(directory / "generation_config.json", eos_token_id=7)
+    else:
+        (directory / "generation_config.json").unlink()
+    assert 2 in start(directory).info.eos_token_ids
+    content = json.loads((directory / "config.json").read_text())
+    del content["eos_token_id"]
+    (directory / "config.json").write_text(json.dumps(content))
+    edit_json(directory / "tokenizer_config.json", eos_token="<|endoftext|>")
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    assert start(directory).info.eos_token_ids == ([0, 7] if has_generation_config else [0])
 
 
 def test_files_that_are_no_models(directory: Path) -> None:
