@@ -219,7 +219,12 @@ class Compression:
             "kind": settings.kind,
             "objective": settings.objective,
             "wrong_prompt_is_trained": self.wrong_prefix is not None,
-            "training": {**asdict(settings), "questions": len(learned.pairs), "steps": learned.result.steps},
+            "training": {
+                **asdict(settings),
+                "minutes": None if settings.seconds is None else settings.minutes,
+                "questions": len(learned.pairs),
+                "steps": learned.result.steps,
+            },
             "forecast": None if plan is None else plan.seconds,
             "curve": thinned(learned.result.curve),
         }
