@@ -52,3 +52,7 @@ def test_all_sources_are_joined(template: str | None, generation: Any, config: A
 
 def test_a_template_that_refuses_ends_nothing() -> None:
     assert turn_end(make_tokenizer("{{ raise_exception('no') }}")) is None
+
+
+def test_a_template_that_drops_the_answer_ends_nothing() -> None:
+    assert turn_end(make_tokenizer("<|user|> {{ messages[0].content }} <|end|>")) is None
