@@ -96,6 +96,7 @@ class Compression:
     def run(self, resume: bool = False) -> Outcome:
         """Raises Stopped; ValueError when asked to resume another run's directory."""
         self.job.open(resume)
+        self._warn_of_opening()
         training, held_out = self._questions()
         plan = self._forecast(training, held_out)
         if plan is not None:
@@ -120,6 +121,15 @@ class Compression:
         write_report(report, self.directory)
         return Outcome(self.settings.kind, tensors, report, self.context.tokenized.sha256, self.context.num_tokens)
 
+    def _warn_of_opening(self) -> None:
+        """Said at once: on a slow or busy machine the forecast's own small steps come late in a short budget."""
+        pace = self.pace
+        if pace.budget is not None and pace.opening > pace.budget:
+            pace.note = (
+                f"opening the model alone took {pace.opening:.0f} s of {self.settings.minutes:g} minutes, which leaves"
+                " little for answers, measuring and training; give it more --minutes"
+            )
+
     def _questions(self) -> tuple[list[Example], list[Example]]:
         settings = self.settings
         training, held_out = split(self.gold.questions(self.user_examples), settings.held_out, settings.seed)
@@ -141,8 +151,7 @@ class Compression:
             if found is None:
                 return None
             save_forecast(found, path)
-        if found.is_too_short:
-            pace.note = found.warning(self.settings.minutes or 0.0)
+        pace.note = found.warning(self.settings.minutes or 0.0) if found.is_too_short else None
         pace.tell("estimate", 1, 1)
         return found
 

@@ -53,6 +53,18 @@ def test_a_run_without_a_forecast_goes_on_without_one(
     assert report["evaluation"]["questions"] == 6
 
 
+@pytest.mark.parametrize(("opening", "is_warned"), [(40.0, True), (20.0, False)])
+def test_a_long_opening_is_said_before_the_work(
+    llama: Reference, tmp_path: Path, opening: float, is_warned: bool
+) -> None:
+    told: list[Progress] = []
+    run = compression(llama, tmp_path, **BUDGET, opening=opening, on_progress=told.append, should_stop=lambda: True)
+    with pytest.raises(Stopped):
+        run.run()
+    assert told[0].phase == "self_study"
+    assert (told[0].note is not None and "opening the model alone took 40 s" in told[0].note) is is_warned
+
+
 def test_a_resumed_run_keeps_its_forecast(llama: Reference, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         compression(llama, tmp_path, clock=ticking(), **BUDGET, **stopped_in("teacher")).run()
