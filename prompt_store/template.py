@@ -66,7 +66,10 @@ def turn_end(tokenizer: Any) -> int | None:
         rendered = _render(tokenizer, [_turn("user", "x"), _turn("assistant", mark)], False)
     except TemplateError:
         return None
-    ending = tokenizer.encode(rendered.rpartition(mark)[2].lstrip(), add_special_tokens=False)
+    _, found, tail = rendered.rpartition(mark)
+    if not found:  # dropped or changed: what stands there may be anything, a BOS too
+        return None
+    ending = tokenizer.encode(tail.lstrip(), add_special_tokens=False)
     special = {*tokenizer.all_special_ids, *_added_specials(tokenizer)}
     return int(ending[0]) if ending and ending[0] in special else None
 

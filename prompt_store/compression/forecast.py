@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.evaluation.fidelity import position_table
 from softbatch.prompt_store.compression.evaluation.verdict import FEW_STEPS
@@ -163,7 +164,7 @@ def forecast(
 
 def save_forecast(found: Forecast, path: Path) -> None:
     """So that a resumed run measures on the same questions."""
-    path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    replace_file(path, lambda target: target.write_text(json.dumps(asdict(found)), encoding="utf-8"))
 
 
 def load_forecast(path: Path) -> Forecast | None:

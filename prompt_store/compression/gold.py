@@ -30,6 +30,7 @@ class GoldAnswers:
     ) -> None:
         self.context, self.settings, self.generate = context, settings, generate
         self._directory, self._pace = directory, pace
+        self.seconds_per_answer: float | None = None  # of the model's latest answers in this process
 
     def questions(self, user_examples: Sequence[Example]) -> list[Example]:
         """All questions, the user's first, without answers of the model yet; the same on every call."""
@@ -67,16 +68,27 @@ class GoldAnswers:
         texts = [self.context.renderer.text(reply) for reply in replies]
         return model_questions(text, [(t, e.position) for t, e in zip(texts, examples, strict=True)])
 
+    def count(self, name: str) -> int:
+        """How many questions of `name`.jsonl are answered."""
+        return len(self._kept(self._directory / f"{name}.jsonl"))
+
+    def _kept(self, path: Path) -> list[Example]:
+        return load_jsonl(path) if path.exists() and path.stat().st_size else []
+
     def answer(self, examples: Sequence[Example], name: str, share: float, next_file: str) -> list[Example]:
         """The usable ones of the examples with gold answers, as many as that share of the budget allows; kept in
         `name`.jsonl. Where the phase behind this one has begun `next_file`, no more are asked for."""
         path = self._directory / f"{name}.jsonl"
-        done = load_jsonl(path) if path.exists() and path.stat().st_size else []
+        done = self._kept(path)
         if (self._directory / next_file).exists():
             return [example for example in done[: len(examples)] if usable(example)]
         began = self._pace.clock()
         for part in self._pace.chunks(len(done), len(examples), share, self.settings.batch_size):
-            for example in with_gold(self.context, examples[part.start : part.stop], self.generate):
+            started, asked = self._pace.clock(), examples[part.start : part.stop]
+            answers = with_gold(self.context, asked, self.generate)
+            if wanting := sum(example.output is None for example in asked):
+                self.seconds_per_answer = (self._pace.clock() - started) / wanting
+            for example in answers:
                 # The file has no empty answers; one that echoes the question is as unusable.
                 empty = not (example.output or "").strip()
                 done.append(replace(example, output=example.input) if empty else example)

@@ -66,11 +66,12 @@ class Learning:
         student = self._matched(teacher, reserve)
         pairs, teacher = without(pairs, teacher, surplus_recitations(examples))
         trainer = self._trainer(student, pairs, teacher, reserve)
-        looked: list[float] = []
+        # A resumed run that begins behind the look has no loss of that time; a later one would say something else.
+        may_look, looked = trainer.fraction < LOOK_AT, list[float]()
 
         def on_step(progress: Progress) -> None:
             self.pace.pass_on(progress)
-            if trainer.fraction >= LOOK_AT and not looked and self._has_time(look_seconds, reserve):
+            if may_look and trainer.fraction >= LOOK_AT and not looked and self._has_time(look_seconds, reserve):
                 looked.append(held_out_loss(student.fixed_prefix()))
 
         result = trainer.run(on_step, self.pace.is_stopped)

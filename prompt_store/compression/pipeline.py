@@ -50,6 +50,8 @@ HELD_OUT_SHARE = 0.12
 GOLD_SHARE = 0.28
 BASELINES_SHARE = 0.45
 EVALUATION_STEPS = 7
+# What the phases behind the forecast write.
+BEHIND_FORECAST = ("train.jsonl", "baselines.json", "teacher.safetensors", "checkpoint/state.json")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Compression:
     def run(self, resume: bool = False) -> Outcome:
         """Raises Stopped; ValueError when asked to resume another run's directory."""
         self.job.open(resume)
+        self._warn_of_opening()
         training, held_out = self._questions()
         plan = self._forecast(training, held_out)
         if plan is not None:
@@ -118,6 +121,15 @@ class Compression:
         write_report(report, self.directory)
         return Outcome(self.settings.kind, tensors, report, self.context.tokenized.sha256, self.context.num_tokens)
 
+    def _warn_of_opening(self) -> None:
+        """Said at once: on a slow or busy machine the forecast's own small steps come late in a short budget."""
+        pace = self.pace
+        if pace.budget is not None and pace.opening > pace.budget:
+            pace.note = (
+                f"opening the model alone took {pace.opening:.0f} s of {self.settings.minutes:g} minutes, which leaves"
+                " little for answers, measuring and training; give it more --minutes"
+            )
+
     def _questions(self) -> tuple[list[Example], list[Example]]:
         settings = self.settings
         training, held_out = split(self.gold.questions(self.user_examples), settings.held_out, settings.seed)
@@ -126,27 +138,37 @@ class Compression:
         return training, held_out
 
     def _forecast(self, training: Sequence[Example], held_out: Sequence[Example]) -> Forecast | None:
-        """What there is time for, and a word to the user when that is too little; None without a budget."""
+        """What there is time for, and a word to the user when that is too little; None without a budget, and in a run
+        that got behind its forecast without one: what it has stored was made without a plan."""
         path, pace = self.directory / "forecast.json", self.pace
         if pace.budget is None:
             return None
         found = load_forecast(path)
         if found is None:
-            # The first answers wait for the context's KV; the next ones show what an answer takes.
-            self.gold.answer(held_out[:FIRST_CHUNK], "held_out", 1.0, "train.jsonl")
-            began = pace.clock()
-            answered = self.gold.answer(held_out[: 2 * FIRST_CHUNK], "held_out", 1.0, "train.jsonl")
-            gold = (pace.clock() - began) / max(1, len(held_out[FIRST_CHUNK : 2 * FIRST_CHUNK]))
-            pairs = [self.context.pair(example) for example in answered[-FIRST_CHUNK:]]
-            if not pairs:
+            if self.job.has_any(BEHIND_FORECAST):
                 return None
-            speeds = measure_speeds(self.context, pairs, self.settings, gold, pace.clock)
-            found = forecast(speeds, self.settings, pace.opening + pace.spent, pace.left, len(held_out), len(training))
+            found = self._measured_forecast(training, held_out)
+            if found is None:
+                return None
             save_forecast(found, path)
-        if found.is_too_short:
-            pace.note = found.warning(self.settings.minutes or 0.0)
+        pace.note = found.warning(self.settings.minutes or 0.0) if found.is_too_short else None
         pace.tell("estimate", 1, 1)
         return found
+
+    def _measured_forecast(self, training: Sequence[Example], held_out: Sequence[Example]) -> Forecast | None:
+        """From the next answers and small steps behind them; None when there is nothing left to answer."""
+        gold, pace, done = self.gold, self.pace, self.gold.count("held_out")
+        # The first answers wait for the context's KV; the next ones show what an answer takes.
+        for end in (done + FIRST_CHUNK, done + 2 * FIRST_CHUNK):
+            answered = gold.answer(held_out[:end], "held_out", 1.0, "train.jsonl")
+        pairs = [self.context.pair(example) for example in answered[-FIRST_CHUNK:]]
+        if not pairs or gold.seconds_per_answer is None:
+            return None
+        # Some questions come with their answers.
+        asked = [example.output is None for example in (*training, *held_out)]
+        per_question = gold.seconds_per_answer * sum(asked) / len(asked)
+        speeds = measure_speeds(self.context, pairs, self.settings, per_question, pace.clock)
+        return forecast(speeds, self.settings, pace.opening + pace.spent, pace.left, len(held_out), len(training))
 
     def _evaluation(self, held_out: Sequence[Example], plan: Forecast | None) -> Evaluation:
         settings, context = self.settings, self.context
@@ -206,7 +228,12 @@ class Compression:
             "kind": settings.kind,
             "objective": settings.objective,
             "wrong_prompt_is_trained": self.wrong_prefix is not None,
-            "training": {**asdict(settings), "questions": len(learned.pairs), "steps": learned.result.steps},
+            "training": {
+                **asdict(settings),
+                "minutes": None if settings.seconds is None else settings.minutes,
+                "questions": len(learned.pairs),
+                "steps": learned.result.steps,
+            },
             "forecast": None if plan is None else plan.seconds,
             "curve": thinned(learned.result.curve),
         }

@@ -94,6 +94,9 @@ class JobDirectory:
             (self.path / name).unlink(missing_ok=True)
         self.save()
 
+    def has_any(self, names: Sequence[str]) -> bool:
+        return any((self.path / name).exists() for name in names)
+
     def elapsed(self) -> float:
         return self._clock() - self._started
 

@@ -192,9 +192,11 @@ def _print_summary(
 ) -> None:
     console = Console()
     console.print(fidelity_table(report))
-    console.print(f"verdict: {report['verdict']}", highlight=False, markup=False, soft_wrap=True)
-    asked = report["coverage"]
-    console.print(f"{asked['asked']} of {asked['sentences']} sentences were asked about", highlight=False)
+    # A run that older code finished has neither.
+    if (verdict := report.get("verdict")) is not None:
+        console.print(f"verdict: {verdict}", highlight=False, markup=False, soft_wrap=True)
+    if (asked := report.get("coverage")) is not None:
+        console.print(f"{asked['asked']} of {asked['sentences']} sentences were asked about", highlight=False)
     console.print(f"{report['compression_ratio']:g}x shorter, {duration(seconds)}", highlight=False)
     if report["segments"] > 1:
         console.print(

@@ -14,6 +14,7 @@ from pathlib import Path
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.server.cli.settings_flags import UsageError, settings_from
+from softbatch.server.request_failures import printable
 from softbatch.server.settings import Settings
 
 # Of a manifest's figures, those that say how far the soft prompt can be trusted.
@@ -23,6 +24,7 @@ _FIDELITY = {
     "token_f1": "F1 of free answers",
 }
 _TRAINING = ("steps", "questions", "minutes")
+_MAX_VERDICT_CHARS = 80
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,7 +60,7 @@ def _list(store: PromptStore, settings: Settings, options: argparse.Namespace) -
 
 def _row(stored: StoredPrompt) -> tuple[str, ...]:
     manifest = stored.manifest
-    return (
+    cells = (
         stored.name,
         manifest.kind,
         str(manifest.num_virtual_tokens),
@@ -66,8 +68,15 @@ def _row(stored: StoredPrompt) -> tuple[str, ...]:
         f"{stored.num_bytes / 2**20:.1f} MiB",
         manifest.model.name,
         _local_time(manifest.created_at),
-        str(manifest.fidelity.get("verdict", "-")).split(" (")[0].split(";")[0],
+        _verdict(manifest.fidelity.get("verdict")),
     )
+    return tuple(map(printable, cells))
+
+
+def _verdict(found: object) -> str:
+    """Of whatever an imported file says, as much as a table has room for."""
+    said = found.split(" (")[0].split(";")[0] if isinstance(found, str) else "-"
+    return said if len(said) <= _MAX_VERDICT_CHARS else said[:_MAX_VERDICT_CHARS] + "…"
 
 
 def _show(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
@@ -79,7 +88,7 @@ def _show(store: PromptStore, settings: Settings, options: argparse.Namespace) -
     lines = _summary(stored)
     width = max(map(len, lines))
     for title, value in lines.items():
-        print(f"{title.ljust(width)}  {value}")
+        print(f"{title.ljust(width)}  {printable(value)}")
 
 
 def _summary(stored: StoredPrompt) -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +55,22 @@ def test_list_show_import_export_remove(
     prompts(capsys, "remove", "manual")
     assert "no soft prompts" in prompts(capsys, "list")
     assert not list(store.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("verdict", ["good: \x1b[31m0.9\r\n\x85rm -rf \u2028\u202e", "x" * 9000, {"a": 1}, 7, None])
+def test_what_an_imported_file_says_stays_in_its_row(
+    store: Path, tiny_spec: ModelSpec, capsys: pytest.CaptureFixture[str], verdict: Any
+) -> None:
+    prompt = make_soft_prompt("kv", 2, tiny_spec, replaces="system")
+    odd = {"fidelity": {"verdict": verdict}, "source": "a\nb\x1b"}
+    prompt = replace(prompt, manifest=prompt.manifest.model_copy(update=odd))
+    store.mkdir()
+    save_prompt(prompt, store, "odd")
+    _, row, end = prompts(capsys, "list").split("\n")
+    assert row.isprintable()
+    assert len(row) < 250
+    assert end == ""
+    assert all(line.isprintable() for line in prompts(capsys, "show", "odd").split("\n"))
 
 
 def test_import_of_a_peft_folder(

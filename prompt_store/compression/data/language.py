@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import regex
 
@@ -62,13 +63,17 @@ def split_sentences(text: str) -> list[str]:
 
 def is_unspaced(text: str) -> bool:
     """Whether most of its letters belong to scripts without spaces between words."""
-    return 2 * len(_UNSPACED_TEXT.findall(text)) > len(_LETTER.findall(text))
+    return 2 * _count(_UNSPACED_TEXT, text) > _count(_LETTER, text)
+
+
+def _count(pattern: regex.Pattern[str], text: str) -> int:
+    """Of a long text without a list of its letters."""
+    return sum(1 for _ in pattern.finditer(text))
 
 
 def is_latin(text: str) -> bool:
     """Whether most of its letters are Latin ones; a text without letters counts as such."""
-    letters = len(_LETTER.findall(text))
-    return 2 * len(_LATIN.findall(text)) >= letters
+    return 2 * _count(_LATIN, text) >= _count(_LETTER, text)
 
 
 def is_english(text: str) -> bool:
@@ -82,11 +87,16 @@ def is_english(text: str) -> bool:
     return sum(counts[word] for word in _ENGLISH) >= _ENGLISH_SHARE * len(words)
 
 
-def is_of_language(question: str, text: str) -> bool:
-    """Whether a question may be in the text's language: of its script, and in English for an English text alone."""
-    if is_latin(question) != is_latin(text):
-        return False
-    return is_english(text) or not is_latin(text) or not _ENGLISH_QUESTION & set(words_of(question))
+def language_check(text: str) -> Callable[[str], bool]:
+    """Whether a question may be in the text's language: of its script, and in English for an English text alone. The
+    text, which may be long, is read once."""
+    latin = is_latin(text)
+    any_words = not latin or is_english(text)
+
+    def is_of_language(question: str) -> bool:
+        return is_latin(question) == latin and (any_words or not _ENGLISH_QUESTION & set(words_of(question)))
+
+    return is_of_language
 
 
 def is_question(text: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import regex
 
 from softbatch.prompt_store.compression.data.examples import Example
-from softbatch.prompt_store.compression.data.language import is_english, is_of_language, is_question
+from softbatch.prompt_store.compression.data.language import is_english, is_question, language_check
 from softbatch.prompt_store.compression.data.phrases import plain, sentences
 from softbatch.prompt_store.compression.data.questions import GENERAL, questions_from
 from softbatch.prompt_store.compression.data.recitation import recitations
@@ -79,11 +79,11 @@ _LINES = regex.compile(r"\n+|(?<=[?\uff1f\u061f\u037e])\s*(?=\S)")
 def model_questions(context: str, replies: Sequence[tuple[str, float]]) -> list[Example]:
     """The usable questions in (reply, position) of `question_prompts`: whole, new, and no echo of the
     context."""
-    kept = Deduplicator(context)
+    kept, is_of_language = Deduplicator(context), language_check(context)
     found = []
     for reply, position in replies:
         for line in _LINES.split(reply):
             question = plain(re.sub(r"^\s*(?:[-*•]|\d+[.):])\s*", "", line)).strip(" \"'")
-            if is_question(question) and is_of_language(question, context) and kept.add(question):
+            if is_question(question) and is_of_language(question) and kept.add(question):
                 found.append(Example(question, None, "model", position, "model"))
     return found

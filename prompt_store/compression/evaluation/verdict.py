@@ -13,22 +13,25 @@ FALLING = 0.1
 
 
 def verdict_of(report: dict[str, Any], loss_before: float | None) -> str:
-    """From a report's figures; `loss_before` is the held-out loss when three quarters of training were done."""
+    """From a report's figures; `loss_before` is the held-out loss when three quarters of training were done. Where the
+    report's training has no minutes, there was no budget."""
     closed = report["kl_closed"]
     steps = report["training"]["steps"]
     made = f"{steps:,} training step{'s' if steps != 1 else ''}"
     if closed is None:
         return f"unknown: the full context changes nothing about the answers; {made}"
     falls = loss_before is not None and loss_before > 0 and 1 - report["kl"] / loss_before > FALLING
-    more = "; the held-out loss was still falling, more minutes help" if falls else ""
+    is_budgeted = report["training"].get("minutes") is not None
+    unit = "minutes" if is_budgeted else "steps"
+    more = f"; the held-out loss was still falling, more {unit} help" if falls else ""
     reached = f"{closed:.2f} of the way from no context to the full one ({made})"
     start = report["baselines"]["untrained"]["kl_closed"]
-    if steps < FEW_STEPS and report["training"].get("minutes") is not None and closed < GOOD:
+    if steps < FEW_STEPS and is_budgeted and closed < GOOD:
         return f"too short: {made}, {closed:.2f} of the way from no context to the full one; give it more --minutes"
     if closed < LEARNT or (start is not None and closed < FAIR and closed - start < LEARNT):
         return f"learned nothing: {reached}, no better than without training; do not use it"
     if closed >= GOOD:
         return f"good: {reached}{more}"
     if closed >= FAIR:
-        return f"fair: {reached}{more or '; more virtual tokens or minutes may help'}"
+        return f"fair: {reached}{more or f'; more virtual tokens or {unit} may help'}"
     return f"weak: {reached}{more or '; give it more virtual tokens, or use the full context'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from softbatch.prompt_store.compression.data.examples import Example
@@ -70,10 +71,14 @@ class Renderer:
                 code="token_id",
             )
 
-    @property
+    @cached_property
+    def turn_end(self) -> int | None:
+        return turn_end(self.tokenizer)
+
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The end-of-sequence token and whatever the template ends an assistant turn with."""
-        return frozenset({self.tokenizer.eos_token_id, turn_end(self.tokenizer)} - {None})
+        return frozenset({self.tokenizer.eos_token_id, self.turn_end} - {None})
 
     def context(self, text: str) -> list[int]:
         """The tokens σ stands for."""
@@ -126,8 +131,7 @@ class Renderer:
         if example.output is None:
             raise ValueError("the example has no gold answer")
         answer = self.tokens(example.output)[:max_answer_tokens]
-        ends_turn = turn_end(self.tokenizer)
-        stop = self.tokenizer.eos_token_id if ends_turn is None else ends_turn
+        stop = self.tokenizer.eos_token_id if self.turn_end is None else self.turn_end
         if not example.cut and len(answer) < max_answer_tokens and stop is not None:
             answer.append(stop)
         return TrainingPair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments))

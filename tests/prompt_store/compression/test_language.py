@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from softbatch.prompt_store.compression.data import language
 from softbatch.prompt_store.compression.data.coverage import coverage
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.language import is_english, question_mark, split_sentences
@@ -129,3 +130,12 @@ def test_odd_texts_cost_no_more_than_others(part: str) -> None:
     assert split_sentences(text)
     passages(text, 60)
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("text", [CHINESE, GERMAN])
+def test_a_text_is_read_once_for_all_that_the_model_asks(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(language, "is_latin", lambda given, real=language.is_latin: read.append(given) or real(given))
+    asked = [(f"- Who may leave at {hour}?\n- 谁可以在{hour}点出港？", 0.5) for hour in range(50)]
+    assert len(model_questions(text, asked)) <= 50
+    assert read.count(text) <= 2, "its script, and the script again for whether it is English"

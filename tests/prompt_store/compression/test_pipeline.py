@@ -100,6 +100,8 @@ def test_report_has_every_key_and_sensible_figures(llama: Reference, tmp_path: P
         assert min(group["kl"] for group in groups.values()) <= report["kl"] <= max(g["kl"] for g in groups.values())
     assert len(report["answers"]) == 3
     assert report["training"]["steps"] == 4
+    assert report["training"]["minutes"] is None, "steps bound the run, so there was no budget"
+    assert "minutes" not in report["verdict"]
     sizes = {"embeddings": (8, 64), "keys": (3, 8, 2, 8), "values": (3, 8, 2, 8)}
     assert {name: tuple(t.shape) for name, t in outcome.tensors.items()} == {n: sizes[n] for n in outcome.tensors}
     assert all(tensor.dtype == torch.float32 for tensor in outcome.tensors.values())

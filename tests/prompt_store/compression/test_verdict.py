@@ -35,6 +35,8 @@ def report(steps: int, closed: float | None, untrained: float = 0.3, minutes: fl
         (report(400, 0.31), 0.1, ["learned nothing"]),
         (report(400, None), 0.1, ["unknown"]),
         (report(3, 0.5, minutes=None), 0.1, ["weak", "3 training steps"]),
+        (report(400, 0.93, minutes=None), 0.2, ["good", "still falling, more steps help"]),
+        (report(400, 0.8, minutes=None), 0.1, ["fair", "virtual tokens or steps"]),
     ],
 )
 def test_a_verdict_follows_from_the_figures(found: dict[str, Any], loss_before: float | None, words: list[str]) -> None:

@@ -70,3 +70,7 @@ def test_the_default_of_a_configs_class_where_nothing_else_is_named() -> None:
 
 def test_a_template_that_refuses_ends_nothing() -> None:
     assert turn_end(make_tokenizer("{{ raise_exception('no') }}")) is None
+
+
+def test_a_template_that_drops_the_answer_ends_nothing() -> None:
+    assert turn_end(make_tokenizer("<|user|> {{ messages[0].content }} <|end|>")) is None
