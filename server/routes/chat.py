@@ -50,7 +50,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     services = services_of(request)
     requests = _requests(services, body)
     if body.stream:
-        generations = await start_all(services, body, requests, _names(body))
+        generations = await until_disconnect(request, start_all(services, body, requests, _names(body)))
         reply = _reply_fields(services, body, generations)
         return EventStream(_events(body, generations, reply), generations, ROUTE)
 

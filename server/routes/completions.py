@@ -47,7 +47,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     services = services_of(request)
     requests = _requests(services, body)
     if body.stream:
-        generations = await start_all(services, body, requests)
+        generations = await until_disconnect(request, start_all(services, body, requests))
         reply = _reply_fields(services, body, generations)
         events = _events(services, body, generations, reply)
         return EventStream(events, generations, ROUTE)

@@ -57,7 +57,7 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
 @router.post("/generate_stream", response_model=StreamEvent, summary="The same as a stream of tokens")
 async def generate_stream(request: Request, body: GenerateStreamRequest) -> Response:
     """Events `data: {...}`, one per token; the last one has `generated_text` and `details`."""
-    return await _stream(services_of(request), body, "/generate_stream")
+    return await until_disconnect(request, _stream(services_of(request), body, "/generate_stream"))
 
 
 @router.post("/", response_model=list[GenerateReply], summary="Either of both, by the field `stream`")
@@ -65,7 +65,7 @@ async def compat_generate(request: Request, body: CompatGenerateRequest) -> Resp
     """The route that the clients of huggingface_hub call. Without `stream` the reply is a list of one."""
     services = services_of(request)
     if body.stream:
-        return await _stream(services, body, "/")
+        return await until_disconnect(request, _stream(services, body, "/"))
     choice = await until_disconnect(request, _complete(services, body, "/"))
     text = f"[{_reply(services, body, choice).model_dump_json()}]"
     return Response(text, headers=_timings(choice.generation), media_type="application/json")

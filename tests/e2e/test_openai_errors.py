@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -13,7 +14,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from tests.e2e.conftest import StartServer
 from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.openai_requests import MESSAGES, PROMPT, chat_ids, client_of, greedy_text
-from tests.support.servers import Server
+from tests.support.servers import Server, wait_for
 
 SOFT_PROMPT = "openai-manual"
 
@@ -114,5 +115,30 @@ class TestErrors:
                 assert full.value.code == "rate_limit_exceeded"
                 assert 1 <= int(full.value.response.headers["retry-after"]) <= 60
             server.wait_empty()
+            for route in ("/v1/completions", "/v1/chat/completions", "/generate_stream"):
+                leave_while_compiling(server, route)
+                # Sooner than the compilation ends, which takes five seconds or more.
+                wait_for(lambda: is_admitted(client, ask), "the place of who has left is still held", seconds=3)
             server.engine().kill()
             assert client.completions.create(**ask).choices[0].text, "it waits for the next engine"
+
+
+def is_admitted(client: OpenAI, ask: dict[str, Any]) -> bool:
+    try:
+        return bool(client.completions.create(**ask).choices[0].text)
+    except openai.RateLimitError:
+        return False
+
+
+def leave_while_compiling(server: Server, route: str) -> None:
+    """Ask for a stream whose schema takes seconds to compile, and close the connection."""
+    schema: dict[str, Any] = {"allOf": [{"type": "integer", "multipleOf": prime} for prime in (101, 103, 107, 109)]}
+    schema["title"] = route  # what was too complex is known for a while
+    asked = {"stream": True, "guided_json": schema}
+    body = {
+        "/v1/completions": {"prompt": PROMPT, **asked},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT}], **asked},
+        "/generate_stream": {"inputs": PROMPT, "parameters": {"grammar": {"type": "json", "value": schema}}},
+    }[route]
+    with httpx.Client(base_url=server.url, headers=server.headers) as leaving, pytest.raises(httpx.ReadTimeout):
+        leaving.post(route, json=body, timeout=httpx.Timeout(5.0, read=0.7))
