@@ -73,6 +73,10 @@ class GrammarCompiler:
 
     async def compile(self, wanted: OutputFormat) -> str:
         """Raises InvalidGrammar, QueueFull or GrammarsUnavailable."""
+        if not self._settings.eos_token_ids:
+            raise InvalidGrammar(
+                f"{wanted.param}: this model has no end token to end such an output with", param=wanted.param
+            )
         key = (wanted.kind, wanted.text)
         reply, until = self._known.get(key, (None, 0.0))
         if reply is None or until < time.monotonic():
