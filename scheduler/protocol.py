@@ -140,7 +140,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses.
 
     `started_at` is when the front end started the process, in monotonic seconds. `kv_cache_gib` None: on a GPU the KV
-    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size."""
+    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size. `step_target`, in seconds, None: short on a
+    CPU, none on a GPU."""
 
     model: str
     served_model_name: str | None = None
@@ -150,6 +151,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     max_batch_size: int = 32
     max_batch_tokens: int = 1024
+    step_target: float | None = None
     max_model_len: int | None = None
     max_queue_size: int = 256
     kv_cache_gib: float | None = None

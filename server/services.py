@@ -152,6 +152,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
+        step_target=settings.step_target,
         max_model_len=settings.max_model_len,
         max_queue_size=settings.max_queue_size,
         kv_cache_gib=settings.kv_cache_gib,

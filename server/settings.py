@@ -47,7 +47,14 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")
     max_batch_tokens: int = Field(
-        1024, ge=1, le=1_048_576, description="token budget of one step (prefill is cut into such chunks)"
+        1024, ge=1, le=1_048_576, description="most tokens of one step (prefill is cut into such chunks, or smaller)"
+    )
+    step_target: float | None = Field(
+        None,
+        gt=0,
+        le=3600,
+        description="seconds that one step should take: prefill is cut into chunks that fit, so that neither decoding "
+        "nor short prompts wait for long ones; default: 0.05 on a CPU, no such limit on a GPU",
     )
     max_model_len: int | None = Field(
         None,
