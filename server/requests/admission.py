@@ -116,17 +116,21 @@ class Admission:
                 self._leases.release(lease)
             raise
 
-    def _take(self, count: int, owner: str) -> None:
+    def check_room(self, count: int = 1) -> None:
+        """Whether so many places are left, whosever. Raises QueueFull or EngineAway."""
         if self.draining or self._engine.has_ended:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
             reason = "the server is shutting down" if self.draining else "the engine cannot be kept alive"
             raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
+        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
+            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+
+    def _take(self, count: int, owner: str) -> None:
         if count > self._capacity:
             raise TooManySequences(
                 f"this asks for {count} sequences at once; the server takes {self._capacity} at the most"
             )
-        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
-            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+        self.check_room(count)
         most = self._limits.max_waiting_per_owner
         if most is not None:
             own = sum(1 for request in self._engine.waiting() if request.add.owner == owner) + self._reserved[owner]

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.server.routes import SERVING_PATHS
 from tests.e2e.conftest import StartServer
 from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of, running_server, stream_json
@@ -308,6 +309,14 @@ def choices_take_places(server: Server, capacity: int) -> None:
             for _ in range(3):
                 assert other.post("/v1/completions", json=body(5, n=capacity)).status_code == 429
             assert other.post("/v1/completions", json=body(5, n=capacity - 1)).status_code == 200
+        server.wait_empty()
+        with server.http.stream("POST", "/v1/completions", json=body(WHOLE_CONTEXT, stream=True, n=capacity)) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for path in SERVING_PATHS:
+                assert other.post(path, content=b"no JSON").status_code == 429, "a full server reads what it refuses"
+            assert other.post("/tokenize", json={"prompt": PROMPT}).status_code == 200
+        server.wait_empty()
         reply = other.post("/v1/completions", json=body(5, n=capacity + 1))
         assert reply.status_code == 400, "waiting would not help"
         assert f"takes {capacity} at the most" in error_of(reply)["message"]
