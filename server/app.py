@@ -46,7 +46,7 @@ def create_app(services: Services) -> FastAPI:
     install_docs(app, has_keys=bool(services.settings.api_key or services.settings.admin_key))
     install_handlers(app)
     # Innermost, so that it looks at a request whose key and size are right.
-    app.add_middleware(FullHouseMiddleware, check_room=services.admission.check_room, paths=SERVING_PATHS)
+    app.add_middleware(FullHouseMiddleware, check_room=lambda: services.admission.check_room(), paths=SERVING_PATHS)
     add_middlewares(app, services.settings)
     return app
 
