@@ -58,8 +58,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     with `score_top` alternatives. The report comes with the first output token, or is the end if `max_tokens` is 0. A
     request for no output always sets it, to the number of its tokens if none is to be scored.
 
-    Among requests of one priority, each `owner` has an equal share of the tokens; it is a word that stands for
-    somebody, never a key or a name.
+    Among requests of one priority, each `owner` has a share of the tokens by its `weight`; it is a word that stands
+    for somebody, never a key or a name.
     """
 
     request_id: str
@@ -69,6 +69,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     soft_prompt: SoftPromptRef | None = None
     priority: int = 0
     owner: str = ""
+    weight: float = 1.0
     cache_salt: str = ""
     score_from: int | None = None
     score_top: int = 0

@@ -138,6 +138,7 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         max_waiting_tokens=settings.max_queue_tokens,
         max_waiting_per_owner=settings.max_queue_size_per_key,
         request_timeout=settings.request_timeout,
+        weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
 

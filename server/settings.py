@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from softbatch.server.key_weights import read_key_weights
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -152,6 +155,11 @@ class Settings(BaseSettings):
         description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
         "is one, an --api-key may not",
     )
+    key_weights: Path | None = Field(
+        None,
+        description='JSON file with the shares of API keys, such as {"KEY": 3}: among requests of one priority a key '
+        "has as many times the tokens of another as its weight is; default: 1 each",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
@@ -198,7 +206,13 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
             )
+        self.weights_by_owner()
         return self
+
+    def weights_by_owner(self) -> Mapping[str, float]:
+        """Of API keys that have one other than 1. Raises ValueError."""
+        keys = (*self.api_key, *self.admin_key)
+        return read_key_weights(self.key_weights, keys) if self.key_weights is not None else {}
 
     @field_validator("prompt_store")
     @classmethod

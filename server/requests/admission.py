@@ -9,8 +9,8 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
@@ -25,11 +25,14 @@ from softbatch.server.requests.leases import Lease, SoftPromptLeases
 class Places:
     """Places held for requests that are being prepared, and the leases taken for them so far."""
 
-    def __init__(self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str) -> None:
+    def __init__(
+        self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str, weight: float
+    ) -> None:
         self._leases = leases
         self._arrived = arrived
         self._deadline = deadline
         self._owner = owner
+        self._weight = weight
         self.prompt_tokens = 0
         self.leased: list[Lease] = []
 
@@ -61,6 +64,7 @@ class Places:
             soft_prompt=lease.ref if lease else None,
             priority=priority,
             owner=self._owner,
+            weight=self._weight,
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
             score_top=score_top,
@@ -71,13 +75,14 @@ class Places:
 @dataclass(frozen=True)
 class AdmissionLimits:
     """`slots` sequences run at once, all else bounds those who wait behind them; None: no limit. `request_timeout`, in
-    seconds, is for requests that bring none."""
+    seconds, is for requests that bring none. `weights` are shares of owners, 1 for those that are not there."""
 
     slots: int
     max_waiting: int
     max_waiting_tokens: int | None = None
     max_waiting_per_owner: int | None = None
     request_timeout: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class Admission:
@@ -106,7 +111,8 @@ class Admission:
         self._take(count, owner)
         now = time.monotonic()
         seconds = self._limits.request_timeout if timeout is None else timeout
-        places = Places(self._leases, now, None if seconds is None else Deadline(now + seconds, seconds), owner)
+        deadline = None if seconds is None else Deadline(now + seconds, seconds)
+        places = Places(self._leases, now, deadline, owner, self._limits.weights.get(owner, 1.0))
         try:
             yield places
             self._check_tokens(count, places.prompt_tokens)
