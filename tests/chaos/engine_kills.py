@@ -1,4 +1,4 @@
-"""Kills the engine at random moments under a mixed load, and counts what clients notice: `make chaos`."""
+"""Kills the engine at random moments under a mixed load, and counts what clients notice."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 import asyncio
 import random
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from softbatch.scheduler.model.loader import spec_of
 from softbatch.scheduler.model.source import resolve
+from tests.chaos.stage import Finding
 from tests.support.engines import trained_like
 from tests.support.mixed_requests import (
     EMBEDDINGS,
@@ -33,30 +32,21 @@ SOFT_PROMPT_TOKENS = 33
 LOGPROB_TOLERANCE = 1e-3
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        # The load comes at once, and its choices and candidates take a place each.
-        flags = ("--model", options.model, "--dtype", options.dtype, "--max-queue-size", str(4 * options.requests))
-        with running_server(Path(folder), *flags) as server:
-            start_seconds = time.monotonic() - started
-            register_soft_prompts(server, resolve(options.model).path, Path(folder))
-            requests = mixed_requests(options.requests, options.max_tokens)
-            before = server.metric("generation_tokens_total")
-            expected = asyncio.run(answers_of(server, requests))
-            tokens = server.metric("generation_tokens_total") - before
-            rng = random.Random(options.seed)
-            moments = sorted(rng.uniform(0.02, 0.9) * tokens for _ in range(options.kills))
-            answers = asyncio.run(killed_at(server, requests, moments))
-            return report(server, requests, expected, answers, start_seconds)
+def run(options: argparse.Namespace, folder: Path) -> list[Finding]:
+    started = time.monotonic()
+    # The load comes at once, and its choices and candidates take a place each.
+    flags = ("--model", options.model, "--dtype", options.dtype, "--max-queue-size", str(4 * options.requests))
+    with running_server(folder, *flags) as server:
+        start_seconds = time.monotonic() - started
+        register_soft_prompts(server, resolve(options.model).path, folder)
+        requests = mixed_requests(options.requests, options.max_tokens)
+        before = server.metric("generation_tokens_total")
+        expected = asyncio.run(answers_of(server, requests))
+        tokens = server.metric("generation_tokens_total") - before
+        rng = random.Random(options.seed)
+        moments = sorted(rng.uniform(0.02, 0.9) * tokens for _ in range(options.kills))
+        answers = asyncio.run(killed_at(server, requests, moments))
+        return compare(server, requests, expected, answers, start_seconds)
 
 
 def register_soft_prompts(server: Server, path: str, folder: Path) -> None:
@@ -87,9 +77,9 @@ def kill_and_await_another(server: Server) -> None:
     wait_for(lambda: server.metric("engine_restarts_total") > restarts, "no other engine is started", 300)
 
 
-def report(
+def compare(
     server: Server, requests: Sequence[MixedRequest], expected: Sequence[Any], answers: Sequence[Any], start: float
-) -> int:
+) -> list[Finding]:
     errors = [answer for answer in answers if is_error(answer)]
     pairs = [(*both, request) for *both, request in zip(answers, expected, requests, strict=True)]
     changed = [
@@ -98,17 +88,14 @@ def report(
         if not is_error(answer) and (found := difference(answer, right, LOGPROB_TOLERANCE))
     ]
     deaths, resumed = server.metrics("engine_restarts_total", "requests_resumed_total")
-    seconds = server.metric("engine_pause_seconds_sum")
-    print(f"requests            {len(requests)}")
-    print(f"kills               {deaths:.0f}")
-    print(f"errors              {len(errors)} (undisturbed: {sum(map(is_error, expected))})")
-    print(f"changed outputs     {len(changed)}")
-    print(f"requests resumed    {resumed:.0f}")
-    print(f"pause per death     {seconds / max(deaths, 1):.1f} s (a start of the server: {start:.1f} s)")
+    pause = server.metric("engine_pause_seconds_sum") / max(deaths, 1)
     for line in [*map(str, errors), *(f"{route}: {found}" for route, found in changed)]:
         print(f"  {line:.400}")
-    return 1 if errors or changed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    undisturbed = sum(map(is_error, expected))
+    return [
+        Finding("requests, and engines killed under them", "", f"{len(requests)}, {deaths:.0f}"),
+        Finding("errors", "0", f"{len(errors)} (undisturbed: {undisturbed})", not errors),
+        Finding("changed outputs", "0", str(len(changed)), not changed),
+        Finding("requests resumed", "", f"{resumed:.0f}"),
+        Finding("pause per death", "", f"{pause:.1f} s (a start of the server: {start:.1f} s)"),
+    ]
