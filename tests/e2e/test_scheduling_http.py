@@ -16,7 +16,9 @@ import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.server.routes import SERVING_PATHS
+from tests.chaos.disconnects import leave_at_random
 from tests.e2e.conftest import StartServer
+from tests.support.mixed_requests import EMBEDDINGS, KEYS_AND_VALUES
 from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of, running_server, stream_json
 
@@ -187,6 +189,17 @@ async def clients_that_leave(server: Server) -> None:
             await stream.close()
     server.wait_idle()
     assert server.metric("requests_finished_total", reason="cancelled") - finished == 6
+
+
+def test_nothing_stays_of_clients_that_leave_at_any_moment(
+    server: Server, tiny_spec: ModelSpec, tmp_path: Path
+) -> None:
+    """The short form of `make chaos ARGS="--only disconnects"`."""
+    for name, kind in ((EMBEDDINGS, "embeddings"), (KEYS_AND_VALUES, "kv")):
+        prompt = make_soft_prompt(kind, 21, tiny_spec, scale=0.5)
+        assert server.upload(name, save_prompt(prompt, tmp_path, name)).status_code == 201
+    findings = leave_at_random(server, 120, seed=1)
+    assert all(finding.held for finding in findings), findings
 
 
 def tgi(max_new_tokens: int) -> dict[str, Any]:
