@@ -61,6 +61,7 @@ class _Grammar:
         self._calls = calls
         self._use = use
         self._token_id = token_id
+        self._splits = calls is not None and calls.bare == "{" and not calls.is_marked
         self.rules: list[str] = []
         self.parts: list[OutputFormat] = []
 
@@ -97,7 +98,7 @@ class _Grammar:
         self.rules.append(f"BLANKS: {_BLANKS}")
         if is_thinking:
             return "thought BLANKS"
-        return f"({self._word(reasoning.opening)} thought BLANKS)?"
+        return f"({self._words(reasoning.opening, reasoning.tokens)} thought BLANKS)?"
 
     def form(self, form: OutputFormat) -> str:
         self.parts.append(form)
@@ -128,9 +129,13 @@ class _Grammar:
             self.parts.append(part)
         return names[0] if len(names) == 1 else f"({' | '.join(names)})"
 
-    def _words(self, text: str) -> str:
+    def _words(self, text: str, tokens: Sequence[str] | None = None) -> str:
         """A text in which tokens of the format stand for themselves."""
-        tokens = [token for token in (self._calls.tokens if self._calls else ()) if self._token_id(token) is not None]
+        words = tokens if tokens is not None else self._calls.tokens if self._calls else ()
+        tokens = [token for token in words if self._token_id(token) is not None]
+        if not tokens and self._splits:
+            # As JSON's own grammar cuts it: of several lexemes that begin alike only the longest is looked at.
+            return " ".join(map(_quoted, re.findall(r'"[^"]*"|[^"\s]|\s+', text)))
         if not tokens:
             return _quoted(text) if text else ""
         pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
@@ -163,4 +168,4 @@ def _quoted(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([^\w\s])", r"\\\1", text)
+    return re.escape(text).replace("/", r"\/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +22,15 @@ from softbatch.server.tools.tool import ToolUse
 from softbatch.server.tools.tool_prompt import ToolPrompt, Turn
 
 REASONING_FORMATS: dict[ReasoningName, ReasoningFormat] = {
-    "think": ReasoningFormat("think", "<think>", "</think>"),
-    "mistral": ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
-    "gemma4": ReasoningFormat("gemma4", "<|channel>thought", "<channel|>"),
+    "think": ReasoningFormat("<think>", "</think>", ("<think>", "</think>")),
+    "mistral": ReasoningFormat("[THINK]", "[/THINK]", ("[THINK]", "[/THINK]")),
+    "gemma4": ReasoningFormat("<|channel>thought", "<channel|>", ("<|channel>", "<channel|>")),
 }
-# What only the template writes of a form, or tells the model to write; the first that is there decides.
-_SIGNS: tuple[tuple[str, CallFormatName], ...] = (
+# What only the template writes of a form, or tells the model to write; the first that is there decides. Those without
+# a name are forms that are not read: such models are told to write another one.
+_SIGNS: tuple[tuple[str, CallFormatName | None], ...] = (
+    ("<function=", None),
+    ("<arg_key>", None),
     ("[ARGS]", "mistral"),
     ("[TOOL_CALLS]", "mistral_list"),
     ("<start_function_call>", "functiongemma"),
@@ -39,7 +43,7 @@ _SIGNS: tuple[tuple[str, CallFormatName], ...] = (
     ("tool_code", "gemma"),
 )
 # What every template is given; nobody else may set it.
-_OWN_FIELDS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+_OWN_FIELDS = {"messages", "tools", "custom_tools", "documents", "add_generation_prompt", "continue_final_message"}
 _TAIL_TOKENS = 16
 
 
@@ -81,9 +85,12 @@ class Dialect:
         self._text = text
         self._template = _template_of(text.tokenizer)
         self._added = {token.content: i for i, token in text.backend.get_added_tokens_decoder().items()}
-        self.calls = self._call_format(calls)
+        found = next((name for sign, name in _SIGNS if sign in self._template), None)
+        name = None if calls == "none" else found or "hermes" if calls == "auto" else calls
+        self.calls = CALL_FORMATS[name] if name else None
         self.reasoning = self._reasoning_format(reasoning)
-        self._prompt = ToolPrompt(text.tokenizer, self.calls or CALL_FORMATS["hermes"])
+        own = calls not in ("auto", "none") or found is not None
+        self._prompt = ToolPrompt(text.tokenizer, self.calls or CALL_FORMATS["hermes"], is_templates_own=own)
 
     def plan(
         self,
@@ -101,7 +108,7 @@ class Dialect:
         conversation = self._prompt.conversation(turns, use.tools, fields or {}, has_soft_prompt=has_soft_prompt)
         shown = {*(calls.tokens if calls else ())}
         if self.reasoning is not None:
-            shown |= {self.reasoning.opening, self.reasoning.closing}
+            shown |= {*self.reasoning.tokens}
         return ChatPlan(
             conversation,
             self._format(conversation, use, output_format),
@@ -139,7 +146,10 @@ class Dialect:
     def _variables(self) -> frozenset[str]:
         """What clients may give to the template."""
         try:
-            names = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(self._template))
+            environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+            # A tag that transformers has beside Jinja's, around what assistants say.
+            template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self._template)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(template))
         except jinja2.TemplateError:
             return frozenset()
         own = {*_OWN_FIELDS, *self._text.tokenizer.special_tokens_map, "raise_exception", "strftime_now"}
@@ -158,19 +168,19 @@ class Dialect:
         reasoning = self.reasoning
         is_thinking = False
         if reasoning is not None and (use.tools or form is not None):
-            is_thinking = self._text.render(conversation).rstrip().endswith(reasoning.opening)
+            is_thinking = self._prompt_of(conversation).rstrip().endswith(reasoning.opening)
         if use.tools and self.calls is not None:
             return tool_format(self.calls, use, self._added.get, reasoning, form, is_thinking=is_thinking)
         if form is not None and reasoning is not None:
             return follows(reasoning, self._added.get, form, is_thinking=is_thinking)
         return form
 
-    def _call_format(self, wanted: CallParser) -> CallFormat | None:
-        if wanted == "none":
-            return None
-        if wanted != "auto":
-            return CALL_FORMATS[wanted]
-        return CALL_FORMATS[next((name for sign, name in _SIGNS if sign in self._template), "hermes")]
+    def _prompt_of(self, conversation: Conversation) -> str:
+        """As far as its end tells. Turns that the template takes only beside a soft prompt are left out."""
+        try:
+            return self._text.render(conversation)
+        except InvalidPrompt:
+            return self._text.render(Conversation([{"role": "user", "content": "x"}], conversation.fields))
 
     def _reasoning_format(self, wanted: ReasoningParser) -> ReasoningFormat | None:
         if wanted == "none":

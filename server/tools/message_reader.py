@@ -16,11 +16,11 @@ MAX_FALSE_MARKS = 32
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The marks around what a model thinks."""
+    """The marks around what a model thinks, and which words of them may be special tokens."""
 
-    name: str
     opening: str
     closing: str
+    tokens: tuple[str, ...]
 
 
 class MessageReader:

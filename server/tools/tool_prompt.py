@@ -37,9 +37,11 @@ class ToolPrompt:
     Turns come as OpenAI's API has them: `content` is text, a call's arguments are JSON text.
     """
 
-    def __init__(self, tokenizer: Any, call_format: CallFormat) -> None:
+    def __init__(self, tokenizer: Any, call_format: CallFormat, *, is_templates_own: bool) -> None:
+        """`is_templates_own`: the template tells the model to write calls in this form; else we do."""
         self._tokenizer = tokenizer
         self._calls = call_format
+        self._is_templates_own = is_templates_own
 
     def conversation(
         self, turns: Sequence[Turn], tools: Sequence[Tool], fields: Fields, *, has_soft_prompt: bool
@@ -57,7 +59,9 @@ class ToolPrompt:
 
     @cached_property
     def knows_tools(self) -> bool:
-        """Whether the template writes tools."""
+        """Whether the template writes tools, and tells to call them in a form that is read here."""
+        if not self._is_templates_own:
+            return False
         name = _mark()
         rendered = self._render([_user("x")], {"tools": [Tool(name, name).as_json()]})
         return rendered is not None and name in rendered
@@ -71,6 +75,8 @@ class ToolPrompt:
     @cached_property
     def arguments_kind(self) -> type[dict[str, Any]] | type[str] | None:
         """What the template wants a call's arguments to be; None if it writes no calls, or no results."""
+        if not self._is_templates_own:
+            return None
         name, key, result = (_mark() for _ in range(3))
         for arguments in ({key: "1"}, json.dumps({key: "1"})):
             call = _call("a" * MISTRAL_ID_LENGTH, name, arguments)
@@ -79,9 +85,18 @@ class ToolPrompt:
             rendered = self._render([_user("x"), calls, answer], {"tools": [Tool(name).as_json()]})
             # A dict written as it is shows in Python's quotes, a text that is encoded once more in escaped ones.
             is_written = rendered is not None and name in rendered and result in rendered
-            if is_written and rendered is not None and re.search(f'(?<![\\\\\'])"?{key}"?\\s*:', rendered):
+            if is_written and rendered is not None and re.search(f'(?<![\\\\\'])"?{key}"?\\s*[:=]', rendered):
                 return dict if isinstance(arguments, dict) else str
         return None
+
+    @cached_property
+    def writes_several_calls(self) -> bool:
+        """Whether the template takes a turn with two calls."""
+        arguments: object = {} if self.arguments_kind is dict else "{}"
+        calls = [_call(letter * MISTRAL_ID_LENGTH, _mark(), arguments) for letter in "ab"]
+        turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        results = [{"role": "tool", "tool_call_id": call["id"], "name": "x", "content": "x"} for call in calls]
+        return self._render([_user("x"), turn, *results], {}) is not None
 
     def _render(self, turns: Sequence[Turn], fields: Fields) -> str | None:
         try:
@@ -125,6 +140,8 @@ class ToolPrompt:
         names = {call["id"]: call["function"]["name"] for turn in turns for call in turn.get("tool_calls") or ()}
         if kind is None:
             return _merged(self._in_words(turn) for turn in turns)
+        if any(len(turn.get("tool_calls") or ()) > 1 for turn in turns) and not self.writes_several_calls:
+            turns = _one_by_one(turns)
         history: list[Turn] = []
         for turn in turns:
             new = dict(turn)
@@ -187,6 +204,25 @@ def _with_system(text: str, history: Sequence[Turn]) -> list[Turn]:
     if first["role"] == "system":
         return [{**first, "content": f"{first['content']}{_SEPARATOR}{text}".strip()}, *history[1:]]
     return [{"role": "system", "content": text}, *history]
+
+
+def _one_by_one(turns: Sequence[Turn]) -> list[Turn]:
+    """Each call of a turn in one of its own, with its result behind it."""
+    split: list[Turn] = []
+    results = {turn.get("tool_call_id"): turn for turn in turns if turn["role"] == "tool"}
+    moved: list[Turn] = []
+    for turn in turns:
+        calls = turn.get("tool_calls") or ()
+        if len(calls) < 2:
+            split += [turn] if not any(turn is one for one in moved) else []
+            continue
+        for number, call in enumerate(calls):
+            split.append({**turn, "content": "" if number else turn["content"], "tool_calls": [call]})
+            result = results.get(call["id"])
+            if result is not None:
+                split.append(result)
+                moved.append(result)
+    return split
 
 
 def _merged(turns: Any) -> list[Turn]:
