@@ -61,8 +61,11 @@ def paged_attention(
     block_table: Tensor,
     slot_mapping: Tensor,
     scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Raises RuntimeError for tensors that do not fit."""
+    """A window or a softcap of 0 is none. Raises RuntimeError for tensors that do not fit."""
     out: Tensor = torch.ops.softbatch.paged_attention(
         query,
         key,
@@ -74,6 +77,9 @@ def paged_attention(
         block_table,
         slot_mapping,
         scale,
+        window,
+        softcap,
+        sinks,
     )
     return out
 
