@@ -95,10 +95,20 @@ def prefix_attention_backward(inputs: Sequence[Tensor], scale: float, weights: T
     return list(torch.ops.softbatch.prefix_attention_backward(*inputs, scale, weights, grad))
 
 
-def make_decoder(weights: WeightFormat, dtype: torch.dtype, *shape: Any, kv_format: KvFormat) -> Any:
-    """The C++ class Decoder: all layers of a served model, which attends in `dtype`. `shape` is its heads and rotary
-    positions."""
-    return torch.classes.softbatch.Decoder(weights.value, dtype, *shape, kv_format.value)
+def make_decoder(
+    weights: WeightFormat,
+    dtype: torch.dtype,
+    shape: dict[str, float],
+    frequencies: Tensor,
+    rotary_scales: Tensor,
+    *,
+    kv_format: KvFormat,
+) -> Any:
+    """The C++ class Decoder: all layers of a served model, which attends in `dtype`. `shape` has the numbers that
+    csrc/llama/decoder_shape.h names, the tensors what each rotary scheme has."""
+    return torch.classes.softbatch.Decoder(
+        weights.value, dtype, shape, frequencies.float(), rotary_scales, kv_format.value
+    )
 
 
 def make_layers(weights: WeightFormat, num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float) -> Any:
