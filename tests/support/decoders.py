@@ -84,11 +84,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral, window": MistralConfig(sliding_window=17, **SMALL),
     "olmo2": Olmo2Config(**SMALL),
     "olmo3": Olmo3Config(sliding_window=24, layer_types=MIXED, **SMALL),
+    "phi3": Phi3Config(sliding_window=None, **SMALL),
     "phi3, partial rotary": Phi3Config(sliding_window=30, partial_rotary_factor=0.5, **SMALL),
     "qwen2, windows": Qwen2Config(sliding_window=20, use_sliding_window=True, max_window_layers=1, **SMALL),
     "smollm3": SmolLM3Config(no_rope_layers=[1, 0, 1], **SMALL),
 }
-LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "qwen2")  # what training kernels know
+LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "phi3", "qwen2")  # what training kernels know
 
 
 def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

@@ -96,6 +96,12 @@ def save_family(
     return path
 
 
+def skeleton(kind: str, **fields: Any) -> Any:
+    """A model of `kind` without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(FAMILIES[kind] | fields)))
+
+
 def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Write the directory's weights anew."""
     file = path / "model.safetensors"

@@ -85,14 +85,14 @@ def is_plain(model: Any) -> bool:
     """Whether all layers are alike and as Llama's: what the kernels for training know."""
     if not is_described(model):
         return False
-    shape, (frequencies, _) = shape_of(model), rotary_of(model)
+    shape, (frequencies, _), family = shape_of(model), rotary_of(model), Family.of(model.config)
     layers = model.model.layers
     return bool(
         parts_of(model) == DecoderParts()
         and not shape["gelu"]
         and 2 * frequencies.shape[1] == shape["head_dim"]
         and all(scheme == 0 for scheme in rotary_of_layers(model))
-        and not any(Family.of(model.config).windows)
+        and not any(family.windows_within(family.default_length))
         and not hasattr(layers[0].self_attn, "q_norm")
     )
 
