@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from softbatch.prompt_store.soft_prompt_file import ModelSpec, check_fits, load
@@ -19,8 +21,15 @@ from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.forward import Forward
 from softbatch.scheduler.model.in_flight import InFlightStep, StepScores
 from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
+from softbatch.scheduler.model.sampling.adjustments import (
+    SampleInput,
+    allowed_mask,
+    ends_of_bad_words,
+    mask_without,
+    needs_history,
+)
 from softbatch.scheduler.model.sampling.grammar import GrammarError, GrammarMasks
-from softbatch.scheduler.model.sampling.sampler import SampleInput, needs_history, sample
+from softbatch.scheduler.model.sampling.sampler import sample
 from softbatch.scheduler.model.staging import small_tensor
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.scheduler.sequence import Sequence
@@ -62,6 +71,7 @@ class Runner:
         self._on_gpu = kv_cache.device.type == "cuda"
         self._prefilling: dict[str, torch.Tensor] = {}
         self._newest = InFlightStep()
+        self._allowed_masks: weakref.WeakKeyDictionary[Sequence, np.ndarray] = weakref.WeakKeyDictionary()
 
     @torch.inference_mode()
     def launch(self, step: Step) -> InFlightStep:
@@ -153,7 +163,7 @@ class Runner:
         for row in rows:
             wanted = len(row.sequence.logit_rows(row.start, row.num_tokens))
             scored = _add_scores(row, logits[at:], launched) if row.sequence.score_from is not None else 0
-            if wanted > scored and (entry := self._sample_input(row.sequence, launched)):
+            if wanted > scored and (entry := self._sample_input(row.sequence, launched, logits.shape[-1])):
                 sampling.append(entry)
                 names.append(row.sequence.request_id)
                 sampled_rows.append(at + scored)
@@ -182,13 +192,17 @@ class Runner:
             with contextlib.suppress(GrammarError):  # it fails again, and alone, when its sequence samples
                 self._grammars.compile(grammar)
 
-    def _sample_input(self, s: Sequence, launched: InFlightStep) -> SampleInput | None:
+    def _sample_input(self, s: Sequence, launched: InFlightStep, vocab_size: int) -> SampleInput | None:
         """None if the sequence fails here: its grammar cannot be followed."""
         is_missing = s.num_in_flight_tokens > 0 and needs_history(s.params)
         pending = self._newest.tokens_of([s.request_id]) if is_missing else None
         barred = () if s.may_end else s.params.ending_ids
+        if s.params.bad_words:
+            barred = (*barred, *ends_of_bad_words(s.params, s.tokens[s.num_prompt :]))
         mask = None
-        if s.params.grammar:
+        if s.params.allowed_token_ids:
+            mask = mask_without(self._allowed_mask(s, vocab_size), barred)
+        elif s.params.grammar:
             try:
                 if self._grammars is None:
                     raise GrammarError("this model's tokenizer cannot follow one")
@@ -197,6 +211,11 @@ class Runner:
                 launched.errors[s.request_id] = f"the output's grammar cannot be followed: {error}"
                 return None
         return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, barred if mask is None else (), mask)
+
+    def _allowed_mask(self, s: Sequence, vocab_size: int) -> np.ndarray:
+        if s not in self._allowed_masks:
+            self._allowed_masks[s] = allowed_mask(s.params.allowed_token_ids, vocab_size)
+        return self._allowed_masks[s]
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""

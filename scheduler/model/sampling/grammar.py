@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from tokenizers import Tokenizer
 
+from softbatch.scheduler.model.sampling.adjustments import mask_without
 from softbatch.scheduler.sequence import Sequence
 
 # More than wait and run at once unless --max-queue-size is raised: whoever is evicted is compiled again in a step.
@@ -91,11 +92,7 @@ class GrammarMasks:
         if new:
             follower.matcher.consume_tokens(new)
             follower.num_taken += len(new)
-        mask = _mask(follower.matcher, self._vocab_size)
-        left = mask.copy()
-        for token in barred:
-            left.view(np.uint8)[token // 8] &= ~np.uint8(1 << token % 8)
-        return left if left.any() else mask
+        return mask_without(_mask(follower.matcher, self._vocab_size), barred)
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> LLMatcher:
