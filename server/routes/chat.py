@@ -18,6 +18,7 @@ from softbatch.server.routes.common import (
     json_reply,
     named_soft_prompt,
     services_of,
+    shown_tokens,
     start_all,
     usage_of,
 )
@@ -60,15 +61,17 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
             ChatChoice(
                 index=index,
                 message=AssistantMessage(content=choice.text),
-                logprobs=_logprobs(choice.tokens) if body.logprobs else None,
+                logprobs=_logprobs(shown_tokens(body, choice.tokens)) if body.logprobs else None,
                 finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
                 stop_reason=choice.stop_reason,
+                token_ids=_ids(body, choice.tokens),
             )
             for index, choice in enumerate(await gather(generations))
         ]
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
-        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage))
+        prompt_ids = generations[0].prompt_ids if body.return_token_ids else None
+        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, prompt_token_ids=prompt_ids))
 
     return await until_disconnect(request, complete())
 
@@ -89,6 +92,11 @@ def _requests(services: Services, body: ChatCompletionRequest) -> list[Generatio
             seed=body.seed_of(choice),
             max_tokens=body.token_limit,
             stop=tuple(body.stop),
+            include_stop=body.include_stop_str_in_output,
+            shown_tokens=frozenset() if body.skip_special_tokens else services.text.tokens.hidden,
+            truncate=body.truncate_prompt_tokens,
+            bad_words=tuple(body.bad_words),
+            chat_end=body.chat_end,
             soft_prompt=soft_prompt,
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -128,12 +136,16 @@ async def _events(
             if index not in begun:
                 # Only now: load generators take the first chunk for the first token.
                 begun.add(index)
-                first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
-                yield chunk(first).model_dump_json()
-            logprobs = _logprobs(delta.tokens) if body.logprobs else None
-            if not delta.text and not (logprobs and logprobs.content) and delta.finish_reason is None:
+                first = chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+                if body.return_token_ids:
+                    first.prompt_token_ids = generations[index].prompt_ids
+                yield first.model_dump_json()
+            logprobs = _logprobs(shown_tokens(body, delta.tokens)) if body.logprobs else None
+            token_ids = _ids(body, delta.tokens)
+            if not (delta.text or token_ids or (logprobs and logprobs.content) or delta.finish_reason):
                 continue
-            if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
+            is_ordinary = logprobs is None and token_ids is None and delta.finish_reason is None
+            if is_ordinary and not options.continuous_usage_stats:
                 yield templates[index].fill(delta.text)
                 continue
             content = delta.text if delta.text or delta.finish_reason is None else None
@@ -144,6 +156,7 @@ async def _events(
                     logprobs=logprobs,
                     finish_reason=FINISH_REASONS.get(delta.finish_reason or ""),
                     stop_reason=delta.stop_reason,
+                    token_ids=token_ids,
                 )
             )
             yield last.model_dump_json()
@@ -151,6 +164,10 @@ async def _events(
         usage = ChatCompletionChunk(**reply, choices=[], usage=usage_of(generations, body.n))
         yield usage.model_dump_json()
     yield DONE
+
+
+def _ids(body: ChatCompletionRequest, tokens: Sequence[Token]) -> list[int] | None:
+    return [token.id for token in tokens] if body.return_token_ids else None
 
 
 def _logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
