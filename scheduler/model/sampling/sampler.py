@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from softbatch.scheduler.model.sampling.adjustments import SampleInput, adjusted
+from softbatch.scheduler.model.sampling.adjustments import FEW, SampleInput, adjusted, few_allowed
 from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.protocol import SamplingParams, TokenLogprobs
 
@@ -140,6 +140,18 @@ class _Draw:
         rows = [i for i, row in enumerate(inputs) if row.params.temperature >= GREEDY_BELOW]
         if not rows:
             return None
+        if logits.device.type != "cpu":
+            return cls._of_rows(logits, inputs, rows)
+        few = {i: allowed for i in rows if (allowed := few_allowed(inputs[i].mask)) is not None}
+        drawn = cls._of_rows(logits, inputs, [i for i in rows if i not in few])
+        if not few:
+            return drawn
+        at = torch.tensor(list(few))
+        tokens = _draw_of_few(logits, [inputs[i] for i in few], at, list(few.values()))
+        return replace(drawn, at=torch.cat([drawn.at, at]), tokens=torch.cat([drawn.tokens, tokens]))
+
+    @classmethod
+    def _of_rows(cls, logits: torch.Tensor, inputs: Sequence[SampleInput], rows: list[int]) -> _Draw:
         device = logits.device
         params = [inputs[i].params for i in rows]
         at = small_tensor(rows, device, torch.int64)
@@ -172,6 +184,28 @@ class _Draw:
             chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1].cpu(), [self.params[index]])
             found[self.rows[index]] = int(order[chosen[0]])
         return found
+
+
+def _draw_of_few(
+    logits: torch.Tensor, inputs: Sequence[SampleInput], at: torch.Tensor, allowed: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """As `_Draw.of`, of rows `at` whose masks allow so few tokens that the others need not be looked at."""
+    # All as wide, whatever the others are: the width decides how sums are rounded.
+    ids = np.zeros((len(allowed), FEW), dtype=np.int64)
+    for row, tokens in zip(ids, allowed, strict=True):
+        row[: len(tokens)] = tokens
+    is_token = torch.arange(FEW) < torch.tensor([len(tokens) for tokens in allowed])[:, None]
+    columns = torch.from_numpy(ids)
+    scores = logits[at[:, None], columns].masked_fill(~is_token, -torch.inf)
+    probs = torch.softmax(scores / torch.tensor([row.params.temperature for row in inputs])[:, None], dim=-1)
+    numbers = torch.tensor([uniform(row.params.seed, row.position) for row in inputs], dtype=torch.float32)
+    chosen = _invert(probs, numbers)
+    filtered = [index for index, row in enumerate(inputs) if _filters(row.params)]
+    if filtered:
+        ordered, order = probs[filtered].sort(dim=-1, descending=True, stable=True)
+        cut, _ = _invert_cut(ordered, numbers[filtered], [inputs[index].params for index in filtered])
+        chosen[filtered] = order.gather(1, cut[:, None])[:, 0]
+    return columns.gather(1, chosen[:, None])[:, 0]
 
 
 def _filters(params: SamplingParams) -> bool:

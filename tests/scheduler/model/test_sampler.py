@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from softbatch.scheduler.model.sampling import sampler
 from softbatch.scheduler.model.sampling.adjustments import SampleInput, allowed_mask, ends_of_bad_words
 from softbatch.scheduler.model.sampling.sampler import Sample, uniform
 from softbatch.scheduler.model.sampling.sampler import sample as launch
@@ -141,13 +142,32 @@ def test_biases_are_added_to_the_logits_of_their_own_row(params: dict[str, Any])
 
 def test_only_allowed_tokens_are_chosen() -> None:
     logits = random_logits(2, seed=7)
-    allowed = [3, 31, 32, VOCAB - 1]
-    for seed in range(40):
-        mine = row(temperature=3.0, seed=seed)
-        free = sample(logits.clone(), [mine, mine])[1]
-        chosen = sample(logits.clone(), [dataclasses.replace(mine, mask=allowed_mask(allowed, VOCAB)), mine])
-        assert chosen[0].token_id in allowed
-        assert chosen[1] == free
+    for allowed in ([3, 31, 32, VOCAB - 1], [*range(900, 2000)], [7], [*range(1024)]):
+        mask = allowed_mask(allowed, VOCAB)
+        for seed in range(40):
+            mine = row(temperature=3.0, seed=seed, logprobs=1 if seed % 2 else None)
+            free = sample(logits.clone(), [mine, mine])[1]
+            chosen = sample(logits.clone(), [dataclasses.replace(mine, mask=mask), mine])
+            assert chosen[0].token_id in allowed
+            assert chosen[1] == free
+        best = sample(logits.clone(), [dataclasses.replace(row(temperature=0.0), mask=mask), row(temperature=0.0)])[0]
+        assert best.token_id == max(allowed, key=logits[0].__getitem__)
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.2}, {"logit_bias": {40: 2.0}}]
+)
+def test_few_allowed_tokens_are_drawn_as_often_as_if_all_were_looked_at(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, mask = random_logits(1, seed=8), allowed_mask(range(20, 90), VOCAB)
+    rows = [
+        dataclasses.replace(row(position=i, seed=3, temperature=2.0, **params), mask=mask if i % 3 else None)
+        for i in range(300)
+    ]
+    few = [one.token_id for one in sample(logits.repeat(300, 1), rows)]
+    monkeypatch.setattr(sampler, "few_allowed", lambda mask: None)
+    assert few == [one.token_id for one in sample(logits.repeat(300, 1), rows)]
 
 
 def test_a_bad_word_is_barred_at_its_last_token() -> None:
