@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from softbatch.server.request_failures import shown
 from softbatch.server.requests.text import ChatEnd
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.replies import Usage, is_none
+from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     STOP_REASON,
@@ -220,7 +220,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    system_fingerprint: None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
 
@@ -249,7 +249,7 @@ class ChatCompletionChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    system_fingerprint: None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = Field(
         default=None, exclude_if=is_none, description="in the first chunk, with `return_token_ids`"

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
-from softbatch.server.schemas.replies import Usage, is_none
+from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
@@ -187,5 +187,5 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[ScoredChoice | CompletionChoice]
-    system_fingerprint: None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage | None = None

@@ -23,6 +23,7 @@ from softbatch.server.schemas.generate import (
     GenerateStreamRequest,
 )
 from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from softbatch.server.version import VERSION
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -620,6 +621,6 @@ def test_chunks_leave_out_what_adds_nothing_but_keep_the_nulls_that_clients_read
         "created": 1,
         "model": "m",
         "choices": [{"index": 0, "delta": {"content": "hi"}, "logprobs": None, "finish_reason": None}],
-        "system_fingerprint": None,
+        "system_fingerprint": f"softbatch-{VERSION}",
         "usage": None,
     }
