@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
@@ -16,9 +17,19 @@ from softbatch.prompt_store.template import TemplateError, render_chat
 from softbatch.server.request_failures import InvalidPrompt, PromptTooLong, shown
 from softbatch.server.requests.detokenizer import TokenBytes, decode_whole
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
 # What a rendered chat ends with: the beginning of an answer, the last turn, or that turn without its end.
 ChatEnd = Literal["answer", "turn", "open turn"]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Chat turns, and what else the template is given, such as tools. `beside_system` are both if a soft prompt stands
+    for the system turn."""
+
+    turns: Sequence[Message]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    beside_system: Conversation | None = None
 
 
 class TextProcessor:
@@ -78,18 +89,24 @@ class TextProcessor:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def render(self, messages: Sequence[Message], replaces: Replaces = "nothing", end: ChatEnd = "answer") -> str:
+    def render(
+        self, chat: Sequence[Message] | Conversation, replaces: Replaces = "nothing", end: ChatEnd = "answer"
+    ) -> str:
         """Chat turns as the text the model was trained on, with what people wrote quoted; `replaces` says what a soft
         prompt stands for."""
+        if not isinstance(chat, Conversation):
+            chat = Conversation(chat)
+        if replaces == "system" and chat.beside_system is not None:
+            chat = chat.beside_system
         if not self.tokenizer.chat_template:
             raise InvalidPrompt("this model has no chat template; use /v1/completions", param="messages")
         try:
-            turns = self._control.quote_turns(messages)
+            turns, fields = self._control.quote_turns(chat.turns), self._control.quote_all(chat.fields)
             if end != "open turn":
-                return render_chat(self.tokenizer, turns, end == "answer", replaces)
+                return render_chat(self.tokenizer, turns, end == "answer", replaces, fields)
             mark = secrets.token_hex(16)
-            turns[-1] = {**turns[-1], "content": turns[-1]["content"] + mark}
-            rendered, found, _ = render_chat(self.tokenizer, turns, False, replaces).rpartition(mark)
+            turns[-1] = {**turns[-1], "content": (turns[-1].get("content") or "") + mark}
+            rendered, found, _ = render_chat(self.tokenizer, turns, False, replaces, fields).rpartition(mark)
         except TemplateError as error:
             raise InvalidPrompt(str(error), param="messages") from error
         if not found:

@@ -13,7 +13,7 @@ pytest.importorskip("llm")
 def test_command_with_a_system_prompt(url: str, tmp_path: Path) -> None:
     models = f"- model_id: softbatch\n  model_name: smollm2-135m\n  api_base: {url}/v1\n"
     (tmp_path / "extra-openai-models.yaml").write_text(models)
-    command = ["prompt", "-m", "softbatch", "-s"] + ["You are a helpful assistant.", "What is the capital of France?"]
+    command = ["prompt", "-m", "softbatch", "-s", "You are a helpful assistant.", "What is the capital of France?"]
     result = subprocess.run(
         [sys.executable, "-m", "llm", *command, "-o", "temperature", "0", "-o", "max_tokens", "40", "--key", "unused"],
         env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
