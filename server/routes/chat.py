@@ -60,7 +60,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
             ChatChoice(
                 index=index,
                 message=AssistantMessage(content=choice.text),
-                logprobs=_logprobs(choice.tokens) if body.logprobs else None,
+                logprobs=logprobs_of(choice.tokens) if body.logprobs else None,
                 finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
                 stop_reason=choice.stop_reason,
             )
@@ -130,7 +130,7 @@ async def _events(
                 begun.add(index)
                 first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
                 yield chunk(first).model_dump_json()
-            logprobs = _logprobs(delta.tokens) if body.logprobs else None
+            logprobs = logprobs_of(delta.tokens) if body.logprobs else None
             if not delta.text and not (logprobs and logprobs.content) and delta.finish_reason is None:
                 continue
             if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
@@ -153,7 +153,7 @@ async def _events(
     yield DONE
 
 
-def _logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
+def logprobs_of(tokens: Sequence[Token]) -> ChatLogprobs:
     content = []
     for token in tokens:
         top = [TokenLogprob(token=t.text, logprob=t.logprob, bytes=list(t.utf8)) for t in token.top]
