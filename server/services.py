@@ -30,6 +30,7 @@ from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.tools.dialect import Dialect
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Services:
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
+    dialect: Dialect
     metrics: Metrics
     temporary: Path
     spec: ModelSpec
@@ -106,6 +108,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     leases=leases,
                     compressions=compressions,
                     text=text,
+                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
                     temporary=temporary,
                     spec=spec,

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from softbatch.server.tools.parser_names import CallParser, ReasoningParser
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -143,6 +145,14 @@ class Settings(BaseSettings):
         False, description="refuse placeholders such as 'tgi' or 'dummy' as model; without it they mean the base model"
     )
 
+    tool_call_parser: CallParser = Field(
+        "auto",
+        description="form in which the model writes calls of tools; auto: what its chat template says, else hermes; "
+        "none: no tools are taken",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto", description="marks around the model's reasoning; auto: those of its chat template; none: it is text"
+    )
     admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "

@@ -33,7 +33,8 @@ class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
     default, and with `may_clip` it is as many of them as there is room for; `seed` None draws one; `truncate` keeps
     only that many of the last prompt tokens; `timeout` is in seconds, None: the server's. With `score_prompt` the
-    prompt's tokens are scored, each with so many alternatives."""
+    prompt's tokens are scored, each with so many alternatives. `shown_tokens` are special tokens that are text in this
+    output."""
 
     prompt: Prompt
     params: SamplingParams
@@ -51,6 +52,7 @@ class GenerationRequest:
     output_format: OutputFormat | None = None
     timeout: float | None = None
     score_prompt: int | None = None
+    shown_tokens: frozenset[int] = frozenset()
     route: str = ""
 
 
@@ -111,6 +113,7 @@ class Generation:
             request.stop,
             include_stop=request.include_stop,
             min_tokens=request.params.min_tokens,
+            shown_tokens=request.shown_tokens,
         )
         self._unsettled: deque[tuple[int, TokenLogprobs | None]] = deque()
         self._finished: float | None = None

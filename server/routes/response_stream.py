@@ -11,7 +11,7 @@ from typing import Any
 from softbatch.server.http.errors import ApiError, error_json
 from softbatch.server.http.sse import NamedEventStream
 from softbatch.server.requests.generation import Delta, Generation, Token
-from softbatch.server.routes.chat import logprobs_of
+from softbatch.server.routes.chat_stream import logprobs_of
 from softbatch.server.routes.common import usage_of
 from softbatch.server.schemas.chat import ChatTokenLogprob
 from softbatch.server.schemas.responses import (
