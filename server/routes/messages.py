@@ -18,20 +18,20 @@ from softbatch.server.routes.common import (
     services_of,
     start_all,
 )
-from softbatch.server.routes.message_stream import PING, MessageStream, begun_reply, stop_reason_of, usage_so_far
+from softbatch.server.routes.message_stream import PING, MessageStream, whole_message
 from softbatch.server.schemas.messages import (
     ANTHROPIC_ERRORS,
+    ConversationFields,
     CountTokensRequest,
     MessageReply,
     MessagesRequest,
-    TextContent,
     TokenCountReply,
 )
 from softbatch.server.services import Services
+from softbatch.server.tools.dialect import ChatPlan
 
 router = APIRouter(tags=["generate"], responses=ANTHROPIC_ERRORS)
 ROUTE = "/v1/messages"
-_NAMES = {"prompt": "messages"}
 
 
 class MessageEvents(NamedEventStream):
@@ -47,24 +47,16 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     With `stream: true` the reply is a stream of named events, from `message_start` to `message_stop`.
     """
     services = services_of(request)
-    wanted = _request(services, body)
+    plan = _plan(services, body)
+    wanted, names = _request(services, body, plan), _names(body)
     model = body.model or services.model_name
     if body.stream:
-        (generation,) = await until_disconnect(request, start_all(services, body, [wanted], _NAMES))
-        return MessageEvents(MessageStream(body, model, generation).events(), [generation], ROUTE)
+        (generation,) = await until_disconnect(request, start_all(services, body, [wanted], names))
+        return MessageEvents(MessageStream(body, plan, model, generation).events(), [generation], ROUTE)
 
     async def complete() -> Response:
-        generations = await start_all(services, body, [wanted], _NAMES)
-        (choice,) = await gather(generations)
-        return json_reply(
-            begun_reply(generations[0], model).model_copy(
-                update={
-                    "content": [TextContent(text=choice.text)] if choice.text else [],
-                    **stop_reason_of(body, generations[0], choice.finish_reason, choice.stop_reason).model_dump(),
-                    "usage": usage_so_far(generations[0]),
-                }
-            )
-        )
+        (choice,) = await gather(await start_all(services, body, [wanted], names))
+        return json_reply(whole_message(body, plan, model, choice))
 
     return await until_disconnect(request, complete())
 
@@ -80,16 +72,35 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     def work() -> int:
         manifest = manifest_of(services, soft_prompt)
         replaces = "nothing" if manifest is None else manifest.replaces
-        token_ids = services.text.encode(services.text.render(body.turns, replaces), add_special_tokens=False)
+        text = services.text.render(_plan(services, body).conversation, replaces)
+        token_ids = services.text.encode(text, add_special_tokens=False)
         return len(token_ids) + (0 if manifest is None else manifest.num_virtual_tokens)
 
-    with fields_named(_NAMES):
+    with fields_named(_names(body)):
         return json_reply(TokenCountReply(input_tokens=await asyncio.to_thread(work)))
 
 
-def _request(services: Services, body: MessagesRequest) -> GenerationRequest:
+def _names(body: ConversationFields) -> dict[str, str]:
+    """What the fields of a generation are called here."""
+    schemas = {f"tools.{index}.parameters": f"tools.{index}.input_schema" for index in range(len(body.tools))}
+    effort = "thinking" if body.output_config.effort is None else "output_config.effort"
+    return {"prompt": "messages", "reasoning_effort": effort, **schemas}
+
+
+def _plan(services: Services, body: ConversationFields) -> ChatPlan:
+    with fields_named(_names(body)):
+        return services.dialect.plan(
+            body.turns,
+            body.tool_use,
+            fields=services.dialect.template_fields({}, body.effort),
+            output_format=body.output_format,
+            has_soft_prompt=named_soft_prompt(services, body.model, body.soft_prompt) is not None,
+        )
+
+
+def _request(services: Services, body: MessagesRequest, plan: ChatPlan) -> GenerationRequest:
     return GenerationRequest(
-        prompt=body.turns,
+        prompt=plan.conversation,
         params=body.sampling_params,
         seed=body.sampler_seed,
         max_tokens=body.max_tokens,
@@ -99,7 +110,8 @@ def _request(services: Services, body: MessagesRequest) -> GenerationRequest:
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.metadata.user_id,
-        output_format=body.output_format,
+        output_format=plan.output_format,
         timeout=body.timeout,
+        shown_tokens=plan.shown_tokens,
         route=ROUTE,
     )

@@ -9,22 +9,15 @@ from softbatch.server.http.errors import ApiError
 from softbatch.server.request_failures import shown
 from softbatch.server.requests.choices import gather
 from softbatch.server.requests.generation import GenerationRequest
-from softbatch.server.routes.common import json_reply, named_soft_prompt, services_of, start_all
-from softbatch.server.routes.response_stream import (
-    ROUTE,
-    ResponseEvents,
-    ResponseStream,
-    begun_response,
-    ended_response,
-    status_of,
-    whole_text,
-)
+from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of, start_all
+from softbatch.server.routes.response_stream import ROUTE, ResponseEvents, ResponseStream, whole_response
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.responses import ResponseReply, ResponsesRequest
 from softbatch.server.services import Services
+from softbatch.server.tools.dialect import ChatPlan
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
-_NAMES = {"prompt": "input", "max_tokens": "max_output_tokens"}
+_NAMES = {"prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
 
 
 @router.post(ROUTE, response_model=ResponseReply, summary="Answer a conversation (OpenAI's Responses)")
@@ -43,25 +36,34 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
             param="previous_response_id",
             code="previous_response_not_found",
         )
-    wanted = _request(services, body)
+    plan = _plan(services, body)
+    wanted = _request(services, body, plan)
     model = body.model or services.model_name
     if body.stream:
         (generation,) = await until_disconnect(request, start_all(services, body, [wanted], _NAMES))
-        return ResponseEvents(ResponseStream(body, model, generation), generation)
+        return ResponseEvents(ResponseStream(body, plan, model, generation), generation)
 
     async def complete() -> Response:
-        (generation,) = generations = await start_all(services, body, [wanted], _NAMES)
-        (choice,) = await gather(generations)
-        text = whole_text(body, choice.text, choice.tokens)
-        begun = begun_response(body, model, generation)
-        return json_reply(ended_response(begun, generation, text, status_of(choice.finish_reason)))
+        (choice,) = await gather(await start_all(services, body, [wanted], _NAMES))
+        return json_reply(whole_response(body, plan, model, choice))
 
     return await until_disconnect(request, complete())
 
 
-def _request(services: Services, body: ResponsesRequest) -> GenerationRequest:
+def _plan(services: Services, body: ResponsesRequest) -> ChatPlan:
+    with fields_named(_NAMES):
+        return services.dialect.plan(
+            body.turns,
+            body.tool_use,
+            fields=services.dialect.template_fields({}, body.effort),
+            output_format=body.text.output_format("text"),
+            has_soft_prompt=named_soft_prompt(services, body.model, body.soft_prompt) is not None,
+        )
+
+
+def _request(services: Services, body: ResponsesRequest, plan: ChatPlan) -> GenerationRequest:
     return GenerationRequest(
-        prompt=body.turns,
+        prompt=plan.conversation,
         params=body.sampling_params,
         seed=body.sampler_seed,
         max_tokens=body.max_output_tokens,
@@ -69,7 +71,8 @@ def _request(services: Services, body: ResponsesRequest) -> GenerationRequest:
         priority=body.priority,
         cache_salt=body.cache_salt,
         user=body.user,
-        output_format=body.text.output_format("text"),
+        output_format=plan.output_format,
         timeout=body.timeout,
+        shown_tokens=plan.shown_tokens,
         route=ROUTE,
     )

@@ -7,60 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from softbatch.scheduler.protocol import SamplingParams
-from softbatch.server.request_failures import shown
 from softbatch.server.requests.output_format import OutputFormat
 from softbatch.server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.chat import MAX_MESSAGES, MAX_PARTS
+from softbatch.server.schemas.chat import MAX_MESSAGES
 from softbatch.server.schemas.joined_turns import joined_turns
+from softbatch.server.schemas.message_blocks import MessageTurn, Texts
+from softbatch.server.schemas.message_tools import MessageToolFields
 from softbatch.server.schemas.sampling import SEED_MASK, QueuedRequest, Seed, StopStrings, at_most_items
 from softbatch.server.schemas.structured import SchemaText
-
-_EXPECTED = "must be a text or a list of blocks such as {'type': 'text', 'text': '...'}"
-
-
-class TextBlock(RequestModel):
-    """Part of a turn. Where a prefix is to be cached need not be said: the cache finds it."""
-
-    is_open: ClassVar[bool] = True
-    without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control"})
-    unsupported: ClassVar[Neutral] = {"citations": ([],)}
-
-    type: Literal["text"]
-    text: Text
-
-
-def _as_blocks(value: object) -> object:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list):
-        raise refusal("content", _EXPECTED)
-    for index, block in enumerate(value[:MAX_PARTS]):
-        kind = block.get("type") if isinstance(block, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            message = f"blocks of type {shown(kind)} are not supported, only 'text'"
-            raise refusal("unsupported_block", message, f"{index}.type")
-    return value
-
-
-Blocks = Annotated[
-    list[TextBlock],
-    Field(fail_fast=True),
-    at_most_items(MAX_PARTS),
-    BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
-]
-
-
-class MessageTurn(RequestModel):
-    """One turn. Control tokens that its text spells out, such as `<|im_end|>`, are text."""
-
-    is_open: ClassVar[bool] = True
-
-    role: Literal["user", "assistant", "system"]
-    content: Blocks = Field(description="a text, or a list of blocks")
-
-    @property
-    def text(self) -> str:
-        return "\n".join(block.text for block in self.content)
 
 
 def _not_empty(value: object) -> object:
@@ -77,11 +31,12 @@ class JsonFormat(RequestModel):
 
 
 class OutputConfig(RequestModel):
-    """The form of the output."""
-
-    unsupported: ClassVar[Neutral] = {"effort": ()}
+    """The form of the output, and how much to think for it."""
 
     format: JsonFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        default=None, description="of thinking, if the model's chat template knows it"
+    )
 
 
 class MessageMetadata(RequestModel):
@@ -94,15 +49,11 @@ class MessageMetadata(RequestModel):
     )
 
 
-class ConversationFields(QueuedRequest):
+class ConversationFields(MessageToolFields, QueuedRequest):
     """What a message is to answer; the whole of a request to count tokens."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control", "service_tier", "inference_geo", "speed"})
     unsupported: ClassVar[Neutral] = {
-        "tools": ([],),
-        # Without tools there is nothing to choose.
-        "tool_choice": ({"type": "auto"}, {"type": "none"}),
-        "thinking": ({"type": "disabled"},),
         "container": (),
         "mcp_servers": ([],),
         "context_management": (),
@@ -111,7 +62,7 @@ class ConversationFields(QueuedRequest):
     messages: Annotated[
         list[MessageTurn], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)
     ] = Field(description="turns of one speaker that follow each other are one turn")
-    system: Blocks = Field(default=[], description="what the model is to know and do: a text, or a list of blocks")
+    system: Texts = Field(default=[], description="what the model is to know and do: a text, or a list of blocks")
     output_config: OutputConfig = Field(default=OutputConfig())
 
     @model_validator(mode="after")
@@ -122,10 +73,15 @@ class ConversationFields(QueuedRequest):
         return self
 
     @property
-    def turns(self) -> list[dict[str, str]]:
+    def turns(self) -> list[dict[str, Any]]:
         """As chat templates want them."""
-        system = [("system", block.text) for block in self.system]
-        return joined_turns([*system, *((message.role, message.text) for message in self.messages)])
+        system = [{"role": "system", "content": block.text} for block in self.system]
+        return joined_turns([*system, *(turn for message in self.messages for turn in message.turns())])
+
+    @property
+    def effort(self) -> str | None:
+        """Of thinking; None: as the model does it."""
+        return self.output_config.effort or self.thinking_effort
 
     @property
     def output_format(self) -> OutputFormat | None:
@@ -181,7 +137,7 @@ class MessagesRequest(ConversationFields):
         return None if self.seed is None else self.seed & SEED_MASK
 
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "model_context_window_exceeded"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
 class MessageUsage(BaseModel):
@@ -199,14 +155,34 @@ class TextContent(BaseModel):
     text: str
 
 
+class ThinkingContent(BaseModel):
+    """What the model has thought. There is no signature: it may be sent back as it is, or left out."""
+
+    type: Literal["thinking"] = "thinking"
+    thinking: str
+    signature: str = ""
+
+
+class ToolUseContent(BaseModel):
+    """A call that the client is to make; without `input` if the model was cut off in it."""
+
+    type: Literal["tool_use"] = "tool_use"
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+MessageContent = TextContent | ThinkingContent | ToolUseContent
+
+
 class MessageReply(BaseModel):
-    """The assistant's turn; without any text its content is empty."""
+    """The assistant's turn; without any text, thought or call its content is empty."""
 
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[TextContent]
+    content: list[MessageContent]
     stop_reason: StopReason | None = Field(
         description="'model_context_window_exceeded' if there was no room for max_tokens; 'max_tokens' also at the end "
         "of its time"
@@ -225,7 +201,7 @@ class MessageStart(BaseModel):
 class BlockStart(BaseModel):
     type: Literal["content_block_start"] = "content_block_start"
     index: int
-    content_block: TextContent
+    content_block: MessageContent
 
 
 class TextDelta(BaseModel):
@@ -233,10 +209,20 @@ class TextDelta(BaseModel):
     text: str
 
 
+class ThinkingDelta(BaseModel):
+    type: Literal["thinking_delta"] = "thinking_delta"
+    thinking: str
+
+
+class InputJsonDelta(BaseModel):
+    type: Literal["input_json_delta"] = "input_json_delta"
+    partial_json: str
+
+
 class BlockDelta(BaseModel):
     type: Literal["content_block_delta"] = "content_block_delta"
     index: int
-    delta: TextDelta
+    delta: TextDelta | ThinkingDelta | InputJsonDelta
 
 
 class BlockStop(BaseModel):

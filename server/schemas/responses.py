@@ -10,7 +10,9 @@ from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.chat import ChatTokenLogprob
 from softbatch.server.schemas.joined_turns import joined_turns
+from softbatch.server.schemas.replies import is_none
 from softbatch.server.schemas.response_items import InputItems, TextConfig
+from softbatch.server.schemas.response_tools import ResponseToolFields
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     SEED_MASK,
@@ -38,14 +40,13 @@ Note = Annotated[str, StringConstraints(max_length=512)]
 
 
 class ReasoningConfig(RequestModel):
-    """How a model that thinks is to think; here none does."""
+    """How a model that can think before it answers is to do it. Thoughts are shown whole, so there is no summary."""
 
-    unsupported: ClassVar[Neutral] = {
-        "effort": ("none",),
-        # Of no thoughts there is no summary.
-        "summary": ("auto",),
-        "generate_summary": ("auto",),
-    }
+    unsupported: ClassVar[Neutral] = {"summary": ("auto",), "generate_summary": ("auto",)}
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="if the model's chat template knows it; 'none' is always allowed"
+    )
 
 
 class ResponseStreamOptions(RequestModel):
@@ -54,7 +55,7 @@ class ResponseStreamOptions(RequestModel):
     without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
 
 
-class ResponsesRequest(QueuedRequest):
+class ResponsesRequest(ResponseToolFields, QueuedRequest):
     """Answer a conversation. Nothing of it is kept: send the whole conversation each time.
 
     Fields of OpenAI's API that this server does not support are refused.
@@ -74,7 +75,6 @@ class ResponsesRequest(QueuedRequest):
             "prompt_cache_retention",
             "prompt_cache_options",
             "max_tool_calls",
-            "parallel_tool_calls",
         }
     )
     unsupported: ClassVar[Neutral] = {
@@ -82,9 +82,6 @@ class ResponsesRequest(QueuedRequest):
         "conversation": (),
         "context_management": ([],),
         "prompt": (),
-        "tools": ([],),
-        # Without tools there is nothing to choose.
-        "tool_choice": ("none", "auto"),
         "truncation": ("disabled",),
         "modalities": (["text"],),
         "moderation": (),
@@ -121,16 +118,20 @@ class ResponsesRequest(QueuedRequest):
     def _is_consistent(self) -> ResponsesRequest:
         if self.top_logprobs and LOGPROBS not in self.include:
             raise refusal("top_logprobs", f"only allowed with {LOGPROBS!r} in 'include'", "top_logprobs")
-        if self.input[-1].role == "assistant":
+        if self.input[-1].type == "message" and self.input[-1].role == "assistant":
             message = "the last turn is the assistant's, and going on with it is not supported; end with the user's"
             raise refusal("unsupported_role", message, f"input.{len(self.input) - 1}.role")
         return self
 
     @property
-    def turns(self) -> list[dict[str, str]]:
+    def turns(self) -> list[dict[str, Any]]:
         """As chat templates want them."""
-        front = [("system", self.instructions)] if self.instructions else []
-        return joined_turns([*front, *(item.part for item in self.input)])
+        front = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        return joined_turns([*front, *(item.turn for item in self.input)])
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning.effort if self.reasoning is not None else None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -161,13 +162,42 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class OutputMessage(BaseModel):
-    """The assistant's turn."""
+    """What the assistant says."""
 
     id: str
     type: Literal["message"] = "message"
     status: ItemStatus
     role: Literal["assistant"] = "assistant"
     content: list[ResponseText]
+
+
+class ReasoningText(BaseModel):
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str
+
+
+class OutputReasoning(BaseModel):
+    """What the model has thought."""
+
+    id: str
+    type: Literal["reasoning"] = "reasoning"
+    status: ItemStatus
+    summary: list[None] = []
+    content: list[ReasoningText]
+
+
+class OutputCall(BaseModel):
+    """A call that the client is to make."""
+
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItem = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputDetails(BaseModel):
@@ -212,16 +242,16 @@ class ResponseReply(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
-    parallel_tool_calls: bool = True
+    output: list[OutputItem]
+    parallel_tool_calls: bool
     previous_response_id: None = None
-    reasoning: dict[str, None] = {"effort": None, "summary": None}
+    reasoning: dict[str, str | None]
     service_tier: Literal["default"] = "default"
     store: Literal[False] = False
     temperature: float
     text: dict[str, Any]
-    tool_choice: Literal["auto"] = "auto"
-    tools: list[None] = []
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"
@@ -244,7 +274,7 @@ class ItemEvent(BaseModel):
     type: str
     sequence_number: int
     output_index: int
-    item: OutputMessage
+    item: OutputItem
 
 
 class PartEvent(BaseModel):
@@ -255,24 +285,20 @@ class PartEvent(BaseModel):
     item_id: str
     output_index: int
     content_index: int = 0
-    part: ResponseText
+    part: ResponseText | ReasoningText
 
 
-class OutputTextDelta(BaseModel):
-    type: Literal["response.output_text.delta"] = "response.output_text.delta"
+class TextEvent(BaseModel):
+    """'response.output_text.delta' with `delta`, and '.done' with `text`; so have 'response.reasoning_text' without
+    `logprobs`, and 'response.function_call_arguments' with `arguments` and without `content_index`."""
+
+    type: str
     sequence_number: int
     item_id: str
     output_index: int
-    content_index: int = 0
-    delta: str
-    logprobs: list[ChatTokenLogprob] = []
-
-
-class OutputTextDone(BaseModel):
-    type: Literal["response.output_text.done"] = "response.output_text.done"
-    sequence_number: int
-    item_id: str
-    output_index: int
-    content_index: int = 0
-    text: str
-    logprobs: list[ChatTokenLogprob] = []
+    content_index: int | None = Field(default=None, exclude_if=is_none)
+    delta: str | None = Field(default=None, exclude_if=is_none)
+    text: str | None = Field(default=None, exclude_if=is_none)
+    arguments: str | None = Field(default=None, exclude_if=is_none)
+    name: str | None = Field(default=None, exclude_if=is_none)
+    logprobs: list[ChatTokenLogprob] | None = Field(default=None, exclude_if=is_none)

@@ -230,3 +230,70 @@ def test_other_answers_than_replies_have_the_shape_too(tiny_server: Server) -> N
     for reply in wrong:
         assert isinstance(reply, httpx.Response)
         assert reply.json()["type"] == "error", reply.text
+
+
+WEATHER: Any = {
+    "name": "get_weather",
+    "description": "Tells the weather.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"indoors": {"type": "boolean"}},
+        "required": ["indoors"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_a_tool_that_must_be_called(client: Anthropic) -> None:
+    """Even by a random model: whole, in a stream, and with the result sent back."""
+    one = {"type": "any", "disable_parallel_tool_use": True}
+    fields: Any = {"model": "tiny-llama", "max_tokens": 200, "messages": TURNS, "extra_body": GREEDY}
+    fields |= {"tools": [WEATHER], "tool_choice": one}
+    reply = client.messages.create(**fields)
+    (call,) = reply.content
+    assert (call.type, call.name, reply.stop_reason) == ("tool_use", "get_weather", "tool_use")
+    assert call.input["indoors"] in (True, False)
+    with client.messages.stream(**fields) as stream:
+        kinds = [event.type for event in stream if event.type != "input_json"]
+        final = stream.get_final_message()
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+    assert (final.content[0].input, final.stop_reason) == (call.input, "tool_use")
+
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "It rains."}]}
+    history: Any = [
+        *TURNS,
+        {"role": "assistant", "content": reply.content},
+        {"role": "user", "content": [result, {"type": "text", "text": "And now?"}]},
+    ]
+    fields |= {"messages": history, "max_tokens": 100}
+    for choice in ({"type": "none"}, {"type": "tool", "name": "get_weather"}):
+        again = client.messages.create(**fields | {"tool_choice": choice})
+        assert again.content[0].type == ("text" if choice["type"] == "none" else "tool_use")
+    counted = client.messages.count_tokens(model="tiny-llama", messages=history, tools=[WEATHER]).input_tokens
+    usage = client.messages.create(**fields | {"tool_choice": {"type": "auto"}, "max_tokens": 1}).usage
+    assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
+        ({"tools": [WEATHER, WEATHER]}, "tools.1.name"),
+        ({"tools": [{"name": "a"}]}, "tools.0.input_schema"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools.0.name"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice.name"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages.0.content.0.tool_use_id"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]},
+            "messages.0.content.0.type",
+        ),
+    ],
+)
+def test_tools_that_cannot_be_called(tiny_server: Server, change: dict[str, Any], param: str) -> None:
+    reply = tiny_server.post("/v1/messages", {"max_tokens": 4, "messages": TURNS} | change)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,69 @@ def test_what_asks_for_nothing(tiny_server: Server) -> None:
     }
     reply = tiny_server.post("/v1/responses", {"input": "a", "max_output_tokens": 2} | fields)
     assert reply.status_code == 200, reply.text
+
+
+WEATHER: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Tells the weather.",
+    "strict": True,
+    "parameters": {
+        "type": "object",
+        "properties": {"indoors": {"type": "boolean"}},
+        "required": ["indoors"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_a_tool_that_must_be_called(client: OpenAI) -> None:
+    """Even by a random model: whole, in a stream, and with the result sent back."""
+    fields: Any = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    fields |= {"max_output_tokens": 200, **ASK}
+    reply = client.responses.create(**fields)
+    (call,) = reply.output
+    assert (call.type, call.name, reply.status) == ("function_call", "get_weather", "completed")
+    assert json.loads(call.arguments)["indoors"] in (True, False)
+    assert (reply.tools[0].name, reply.tool_choice) == ("get_weather", "required")
+
+    events: list[Any] = list(client.responses.create(stream=True, **fields))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert [event.type.removeprefix("response.") for event in events] == [
+        "created",
+        "in_progress",
+        "output_item.added",
+        *["function_call_arguments.delta"] * len(deltas),
+        "function_call_arguments.done",
+        "output_item.done",
+        "completed",
+    ]
+    assert "".join(deltas) == events[-3].arguments == call.arguments
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    with client.responses.stream(**fields) as stream:
+        assert stream.get_final_response().output[0].arguments == call.arguments
+
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "It rains."}
+    history: Any = [{"role": "user", "content": QUESTION}, call.model_dump(), result]
+    named = {"type": "function", "name": "get_weather"}
+    for choice in ("none", named):
+        again: Any = fields | {"input": history, "tool_choice": choice, "max_output_tokens": 100}
+        reply = client.responses.create(**again)
+        assert [item.type for item in reply.output] == ["message" if choice == "none" else "function_call"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [WEATHER, WEATHER]}, "tools.1.name"),
+        ({"tools": [WEATHER | {"parameters": {"type": "array"}}]}, "tools.0.parameters.type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+        ({"input": [{"type": "function_call_output", "output": "a"}]}, "input.0.call_id"),
+    ],
+)
+def test_tools_that_cannot_be_called(tiny_server: Server, change: dict[str, Any], param: str) -> None:
+    reply = tiny_server.post("/v1/responses", {"input": "a", "max_output_tokens": 2} | change)
+    assert reply.status_code == 400, reply.text
+    assert error_of(reply)["param"] == param
