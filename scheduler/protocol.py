@@ -56,6 +56,9 @@ class SoftPromptRef(msgspec.Struct, frozen=True):
     num_virtual_tokens: int
 
 
+Pooling = Literal["mean", "last"]
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_only=True):
     """Start a sequence. `token_ids` holds the prompt and, for a resumed request, the `num_delivered` output
     tokens at its end that an engine which has died had generated.
@@ -63,6 +66,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     `score_from` set: the log-probability of each prompt token from that index on, given all before it, is reported
     with `score_top` alternatives. The report comes with the first output token, or is the end if `max_tokens` is 0. A
     request for no output always sets it, to the number of its tokens if none is to be scored.
+
+    `pooling` set, with `max_tokens` 0: the model's last hidden states at the prompt's tokens are reported as one
+    vector, their mean or the last of them. Virtual tokens are seen by the others, but are not part of it.
 
     Among requests of one priority, each `owner` has an equal share of the tokens; it is a word that stands for
     somebody, never a key or a name.
@@ -78,6 +84,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     cache_salt: str = ""
     score_from: int | None = None
     score_top: int = 0
+    pooling: Pooling | None = None
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
@@ -111,7 +118,8 @@ class PromptLogprobs(TokenLogprobs, frozen=True, array_like=True):
 
 class SequenceOutput(msgspec.Struct, array_like=True):
     """What one step computed for one sequence. `num_computed` includes virtual tokens; `num_cached` counts the
-    prompt tokens that the prefix cache had when the sequence was first admitted."""
+    prompt tokens that the prefix cache had when the sequence was first admitted; `embedding` is what `pooling` has
+    made of the prompt."""
 
     request_id: str
     num_computed: int
@@ -122,6 +130,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     error: str | None = None
     scores: list[PromptLogprobs] | None = None
     num_cached: int = 0
+    embedding: list[float] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
+from softbatch.server.requests.embedding import Embedder
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -45,6 +46,7 @@ class Services:
     admission: Admission
     generator: Generator
     scorer: Scorer
+    embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
@@ -104,6 +106,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     admission=admission,
                     generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
+                    embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
                     compressions=compressions,

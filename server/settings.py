@@ -109,6 +109,9 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="share of the GPU's memory to use for weights, steps and KV cache"
     )
     block_size: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    embedding_pooling: Literal["mean", "last"] = Field(
+        "mean", description="what /v1/embeddings makes of a text's last hidden states if a request does not say it"
+    )
     async_scheduling: Literal["auto", "on", "off"] = Field(
         "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
     )
