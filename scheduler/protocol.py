@@ -70,8 +70,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     `pooling` set, with `max_tokens` 0: the model's last hidden states at the prompt's tokens are reported as one
     vector, their mean or the last of them. Virtual tokens are seen by the others, but are not part of it.
 
-    Among requests of one priority, each `owner` has an equal share of the tokens; it is a word that stands for
-    somebody, never a key or a name.
+    Among requests of one priority, each `owner` has a share of the tokens by its `weight`; it is a word that stands
+    for somebody, never a key or a name.
     """
 
     request_id: str
@@ -81,6 +81,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     soft_prompt: SoftPromptRef | None = None
     priority: int = 0
     owner: str = ""
+    weight: float = 1.0
     cache_salt: str = ""
     score_from: int | None = None
     score_top: int = 0
@@ -155,7 +156,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses.
 
     `started_at` is when the front end started the process, in monotonic seconds. `kv_cache_gib` None: on a GPU the KV
-    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size."""
+    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size. `step_target`, in seconds, None: short on a
+    CPU, none on a GPU."""
 
     model: str
     served_model_name: str | None = None
@@ -165,6 +167,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     max_batch_size: int = 32
     max_batch_tokens: int = 1024
+    step_target: float | None = None
     max_model_len: int | None = None
     max_queue_size: int = 256
     kv_cache_gib: float | None = None

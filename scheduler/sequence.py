@@ -49,6 +49,7 @@ class Sequence:
         "tokens",
         "turn",
         "was_admitted",
+        "weight",
     )
 
     def __init__(self, request: AddRequest, arrival: int, turn: int = 0) -> None:
@@ -60,6 +61,7 @@ class Sequence:
         self.num_virtual = request.soft_prompt.num_virtual_tokens if request.soft_prompt else 0
         self.priority = request.priority
         self.owner = request.owner
+        self.weight = request.weight
         self.cache_salt = request.cache_salt
         self.arrival = arrival
         self.turn = turn

@@ -147,6 +147,7 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         max_waiting_tokens=settings.max_queue_tokens,
         max_waiting_per_owner=settings.max_queue_size_per_key,
         request_timeout=settings.request_timeout,
+        weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
 
@@ -161,6 +162,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
+        step_target=settings.step_target,
         max_model_len=settings.max_model_len,
         max_queue_size=settings.max_queue_size,
         kv_cache_gib=settings.kv_cache_gib,

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softbatch.server.http.errors import ANTHROPIC_PATHS, ApiError, error_response
+from softbatch.server.key_weights import owner_of
 from softbatch.server.observability.request_record import current
 
 
@@ -31,10 +32,14 @@ class AuthMiddleware:
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
         self.app = app
         # Digests have one length, so comparing them tells nothing about the keys' lengths.
-        digests = {hashlib.sha256(key.encode()).digest(): key in admin_keys for key in (*api_keys, *admin_keys)}
+        keys = dict.fromkeys((*api_keys, *admin_keys))
         self._keys = tuple(
-            _Key(digest, digest.hex()[:12] if len(digests) > 1 else "", is_admin or not admin_keys)
-            for digest, is_admin in digests.items()
+            _Key(
+                hashlib.sha256(key.encode()).digest(),
+                owner_of(key) if len(keys) > 1 else "",
+                key in admin_keys or not admin_keys,
+            )
+            for key in keys
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

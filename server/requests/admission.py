@@ -10,8 +10,8 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from softbatch.scheduler.protocol import AddRequest, Pooling, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
@@ -26,11 +26,14 @@ from softbatch.server.requests.leases import Lease, SoftPromptLeases
 class Places:
     """Places held for requests that are being prepared, and the leases taken for them so far."""
 
-    def __init__(self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str) -> None:
+    def __init__(
+        self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str, weight: float
+    ) -> None:
         self._leases = leases
         self._arrived = arrived
         self.deadline = deadline
         self._owner = owner
+        self._weight = weight
         self.prompt_tokens = 0
         self.leased: list[Lease] = []
 
@@ -63,6 +66,7 @@ class Places:
             soft_prompt=lease.ref if lease else None,
             priority=priority,
             owner=self._owner,
+            weight=self._weight,
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
             score_top=score_top,
@@ -74,13 +78,14 @@ class Places:
 @dataclass(frozen=True)
 class AdmissionLimits:
     """`slots` sequences run at once, all else bounds those who wait behind them; None: no limit. `request_timeout`, in
-    seconds, is for requests that bring none."""
+    seconds, is for requests that bring none. `weights` are shares of owners, 1 for those that are not there."""
 
     slots: int
     max_waiting: int
     max_waiting_tokens: int | None = None
     max_waiting_per_owner: int | None = None
     request_timeout: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class Admission:
@@ -114,7 +119,7 @@ class Admission:
         seconds = self._limits.request_timeout if timeout is None else timeout
         if deadline is None and seconds is not None:
             deadline = Deadline(now + seconds, seconds)
-        places = Places(self._leases, now, deadline, owner)
+        places = Places(self._leases, now, deadline, owner, self._limits.weights.get(owner, 1.0))
         try:
             yield places
             self._check_tokens(count, places.prompt_tokens)
@@ -124,17 +129,21 @@ class Admission:
                 self._leases.release(lease)
             raise
 
-    def _take(self, count: int, owner: str) -> None:
+    def check_room(self, count: int = 1) -> None:
+        """Whether so many places are left, whosever. Raises QueueFull or EngineAway."""
         if self.draining or self._engine.has_ended:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
             reason = "the server is shutting down" if self.draining else "the engine cannot be kept alive"
             raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
+        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
+            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+
+    def _take(self, count: int, owner: str) -> None:
         if count > self._capacity:
             raise TooManySequences(
                 f"this asks for {count} sequences at once; the server takes {self._capacity} at the most"
             )
-        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
-            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+        self.check_room(count)
         most = self._limits.max_waiting_per_owner
         if most is not None:
             own = sum(1 for request in self._engine.waiting() if request.add.owner == owner) + self._reserved[owner]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from softbatch.server.http.errors import TGI_PATHS
 from softbatch.server.routes import (
     chat,
     completions,
@@ -20,6 +21,9 @@ from softbatch.server.routes import (
     soft_prompts,
     tokenize,
 )
+
+# Whose requests go to the engine.
+SERVING_PATHS = TGI_PATHS | {chat.ROUTE, completions.ROUTE, score.ROUTE}
 
 ROUTERS: tuple[APIRouter, ...] = (
     generate.router,
