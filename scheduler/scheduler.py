@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from softbatch.scheduler.block_pool import BlockPool
+from softbatch.scheduler.decode_shares import DecodeCost, who_decodes
 from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim, turn
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.sequence import Sequence
@@ -56,6 +58,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of precedence
         # Lower than the batch size after the device ran out of memory, until a sequence leaves.
         self._admission_limit = config.max_batch_size
+        self.decode_cost = DecodeCost()
+        self._steps = 0
         self._arrivals = 0
         self._prompts_begun = 0  # tokens
         self._preemptions = 0
@@ -124,8 +128,13 @@ class Scheduler:
         """Plan the next step: decodes, then prefills of soft prompts, then of sequences, waiting ones included, in
         order of precedence."""
         step = Step()
-        left = self._continue_decodes(step)
-        budget = min(left, self.pace.for_prefills(self.config.max_batch_tokens - left))
+        self._steps += 1
+        chosen = None
+        if len({sequence.owner for sequence in self.running}) > 1:
+            chosen = who_decodes([s for s in self.running if s.is_decoding], self.decode_cost, self._steps)
+        left = self._continue_decodes(step, chosen)
+        decodes = self.config.max_batch_tokens - left
+        budget = min(left, self.pace.for_prefills(decodes, shared=chosen is not None))
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
@@ -226,13 +235,20 @@ class Scheduler:
             if users != prompt.users:
                 raise AssertionError(f"soft prompt {prompt.ref.sha256} counts {prompt.users} users, has {users}")
 
-    def _continue_decodes(self, step: Step) -> int:
-        """Schedule one token per decoding sequence. If blocks run out, preempt. Returns the remaining token budget."""
+    def observe(self, step: Step, seconds: float) -> None:
+        """A step took so long."""
+        self.pace.observe(step.num_tokens, seconds)
+        if step.num_tokens == len(step.rows):
+            self.decode_cost.observe(len(step.rows), seconds)
+
+    def _continue_decodes(self, step: Step, chosen: Collection[Sequence] | None) -> int:
+        """Schedule one token for each decoding sequence, or each of those chosen. If blocks run out, preempt. Returns
+        the remaining token budget."""
         budget = self.config.max_batch_tokens
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if sequence.length - sequence.num_computed == 1 and not sequence.will_end and not sequence.awaits_token:
+            if (chosen is None or sequence in chosen) and sequence.is_decoding:
                 while not self._blocks.grow(sequence):
                     if not must_preempt(self.running):
                         break

@@ -111,6 +111,11 @@ class Sequence:
         return bool(self.params.grammar) or any(len(word) > 1 for word in self.params.bad_words)
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether the next step can compute its last token alone, and sample another."""
+        return self.length - self.num_computed == 1 and not self.will_end and not self.awaits_token
+
+    @property
     def max_length(self) -> int:
         """The length at which the sequence must end."""
         return self.num_virtual + self.num_prompt + self.params.max_tokens

@@ -22,9 +22,11 @@ class StepPace:
         self._most = most
         self._limit = most if target is None else min(most, _FIRST)
 
-    def for_prefills(self, num_decodes: int) -> int:
-        """How many tokens prefills may take beside so many decodes."""
+    def for_prefills(self, num_decodes: int, *, shared: bool = False) -> int:
+        """How many tokens prefills may take beside so many decodes; `shared`: of which some wait for others' sake."""
         left = self._most - num_decodes
+        if shared:
+            return min(left, LEAST)
         return min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, self._limit - num_decodes))
 
     def observe(self, num_tokens: int, seconds: float) -> None:

@@ -158,7 +158,8 @@ class Engine:
         num_tokens = sum(one.step.num_tokens for one in ended)
         if ended:
             self._last_end = now
-            self.scheduler.pace.observe(num_tokens // len(ended), step_seconds / len(ended))
+        for one in ended:
+            self.scheduler.observe(one.step, step_seconds / len(ended))
         return StepOutput(
             outputs=report.outputs,
             stats=self.stats,

@@ -239,7 +239,7 @@ def test_a_slow_machine_cuts_prefills_smaller_and_no_prompt_takes_longer_steps_t
             scheduler.add(request(f"long{index}", tokens=[index + 1] * 2000, max_tokens=2))
         while scheduler.has_work:
             step, _ = drive(scheduler, runner, received)
-            scheduler.pace.observe(step.num_tokens, step.num_tokens * seconds_per_token)
+            scheduler.observe(step, step.num_tokens * seconds_per_token)
             sizes.append(step.num_tokens)
         wanted = min(1024, max(0.05 / seconds_per_token, LEAST))
         assert 0.4 * wanted <= sorted(sizes)[len(sizes) // 2] <= wanted
