@@ -119,6 +119,10 @@ class Dialect:
             self._text,
         )
 
+    def history(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Turns with calls and results as the chat template wants them."""
+        return self._prompt.history(turns)
+
     def template_fields(self, wanted: Mapping[str, Any], effort: str | None = None) -> dict[str, Any]:
         """What the template is given of `chat_template_kwargs` and `reasoning_effort`. Raises InvalidPrompt for what it
         does not read; that nothing of a kind be done is granted by a template that knows nothing of it."""

@@ -46,7 +46,7 @@ class ToolPrompt:
     def conversation(
         self, turns: Sequence[Turn], tools: Sequence[Tool], fields: Fields, *, has_soft_prompt: bool
     ) -> Conversation:
-        history = self._history(turns)
+        history = self.history(turns)
         described = [tool.as_json() for tool in tools]
         beside = None
         if tools and has_soft_prompt:
@@ -132,7 +132,7 @@ class ToolPrompt:
             return self._instruction(described)
         return text.strip()
 
-    def _history(self, turns: Sequence[Turn]) -> list[Turn]:
+    def history(self, turns: Sequence[Turn]) -> list[Turn]:
         """Turns with calls and results as the template wants them."""
         if not any(turn.get("tool_calls") or turn["role"] == "tool" for turn in turns):
             return list(turns)
