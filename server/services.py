@@ -19,6 +19,7 @@ from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
@@ -90,6 +91,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 running=lambda: engine.num_running,
                 registered=lambda: len(store.list()),
             )
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)

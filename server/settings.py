@@ -159,6 +159,9 @@ class Settings(BaseSettings):
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
+    vllm_metric_names: bool = Field(
+        False, description="give queue, batch and KV use under vLLM's names too, for routers that know only those"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
 
     @field_validator("allow_origin", mode="before")
