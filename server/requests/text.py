@@ -18,13 +18,13 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatPrompt:
     """Chat turns, and what else the template is given, such as tools. `beside_system` are both if a soft prompt stands
     for the system turn."""
 
     turns: Sequence[Message]
     fields: Mapping[str, Any] = field(default_factory=dict)
-    beside_system: Conversation | None = None
+    beside_system: ChatPrompt | None = None
 
 
 class TextProcessor:
@@ -77,14 +77,14 @@ class TextProcessor:
 
     def render(
         self,
-        chat: Sequence[Message] | Conversation,
+        chat: Sequence[Message] | ChatPrompt,
         replaces: Replaces = "nothing",
         add_generation_prompt: bool = True,
     ) -> str:
         """Chat turns as the text the model was trained on, with what people wrote quoted; `replaces` says what a soft
         prompt stands for."""
-        if not isinstance(chat, Conversation):
-            chat = Conversation(chat)
+        if not isinstance(chat, ChatPrompt):
+            chat = ChatPrompt(chat)
         if replaces == "system" and chat.beside_system is not None:
             chat = chat.beside_system
         if not self.tokenizer.chat_template:
