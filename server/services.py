@@ -21,6 +21,7 @@ from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
+from softbatch.server.requests.embedding import Embedder
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -45,6 +46,7 @@ class Services:
     admission: Admission
     generator: Generator
     scorer: Scorer
+    embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
@@ -104,6 +106,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     admission=admission,
                     generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
+                    embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
                     compressions=compressions,
@@ -144,6 +147,7 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         max_waiting_tokens=settings.max_queue_tokens,
         max_waiting_per_owner=settings.max_queue_size_per_key,
         request_timeout=settings.request_timeout,
+        weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
 
@@ -158,6 +162,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
+        step_target=settings.step_target,
         max_model_len=settings.max_model_len,
         max_queue_size=settings.max_queue_size,
         kv_cache_gib=settings.kv_cache_gib,

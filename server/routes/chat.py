@@ -12,7 +12,14 @@ from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, gather
 from softbatch.server.requests.generation import Generation, GenerationRequest
 from softbatch.server.routes.chat_stream import ChatStream, finish_reason_of, logprobs_of
-from softbatch.server.routes.common import json_reply, named_soft_prompt, services_of, start_all, usage_of
+from softbatch.server.routes.common import (
+    json_reply,
+    named_soft_prompt,
+    services_of,
+    shown_tokens,
+    start_all,
+    usage_of,
+)
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.chat import (
     AssistantMessage,
@@ -49,7 +56,8 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
         choices = [_choice(body, plan, index, choice) for index, choice in enumerate(await gather(generations))]
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
-        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage))
+        prompt_ids = generations[0].prompt_ids if body.return_token_ids else None
+        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, prompt_token_ids=prompt_ids))
 
     return await until_disconnect(request, complete())
 
@@ -80,13 +88,17 @@ def _requests(services: Services, body: ChatCompletionRequest, plan: ChatPlan) -
             seed=body.seed_of(choice),
             max_tokens=body.token_limit,
             stop=tuple(body.stop),
+            include_stop=body.include_stop_str_in_output,
+            shown_tokens=plan.shown_tokens if body.skip_special_tokens else services.text.tokens.hidden,
+            truncate=body.truncate_prompt_tokens,
+            bad_words=tuple(body.bad_words),
+            chat_end=body.chat_end,
             soft_prompt=soft_prompt,
             priority=body.priority,
             cache_salt=body.cache_salt,
             user=body.user,
             output_format=plan.output_format,
             timeout=body.timeout,
-            shown_tokens=plan.shown_tokens,
             route=ROUTE,
         )
         for choice in range(body.n)
@@ -117,7 +129,8 @@ def _choice(body: ChatCompletionRequest, plan: ChatPlan, index: int, choice: Cho
             reasoning_content=message.reasoning or None,
             reasoning=message.reasoning or None,
         ),
-        logprobs=logprobs_of(choice.tokens) if body.logprobs else None,
+        logprobs=logprobs_of(shown_tokens(body, choice.tokens)) if body.logprobs else None,
         finish_reason=finish_reason_of(choice.finish_reason or "stop", has_calls=bool(calls)),
         stop_reason=choice.stop_reason,
+        token_ids=[token.id for token in choice.tokens] if body.return_token_ids else None,
     )
