@@ -16,7 +16,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
-from softbatch.scheduler.protocol import EngineConfig
+from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.vllm_names import VllmNames
@@ -62,10 +62,7 @@ class Services:
 async def running_services(settings: Settings) -> AsyncIterator[Services]:
     """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
     started = time.monotonic()
-    try:
-        store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
-    except OSError as error:
-        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+    store = _prompt_store(settings)
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
         leased = exits.enter_context(_leases(store.root))
@@ -76,10 +73,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
-            since = time.monotonic()
-            tokenizer = await asyncio.to_thread(load_tokenizer, ready.model.tokenizer_path)
-            text = TextProcessor(tokenizer, ready.model.max_model_len)
-            logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+            text = await asyncio.to_thread(_text_processor, ready)
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
@@ -121,6 +115,21 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")
+
+
+def _prompt_store(settings: Settings) -> PromptStore:
+    """Raises StartupError."""
+    try:
+        return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    except OSError as error:
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+
+
+def _text_processor(ready: Ready) -> TextProcessor:
+    since = time.monotonic()
+    text = TextProcessor(load_tokenizer(ready.model.tokenizer_path), ready.model.max_model_len)
+    logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+    return text
 
 
 @contextlib.contextmanager

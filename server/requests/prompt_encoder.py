@@ -9,9 +9,9 @@ from typing import TypeGuard
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
 from softbatch.server.requests.leases import Lease
-from softbatch.server.requests.text import ChatEnd, Conversation, Message, TextProcessor
+from softbatch.server.requests.text import ChatEnd, ChatPrompt, Message, TextProcessor
 
-Prompt = str | Sequence[int] | Sequence[Message] | Conversation
+Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 # Texts longer than this are tokenised in a thread, so that they do not stall the event loop. So are those with quotes,
 # as the first of them takes long.
 LONG_TEXT = 4096
@@ -111,7 +111,7 @@ class PromptEncoder:
         )
 
 
-def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | Conversation]:
-    if isinstance(prompt, str | Conversation):
-        return isinstance(prompt, Conversation)
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | ChatPrompt]:
+    if isinstance(prompt, str | ChatPrompt):
+        return isinstance(prompt, ChatPrompt)
     return len(prompt) > 0 and isinstance(prompt[0], Mapping)

@@ -31,7 +31,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 
     def work() -> TokenizeReply:
         if body.messages is not None:
-            turns = [message.as_turn() for message in body.messages]
+            turns = services.dialect.history([message.as_turn() for message in body.messages])
             text, special = (
                 services.text.render(turns, replaces, "answer" if body.add_generation_prompt else "turn"),
                 False,
