@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.protocol import Pooling
 from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.openai_requests import client_of
+from tests.support.pooling import pooled_states
 from tests.support.servers import Server, error_of
 
 TEXTS = ["The harbour office opens at seven.", "Ring the brass bell twice, and wait.", "Bread"]
@@ -28,14 +30,10 @@ def client(tiny_server: Server) -> Iterator[OpenAI]:
         yield client
 
 
-@torch.inference_mode()
-def expected(reference: Reference, text: str, pooling: str = "mean", front: torch.Tensor | None = None) -> list[float]:
-    ids = reference.tokenizer(text, return_tensors="pt")["input_ids"]
-    inputs = reference.model.get_input_embeddings()(ids)
-    if front is not None:
-        inputs = torch.cat([front[None], inputs], dim=1)
-    states = reference.model(inputs_embeds=inputs, output_hidden_states=True).hidden_states[-1][0, -ids.shape[1] :]
-    return of_length_one((states.mean(0) if pooling == "mean" else states[-1]).tolist())
+def expected(
+    reference: Reference, text: str, pooling: Pooling = "mean", prompt: SoftPrompt | None = None
+) -> list[float]:
+    return of_length_one(pooled_states(reference, reference.tokenizer(text)["input_ids"], pooling, prompt))
 
 
 def of_length_one(vector: Sequence[float]) -> list[float]:
@@ -79,7 +77,7 @@ def test_behind_a_soft_prompt(
     assert tiny_server.upload("embed-manual", save_prompt(prompt, tmp_path, "p")).status_code == 201
     reply = client.embeddings.create(model="embed-manual", input=TEXTS[:2])
     for text, found in zip(TEXTS, reply.data, strict=False):
-        assert found.embedding == pytest.approx(expected(tiny_llama, text, front=prompt.embeddings), abs=1e-4)
+        assert found.embedding == pytest.approx(expected(tiny_llama, text, prompt=prompt), abs=1e-4)
     tokens = sum(len(tiny_llama.tokenizer(text)["input_ids"]) + 13 for text in TEXTS[:2])
     assert reply.usage.prompt_tokens == tokens
     assert tiny_server.http.delete("/v1/soft_prompts/embed-manual").status_code == 200

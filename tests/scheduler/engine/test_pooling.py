@@ -9,34 +9,10 @@ import msgspec
 import pytest
 import torch
 
-from softbatch.prompt_store.soft_prompt_file import SoftPrompt
-from softbatch.scheduler.protocol import AddRequest, Pooling, SamplingParams, SoftPromptRef
+from softbatch.scheduler.protocol import Pooling, SoftPromptRef
 from tests.support.engines import build, check_empty, drain, make_request, tokens_of
 from tests.support.models import Reference, load_reference, make_soft_prompt, save_prompt
-
-
-@torch.inference_mode()
-def expected(reference: Reference, token_ids: list[int], pooling: str, prompt: SoftPrompt | None = None) -> list[float]:
-    inputs = reference.model.get_input_embeddings()(torch.tensor([token_ids]))
-    virtual = 0
-    if prompt is not None:
-        virtual = prompt.manifest.num_virtual_tokens
-        inputs = torch.cat([prompt.embeddings[None], inputs], dim=1)
-    states = reference.model(inputs_embeds=inputs, output_hidden_states=True).hidden_states[-1][0, virtual:]
-    return (states.mean(0) if pooling == "mean" else states[-1]).tolist()
-
-
-def embedding_request(
-    name: str, token_ids: list[int], pooling: Pooling, soft_prompt: SoftPromptRef | None = None
-) -> AddRequest:
-    return AddRequest(
-        request_id=name,
-        token_ids=token_ids,
-        params=SamplingParams(max_tokens=0),
-        soft_prompt=soft_prompt,
-        score_from=len(token_ids),
-        pooling=pooling,
-    )
+from tests.support.pooling import embedding_request, pooled_states
 
 
 @pytest.mark.parametrize("async_scheduling", ["off", "on"])
@@ -53,7 +29,7 @@ def test_embeddings_equal_transformers(tiny: Reference, tmp_path: Path, async_sc
         tokens = shared + [rng.randrange(100, 40_000) for _ in range(rng.randint(0, 20))] if i else shared[:1]
         soft, pooling = (ref if i % 2 else None), "mean" if i % 3 else "last"
         requests.append(embedding_request(f"e{i}", tokens, pooling, soft))
-        wanted[f"e{i}"] = expected(tiny, tokens, pooling, prompt if soft else None)
+        wanted[f"e{i}"] = pooled_states(tiny, tokens, pooling, prompt if soft else None)
         requests.append(make_request(f"g{i}", tokens, max_tokens=25))
     found = drain(engine, requests)
     assert engine.stats.preemptions_total > 0
@@ -82,5 +58,5 @@ def test_states_that_are_not_finite_fail_alone(tiny_models: dict[str, str], pool
     good, bad = list(range(500, 520)), list(range(600, 610))
     found = drain(engine, [embedding_request("bad", bad, pooling), embedding_request("good", good, pooling)])
     assert found["bad"][-1].error == "the model's hidden states are not finite"
-    assert found["good"][-1].embedding == pytest.approx(expected(reference, good, pooling), abs=1e-4)
+    assert found["good"][-1].embedding == pytest.approx(pooled_states(reference, good, pooling), abs=1e-4)
     check_empty(engine)
