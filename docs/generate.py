@@ -211,6 +211,8 @@ def errors() -> str:
     )
     text += "their own exceptions for the types `validation`, `overloaded` (429, 503) and `generation` (5xx):\n\n"
     text += '```json\n{"error": "…", "error_type": "…", "param": "…", "code": "…"}\n```\n\n'
+    text += "On `/v1/messages` and `/v1/messages/count_tokens` it is Anthropic's, with Anthropic's types:\n\n"
+    text += '```json\n{"type": "error", "error": {"type": "…", "message": "…", "param": "…", "code": "…"}}\n```\n\n'
     text += "`message` is for people and may change. `param` names the field at fault, or is null. `code` is stable:\n"
     text += "decide on it. If an answer carries `Retry-After`, the same request may work later.\n"
     text += "\n## Types\n"

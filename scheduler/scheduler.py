@@ -12,6 +12,7 @@ from softbatch.scheduler.sequence_blocks import SequenceBlocks
 from softbatch.scheduler.soft_prompt_cache import LoadState, SoftPromptCache
 from softbatch.scheduler.soft_prompt_loads import SoftPromptLoads
 from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
+from softbatch.scheduler.step_pace import StepPace
 from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
 
 
@@ -26,6 +27,8 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int]
     # Positions of one step whose logits score a prompt's token: each has a row as long as the vocabulary.
     max_scored_tokens: int = 1 << 16
+    # Seconds that a step with prefills should take; None: as long as its tokens need.
+    step_target: float | None = None
 
 
 class Scheduler:
@@ -49,6 +52,7 @@ class Scheduler:
         self.soft_prompt_loads = SoftPromptLoads(
             self.soft_prompts, self.waiting, config.max_batch_size, config.num_blocks // 4
         )
+        self.pace = StepPace(config.step_target, config.max_batch_tokens)
         self.running: list[Sequence] = []  # in order of precedence
         # Lower than the batch size after the device ran out of memory, until a sequence leaves.
         self._admission_limit = config.max_batch_size
@@ -120,7 +124,8 @@ class Scheduler:
         """Plan the next step: decodes, then prefills of soft prompts, then of sequences, waiting ones included, in
         order of precedence."""
         step = Step()
-        budget = self._continue_decodes(step)
+        left = self._continue_decodes(step)
+        budget = min(left, self.pace.for_prefills(self.config.max_batch_tokens - left))
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
@@ -133,7 +138,8 @@ class Scheduler:
     def admit_late(self, step: Step) -> None:
         """Add soft prompts that were read after `schedule()`, and sequences that waited for them, within the token
         budget."""
-        budget = self.config.max_batch_tokens - step.num_tokens
+        decodes = sum(1 for row in step.rows if row.num_tokens == 1)
+        budget = self.pace.for_prefills(decodes) - (step.num_tokens - decodes)
         self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False))
 
     def mark_in_flight(self, step: Step) -> None:
@@ -161,8 +167,12 @@ class Scheduler:
             output = SequenceOutput(sequence.request_id, end, num_cached=sequence.num_cached)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
+                if sequence.request_id in result.state_sums:
+                    sequence.add_states(result.state_sums[sequence.request_id])
                 if end >= sequence.num_virtual + sequence.num_prompt:
                     output.scores, sequence.scores, sequence.score_from = sequence.scores, [], None
+                    if sequence.pooling is not None:
+                        output.embedding = sequence.take_embedding()
                     if sequence.params.max_tokens == 0:
                         output.finish_reason = "length"
                         self._leave(sequence)
@@ -309,7 +319,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave(sequence)
-        sequence.scores = []
+        sequence.scores, sequence.state_sum = [], []
         self.waiting.push(sequence, bounded=False)
         self._preemptions += 1
         step.report.preempted.append(sequence.request_id)

@@ -19,7 +19,9 @@ from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
+from softbatch.server.requests.embedding import Embedder
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -29,6 +31,7 @@ from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.tools.dialect import Dialect
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +46,12 @@ class Services:
     admission: Admission
     generator: Generator
     scorer: Scorer
+    embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
+    dialect: Dialect
     metrics: Metrics
     temporary: Path
     spec: ModelSpec
@@ -88,6 +93,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 running=lambda: engine.num_running,
                 registered=lambda: len(store.list()),
             )
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
@@ -99,10 +106,12 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     admission=admission,
                     generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
+                    embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
                     compressions=compressions,
                     text=text,
+                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
                     temporary=temporary,
                     spec=spec,
@@ -138,6 +147,7 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         max_waiting_tokens=settings.max_queue_tokens,
         max_waiting_per_owner=settings.max_queue_size_per_key,
         request_timeout=settings.request_timeout,
+        weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
 
@@ -152,6 +162,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
+        step_target=settings.step_target,
         max_model_len=settings.max_model_len,
         max_queue_size=settings.max_queue_size,
         kv_cache_gib=settings.kv_cache_gib,

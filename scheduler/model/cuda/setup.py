@@ -19,7 +19,8 @@ from softbatch.scheduler.model.cuda.graphs import Capturer, GraphForward
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
-from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
+from softbatch.scheduler.model.sampling.adjustments import SampleInput
+from softbatch.scheduler.model.sampling.sampler import Samples, sample
 from softbatch.scheduler.protocol import EngineConfig, SamplingParams
 
 

@@ -130,12 +130,18 @@ class DecoderForward:
             decoder.limit_windows(most or 0)
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        return self._run(batch, as_states=False)
+
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
+        return self._run(batch, as_states=True)
+
+    def _run(self, batch: RaggedBatch, *, as_states: bool) -> torch.Tensor:
         inputs = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             inputs[first : first + embeddings.shape[0]] = embeddings
         attention = batch.attention
         decoder = self._decoder if inputs.shape[0] < LONG_STEP else self._decoder_of_long_steps
-        logits: torch.Tensor = decoder.forward(
+        out: torch.Tensor = decoder.forward(
             inputs,
             batch.positions,
             attention.query_start,
@@ -143,5 +149,6 @@ class DecoderForward:
             attention.block_table,
             attention.slot_mapping,
             batch.logit_rows,
+            as_states,
         )
-        return logits
+        return out

@@ -34,7 +34,7 @@ class DecoderBase : public torch::CustomClassHolder {
   virtual void set_head(const at::Tensor& norm, const at::Tensor& weight, const OptionalTensor& bias) = 0;
   virtual at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
                              const at::Tensor& context_len, const at::Tensor& block_table,
-                             const at::Tensor& slot_mapping, const at::Tensor& logit_rows) = 0;
+                             const at::Tensor& slot_mapping, const at::Tensor& logit_rows, bool as_states) = 0;
 };
 
 namespace {
@@ -83,7 +83,7 @@ class Decoder final : public DecoderBase {
 
   at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
                      const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping,
-                     const at::Tensor& logit_rows) override {
+                     const at::Tensor& logit_rows, bool as_states) override {
     const int64_t tokens = hidden.size(0);
     TORCH_CHECK(!layers_.empty() && int64_t(norm_.size()) == size_, "a decoder takes layers, and a head of their size");
     TORCH_CHECK(hidden.size(1) == size_ && hidden.scalar_type() == c10::CppTypeToScalarType<T>::value,
@@ -92,13 +92,15 @@ class Decoder final : public DecoderBase {
     check_rows(positions, tokens, std::numeric_limits<int64_t>::max(), "positions");
     check_rows(logit_rows, logit_rows.size(0), tokens, "logit_rows");
 
-    const at::Tensor inputs = hidden.contiguous(), logits = logits_for(logit_rows.size(0));
-    Step<W, T> step = working_memory(tokens, logit_rows.size(0));
+    const int64_t wanted = logit_rows.size(0);
+    const at::Tensor inputs = hidden.contiguous();
+    const at::Tensor out = as_states ? at::empty({wanted, size_}, at::kFloat) : logits_for(wanted);
+    Step<W, T> step = working_memory(tokens, wanted);
     step.inputs = inputs.const_data_ptr<T>();
     step.positions = positions.const_data_ptr<int64_t>();
     step.slots = slot_mapping.const_data_ptr<int64_t>();
     step.wanted.tokens = logit_rows.const_data_ptr<int64_t>();
-    step.logits = {logits.data_ptr<float>(), head_.outputs};
+    (as_states ? step.states : step.logits) = Rows{out.data_ptr<float>(), out.size(1)};
     step.problem = problem_of(step, query_start, context_len, block_table);
     const Plans plans = plans_of(step.problem, context_len.size(0));
     int64_t partials = 0;
@@ -109,7 +111,7 @@ class Decoder final : public DecoderBase {
       std::vector<float> row(std::max({size_, heads_ * dim_, inner_}));
       run_layers({team, row.data()}, step, plans);
     });
-    return logits;
+    return out;
   }
 
  private:
@@ -209,6 +211,12 @@ class Decoder final : public DecoderBase {
                   step.all.residual.data + step.wanted.token(row) * size_, size_ * sizeof(float));
     });
     behind_attention(worker, step, *layers_.back(), step.wanted);
+    if (step.states.data) {
+      worker.team.for_each(step.wanted.count, [&](int64_t row) {
+        rms_norm(step.wanted.residual.data + row * size_, norm_, epsilon_, step.states.data + row * size_);
+      });
+      return;
+    }
     fill_normed(worker, step.wanted, norm_);
     if (shape_.logit_scale == 1.0f && shape_.logit_softcap == 0.0f)
       return matmul(worker.team, head_, step.wanted.inputs->hidden, written_to(step.logits));
