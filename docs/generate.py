@@ -284,6 +284,7 @@ def _differences(model: Any) -> Iterator[str]:
         (names & {"post_feedforward_layernorm"}, "norms behind attention and MLP"),
         (0 in (getattr(config, "no_rope_layers", None) or ()), "layers without positions"),
         (positions.get("partial_rotary_factor", 1) != 1, "partial rotary"),
+        ("llama_4_scaling_beta" in positions, "queries scaled by position"),
         (len({id(each) for each in positions.values() if isinstance(each, Mapping)}) > 1, "several rotary bases"),
         (getattr(config, "num_local_experts", None), "experts"),
         (getattr(config, "residual_multiplier", 1) != 1, "multipliers"),

@@ -41,18 +41,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
     "olmo3": SIZES,
     "ministral": SIZES | {"head_dim": 8},
+    "ministral3": SIZES | {"head_dim": 8},
     "cohere2": SIZES,
     "starcoder2": SIZES,
     "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": SIZES | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 WINDOW = 13
+SCALED_BY_POSITION = {
+    "rope_type": "yarn",
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 16,
+    "rope_theta": 1e4,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 # Windows shorter than a prompt, and what else a family does otherwise than Llama: each is served as transformers
 # computes it (tests/scheduler/engine/test_families.py). The names are those that people know them by.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {}),
     "Mistral": ("mistral", {"sliding_window": WINDOW}),
     "Ministral": ("ministral", {"sliding_window": WINDOW, "layer_types": MIXED}),
+    "Ministral 3": ("ministral3", {"rope_parameters": SCALED_BY_POSITION}),
     "Mixtral": ("mixtral", {"sliding_window": WINDOW}),
     "Qwen2, Qwen2.5": ("qwen2", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
     "Qwen3": ("qwen3", {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1}),

@@ -98,10 +98,20 @@ def refuse_unsupported(config: Any) -> None:
     # A window of the longest sequence hides nothing.
     slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
     hides = slides and window is not None and (longest is None or window < longest)
-    if hides or not kinds <= {"full_attention", "sliding_attention"}:
-        raise ValueError("the model's attention is not full in every layer: compression does not support it")
+    if hides:
+        raise ValueError(
+            f"the model's attention is not full in every layer: some see no further back than {window} tokens "
+            "(sliding_window), and compression needs all of them to see the whole context"
+        )
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        found = ", ".join(sorted(kinds))
+        raise ValueError(
+            f"the model's attention is not full in every layer (layer_types has {found}): compression needs it to be"
+        )
     if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError("the model caps its attention scores: compression does not support it")
+        raise ValueError(
+            "the model caps its attention scores (attn_logit_softcapping): compression does not support it"
+        )
 
 
 class Decoder:
