@@ -1,4 +1,4 @@
-"""Instructor: answers as Pydantic models, by a JSON schema that the server holds the model to."""
+"""Instructor: answers as Pydantic models, by a JSON schema or a tool that the server holds the model to."""
 
 import pytest
 from pydantic import BaseModel
@@ -12,9 +12,10 @@ class Town(BaseModel):
     country: str
 
 
-def test_answer_is_a_model(url: str) -> None:
+@pytest.mark.parametrize("mode", ["JSON_SCHEMA", "TOOLS"])
+def test_answer_is_a_model(url: str, mode: str) -> None:
     plain = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
-    client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
+    client = instructor.from_openai(plain, mode=instructor.Mode[mode])
     town = client.chat.completions.create(
         model="smollm2-135m",
         messages=[{"role": "user", "content": "What is the capital of France? Answer with name and country."}],

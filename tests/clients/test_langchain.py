@@ -29,3 +29,9 @@ def test_chain(model: "langchain_openai.ChatOpenAI") -> None:
 def test_structured_output(model: "langchain_openai.ChatOpenAI") -> None:
     bound = model.with_structured_output(Town, method="json_schema")
     assert isinstance(bound.invoke("What is the capital of France?"), Town)
+
+
+def test_tools(model: "langchain_openai.ChatOpenAI") -> None:
+    bound = model.bind_tools([Town], tool_choice="any")
+    (call,) = bound.invoke("What is the capital of France?").tool_calls
+    assert Town(**call["args"])

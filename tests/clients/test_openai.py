@@ -42,3 +42,18 @@ def test_completion_with_logprobs(client: "openai.OpenAI") -> None:
     )
     assert reply.choices[0].text == "The capital of France is Paris"
     assert reply.choices[0].logprobs.token_logprobs[-1] > -2
+
+
+def test_tools(client: "openai.OpenAI") -> None:
+    weather = openai.pydantic_function_tool(Town, name="look_up", description="Looks up a town.")
+    messages = [*QUESTION]
+    reply = client.chat.completions.parse(
+        model="smollm2-135m", messages=messages, tools=[weather], tool_choice="required", max_tokens=200, temperature=0
+    )
+    (call,) = reply.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Town)
+    messages += [reply.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "It rains in Paris."}]
+    answer = client.chat.completions.create(
+        model="smollm2-135m", messages=messages, tools=[weather], tool_choice="none", max_tokens=20, temperature=0
+    )
+    assert answer.choices[0].message.content

@@ -26,6 +26,7 @@ def test_instructions(model: "openai_models.OpenAIChatModel") -> None:
     assert "Paris" in agent.run_sync("What is the capital of France?").output
 
 
-def test_output_is_a_model(model: "openai_models.OpenAIChatModel") -> None:
-    agent = pydantic_ai.Agent(model, output_type=pydantic_ai.NativeOutput(Town))
+@pytest.mark.parametrize("way", ["NativeOutput", "ToolOutput"])
+def test_output_is_a_model(model: "openai_models.OpenAIChatModel", way: str) -> None:
+    agent = pydantic_ai.Agent(model, output_type=getattr(pydantic_ai, way)(Town))
     assert isinstance(agent.run_sync("What is the capital of France?").output, Town)
