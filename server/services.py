@@ -18,6 +18,7 @@ from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.engine_client import EngineClient
@@ -48,6 +49,7 @@ class Services:
     compressions: CompressionJobs
     text: TextProcessor
     metrics: Metrics
+    live: LiveFeed
     temporary: Path
     spec: ModelSpec
     model_name: str
@@ -91,7 +93,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
-            async with jobs.running() as compressions:
+            feed = LiveFeed(metrics, lambda: admission.draining)
+            async with jobs.running() as compressions, feed.running() as live:
                 yield Services(
                     settings=settings,
                     supervisor=supervisor,
@@ -104,6 +107,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     compressions=compressions,
                     text=text,
                     metrics=metrics,
+                    live=live,
                     temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,

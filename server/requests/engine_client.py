@@ -15,7 +15,14 @@ from softbatch.scheduler.protocol import (
     StepOutput,
 )
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.request_failures import DeadlineExceeded, EngineGone, Failure, RequestFailed, RequestKillsEngine
+from softbatch.server.request_failures import (
+    DeadlineExceeded,
+    EngineGone,
+    Failure,
+    RequestCancelled,
+    RequestFailed,
+    RequestKillsEngine,
+)
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_supervisor import EngineSupervisor
 from softbatch.server.requests.quarantine import Quarantine
@@ -79,6 +86,11 @@ class EngineClient:
         if request.request_id in self.active:
             self._recall(request)
             self._remove(request, reason, time.monotonic())
+
+    def take_out(self, request: ActiveRequest) -> None:
+        """Cancel an active request for somebody else than its client, who is told so."""
+        self._recall(request)
+        self._fail(request, RequestCancelled(), "cancelled")
 
     async def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Everything that came since the last look, merged when the reader is slow. Raises Failure."""
