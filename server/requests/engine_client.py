@@ -45,6 +45,7 @@ class EngineClient:
         self._seconds_per_request = 1.0
         self._last_finish = time.monotonic()
         self.active: dict[str, ActiveRequest] = {}
+        self.resident: frozenset[str] = frozenset()  # content hashes of the soft prompts in the engine's KV blocks
         self.on_give_up: Callable[[], None] = lambda: None
 
     @property
@@ -130,6 +131,7 @@ class EngineClient:
         self._died = time.monotonic()
         convicted = self._quarantine.engine_died(self.active.values(), self._died)
         self._by_sequence.clear()
+        self.resident = frozenset()
         for request in self.active.values():
             request.end_sequence()
         if convicted is not None:
@@ -149,6 +151,8 @@ class EngineClient:
     def engine_stepped(self, output: StepOutput) -> None:
         now = time.monotonic()
         self._metrics.observe_step(output)
+        if output.resident is not None:
+            self.resident = frozenset(output.resident)
         for sequence_id in output.preempted:
             if request := self._by_sequence.get(sequence_id):
                 request.state = "waiting"

@@ -23,6 +23,7 @@ class SoftPromptObject(BaseModel):
     num_virtual_tokens: int
     base_model: str
     context_tokens: int | None = Field(description="how long the compressed context was, where that is known")
+    resident: bool = Field(description="whether its keys and values are in the KV cache at the moment")
     verdict: str | None = Field(default=None, description="what its compression's figures mean, in words")
     manifest: Manifest | None = Field(default=None, exclude_if=is_none)
 
