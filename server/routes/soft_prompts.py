@@ -120,5 +120,11 @@ def _object(services: Services, stored: StoredPrompt, full: bool = False) -> Sof
         resident=stored.sha256 in services.engine.resident,
         context_tokens=manifest.context.num_tokens if manifest.context else None,
         verdict=verdict if isinstance(verdict := manifest.fidelity.get("verdict"), str) else None,
+        kl_closed=_number(manifest.fidelity.get("kl_closed")),
         manifest=manifest if full else None,
     )
+
+
+def _number(value: object) -> float | None:
+    """What a file says of itself may be anything."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
