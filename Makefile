@@ -1,6 +1,7 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
 # make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
+# make browser install Chromium, for the tests of the console, where this may be done (as root, by apt-get); part of make test
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   kill the engine under load, and count what clients notice   (make chaos ARGS="--kills 9 --seed 3")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
@@ -16,12 +17,19 @@ ARGS   ?=
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test browser chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
 
-test: lint unit
+test: browser lint unit
+
+# Without one, the tests that need it are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	    apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+	  echo "no Chromium, and none could be installed: the tests of the console are skipped"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -71,7 +79,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --constraint constraints.txt --editable ".[dev,browser]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.serve

@@ -92,11 +92,12 @@ class JobCard {
     this.id = job.id;
     this.state = h("span.tag");
     this.words = h("p.hint");
-    this.left = h("b.left");
+    this.left = h("b.left", {}, "Starting");
     this.note = h("p.notice", { hidden: true });
     this.bar = h(".bar.thick", { role: "progressbar", "aria-label": `Compression of ${job.name}`, "aria-valuemin": "0", "aria-valuemax": "100" }, h("i"));
     this.phases = h("ol.phases", {}, ORDER.map((phase) => h("li", { data: { phase } }, PHASES[phase])));
     this.plot = new Plot({ title: "Loss", of: "by seconds of the run", format: (value) => value.toFixed(3), time: false, height: 150 });
+    this.plot.element.hidden = true;
     this.problem = h("p.notice.bad", { role: "alert", hidden: true });
     this.cancel = h("button.quiet.danger", { type: "button", onclick: () => this.stop() }, "Cancel");
     this.report = h("a.button.quiet", {}, "Report");

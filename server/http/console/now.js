@@ -10,7 +10,7 @@ const MAX_CELLS = 256;
 
 const PLOTS = {
   tokens_per_second: { title: "Tokens per second", of: "generated", format: rate },
-  first_token_seconds: { title: "Time to first token", of: "mean over 2 s", format: seconds },
+  first_token_seconds: { title: "Time to first token", of: "mean over 2 s", format: seconds, dots: true },
   kv_usage: { title: "KV cache", of: "blocks in use", format: percent, max: 1 },
   waiting: { title: "Waiting", of: "requests in the queue", format: count },
   preemptions: { title: "Preemptions", of: "put back for lack of blocks", format: count, bars: true },

@@ -24,9 +24,9 @@ const clock = (unix) =>
   new Date(unix * 1000).toLocaleTimeString("en", { hour: "2-digit", minute: "2-digit", hour12: false });
 
 export class Plot {
-  /** `format` writes a value, `of` says in words what it is; `bars` for counts, a line for levels. */
-  constructor({ title, of, format, bars = false, max = null, time = true, height = 128, last = true }) {
-    Object.assign(this, { title, of, format, bars, max, time, height, last });
+  /** `format` writes a value, `of` says in words what it is; `bars` for counts, `dots` for what is not always there. */
+  constructor({ title, of, format, bars = false, dots = false, max = null, time = true, height = 128 }) {
+    Object.assign(this, { title, of, format, bars, dots, max, time, height });
     this.value = h("output.figure");
     this.when = h("span.when");
     this.place = h(".canvas", { role: "img" });
@@ -79,7 +79,7 @@ export class Plot {
     return {
       width,
       height: this.height,
-      padding: [8, 4, 0, 0],
+      padding: [8, this.time ? 18 : 10, 0, 0],
       legend: { show: false },
       cursor: {
         y: false,
@@ -101,8 +101,8 @@ export class Plot {
         width: this.bars ? 0 : 1.6,
         fill: this.bars ? accent : colour("--wash"),
         paths: this.bars ? uPlot.paths.bars({ size: [0.7, 6], align: 0 }) : undefined,
-        points: { show: false },
-        spanGaps: true,
+        points: { show: this.dots, size: 5, width: 0, fill: accent },
+        spanGaps: false,
       }],
       hooks: { setCursor: [(chart) => this.showValue(chart.cursor.idx ?? null)] },
     };

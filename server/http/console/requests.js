@@ -63,7 +63,6 @@ export class RequestTable {
     const whole = entry.prompt_tokens + entry.virtual_tokens;
     row.entry = entry;
     row.dataset.state = entry.state;
-    row.classList.toggle("ended", entry.state === "ended");
     text(parts.age, seconds(entry.age_seconds));
     text(parts.prompt, entry.virtual_tokens
       ? `${count(entry.prompt_tokens)} + ${count(entry.virtual_tokens)} virtual` : plural(entry.prompt_tokens, "token"));
