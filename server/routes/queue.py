@@ -42,7 +42,7 @@ MAX_LIVE_ENTRIES = 128
 async def get_queue(request: Request) -> Response:
     """With its age, its soft prompt and how far it has come; `waiting` is in order of priority and arrival."""
     services = services_of(request)
-    return json_reply(_queue(services, _visible_owner(services)))
+    return json_reply(_queue(services, *_sorted(services, _visible_owner(services))))
 
 
 @router.get(
@@ -108,31 +108,36 @@ def _find(services: Services, request_id: str) -> ActiveRequest:
     return active
 
 
-def _queue(services: Services, owner: str | None) -> Queue:
-    active = list(services.engine.active.values())
-    own = [entry for entry in active if owner in (None, entry.owner)]
+def _sorted(services: Services, owner: str | None) -> tuple[list[ActiveRequest], list[ActiveRequest]]:
+    """The running and the waiting requests of the owner."""
+    own = [entry for entry in services.engine.active.values() if owner in (None, entry.owner)]
     running = [entry for entry in own if entry.state == "running"]
-    waiting = [entry for entry in own if entry.state == "waiting"]
-    all_running = sum(entry.state == "running" for entry in active)
+    # `active` is in the order of submission. The scheduler may take a short prompt before a long one.
+    waiting = sorted((entry for entry in own if entry.state == "waiting"), key=lambda entry: entry.priority)
+    return sorted(running, key=lambda entry: entry.started or 0.0), waiting
+
+
+def _queue(
+    services: Services, running: list[ActiveRequest], waiting: list[ActiveRequest], most: int | None = None
+) -> Queue:
+    engine = services.engine
     return Queue(
         slots=services.settings.max_batch_size,
-        running=[QueueEntry(**_fields(entry)) for entry in sorted(running, key=lambda entry: entry.started or 0.0)],
-        # `active` is in the order of submission. The scheduler may take a short prompt before a long one.
-        waiting=[QueueEntry(**_fields(entry)) for entry in sorted(waiting, key=lambda entry: entry.priority)],
-        others_running=all_running - len(running),
-        others_waiting=len(active) - all_running - len(waiting),
+        running=[QueueEntry(**_fields(entry)) for entry in running[:most]],
+        waiting=[QueueEntry(**_fields(entry)) for entry in waiting[:most]],
+        others_running=engine.num_running - len(running),
+        others_waiting=engine.num_waiting - len(waiting),
     )
 
 
 def _live(services: Services, owner: str | None, new: Sequence[HistorySample]) -> bytes:
-    queue = _queue(services, owner)
-    cut = {name: getattr(queue, name)[:MAX_LIVE_ENTRIES] for name in ("running", "waiting")}
+    running, waiting = _sorted(services, owner)
     columns = {column.name: [getattr(sample, column.name) for sample in new] for column in fields(HistorySample)}
     live = LiveQueue(
         engine=_engine_state(services),
-        num_running=len(queue.running),
-        num_waiting=len(queue.waiting),
-        queue=queue.model_copy(update=cut),
+        num_running=len(running),
+        num_waiting=len(waiting),
+        queue=_queue(services, running, waiting, MAX_LIVE_ENTRIES),
         history=LiveHistory(**columns),
     )
     return live.model_dump_json().encode()
