@@ -20,9 +20,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
     alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
-    chosen before there are `min_tokens`. `grammar` is what the output must follow, in llguidance's form; empty:
-    anything. An output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves
-    nothing else to say.
+    chosen before there are `min_tokens`. `logit_bias` is added to the logits of its tokens. With `allowed_token_ids`
+    no other token is chosen, and never one that completes one of the `bad_words`, which are tokens too.
+
+    `grammar` is what the output must follow, in llguidance's form; empty: anything. It excludes `allowed_token_ids`. An
+    output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves nothing else
+    to say.
     """
 
     max_tokens: int = 16
@@ -39,6 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     min_tokens: int = 0
     ending_ids: tuple[int, ...] = ()
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
 
 

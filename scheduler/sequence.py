@@ -99,7 +99,9 @@ class Sequence:
     @property
     def awaits_token(self) -> bool:
         """Whether what it samples next depends on a token that is still in flight."""
-        return self.num_in_flight_tokens > 0 and bool(self.params.grammar)
+        if self.num_in_flight_tokens == 0:
+            return False
+        return bool(self.params.grammar) or any(len(word) > 1 for word in self.params.bad_words)
 
     @property
     def max_length(self) -> int:

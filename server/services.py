@@ -20,6 +20,7 @@ from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
@@ -30,6 +31,7 @@ from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.tools.dialect import Dialect
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Services:
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
+    dialect: Dialect
     metrics: Metrics
     live: LiveFeed
     temporary: Path
@@ -90,6 +93,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 running=lambda: engine.num_running,
                 registered=lambda: len(store.list()),
             )
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
@@ -106,6 +111,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     leases=leases,
                     compressions=compressions,
                     text=text,
+                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
                     live=live,
                     temporary=temporary,

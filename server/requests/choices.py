@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -57,6 +58,16 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, 
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+
+def best_first(choices: Sequence[Choice]) -> list[Choice]:
+    """By the log-probability per token, which they need to have."""
+
+    def likely(choice: Choice) -> float:
+        logprobs = [token.logprob or 0.0 for token in choice.tokens]
+        return math.fsum(logprobs) / max(len(logprobs), 1)
+
+    return sorted(choices, key=likely, reverse=True)
 
 
 async def gather(generations: Sequence[Generation]) -> list[Choice]:

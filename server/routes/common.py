@@ -15,7 +15,7 @@ from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
 from softbatch.server.request_failures import Failure
-from softbatch.server.requests.generation import Generation, GenerationRequest
+from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.schemas.replies import CachedTokens, Usage
 from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
 from softbatch.server.services import Services
@@ -123,6 +123,20 @@ def usage_of(generations: Sequence[Generation], choices_per_prompt: int) -> Usag
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=CachedTokens(cached_tokens=sum(generation.cached_tokens for generation in prompts)),
     )
+
+
+def shown_tokens(body: OpenAIRequest, tokens: Sequence[Token]) -> Sequence[Token]:
+    """The tokens as log-probabilities name them: by their texts, or by their ids."""
+    if not body.return_tokens_as_token_ids:
+        return tokens
+    return [
+        msgspec.structs.replace(
+            token,
+            text=f"token_id:{token.id}",
+            top=tuple(msgspec.structs.replace(other, text=f"token_id:{other.id}") for other in token.top),
+        )
+        for token in tokens
+    ]
 
 
 class ChunkTemplate:

@@ -26,7 +26,10 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     def work() -> TokenizeReply:
         if body.messages is not None:
             turns = [message.as_turn() for message in body.messages]
-            text, special = services.text.render(turns, replaces, body.add_generation_prompt), False
+            text, special = (
+                services.text.render(turns, replaces, "answer" if body.add_generation_prompt else "turn"),
+                False,
+            )
         else:
             # A soft prompt that stands for the beginning of the text stands for BOS too.
             text, special = body.prompt or "", replaces == "nothing"

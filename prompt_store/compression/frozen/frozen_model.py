@@ -90,7 +90,8 @@ class Geometry:
     vocab: int
 
 
-def _refuse_unsupported(config: Any) -> None:
+def refuse_unsupported(config: Any) -> None:
+    """Raises ValueError for attention that is not full in every layer."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     longest = getattr(config, "max_position_embeddings", None)
@@ -123,7 +124,7 @@ class Decoder:
         self.head = self.model.get_output_embeddings()
         self.embedding = self.model.get_input_embeddings()
         config = self.model.config.get_text_config()
-        _refuse_unsupported(config)
+        refuse_unsupported(config)
         # Ordinary tokens: bf16 is far less exact on a run of special ones.
         probe = config.vocab_size // 2 + torch.arange(12, device=self.device)[None] * (config.vocab_size // 32)
         self.kernels = Kernels()
