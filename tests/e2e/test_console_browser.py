@@ -88,6 +88,7 @@ def test_now_is_the_batch_live_and_whoever_looks_may_cancel(server: Server, visi
     server.wait_empty()
 
 
+@pytest.mark.timeout(600)  # of which a compression on a busy machine takes most
 def test_a_text_becomes_a_soft_prompt_that_is_asked_and_deleted(
     server: Server, visitor: Visitor, tmp_path: Path
 ) -> None:
