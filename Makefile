@@ -2,6 +2,7 @@
 # make test    install everything and run lint, types and all tests
 # make clients other people's clients against a server, unchanged, from an environment of their own   (make clients ARGS="-k litellm")
 # make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
+# make browser install Chromium, for the tests of the console, where this may be done (as root, by apt-get); part of make test
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   what clients notice of dying engines, overload, disconnects and long runs   (make chaos ARGS="--only overload keys")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
@@ -18,12 +19,19 @@ ARGS   ?=
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test clients chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test clients browser chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
 
-test: lint unit clients
+test: browser lint unit clients
+
+# Without one, the tests that need it are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	    apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+	  echo "no Chromium, and none could be installed: the tests of the console are skipped"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -76,7 +84,7 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --constraint constraints.txt --editable ".[dev,browser]"
 	touch $@
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt

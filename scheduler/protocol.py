@@ -182,7 +182,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class StepOutput(msgspec.Struct, tag="step", kw_only=True):
     """One message per step. `admitted` and `preempted` name sequences that changed queue in this step;
-    `batch_size` is 0 for a heartbeat sent while idle. Times are monotonic seconds."""
+    `batch_size` is 0 for a heartbeat sent while idle. Times are monotonic seconds. `resident` has the content hashes of
+    the soft prompts in KV blocks, whenever these have changed."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
@@ -193,12 +194,13 @@ class StepOutput(msgspec.Struct, tag="step", kw_only=True):
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
     soft_prompt_load_seconds: list[float] = []
+    resident: list[str] | None = None
 
     @property
     def has_news(self) -> bool:
         """Whether anything but the statistics can differ from before."""
         changes = self.outputs or self.admitted or self.preempted or self.soft_prompt_load_seconds
-        return bool(self.batch_size or self.num_tokens or changes)
+        return bool(self.batch_size or self.num_tokens or changes or self.resident is not None)
 
 
 class Admitting(msgspec.Struct, frozen=True, tag="admitting"):

@@ -18,6 +18,7 @@ from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
@@ -53,6 +54,7 @@ class Services:
     text: TextProcessor
     dialect: Dialect
     metrics: Metrics
+    live: LiveFeed
     temporary: Path
     spec: ModelSpec
     model_name: str
@@ -92,7 +94,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
-            async with jobs.running() as compressions:
+            feed = LiveFeed(metrics, lambda: admission.draining)
+            async with jobs.running() as compressions, feed.running() as live:
                 yield Services(
                     settings=settings,
                     supervisor=supervisor,
@@ -107,6 +110,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     text=text,
                     dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
+                    live=live,
                     temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,

@@ -150,6 +150,7 @@ class Settings(BaseSettings):
         description="origin whose web pages may use the server, such as https://app.example.com, or * for all; repeat "
         "it or separate origins with commas",
     )
+    no_console: bool = Field(False, description="do not serve the page to watch and use the server with, /console")
     strict_model_names: bool = Field(
         False, description="refuse placeholders such as 'tgi' or 'dummy' as model; without it they mean the base model"
     )

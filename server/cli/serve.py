@@ -106,6 +106,8 @@ def _say_what_next(model: str, settings: Settings, port: int) -> None:
     )
     other = "" if (host, port) == ("127.0.0.1", 8000) else f" --server http://{host}:{port}"
     logger.info("or:  softbatch chat%s", other)
+    if not settings.no_console:
+        logger.info("or:  http://%s:%d/console in a browser", host, port)
 
 
 def _import_what_serves() -> None:

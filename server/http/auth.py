@@ -99,7 +99,8 @@ def is_probe(path: str) -> bool:
 
 
 def _is_public(scope: Scope) -> bool:
-    """Probes carry no key; nor does a browser that opens the documentation, which is the same for every server."""
+    """Probes carry no key; nor does a browser that opens the documentation or the console, which are the same for every
+    server: what the console shows it asks for with a key."""
     path: str = scope["path"]
-    is_page = path in ("/docs", "/openapi.json") or path.startswith("/docs/assets/")
+    is_page = path in ("/docs", "/openapi.json", "/console") or path.startswith(("/docs/assets/", "/console/assets/"))
     return is_probe(path) or ((is_page or path == "/") and scope.get("method") in ("GET", "HEAD"))

@@ -26,6 +26,7 @@ from softbatch.server.request_failures import (
     InvalidPrompt,
     PromptTooLong,
     QueueFull,
+    RequestCancelled,
     RequestFailed,
     RequestKillsEngine,
     SoftPromptOfAnotherModel,
@@ -81,6 +82,8 @@ STATUS: Mapping[type[Failure], int] = {
     UnusableSoftPrompt: 422,
     QueueFull: 429,
     TooManyCompressions: 429,
+    # No status that clients retry by themselves.
+    RequestCancelled: 499,
     RequestFailed: 500,
     RequestKillsEngine: 500,
     CompressionsUnavailable: 503,
