@@ -1,6 +1,8 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
+# make clients other people's clients against a server, unchanged, from an environment of their own   (make clients ARGS="-k litellm")
 # make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
+# make browser install Chromium, for the tests of the console, where this may be done (as root, by apt-get); part of make test
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   what clients notice of dying engines, overload, disconnects and long runs   (make chaos ARGS="--only overload keys")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
@@ -10,18 +12,26 @@
 # make docs    build the documentation into build/site   (make docs ARGS=serve shows it at http://127.0.0.1:8001)
 # make docs-reference   write the generated pages of docs/reference again
 VENV   ?= .venv
+CLIENTS ?= .venv-clients
 PYTHON ?= python3
 ARGS   ?=
 # Processes that share the tests out among them: one for each processor, but not so many that memory runs short.
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test clients browser chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
 
-test: lint unit
+test: browser lint unit clients
+
+# Without one, the tests that need it are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	    apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
+	  echo "no Chromium, and none could be installed: the tests of the console are skipped"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -29,7 +39,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal --ignore tests/clients $(ARGS)
+
+clients: $(VENV)/.serve $(CLIENTS)/.installed
+	SOFTBATCH_PYTHON=$(abspath $(VENV))/bin/python $(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=. $(VENV)/bin/python -m tests.chaos.run $(ARGS)
@@ -71,7 +84,12 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	$(PIP) install --constraint constraints.txt --editable ".[dev,browser]"
+	touch $@
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip --disable-pip-version-check install --constraint tests/clients/constraints.txt --requirement $<
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.serve
@@ -88,4 +106,4 @@ constraints: $(VENV)/.dev $(VENV)/.bench $(VENV)/.docs
 	  $(PIP) freeze --all --exclude-editable | sed 's/+cpu//' | grep -v '^pip==' | sort -f; } > constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

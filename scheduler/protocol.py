@@ -20,9 +20,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
     alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
-    chosen before there are `min_tokens`. `grammar` is what the output must follow, in llguidance's form; empty:
-    anything. An output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves
-    nothing else to say.
+    chosen before there are `min_tokens`. `logit_bias` is added to the logits of its tokens. With `allowed_token_ids`
+    no other token is chosen, and never one that completes one of the `bad_words`, which are tokens too.
+
+    `grammar` is what the output must follow, in llguidance's form; empty: anything. It excludes `allowed_token_ids`. An
+    output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves nothing else
+    to say.
     """
 
     max_tokens: int = 16
@@ -39,6 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     min_tokens: int = 0
     ending_ids: tuple[int, ...] = ()
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
 
 
@@ -50,6 +56,9 @@ class SoftPromptRef(msgspec.Struct, frozen=True):
     num_virtual_tokens: int
 
 
+Pooling = Literal["mean", "last"]
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_only=True):
     """Start a sequence. `token_ids` holds the prompt and, for a resumed request, the `num_delivered` output
     tokens at its end that an engine which has died had generated.
@@ -57,6 +66,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     `score_from` set: the log-probability of each prompt token from that index on, given all before it, is reported
     with `score_top` alternatives. The report comes with the first output token, or is the end if `max_tokens` is 0. A
     request for no output always sets it, to the number of its tokens if none is to be scored.
+
+    `pooling` set, with `max_tokens` 0: the model's last hidden states at the prompt's tokens are reported as one
+    vector, their mean or the last of them. Virtual tokens are seen by the others, but are not part of it.
 
     Among requests of one priority, each `owner` has a share of the tokens by its `weight`; it is a word that stands
     for somebody, never a key or a name.
@@ -73,6 +85,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     cache_salt: str = ""
     score_from: int | None = None
     score_top: int = 0
+    pooling: Pooling | None = None
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
@@ -106,7 +119,8 @@ class PromptLogprobs(TokenLogprobs, frozen=True, array_like=True):
 
 class SequenceOutput(msgspec.Struct, array_like=True):
     """What one step computed for one sequence. `num_computed` includes virtual tokens; `num_cached` counts the
-    prompt tokens that the prefix cache had when the sequence was first admitted."""
+    prompt tokens that the prefix cache had when the sequence was first admitted; `embedding` is what `pooling` has
+    made of the prompt."""
 
     request_id: str
     num_computed: int
@@ -117,6 +131,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     error: str | None = None
     scores: list[PromptLogprobs] | None = None
     num_cached: int = 0
+    embedding: list[float] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +182,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class StepOutput(msgspec.Struct, tag="step", kw_only=True):
     """One message per step. `admitted` and `preempted` name sequences that changed queue in this step;
-    `batch_size` is 0 for a heartbeat sent while idle. Times are monotonic seconds."""
+    `batch_size` is 0 for a heartbeat sent while idle. Times are monotonic seconds. `resident` has the content hashes of
+    the soft prompts in KV blocks, whenever these have changed."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
@@ -178,12 +194,13 @@ class StepOutput(msgspec.Struct, tag="step", kw_only=True):
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
     soft_prompt_load_seconds: list[float] = []
+    resident: list[str] | None = None
 
     @property
     def has_news(self) -> bool:
         """Whether anything but the statistics can differ from before."""
         changes = self.outputs or self.admitted or self.preempted or self.soft_prompt_load_seconds
-        return bool(self.batch_size or self.num_tokens or changes)
+        return bool(self.batch_size or self.num_tokens or changes or self.resident is not None)
 
 
 class Admitting(msgspec.Struct, frozen=True, tag="admitting"):

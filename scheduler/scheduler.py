@@ -176,8 +176,12 @@ class Scheduler:
             output = SequenceOutput(sequence.request_id, end, num_cached=sequence.num_cached)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
+                if sequence.request_id in result.state_sums:
+                    sequence.add_states(result.state_sums[sequence.request_id])
                 if end >= sequence.num_virtual + sequence.num_prompt:
                     output.scores, sequence.scores, sequence.score_from = sequence.scores, [], None
+                    if sequence.pooling is not None:
+                        output.embedding = sequence.take_embedding()
                     if sequence.params.max_tokens == 0:
                         output.finish_reason = "length"
                         self._leave(sequence)
@@ -331,7 +335,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave(sequence)
-        sequence.scores = []
+        sequence.scores, sequence.state_sum = [], []
         self.waiting.push(sequence, bounded=False)
         self._preemptions += 1
         step.report.preempted.append(sequence.request_id)

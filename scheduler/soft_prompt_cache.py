@@ -47,6 +47,7 @@ class SoftPromptCache:
         self.hits = 0
         self.misses = 0
         self.evictions = 0
+        self.changes = 0  # how often a soft prompt has become ready, or has gone that was
 
     def __len__(self) -> int:
         """The number of soft prompts that are ready."""
@@ -67,6 +68,10 @@ class SoftPromptCache:
     def all(self) -> list[ResidentSoftPrompt]:
         return list(self._resident.values())
 
+    def ready(self) -> list[str]:
+        """The content hashes of the soft prompts whose keys and values are in the blocks."""
+        return [sha256 for sha256, prompt in self._resident.items() if prompt.state is LoadState.READY]
+
     def blocks_for(self, ref: SoftPromptRef) -> int:
         """The number of blocks that the soft prompt fills, the last one perhaps in part."""
         return -(-ref.num_virtual_tokens // self._pool.block_size)
@@ -83,6 +88,7 @@ class SoftPromptCache:
         """The keys and values are in the blocks."""
         if self._loading.pop(prompt.ref.sha256, None) is not None:
             self._ready_blocks += len(prompt.blocks)
+            self.changes += 1
         prompt.state = LoadState.READY
 
     def reserve(self, ref: SoftPromptRef, spare: int) -> ResidentSoftPrompt | None:
@@ -153,4 +159,5 @@ class SoftPromptCache:
         prompt = self._resident.pop(sha256)
         if self._loading.pop(sha256, None) is None:
             self._ready_blocks -= len(prompt.blocks)
+            self.changes += 1
         self._pool.release(prompt.blocks)

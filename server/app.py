@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import BodyLimitMiddleware
+from softbatch.server.http.console_page import install_console
 from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.http.cut_off import CutOffMiddleware
 from softbatch.server.http.docs_page import install_docs
@@ -44,6 +45,8 @@ def create_app(services: Services) -> FastAPI:
         return RedirectResponse("/docs")
 
     install_docs(app, has_keys=bool(services.settings.api_key or services.settings.admin_key))
+    if not services.settings.no_console:
+        install_console(app)
     install_handlers(app)
     # Innermost, so that it looks at a request whose key and size are right.
     app.add_middleware(FullHouseMiddleware, check_room=lambda: services.admission.check_room(), paths=SERVING_PATHS)

@@ -73,6 +73,13 @@ class EngineGone(Failure):
         super().__init__(message, code="engine_gone", retry_after=retry_after)
 
 
+class RequestCancelled(Failure):
+    """Somebody who may has taken the request out of the batch or the queue."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled on the server, by DELETE /v1/queue/{id}", code="request_cancelled")
+
+
 class RequestFailed(Failure):
     """The engine gave this one request up."""
 

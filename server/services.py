@@ -16,10 +16,13 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
-from softbatch.scheduler.protocol import EngineConfig
+from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
+from softbatch.server.requests.embedding import Embedder
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -29,6 +32,7 @@ from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.tools.dialect import Dialect
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +47,14 @@ class Services:
     admission: Admission
     generator: Generator
     scorer: Scorer
+    embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
+    dialect: Dialect
     metrics: Metrics
+    live: LiveFeed
     temporary: Path
     spec: ModelSpec
     model_name: str
@@ -57,10 +64,7 @@ class Services:
 async def running_services(settings: Settings) -> AsyncIterator[Services]:
     """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
     started = time.monotonic()
-    try:
-        store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
-    except OSError as error:
-        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+    store = _prompt_store(settings)
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
         leased = exits.enter_context(_leases(store.root))
@@ -71,10 +75,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
-            since = time.monotonic()
-            tokenizer = await asyncio.to_thread(load_tokenizer, ready.model.tokenizer_path)
-            text = TextProcessor(tokenizer, ready.model.max_model_len)
-            logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+            text = await asyncio.to_thread(_text_processor, ready)
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
@@ -88,10 +89,13 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 running=lambda: engine.num_running,
                 registered=lambda: len(store.list()),
             )
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
-            async with jobs.running() as compressions:
+            feed = LiveFeed(metrics, lambda: admission.draining)
+            async with jobs.running() as compressions, feed.running() as live:
                 yield Services(
                     settings=settings,
                     supervisor=supervisor,
@@ -99,11 +103,14 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     admission=admission,
                     generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
                     scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
+                    embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
                     compressions=compressions,
                     text=text,
+                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
+                    live=live,
                     temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,
@@ -112,6 +119,21 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")
+
+
+def _prompt_store(settings: Settings) -> PromptStore:
+    """Raises StartupError."""
+    try:
+        return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    except OSError as error:
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+
+
+def _text_processor(ready: Ready) -> TextProcessor:
+    since = time.monotonic()
+    text = TextProcessor(load_tokenizer(ready.model.tokenizer_path), ready.model.max_model_len)
+    logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+    return text
 
 
 @contextlib.contextmanager

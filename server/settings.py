@@ -11,6 +11,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from softbatch.server.key_weights import read_key_weights
+from softbatch.server.tools.parser_names import CallParser, ReasoningParser
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -117,6 +118,9 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="share of the GPU's memory to use for weights, steps and KV cache"
     )
     block_size: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    embedding_pooling: Literal["mean", "last"] = Field(
+        "mean", description="what /v1/embeddings makes of a text's last hidden states if a request does not say it"
+    )
     async_scheduling: Literal["auto", "on", "off"] = Field(
         "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
     )
@@ -146,10 +150,19 @@ class Settings(BaseSettings):
         description="origin whose web pages may use the server, such as https://app.example.com, or * for all; repeat "
         "it or separate origins with commas",
     )
+    no_console: bool = Field(False, description="do not serve the page to watch and use the server with, /console")
     strict_model_names: bool = Field(
         False, description="refuse placeholders such as 'tgi' or 'dummy' as model; without it they mean the base model"
     )
 
+    tool_call_parser: CallParser = Field(
+        "auto",
+        description="form in which the model writes calls of tools; auto: what its chat template says, else hermes; "
+        "none: no tools are taken",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto", description="marks around the model's reasoning; auto: those of its chat template; none: it is text"
+    )
     admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
@@ -164,6 +177,9 @@ class Settings(BaseSettings):
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
+    vllm_metric_names: bool = Field(
+        False, description="give queue, batch and KV use under vLLM's names too, for routers that know only those"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
 
     @field_validator("allow_origin", mode="before")

@@ -95,6 +95,7 @@ class Engine:
         self._async_scheduling = async_scheduling
         self._in_flight: _InFlight | None = None
         self._last_end = 0.0
+        self._told_changes = 0
         self.on_admit: Callable[[list[str]], None] = lambda request_ids: None
         self._refused: list[SequenceOutput] = []
 
@@ -170,7 +171,16 @@ class Engine:
             step_seconds=step_seconds,
             schedule_seconds=scheduled - started,
             soft_prompt_load_seconds=report.soft_prompt_load_seconds,
+            resident=self.resident_if_changed(),
         )
+
+    def resident_if_changed(self) -> list[str] | None:
+        """The soft prompts in KV blocks, if these are others than when this was last asked."""
+        cache = self.scheduler.soft_prompts
+        if cache.changes == self._told_changes:
+            return None
+        self._told_changes = cache.changes
+        return cache.ready()
 
     def _launch(self, step: Step, since: float) -> _InFlight:
         """Launch the step. If the device runs out of memory, wait for the step in flight, which then releases its

@@ -84,7 +84,7 @@ class EngineProcess:
                 return
         # Nothing to compute: sleep until a request comes or a soft prompt has been read, and report statistics.
         self._handle(engine, timeout=HEARTBEAT_SECONDS)
-        self._send(StepOutput(outputs=[], stats=engine.stats))
+        self._send(StepOutput(outputs=[], stats=engine.stats, resident=engine.resident_if_changed()))
 
     def _handle(self, engine: Engine, timeout: float) -> None:
         """Handle all messages that are there, waiting up to `timeout` seconds for the first."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from softbatch.server.http.errors import ApiError, error_response
+from softbatch.server.http.errors import ANTHROPIC_PATHS, ApiError, error_response
 from softbatch.server.key_weights import owner_of
 from softbatch.server.observability.request_record import current
 
@@ -46,14 +46,15 @@ class AuthMiddleware:
         if not self._keys or scope["type"] == "lifespan" or _is_public(scope):
             await self.app(scope, receive, send)
             return
-        key = self._known(Headers(scope=scope).get("authorization", ""))
+        key = self._known(scope)
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         if key is None:
+            header = "x-api-key: <key>" if scope["path"] in ANTHROPIC_PATHS else "Authorization: Bearer <key>"
             error = ApiError(
                 401,
-                "a valid API key is needed: send the header 'Authorization: Bearer <key>'",
+                f"a valid API key is needed: send the header '{header}'",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         elif not key.is_admin and _needs_admin(scope):
@@ -65,14 +66,22 @@ class AuthMiddleware:
             return
         await error_response(error, scope["path"])(scope, receive, send)
 
-    def _known(self, authorization: str) -> _Key | None:
-        scheme, _, token = authorization.partition(" ")
-        digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
+    def _known(self, scope: Scope) -> _Key | None:
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        if scope["path"] in ANTHROPIC_PATHS:
+            # Their clients send the key so, and beside it a bearer token that is meant for somebody else.
+            given.insert(0, headers.get("x-api-key", "").strip())
+        return next((key for key in map(self._key_of, given) if key is not None), None)
+
+    def _key_of(self, given: str) -> _Key | None:
+        digest = hashlib.sha256(given.encode("latin-1")).digest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(digest, key.digest):
                 found = key
-        return found if scheme.lower() == "bearer" else None
+        return found
 
 
 def _needs_admin(scope: Scope) -> bool:
@@ -90,7 +99,8 @@ def is_probe(path: str) -> bool:
 
 
 def _is_public(scope: Scope) -> bool:
-    """Probes carry no key; nor does a browser that opens the documentation, which is the same for every server."""
+    """Probes carry no key; nor does a browser that opens the documentation or the console, which are the same for every
+    server: what the console shows it asks for with a key."""
     path: str = scope["path"]
-    is_page = path in ("/docs", "/openapi.json") or path.startswith("/docs/assets/")
+    is_page = path in ("/docs", "/openapi.json", "/console") or path.startswith(("/docs/assets/", "/console/assets/"))
     return is_probe(path) or ((is_page or path == "/") and scope.get("method") in ("GET", "HEAD"))

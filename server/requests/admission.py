@@ -4,15 +4,16 @@ Who is turned away, and why, is decided here: in `Admission.reserve`."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
+from softbatch.scheduler.protocol import AddRequest, Pooling, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.request_record import note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
@@ -30,7 +31,7 @@ class Places:
     ) -> None:
         self._leases = leases
         self._arrived = arrived
-        self._deadline = deadline
+        self.deadline = deadline
         self._owner = owner
         self._weight = weight
         self.prompt_tokens = 0
@@ -55,6 +56,7 @@ class Places:
         cache_salt: str = "",
         score_from: int | None = None,
         score_top: int = 0,
+        pooling: Pooling | None = None,
     ) -> ActiveRequest:
         self.prompt_tokens += len(token_ids)
         add = AddRequest(
@@ -68,8 +70,9 @@ class Places:
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
             score_top=score_top,
+            pooling=pooling,
         )
-        return ActiveRequest.of(add, lease, route, self._arrived, self._deadline)
+        return ActiveRequest.of(add, lease, route, self._arrived, self.deadline)
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,18 @@ class Admission:
         self.draining = False
 
     @contextlib.contextmanager
-    def reserve(self, count: int, timeout: float | None = None, user: str = "") -> Iterator[Places]:
+    def reserve(
+        self, count: int, timeout: float | None = None, user: str = "", deadline: Deadline | None = None
+    ) -> Iterator[Places]:
         """Hold `count` places, one for each `submit` after the block. `timeout` None: the server's own, which may be
-        none. Raises QueueFull, EngineAway or TooManySequences."""
+        none. Whoever goes on with what has a deadline already brings that instead. Raises QueueFull, EngineAway or
+        TooManySequences."""
         owner = share_owner(user)
         self._take(count, owner)
         now = time.monotonic()
         seconds = self._limits.request_timeout if timeout is None else timeout
-        deadline = None if seconds is None else Deadline(now + seconds, seconds)
+        if deadline is None and seconds is not None:
+            deadline = Deadline(now + seconds, seconds)
         places = Places(self._leases, now, deadline, owner, self._limits.weights.get(owner, 1.0))
         try:
             yield places
@@ -174,6 +181,23 @@ class Admission:
         self._give_back(1, request.add.owner)
         self._engine.submit(request)
         note_start(request)
+
+    async def run(self, requests: Sequence[ActiveRequest]) -> list[SequenceOutput]:
+        """Submit requests without output, and wait for what is reported of each. All leave the engine with the caller,
+        or when one fails. Raises Failure."""
+        for request in requests:
+            self.submit(request)
+        waits = [asyncio.ensure_future(self._report(request)) for request in requests]
+        try:
+            return await asyncio.gather(*waits)
+        finally:
+            for request, wait in zip(requests, waits, strict=True):
+                self.cancel(request, "cancelled")
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _report(self, request: ActiveRequest) -> SequenceOutput:
+        return [outputs[-1] async for outputs in self.outputs(request)][-1]
 
     def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Raises Failure."""

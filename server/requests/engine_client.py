@@ -15,7 +15,14 @@ from softbatch.scheduler.protocol import (
     StepOutput,
 )
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.request_failures import DeadlineExceeded, EngineGone, Failure, RequestFailed, RequestKillsEngine
+from softbatch.server.request_failures import (
+    DeadlineExceeded,
+    EngineGone,
+    Failure,
+    RequestCancelled,
+    RequestFailed,
+    RequestKillsEngine,
+)
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.engine_supervisor import EngineSupervisor
 from softbatch.server.requests.quarantine import Quarantine
@@ -38,6 +45,7 @@ class EngineClient:
         self._seconds_per_request = 1.0
         self._last_finish = time.monotonic()
         self.active: dict[str, ActiveRequest] = {}
+        self.resident: frozenset[str] = frozenset()  # content hashes of the soft prompts in the engine's KV blocks
         self.on_give_up: Callable[[], None] = lambda: None
 
     @property
@@ -80,6 +88,11 @@ class EngineClient:
             self._recall(request)
             self._remove(request, reason, time.monotonic())
 
+    def take_out(self, request: ActiveRequest) -> None:
+        """Cancel an active request for somebody else than its client, who is told so."""
+        self._recall(request)
+        self._fail(request, RequestCancelled(), "cancelled")
+
     async def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Everything that came since the last look, merged when the reader is slow. Raises Failure."""
         while True:
@@ -118,6 +131,7 @@ class EngineClient:
         self._died = time.monotonic()
         convicted = self._quarantine.engine_died(self.active.values(), self._died)
         self._by_sequence.clear()
+        self.resident = frozenset()
         for request in self.active.values():
             request.end_sequence()
         if convicted is not None:
@@ -137,6 +151,8 @@ class EngineClient:
     def engine_stepped(self, output: StepOutput) -> None:
         now = time.monotonic()
         self._metrics.observe_step(output)
+        if output.resident is not None:
+            self.resident = frozenset(output.resident)
         for sequence_id in output.preempted:
             if request := self._by_sequence.get(sequence_id):
                 request.state = "waiting"

@@ -43,22 +43,24 @@ async def create_soft_prompt(request: Request) -> Response:
     with _store_errors():
         async with read_upload(request, services) as upload:
             stored = await asyncio.to_thread(register, services, upload)
-    return json_reply(_object(stored, full=True), 201, headers={"Location": f"{router.prefix}/{stored.name}"})
+    return json_reply(_object(services, stored, full=True), 201, headers={"Location": f"{router.prefix}/{stored.name}"})
 
 
 @router.get("", response_model=SoftPromptList, summary="All soft prompts")
 async def list_soft_prompts(request: Request) -> Response:
     """`broken` names files in the store that cannot be used, if there are any."""
-    store = services_of(request).store
+    services = services_of(request)
+    store = services.store
     stored = await asyncio.to_thread(store.list)
     broken = [BrokenFile(name=name, reason=why) for name, why in await asyncio.to_thread(store.broken)]
-    return json_reply(SoftPromptList(data=[_object(prompt) for prompt in stored], broken=broken or None))
+    return json_reply(SoftPromptList(data=[_object(services, prompt) for prompt in stored], broken=broken or None))
 
 
 @router.get("/{name}", response_model=SoftPromptObject, summary="One soft prompt, with its fidelity")
 async def get_soft_prompt(request: Request, name: str) -> Response:
     """`manifest` is what the file says about itself: context, training and measured fidelity."""
-    return json_reply(_object(await _get(services_of(request), name), full=True))
+    services = services_of(request)
+    return json_reply(_object(services, await _get(services, name), full=True))
 
 
 @router.get("/{name}/content", response_class=FileResponse, summary="Download the file")
@@ -104,7 +106,7 @@ def _store_errors(name: str | None = None) -> Iterator[None]:
         raise storage_failure(error) from error
 
 
-def _object(stored: StoredPrompt, full: bool = False) -> SoftPromptObject:
+def _object(services: Services, stored: StoredPrompt, full: bool = False) -> SoftPromptObject:
     manifest = stored.manifest
     return SoftPromptObject(
         id=stored.name,
@@ -115,7 +117,14 @@ def _object(stored: StoredPrompt, full: bool = False) -> SoftPromptObject:
         kind=manifest.kind,
         num_virtual_tokens=manifest.num_virtual_tokens,
         base_model=manifest.model.name,
+        resident=stored.sha256 in services.engine.resident,
         context_tokens=manifest.context.num_tokens if manifest.context else None,
         verdict=verdict if isinstance(verdict := manifest.fidelity.get("verdict"), str) else None,
+        kl_closed=_number(manifest.fidelity.get("kl_closed")),
         manifest=manifest if full else None,
     )
+
+
+def _number(value: object) -> float | None:
+    """What a file says of itself may be anything."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""`/version`, `/info`, `/health*` and `/v1/queue`: what the server says about itself."""
+"""`/version`, `/info` and `/health*`: what the server says about itself."""
 
 from __future__ import annotations
 
@@ -37,35 +37,3 @@ class Info(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
-
-
-class RequestProgress(BaseModel):
-    """How far a request has come, in tokens."""
-
-    num_computed: int = Field(description="positions whose keys and values are in the cache")
-    generated: int
-    max_tokens: int
-
-
-class QueueEntry(BaseModel):
-    id: str
-    state: Literal["waiting", "running"]
-    route: str
-    age_seconds: float
-    priority: int
-    soft_prompt: str | None
-    prompt_tokens: int
-    virtual_tokens: int
-    progress: RequestProgress
-
-
-class Queue(BaseModel):
-    """The batch and the queue behind it at this moment; `waiting` is in order of priority and arrival.
-
-    Where several API keys are set, a key sees its own requests, and an admin key all; the others are counted."""
-
-    slots: int
-    running: list[QueueEntry]
-    waiting: list[QueueEntry]
-    others_running: int = Field(default=0, description="requests of other API keys")
-    others_waiting: int = Field(default=0, description="requests of other API keys")

@@ -66,7 +66,7 @@ def test_upload_show_list_download_delete(
     assert shown == created.json()
     assert (shown["id"], shown["kind"], shown["num_virtual_tokens"]) == (name, kind, 33)
     assert shown["bytes"] == path.stat().st_size
-    assert shown["base_model"] == tiny_spec.name
+    assert (shown["base_model"], shown["resident"]) == (tiny_spec.name, False)
     assert shown["manifest"] == prompt.manifest.model_dump(mode="json")
     (listed,) = (p for p in tiny_server.http.get("/v1/soft_prompts").json()["data"] if p["name"] == name)
     assert listed == {field: value for field, value in shown.items() if field != "manifest"}
@@ -75,6 +75,7 @@ def test_upload_show_list_download_delete(
     assert content.content == path.read_bytes()
     assert content.headers["etag"] == f'"{shown["sha256"]}"'
     assert tiny_server.complete(QUESTION, 10, soft_prompt=name) == greedy(tiny_llama, 10, prompt)
+    assert tiny_server.http.get(f"/v1/soft_prompts/{name}").json()["resident"]
 
     deleted = tiny_server.http.delete(f"/v1/soft_prompts/{name}")
     assert (deleted.status_code, deleted.json()["deleted"], deleted.json()["id"]) == (200, True, name)

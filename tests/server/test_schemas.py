@@ -23,8 +23,24 @@ from softbatch.server.schemas.generate import (
     GenerateStreamRequest,
 )
 from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from softbatch.server.version import VERSION
 
 HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name} | fields}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def deep(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"properties": {"a": value}}
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +128,37 @@ def generate(**parameters: Any) -> dict[str, Any]:
             chat(messages=[{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]),
         ),
         ("/chat", chat(logprobs=True, top_logprobs=20, max_tokens=5, max_completion_tokens=5)),
+        ("/chat", chat(tools=[tool("f", strict=None, parameters=None)], tool_choice="auto", parallel_tool_calls=None)),
+        ("/chat", chat(tools=[tool("a-b.c"), tool("g")], tool_choice=named("g"))),
+        (
+            "/chat",
+            chat(
+                tools=[tool("f")],
+                tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("f")]}},
+            ),
+        ),
+        (
+            "/chat",
+            chat(
+                messages=[
+                    *HELLO,
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "1", "index": 0, **tool("f", arguments="")}],
+                    },
+                    {"role": "tool", "tool_call_id": "1", "content": None, "name": "f"},
+                    {
+                        "role": "assistant",
+                        "content": "x",
+                        "reasoning_content": "y",
+                        "tool_calls": [],
+                        "function_call": None,
+                    },
+                ]
+            ),
+        ),
+        ("/chat", chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})),
         ("/chat", chat(tools=[], tool_choice="none", functions=None, response_format={"type": "text"})),
         ("/chat", chat(modalities=["text"], audio=None, parallel_tool_calls=True, reasoning_effort=None)),
         (
@@ -279,7 +326,10 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/completions", '{"prompt": "\\ud800"}', "prompt", "surrogates"),
         ("/completions", '{"prompt": ["ok", "\\ud800"]}', "prompt.1", "surrogates"),
         # combinations and what is not supported
-        ("/completions", completion(best_of=3, n=2), "best_of", "only 1 or n"),
+        ("/completions", completion(best_of=2, n=3), "best_of", "must not be less than n (3)"),
+        ("/completions", completion(best_of=2, stream=True), "best_of", "not available with 'stream': true"),
+        ("/completions", completion(prompt=["a"] * 33, best_of=2), "best_of", "prompts times best_of"),
+        ("/completions", completion(suffix="x"), "suffix", "not supported"),
         ("/completions", completion(echo=True, logprobs=21), "logprobs", "less than or equal to 20"),
         ("/completions", completion(prompt_logprobs=21), "prompt_logprobs", "less than or equal to 20"),
         ("/completions", completion(prompt_logprobs=-1), "prompt_logprobs", "greater than or equal to 0"),
@@ -288,7 +338,40 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/completions", completion(max_tokens=0, min_tokens=1), "min_tokens", "not be more than max_tokens (0)"),
         ("/chat", chat(prompt_logprobs=1), "prompt_logprobs", "not supported"),
         ("/completions", completion(suffix="s"), "suffix", "not supported"),
-        ("/completions", completion(logit_bias={"5": 1}), "logit_bias", "not supported"),
+        ("/completions", completion(logit_bias={"5": 101}), "logit_bias.5", "less than or equal to 100"),
+        ("/completions", completion(logit_bias={"5": True}), "logit_bias.5", "valid number"),
+        (
+            "/chat",
+            '{"messages": [{"role": "user", "content": "a"}], "logit_bias": {"5": NaN}}',
+            "logit_bias.5",
+            "finite",
+        ),
+        ("/chat", chat(logit_bias={"the": 1}), "logit_bias.the", "a key is a token id"),
+        ("/chat", chat(logit_bias={"-1": 1}), "logit_bias.-1", "a key is a token id"),
+        ("/chat", chat(logit_bias={"²": 1}), "logit_bias.²", "a key is a token id"),
+        ("/chat", chat(logit_bias={"9" * 90: 1}), f"logit_bias.{'9' * 90}", "a key is a token id"),
+        ("/chat", chat(logit_bias=[[5, 1]]), "logit_bias", "an object"),
+        ("/chat", chat(logit_bias={str(i): 1 for i in range(1025)}), "logit_bias", "at most 1024"),
+        ("/chat", chat(allowed_token_ids=[]), "allowed_token_ids", "at least 1"),
+        ("/chat", chat(allowed_token_ids=[True]), "allowed_token_ids.0", "valid integer"),
+        (
+            "/chat",
+            chat(allowed_token_ids=[5], response_format={"type": "json_object"}),
+            "allowed_token_ids",
+            "not together with response_format",
+        ),
+        ("/chat", chat(bad_words=[""]), "bad_words.0", "at least 1 character"),
+        ("/chat", chat(bad_words=["a"] * 129), "bad_words", "at most 128"),
+        ("/chat", chat(truncate_prompt_tokens=0), "truncate_prompt_tokens", "at least 1, or -1"),
+        ("/chat", chat(truncate_prompt_tokens=-2), "truncate_prompt_tokens", "greater than or equal to -1"),
+        ("/chat", chat(truncation_side="right"), "truncation_side", "not supported"),
+        ("/chat", chat(skip_special_tokens=0), "skip_special_tokens", "valid boolean"),
+        (
+            "/chat",
+            chat(continue_final_message=True, add_generation_prompt=True),
+            "continue_final_message",
+            "not together",
+        ),
         ("/completions", completion(min_tokens=17), "min_tokens", "not be more than max_tokens (16)"),
         ("/chat", chat(min_tokens=3, max_completion_tokens=2), "min_tokens", "max_completion_tokens (2)"),
         ("/completions", completion(min_tokens=-1), "min_tokens", "greater than or equal to 0"),
@@ -308,14 +391,19 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(messages=[{"role": "user", "content": 5}]), "messages.0.content", "a text or a list"),
         (
             "/chat",
-            chat(messages=[*HELLO, {"role": "tool", "content": "x"}]),
+            chat(messages=[*HELLO, {"role": "function", "content": "x"}]),
             "messages.1.role",
             "'assistant'",
         ),
         ("/chat", chat(messages=[{**HELLO[0], "type": "image"}]), "messages.0.type", "not supported"),
         ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "send false"),
-        ("/chat", chat(messages=[{**HELLO[0], "tool_calls": [{"id": "1"}]}]), "messages.0.tool_calls", "send []"),
-        ("/chat", chat(messages=[{**HELLO[0], "reasoning": "Hm"}]), "messages.0.reasoning", "not supported"),
+        (
+            "/chat",
+            chat(messages=[{**HELLO[0], "tool_calls": [{"id": "1"}]}]),
+            "messages.0.tool_calls.0.function",
+            "required",
+        ),
+        ("/chat", chat(messages=[{**HELLO[0], "reasoning": "Hm"}]), "messages.0.reasoning", "assistant's"),
         ("/chat", chat(messages=[{**HELLO[0], "contents": "x"}]), "messages.0.contents", "'content'?"),
         (
             "/chat",
@@ -344,8 +432,37 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(top_logprobs=2), "top_logprobs", "'logprobs': true"),
         ("/chat", chat(logprobs=1), "logprobs", "valid boolean"),
         ("/chat", chat(max_tokens=5, max_completion_tokens=6), "max_tokens", "older name"),
-        ("/chat", chat(tools=[{"type": "function"}]), "tools", "not supported"),
-        ("/chat", chat(tool_choice="required"), "tool_choice", "send 'none' or 'auto'"),
+        ("/chat", chat(messages=[{"role": "assistant"}]), "messages.0.content", "required"),
+        ("/chat", chat(messages=[{**HELLO[0], "tool_call_id": "1"}]), "messages.0.tool_call_id", "tool's"),
+        ("/chat", chat(tools=[{"type": "function"}]), "tools.0.function", "required"),
+        ("/chat", chat(tools=[{"type": "web_search"}]), "tools.0.type", "only 'function'"),
+        ("/chat", chat(tools=[tool("a b")]), "tools.0.function.name", "pattern"),
+        ("/chat", chat(tools=[tool("f"), tool("f")]), "tools.1.function.name", "two tools"),
+        ("/chat", chat(tools=[tool("f", parameters=[])]), "tools.0.function.parameters", "JSON schema"),
+        (
+            "/chat",
+            chat(tools=[tool("f", parameters={"type": "array"})]),
+            "tools.0.function.parameters.type",
+            "'object'",
+        ),
+        (
+            "/chat",
+            chat(tools=[tool("f", parameters={"properties": []})]),
+            "tools.0.function.parameters.properties",
+            "name",
+        ),
+        ("/chat", chat(tools=[tool("f", parameters=deep(100))]), "tools.0.function.parameters", "64 levels"),
+        ("/chat", chat(tools=[tool("f", description="x", strikt=True)]), "tools.0.function.strikt", "'strict'?"),
+        ("/chat", chat(tool_choice="required"), "tool_choice", "needs 'tools'"),
+        ("/chat", chat(tools=[tool("f")], tool_choice="always"), "tool_choice.type", "'auto'"),
+        ("/chat", chat(tools=[tool("f")], tool_choice=named("g")), "tool_choice", "no tool 'g'"),
+        (
+            "/chat",
+            chat(tools=[tool("f")], tool_choice={"type": "function"}),
+            "tool_choice.function",
+            "name of a function",
+        ),
+        ("/chat", chat(functions=[{"name": "f"}]), "functions", "not supported"),
         ("/chat", chat(enable_thinking=False), "enable_thinking", "not supported"),
         ("/chat", chat(response_format={"type": "jsn"}), "response_format.type", "json_object"),
         ("/chat", chat(response_format={"type": "json_schema"}), "response_format.json_schema", "is needed"),
@@ -374,7 +491,8 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ),
         ("/chat", chat(modalities=["text", "audio"]), "modalities", "not supported"),
         ("/chat", chat(audio={"voice": "x"}), "audio", "not supported"),
-        ("/chat", chat(reasoning_effort="low"), "reasoning_effort", "not supported"),
+        ("/chat", chat(reasoning_effort="most"), "reasoning_effort", "'low'"),
+        ("/chat", chat(chat_template_kwargs={"a": deep(100)}), "chat_template_kwargs", "64 levels"),
         ("/chat", chat(prompt="x"), "prompt", "unknown field"),
         # text-generation-inference
         ("/generate", {}, "inputs", "required"),
@@ -385,15 +503,16 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/generate", generate(temperature=-1), "parameters.temperature", "greater than or equal to 0"),
         ("/generate", generate(min_new_tokens=101), "parameters.min_new_tokens", "max_new_tokens (100)"),
         ("/generate", generate(max_new_tokens=-1), "parameters.max_new_tokens", "greater than or equal to 1"),
-        ("/generate", generate(best_of=2), "parameters.best_of", "send 1"),
+        ("/generate", generate(best_of=17), "parameters.best_of", "less than or equal to 16"),
+        ("/generate_stream", generate(best_of=2), "parameters.best_of", "not available in streams"),
         ("/generate", generate(typical_p=0.9), "parameters.typical_p", "not supported"),
         ("/generate", generate(watermark=True), "parameters.watermark", "send false"),
         ("/generate", generate(grammar={"type": "regex"}), "parameters.grammar.value", "required"),
         (
-            "/generate",
-            generate(decoder_input_details=True),
+            "/generate_stream",
+            generate(decoder_input_details=True, details=True),
             "parameters.decoder_input_details",
-            "not supported",
+            "not available in streams",
         ),
         ("/generate", generate(top_n_tokens=21), "parameters.top_n_tokens", "less than or equal to 20"),
         ("/generate", generate(seed=-1), "parameters.seed", "greater than or equal to 0"),
@@ -583,6 +702,6 @@ def test_chunks_leave_out_what_adds_nothing_but_keep_the_nulls_that_clients_read
         "created": 1,
         "model": "m",
         "choices": [{"index": 0, "delta": {"content": "hi"}, "logprobs": None, "finish_reason": None}],
-        "system_fingerprint": None,
+        "system_fingerprint": f"softbatch-{VERSION}",
         "usage": None,
     }

@@ -14,6 +14,7 @@ from softbatch.scheduler.protocol import (
     AddRequest,
     CancelRequest,
     EngineStats,
+    ForgetSoftPrompt,
     ModelInfo,
     SamplingParams,
     SoftPromptRef,
@@ -98,6 +99,20 @@ def test_the_first_use_counts_as_a_miss_and_later_ones_as_hits(
             await_read(engine)
         drain(engine, [request])
         assert counts(engine.stats) == expected
+
+
+def test_who_becomes_resident_and_who_goes_is_told_once(served: tuple[Engine, ModelInfo], tmp_path: Path) -> None:
+    engine, info = served
+    ref = SoftPromptRef("a" * 64, str(save_prompt(make_soft_prompt("kv", 21, info), tmp_path, "a")), 21)
+    assert engine.resident_if_changed() is None
+    engine.handle(asking("r", ref))
+    told = []
+    while engine.has_work:
+        told.append(engine.step().resident)
+    assert [each for each in told if each is not None] == [["a" * 64]]
+    engine.handle(ForgetSoftPrompt(ref.sha256))
+    assert engine.resident_if_changed() == []
+    assert engine.resident_if_changed() is None
 
 
 def test_nothing_is_prefetched_while_others_wait(served: tuple[Engine, ModelInfo], tmp_path: Path) -> None:
