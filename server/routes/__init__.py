@@ -16,6 +16,7 @@ from softbatch.server.routes import (
     messages,
     models,
     queue,
+    response_stream,
     responses,
     score,
     soft_prompts,
@@ -23,7 +24,7 @@ from softbatch.server.routes import (
 )
 
 # Whose requests go to the engine.
-SERVING_PATHS = TGI_PATHS | {chat.ROUTE, completions.ROUTE, score.ROUTE}
+SERVING_PATHS = TGI_PATHS | {route.ROUTE for route in (chat, completions, embeddings, messages, response_stream, score)}
 
 ROUTERS: tuple[APIRouter, ...] = (
     generate.router,
