@@ -18,8 +18,8 @@ from tests.support.pooling import embedding_request, pooled_states
 @pytest.mark.parametrize("async_scheduling", ["off", "on"])
 def test_embeddings_equal_transformers(tiny: Reference, tmp_path: Path, async_scheduling: str) -> None:
     """Beside sequences that generate, with beginnings in common, and with too few blocks for all of them."""
-    limits = {"max_batch_size": 5, "max_batch_tokens": 11, "max_model_len": 100}
-    engine, ready = build(tiny.path, num_blocks=16, block_size=8, async_scheduling=async_scheduling, **limits)
+    limits = {"max_batch_size": 5, "max_batch_tokens": 11, "max_model_len": 70}
+    engine, ready = build(tiny.path, num_blocks=11, block_size=8, async_scheduling=async_scheduling, **limits)
     prompt = make_soft_prompt("embeddings", 13, ready.model)
     ref = SoftPromptRef("5" * 64, str(save_prompt(prompt, tmp_path, "p")), 13)
     rng = random.Random(8)
