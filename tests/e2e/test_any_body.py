@@ -34,10 +34,33 @@ MESSAGES = st.one_of(
     st.fixed_dictionaries({"role": ROLES, "content": st.lists(PARTS | VALUES, max_size=3)}),
     VALUES,
 )
+# As people mean them, so that not all ends at the first wrong field.
+TURNS = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": WORDS}), min_size=1, max_size=3)
+PLAUSIBLE = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0, 0.7, 2, None]),
+        "top_p": st.sampled_from([0, 0.5, 1]),
+        "stream": st.booleans(),
+        "n": st.integers(1, 3),
+        "stop": st.lists(WORDS, max_size=2) | WORDS,
+        "logprobs": st.just(True),
+        "logit_bias": st.dictionaries(st.integers(0, 50_000).map(str), st.floats(-100, 100), max_size=3),
+        "bad_words": st.lists(WORDS, max_size=2),
+        "allowed_token_ids": st.lists(st.integers(0, 49_151), min_size=1, max_size=3),
+        "truncate_prompt_tokens": st.integers(-1, 9),
+        "continue_final_message": st.booleans(),
+        "skip_special_tokens": st.booleans(),
+        "return_token_ids": st.booleans(),
+        "include_stop_str_in_output": st.booleans(),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+    },
+)
 BODIES = st.builds(
-    lambda messages, fields: {"messages": messages, "max_tokens": 2, **fields},
-    st.lists(MESSAGES, max_size=4) | VALUES,
-    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4),
+    lambda messages, plausible, others: {"messages": messages, "max_tokens": 2, **plausible, **others},
+    TURNS | TURNS | st.lists(MESSAGES, max_size=4) | VALUES,
+    PLAUSIBLE,
+    st.just({}) | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
 )
 
 
