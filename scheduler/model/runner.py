@@ -22,7 +22,7 @@ from softbatch.scheduler.model.sampling.adjustments import SampleInput, needs_hi
 from softbatch.scheduler.model.sampling.constraints import Constraint, Constraints
 from softbatch.scheduler.model.sampling.grammar import GrammarError, GrammarMasks
 from softbatch.scheduler.model.sampling.sampler import sample
-from softbatch.scheduler.model.staging import small_tensor
+from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
@@ -147,6 +147,12 @@ class Runner:
         return staged.embeddings is None
 
     def _run(self, rows: list[StepRow], prefills: list[SoftPromptPrefill], launched: InFlightStep) -> None:
+        pooled = [row for row in rows if row.sequence.pooling is not None]
+        if pooled:
+            self._pool(pooled, launched)
+            rows = [row for row in rows if row.sequence.pooling is None]
+            if not (rows or prefills):
+                return
         parts = [part for row in rows for part in _as_rows(row, self._on_gpu)]
         batch = self._build(parts + [self._prefill_row(prefill) for prefill in prefills])
         self._insert_pending(rows, batch.token_ids)
@@ -179,6 +185,19 @@ class Runner:
         if len(at) < len(logits):
             logits = logits[small_tensor(at, logits.device, torch.int64)]
         launched.add_samples(names, sample(logits, inputs))
+
+    def _pool(self, rows: list[StepRow], launched: InFlightStep) -> None:
+        """A forward pass of their own: it ends before the head, which others need."""
+        states = self._forward.hidden_states(
+            self._build([part for row in rows for part in _as_rows(row, self._on_gpu)])
+        )
+        at = 0
+        for row in rows:
+            count = len(row.sequence.logit_rows(row.start, row.num_tokens))
+            if count:
+                whole = states[at : at + count].sum(0, dtype=torch.float32)
+                launched.state_sums[row.sequence.request_id] = ToHost([whole])
+            at += count
 
     def _insert_pending(self, rows: list[StepRow], token_ids: torch.Tensor) -> None:
         """Fill in input tokens that only the device knows: the step in flight samples them."""

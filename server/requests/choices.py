@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from softbatch.server.requests.generation import Delta, Generation, Token
+from softbatch.server.requests.generation import Delta, EndOfText, Generation, Token
 
 
 @dataclass
@@ -18,12 +18,17 @@ class Choice:
     generation: Generation
     pieces: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: EndOfText | None = None
     stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def as_delta(self) -> Delta:
+        """All of it as if it had come at once."""
+        return Delta(self.text, tuple(self.tokens), self.finish_reason, self.stop_reason)
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -31,14 +31,16 @@ EndOfText = Literal["eos", "stop", "length", "timeout"]
 @dataclass(frozen=True)
 class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
-    default; `seed` None draws one; `timeout` is in seconds, None: the server's. `truncate` keeps only that many of the
-    last prompt tokens, -1: as many as fit. With `score_prompt` the prompt's tokens are scored, each with so many
-    alternatives. `shown_tokens` are special tokens that are text in this output."""
+    default, and with `may_clip` it is as many of them as there is room for; `seed` None draws one; `timeout` is in
+    seconds, None: the server's. `truncate` keeps only that many of the last prompt tokens, -1: as many as fit. With
+    `score_prompt` the prompt's tokens are scored, each with so many alternatives. `shown_tokens` are special tokens
+    that are text in this output."""
 
     prompt: Prompt
     params: SamplingParams
     seed: int | None = None
     max_tokens: int | None = None
+    may_clip: bool = False
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     soft_prompt: str | None = None
@@ -291,7 +293,9 @@ class Generator:
                 request.prompt, lease, request.add_special_tokens, chat_end=request.chat_end, keep=keep
             )
         params = request.params
-        room = self._encoder.room(lease, len(token_ids), request.max_tokens, params.min_tokens)
+        room = self._encoder.room(
+            lease, len(token_ids), request.max_tokens, params.min_tokens, may_clip=request.may_clip
+        )
         if params.min_tokens > room:
             message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
             raise PromptTooLong(message, param="min_tokens")

@@ -9,9 +9,9 @@ from typing import TypeGuard
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
 from softbatch.server.requests.leases import Lease
-from softbatch.server.requests.text import ChatEnd, Conversation, Message, TextProcessor
+from softbatch.server.requests.text import ChatEnd, ChatPrompt, Message, TextProcessor
 
-Prompt = str | Sequence[int] | Sequence[Message] | Conversation
+Prompt = str | Sequence[int] | Sequence[Message] | ChatPrompt
 # Texts longer than this are tokenised in a thread, so that they do not stall the event loop. So are those with quotes,
 # as the first of them takes long.
 LONG_TEXT = 4096
@@ -70,12 +70,14 @@ class PromptEncoder:
         """Text alone: no control token is made of it."""
         return await self.encode(self._text.quote(text), add_special_tokens=False)
 
-    def room(self, lease: Lease | None, prompt: int, wanted: int | None, least_wanted: int = 0) -> int:
+    def room(
+        self, lease: Lease | None, prompt: int, wanted: int | None, least_wanted: int = 0, *, may_clip: bool = False
+    ) -> int:
         """How many tokens may be generated: `wanted`, or the server's default, but at least `least_wanted`, if so many
-        fit, or all that do. Raises PromptTooLong when that is too many."""
+        fit, or all that do. Raises PromptTooLong when that is too many; with `may_clip` only if none fits."""
         virtual = lease.ref.num_virtual_tokens if lease else 0
         left = self._max_model_len - virtual - prompt
-        least = 1 if wanted is None else wanted
+        least = 1 if wanted is None else min(wanted, 1) if may_clip else wanted
         if left < least:
             parts = f"{virtual} virtual tokens + " if virtual else ""
             output = "at least 1 output token" if wanted is None else f"{wanted} output tokens"
@@ -84,7 +86,7 @@ class PromptEncoder:
                 "tokens; shorten the prompt or ask for fewer tokens",
                 param="prompt" if left < 1 else "max_tokens",
             )
-        return min(left, max(self._default_max_tokens, least_wanted)) if wanted is None else wanted
+        return min(left, max(self._default_max_tokens, least_wanted)) if wanted is None else min(left, wanted)
 
     def most_that_fit(self, lease: Lease | None, wanted: int | None) -> int:
         """Prompt tokens that leave room for so many others, or for the server's default."""
@@ -109,7 +111,7 @@ class PromptEncoder:
         )
 
 
-def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | Conversation]:
-    if isinstance(prompt, str | Conversation):
-        return isinstance(prompt, Conversation)
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | ChatPrompt]:
+    if isinstance(prompt, str | ChatPrompt):
+        return isinstance(prompt, ChatPrompt)
     return len(prompt) > 0 and isinstance(prompt[0], Mapping)

@@ -23,13 +23,13 @@ ChatEnd = Literal["answer", "turn", "open turn"]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatPrompt:
     """Chat turns, and what else the template is given, such as tools. `beside_system` are both if a soft prompt stands
     for the system turn."""
 
     turns: Sequence[Message]
     fields: Mapping[str, Any] = field(default_factory=dict)
-    beside_system: Conversation | None = None
+    beside_system: ChatPrompt | None = None
 
 
 class TextProcessor:
@@ -90,12 +90,12 @@ class TextProcessor:
         return text
 
     def render(
-        self, chat: Sequence[Message] | Conversation, replaces: Replaces = "nothing", end: ChatEnd = "answer"
+        self, chat: Sequence[Message] | ChatPrompt, replaces: Replaces = "nothing", end: ChatEnd = "answer"
     ) -> str:
         """Chat turns as the text the model was trained on, with what people wrote quoted; `replaces` says what a soft
         prompt stands for."""
-        if not isinstance(chat, Conversation):
-            chat = Conversation(chat)
+        if not isinstance(chat, ChatPrompt):
+            chat = ChatPrompt(chat)
         if replaces == "system" and chat.beside_system is not None:
             chat = chat.beside_system
         if not self.tokenizer.chat_template:

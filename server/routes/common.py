@@ -11,13 +11,13 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.manifest import Manifest, SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.schemas.replies import CachedTokens, Usage
-from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
+from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest, QueuedRequest
 from softbatch.server.services import Services
 
 # What OpenAI calls the ends of a text.
@@ -78,6 +78,16 @@ def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | 
     return model
 
 
+def manifest_of(services: Services, soft_prompt: str | None) -> Manifest | None:
+    """What a soft prompt says of itself; None without one. Reads the disk. Raises ApiError 404."""
+    if soft_prompt is None:
+        return None
+    try:
+        return services.store.get(soft_prompt).manifest
+    except SoftPromptError as error:
+        raise unknown_model(soft_prompt) from error
+
+
 @contextlib.contextmanager
 def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Iterator[None]:
     """Let errors from below name the fields as this route's clients know them; `model` is the soft prompt's name when
@@ -95,7 +105,7 @@ def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Itera
 
 async def start_all(
     services: Services,
-    body: OpenAIRequest,
+    body: QueuedRequest,
     requests: Sequence[GenerationRequest],
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Generation]:

@@ -49,23 +49,25 @@ def _text(value: object, param: str = "") -> str:
     return value
 
 
-def _prompts(value: object) -> list[Prompt]:
-    if isinstance(value, str):
-        return [_text(value)]
-    if not isinstance(value, list) or not value:
-        raise refusal("prompt", _EXPECTED)
-    if isinstance(value[0], str | list):
-        if len(value) > MAX_PROMPTS:
-            raise refusal("too_long", f"at most {MAX_PROMPTS} prompts are allowed, not {len(value)}")
-        check = _text if isinstance(value[0], str) else token_ids
-        return [check(item, str(index)) for index, item in enumerate(value)]
-    return [token_ids(value)]
+def one_or_several(limit: int, noun: str) -> PlainValidator:
+    """A text, token ids, or at most `limit` of either, as a list."""
+
+    def check(value: object) -> list[Prompt]:
+        if isinstance(value, str):
+            return [_text(value)]
+        if not isinstance(value, list) or not value:
+            raise refusal("prompt", _EXPECTED)
+        if isinstance(value[0], str | list):
+            if len(value) > limit:
+                raise refusal("too_long", f"at most {limit} {noun} are allowed, not {len(value)}")
+            check_one = _text if isinstance(value[0], str) else token_ids
+            return [check_one(item, str(index)) for index, item in enumerate(value)]
+        return [token_ids(value)]
+
+    return PlainValidator(check, json_schema_input_type=str | list[int] | list[str] | list[list[int]])
 
 
-Prompts = Annotated[
-    list[Prompt],
-    PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
-]
+Prompts = Annotated[list[Prompt], one_or_several(MAX_PROMPTS, "prompts")]
 
 
 def _none_if_false(value: object) -> object:

@@ -91,7 +91,33 @@ class StreamOptions(RequestModel):
     )
 
 
-class OpenAIRequest(StructuredRequest):
+class QueuedRequest(RequestModel):
+    """The fields of every request that the engine computes, apart from what is computed and how."""
+
+    model: BaseOrSoftPrompt | None = Field(
+        default=None,
+        description="the base model (also when left out, or a placeholder such as 'tgi'), or the name of a soft prompt",
+    )
+    soft_prompt: ModelName | None = Field(default=None, description="prepended; only this server's")
+    priority: int = Field(
+        default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; only this server's"
+    )
+    cache_salt: Salt = Field(
+        default="", description="only requests with the same salt share cached prefixes; only this server's"
+    )
+    timeout_ms: Milliseconds | None = Field(
+        default=None,
+        description="milliseconds from arrival: without output by then the request gets 504, otherwise it ends with "
+        "what it has; left out: the server's --request-timeout; only this server's",
+    )
+
+    @property
+    def timeout(self) -> float | None:
+        """In seconds."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
+
+
+class OpenAIRequest(StructuredRequest, QueuedRequest):
     """The fields that `/v1/completions` and `/v1/chat/completions` share."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
@@ -110,11 +136,6 @@ class OpenAIRequest(StructuredRequest):
         }
     )
 
-    model: BaseOrSoftPrompt | None = Field(
-        default=None,
-        description="the base model (also when left out, or a placeholder such as 'tgi'), or the name of a soft prompt",
-    )
-    soft_prompt: ModelName | None = Field(default=None, description="prepended; not from OpenAI's API")
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES_PER_PROMPT, description="choices per prompt")
@@ -169,24 +190,10 @@ class OpenAIRequest(StructuredRequest):
     return_tokens_as_token_ids: bool = Field(
         default=False, description="log-probabilities name tokens 'token_id:…'; not from OpenAI's API"
     )
-    priority: int = Field(
-        default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; not from OpenAI's API"
-    )
-    cache_salt: Salt = Field(default="", description="only requests with the same salt share cached prefixes")
     user: Text = Field(
         default="",
         description="who asks, if API keys do not tell: users have equal shares of the server, as keys have",
     )
-    timeout_ms: Milliseconds | None = Field(
-        default=None,
-        description="milliseconds from arrival: without output by then the request gets 504, otherwise it ends with "
-        "what it has; left out: the server's --request-timeout; not from OpenAI's API",
-    )
-
-    @property
-    def timeout(self) -> float | None:
-        """In seconds."""
-        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
     def seed_of(self, choice: int) -> int | None:
         """The seed of one prompt's `choice`, in the 63 bits that the sampler takes."""
