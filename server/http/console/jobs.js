@@ -135,7 +135,8 @@ class JobCard {
     const { phase, done, total, loss, elapsed, expected, note } = progress;
     const part = expected ? Math.min(1, elapsed / expected) : total ? done / total : 0;
     const rest = expected ? Math.max(0, expected - elapsed) : null;
-    text(this.left, rest === null ? "Finding out how long it will take" : `About ${seconds(rest)} left`);
+    const left = rest >= 1 ? `About ${seconds(rest)} left` : "Longer than planned, the end is near";
+    text(this.left, rest === null ? "Finding out how long it will take" : left);
     this.bar.style.setProperty("--part", String(part));
     set(this.bar, { "aria-valuenow": String(Math.round(part * 100)) });
     const at = ORDER.indexOf(phase);
