@@ -73,6 +73,7 @@ class JobDirectory:
         "held_out.jsonl",
         "train.jsonl",
         "forecast.json",
+        "answers.json",
         "baselines.json",
         "teacher.safetensors",
         "matching.safetensors",

@@ -81,7 +81,8 @@ def _add_training_settings(parser: argparse.ArgumentParser) -> None:
         "--questions",
         type=Path,
         metavar="Q.jsonl",
-        help='questions of your own to train on, a line each: {"input": "…"}, with "output" if you have the answer',
+        help='questions of your own, a line each: {"input": "…"} to train on, with "output" if you have the answer; '
+        'one with "accept": ["…"], texts of which a right answer contains one, is for measuring alone',
     )
     parser.add_argument(
         "--model-questions",
@@ -113,7 +114,12 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
     parser.add_argument("--context", type=Path, required=True, metavar="FILE", help="the text it was made of")
     parser.add_argument(
-        "--questions", type=Path, required=True, metavar="Q.jsonl", help='a line each: {"input": "…", "output"?: "…"}'
+        "--questions",
+        type=Path,
+        required=True,
+        metavar="Q.jsonl",
+        help='a line each: {"input": "…", "output"?: "…", "accept"?: ["…"]}; an answer that contains one of the '
+        "accepted texts is right",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
     add_model_flags(parser)

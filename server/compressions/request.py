@@ -115,6 +115,9 @@ def make_request(
             if text is not None and not (text.strip() and len(text) <= MAX_TEXT):
                 param = f"questions.{index}.{field}"
                 raise InputError(param, f"{param}: it must have 1 to {MAX_TEXT} characters that are not blank")
+        if not all(text.strip() for text in question.accept):
+            param = f"questions.{index}.accept"
+            raise InputError(param, f"{param}: a text that answers must contain cannot be blank")
     return CompressionRequest(
         name=name,
         context=context,
@@ -152,5 +155,6 @@ def read_questions(path: Path) -> tuple[Example, ...]:
 
 
 def as_users(examples: Sequence[Example]) -> list[Example]:
-    """However they were made, as a user's own they are trained on and never held out."""
+    """However they were made, as a user's own they are trained on and never held out, unless they say what is right:
+    then they are for measuring alone."""
     return [replace(example, kind="user", source="user", cut=False) for example in examples]

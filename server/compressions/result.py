@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from softbatch.server.compressions.prepare import PreparedRun
 
 SOURCE = "softbatch compress"
-_SECTIONS = ("answers", "curve", "off_topic", "baselines")
+_SECTIONS = ("answers", "curve", "off_topic", "baselines", "right_answers")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         name=body.name,
         context=body.context,
         settings=wanted,
-        questions=tuple(Example(question.input, question.output) for question in body.questions),
+        questions=tuple(
+            Example(question.input, question.output, accept=tuple(question.accept)) for question in body.questions
+        ),
         choice=lambda: _served(services),
         store=settings.prompt_store,
         max_prompt_bytes=max_bytes,

@@ -12,7 +12,7 @@ from softbatch.prompt_store.compression.compression_settings import (
     MAX_MINUTES,
     CompressionSettings,
 )
-from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES, MAX_TEXT
+from softbatch.prompt_store.compression.data.examples import MAX_ACCEPTED, MAX_EXAMPLES, MAX_TEXT
 from softbatch.server.schemas.base import RequestModel, Text, refusal
 from softbatch.server.schemas.sampling import at_most_items
 
@@ -29,10 +29,12 @@ ShortText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
 
 
 class Question(RequestModel):
-    """A question to train on; without `output` the model's own answer is taken."""
+    """A question to train on; without `output` the model's own answer is taken. One with `accept` is for measuring: an
+    answer that contains one of these texts is right, and training never sees the question."""
 
     input: ShortText
     output: ShortText | None = None
+    accept: Annotated[list[ShortText], at_most_items(MAX_ACCEPTED)] = Field(default=[])
 
 
 class CompressionRequestBody(RequestModel):
@@ -94,8 +96,8 @@ class CompressionRequestBody(RequestModel):
 
 
 class JobProgress(BaseModel):
-    """Where the running phase stands: loading, self_study, gold, estimate, teacher, matching, training or evaluation.
-    `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
+    """Where the running phase stands: loading, self_study, gold, estimate, answers, teacher, matching, training or
+    evaluation. `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
 
     phase: str
     done: int

@@ -120,14 +120,21 @@ def test_prompts_show_has_the_fidelity(store: Path, capfd: pytest.CaptureFixture
 def test_evaluate_on_questions_of_ones_own(
     store: Path, tiny_path: str, harbour: Path, own_questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--context", str(harbour), "--questions", str(own_questions), "--report", str(tmp_path / "report")]
+    questions = tmp_path / "graded.jsonl"
+    graded = '{"input": "How often do I ring the brass bell?", "accept": ["twice", "two times"]}\n'
+    questions.write_text(f"{own_questions.read_text()}\n{graded}")
+    flags = ["--context", str(harbour), "--questions", str(questions), "--report", str(tmp_path / "report")]
     assert main(["evaluate", "harbour", *flags, *model_flags(tiny_path, store)]) == 0
     captured = capfd.readouterr()
     assert "note:" not in captured.err
+    assert "0 of 1" in captured.out
+    assert "retrieval, 3 times" in captured.out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {*METRICS, "compression_ratio"} <= set(report)
     assert set(report["baselines"]) == BASELINES
-    assert report["evaluation"]["questions"] == 2
+    assert report["evaluation"]["questions"] == report["evaluation"]["free_answers"] == 3
+    assert all(row["first_token_seconds"] > 0 for row in report["right_answers"].values())
+    assert report["right_answers"]["recall"]["prompt_tokens"] > report["right_answers"]["soft_prompt"]["prompt_tokens"]
     assert report["baselines"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert report["kl"] > 0.001
     assert report["answers"][0]["gold"] == "At seven."
