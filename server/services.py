@@ -26,6 +26,7 @@ from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
 from softbatch.server.requests.output_format import GrammarCompiler
 from softbatch.server.requests.prompt_encoder import PromptEncoder
+from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
@@ -78,9 +79,11 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
-            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, ready.model.eos_token_ids)
+            eos = ready.model.eos_token_ids
+            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, eos)
             exits.callback(grammars.close)
             spec = ready.model.spec
+            recaller = Recaller(PassageIndexes(store), text, encoder)
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = _admission(settings, engine, leases, metrics)
             metrics.watch(
@@ -97,8 +100,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     supervisor=supervisor,
                     engine=engine,
                     admission=admission,
-                    generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
-                    scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
+                    generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
+                    scorer=Scorer(admission, encoder, recaller, eos),
                     store=store,
                     leases=leases,
                     compressions=compressions,

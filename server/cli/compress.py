@@ -124,6 +124,8 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
         choice=lambda: choice_of(settings),
         store=settings.prompt_store,
         max_prompt_bytes=settings.max_prompt_mib << 20,
+        keep_text=options.keep_text,
+        recall=options.recall,
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.names import is_name
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
+from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.server.cli.settings_flags import UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class RemoteRegistry:
 
     def add(self, name: str, finished: Finished) -> None:
         if self._sha256(name) != hashlib.sha256(finished.prompt.read_bytes()).hexdigest():
-            self._client.upload("/v1/soft_prompts", name, finished.prompt)
+            self._client.upload("/v1/soft_prompts", name, finished.prompt, finished.kept)
 
     def _sha256(self, name: str) -> str | None:
         status, found = self._client.call("GET", f"/v1/soft_prompts/{name}", expected=(200, 404))
@@ -120,11 +121,17 @@ class ServerClient:
         headers = {} if data is None else {"Content-Type": "application/json"}
         return self._send(method, path, data, headers, expected)
 
-    def upload(self, path: str, name: str, file: Path) -> None:
-        """A multipart form with the fields `name` and `file`; the file is not held in memory."""
+    def upload(self, path: str, name: str, file: Path, kept: KeptText | None = None) -> None:
+        """A multipart form with the fields `name`, `file` and, if a text is kept, `text` and `recall`. The file is
+        not held in memory."""
         boundary = secrets.token_hex(16)
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="name"\r\n\r\n{name}\r\n--{boundary}\r\n'
+        fields = {"name": name} | ({} if kept is None else {"text": kept.text, "recall": str(kept.recall)})
+        head = "".join(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n{value}\r\n'
+            for field, value in fields.items()
+        ).encode()
+        head += (
+            f"--{boundary}\r\n"
             f'Content-Disposition: form-data; name="file"; filename="{name}.safetensors"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
         ).encode()

@@ -23,6 +23,7 @@ from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.output_format import GrammarCompiler, OutputFormat
 from softbatch.server.requests.output_text import OutputText
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
+from softbatch.server.requests.recall import Recalled, Recaller
 from softbatch.server.requests.text import TextProcessor
 
 EndOfText = Literal["eos", "stop", "length", "timeout"]
@@ -32,7 +33,8 @@ EndOfText = Literal["eos", "stop", "length", "timeout"]
 class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
     default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens; `timeout` is in seconds,
-    None: the server's. With `score_prompt` the prompt's tokens are scored, each with so many alternatives."""
+    None: the server's. With `score_prompt` the prompt's tokens are scored, each with so many alternatives. `recall` is
+    how many passages of the soft prompt's kept text are put before the question, None: what its registration says."""
 
     prompt: Prompt
     params: SamplingParams
@@ -49,6 +51,7 @@ class GenerationRequest:
     output_format: OutputFormat | None = None
     timeout: float | None = None
     score_prompt: int | None = None
+    recall: int | None = None
     route: str = ""
 
 
@@ -94,7 +97,9 @@ class Generation:
         lease: Lease | None,
         admission: Admission,
         text: TextProcessor,
+        recalled: Recalled,
     ) -> None:
+        self.recalled = recalled
         self.created = int(time.time())
         self.completion_tokens = 0
         # Of the prompt's tokens from the second on; there before the first delta.
@@ -231,6 +236,7 @@ class Generator:
         admission: Admission,
         text: TextProcessor,
         encoder: PromptEncoder,
+        recaller: Recaller,
         grammars: GrammarCompiler,
         seed: int,
         eos_token_ids: Sequence[int] = (),
@@ -238,6 +244,7 @@ class Generator:
         self._admission = admission
         self._text = text
         self._encoder = encoder
+        self._recaller = recaller
         self._grammars = grammars
         self._random = random.Random(seed)
         self._eos = tuple(eos_token_ids)
@@ -252,27 +259,35 @@ class Generator:
         deadline and one user, those of the first."""
         leases: list[Lease | None] = []
         prepared: list[ActiveRequest] = []
+        recalled: list[Recalled] = []
         with self._admission.reserve(len(requests), requests[0].timeout, requests[0].user) as places:
             for request in requests:
                 leases.append(await places.lease(request.soft_prompt))
                 # Several choices of one prompt are tokenised once.
-                same = prepared and request.prompt is requests[len(prepared) - 1].prompt
+                same = bool(prepared) and request.prompt is requests[len(prepared) - 1].prompt
                 known = prepared[-1].add.token_ids if same else None
-                prepared.append(await self._prepare(request, leases[-1], places, known))
+                found = recalled[-1] if same else await self._recaller.find(request.prompt, leases[-1], request.recall)
+                recalled.append(found)
+                prepared.append(await self._prepare(request, leases[-1], places, known, found))
         return [
-            Generation(request, active, lease, self._admission, self._text)
-            for request, active, lease in zip(requests, prepared, leases, strict=True)
+            Generation(request, active, lease, self._admission, self._text, found)
+            for request, active, lease, found in zip(requests, prepared, leases, recalled, strict=True)
         ]
 
     async def _prepare(
-        self, request: GenerationRequest, lease: Lease | None, places: Places, known: list[int] | None
+        self,
+        request: GenerationRequest,
+        lease: Lease | None,
+        places: Places,
+        known: list[int] | None,
+        recalled: Recalled,
     ) -> ActiveRequest:
         token_ids = known
         self._encoder.check_ids(request.params.stop_token_ids, "stop_token_ids")
         if token_ids is None:
-            token_ids = await self._encoder.token_ids(request.prompt, lease, request.add_special_tokens)
-            if request.truncate:
-                token_ids = token_ids[-request.truncate :]
+            token_ids = await self._recaller.token_ids(
+                request.prompt, recalled, lease, request.add_special_tokens, request.truncate
+            )
         params = request.params
         room = self._encoder.room(lease, len(token_ids), request.max_tokens, params.min_tokens)
         if params.min_tokens > room:

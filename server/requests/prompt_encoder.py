@@ -28,7 +28,7 @@ class PromptEncoder:
     async def token_ids(self, prompt: Prompt, lease: Lease | None, add_special_tokens: bool = True) -> list[int]:
         """`prompt` is raw text, token ids or chat turns. What the soft prompt stands for is not written again."""
         replaces = lease.stored.manifest.replaces if lease else "nothing"
-        if _are_messages(prompt):
+        if are_messages(prompt):
             # The template writes the special tokens itself.
             token_ids = await self.encode(self._text.render(prompt, replaces), add_special_tokens=False)
         elif isinstance(prompt, str):
@@ -77,5 +77,5 @@ class PromptEncoder:
         )
 
 
-def _are_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+def are_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)

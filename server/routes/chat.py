@@ -17,6 +17,7 @@ from softbatch.server.routes.common import (
     ChunkTemplate,
     json_reply,
     named_soft_prompt,
+    recalled_of,
     services_of,
     start_all,
     usage_of,
@@ -68,7 +69,8 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
         ]
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
-        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage))
+        recalled = recalled_of([generations[0].recalled], body.return_recalled)
+        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, recalled=recalled))
 
     return await until_disconnect(request, complete())
 
@@ -95,6 +97,7 @@ def _requests(services: Services, body: ChatCompletionRequest) -> list[Generatio
             user=body.user,
             output_format=body.output_format,
             timeout=body.timeout,
+            recall=body.recall,
             route=ROUTE,
         )
         for choice in range(body.n)
@@ -123,6 +126,8 @@ async def _events(
     ordinary = ChatDelta(content=ChunkTemplate.TEXT)
     templates = [ChunkTemplate(chunk(ChatChunkChoice(index=i, delta=ordinary))) for i in range(len(generations))]
     begun: set[int] = set()
+    if (recalled := recalled_of([generations[0].recalled], body.return_recalled)) is not None:
+        yield ChatCompletionChunk(**reply, choices=[], recalled=recalled).model_dump_json()
     async with aclosing(merge(generations)) as deltas:
         async for index, delta in deltas:
             if index not in begun:

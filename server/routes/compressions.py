@@ -139,6 +139,8 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         choice=lambda: _served(services),
         store=settings.prompt_store,
         max_prompt_bytes=max_bytes,
+        keep_text=body.keep_text,
+        recall=body.recall,
     )
     # The window is the model's own, which --max-model-len may cut short for requests.
     files = ModelFiles.served(request.choice, services.text.tokenizer)

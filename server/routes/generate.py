@@ -12,7 +12,7 @@ from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, gather, merge
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
-from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
+from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, recalled_of, services_of
 from softbatch.server.schemas.generate import (
     GENERATE_ERROR_REPLIES,
     CompatGenerateRequest,
@@ -34,6 +34,7 @@ NAMES = {
     "max_tokens": "parameters.max_new_tokens",
     "min_tokens": "parameters.min_new_tokens",
     "soft_prompt": "parameters.soft_prompt",
+    "recall": "parameters.recall",
 }
 FINISH_REASONS: Mapping[str, GenerateFinishReason] = {
     "eos": "eos_token",
@@ -98,19 +99,22 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
         truncate=parameters.truncate,
         output_format=parameters.output_format,
         timeout=parameters.timeout,
+        recall=parameters.recall,
         route=route,
     )
 
 
 def _reply(services: Services, body: GenerateRequest, choice: Choice) -> GenerateReply:
     text = _prefix(body) + choice.text
+    recalled = recalled_of([choice.generation.recalled], body.parameters.return_recalled)
     if not body.parameters.details:
-        return GenerateReply(generated_text=text)
+        return GenerateReply(generated_text=text, recalled=recalled)
     top_tokens = None
     if body.parameters.top_n_tokens:
         top_tokens = [_alternatives(services, token) for token in choice.tokens]
     return GenerateReply(
         generated_text=text,
+        recalled=recalled,
         details=GenerateDetails(
             finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
             stop_reason=_timed_out(choice.finish_reason),
@@ -168,6 +172,7 @@ def _stream_details(body: GenerateRequest, generation: Generation, finish_reason
         generated_tokens=generation.completion_tokens,
         seed=_seed(body, generation),
         input_length=generation.virtual_tokens + generation.prompt_tokens,
+        recalled=recalled_of([generation.recalled], body.parameters.return_recalled),
     )
 
 

@@ -116,6 +116,7 @@ def _object(stored: StoredPrompt, full: bool = False) -> SoftPromptObject:
         num_virtual_tokens=manifest.num_virtual_tokens,
         base_model=manifest.model.name,
         context_tokens=manifest.context.num_tokens if manifest.context else None,
+        recall=stored.recall,
         verdict=verdict if isinstance(verdict := manifest.fidelity.get("verdict"), str) else None,
         manifest=manifest if full else None,
     )

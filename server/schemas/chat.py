@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from softbatch.server.request_failures import shown
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.replies import Usage, is_none
+from softbatch.server.schemas.replies import RecalledPassages, Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     STOP_REASON,
@@ -207,6 +207,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     system_fingerprint: None = None
     usage: Usage
+    recalled: RecalledPassages = None
 
 
 class ChatDelta(BaseModel):
@@ -225,7 +226,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """One event of a stream; `usage` is null in all but the last."""
+    """One event of a stream; `usage` is null in all but the last, `recalled` in the first alone."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -234,3 +235,4 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChatChunkChoice]
     system_fingerprint: None = None
     usage: Usage | None = None
+    recalled: RecalledPassages = None

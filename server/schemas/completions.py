@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
-from softbatch.server.schemas.replies import Usage
+from softbatch.server.schemas.replies import RecalledPassages, Usage
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     STOP_REASON,
@@ -112,10 +112,17 @@ class CompletionRequest(OpenAIRequest):
         if self.stream and self.prompt_logprobs is not None:
             message = "not available with 'stream': true; send 'echo': true and 'logprobs', or do not stream"
             raise refusal("unsupported_field", message, "prompt_logprobs")
+        if self.recall and (self.echo or self.prompt_logprobs is not None):
+            raise refusal("unsupported_field", "not available together with 'echo' or 'prompt_logprobs'", "recall")
         if len(self.prompt) * self.n > MAX_CHOICES:
             message = f"prompts times n must be at most {MAX_CHOICES}, not {len(self.prompt)} times {self.n}"
             raise refusal("too_long", message, "n")
         return self
+
+    @property
+    def passages(self) -> int | None:
+        """None: what the registration says. A prompt that is shown or scored is one that the client has sent."""
+        return 0 if self.echo or self.prompt_logprobs is not None else self.recall
 
     @property
     def score_prompt(self) -> int | None:
@@ -167,3 +174,4 @@ class Completion(BaseModel):
     choices: list[ScoredChoice | CompletionChoice]
     system_fingerprint: None = None
     usage: Usage | None = None
+    recalled: RecalledPassages = None

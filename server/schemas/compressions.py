@@ -13,6 +13,7 @@ from softbatch.prompt_store.compression.compression_settings import (
     CompressionSettings,
 )
 from softbatch.prompt_store.compression.data.examples import MAX_ACCEPTED, MAX_EXAMPLES, MAX_TEXT
+from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, MAX_RECALL
 from softbatch.server.schemas.base import RequestModel, Text, refusal
 from softbatch.server.schemas.sampling import at_most_items
 
@@ -86,6 +87,16 @@ class CompressionRequestBody(RequestModel):
     model_questions: Annotated[int, _within("model_questions")] = Field(
         default=0,
         description="questions asked by the model itself, beside those from templates; small models ask poor ones",
+    )
+
+    keep_text: bool = Field(
+        default=False, description="keep the context, private to the server, so that requests can recall passages of it"
+    )
+    recall: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_RECALL,
+        description=f"passages of the kept text that a request gets which does not say; left out: {DEFAULT_RECALL}",
     )
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.requests.output_format import OutputFormat
 from softbatch.server.schemas.base import ERROR_REPLIES, MAX_INT32, Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.replies import is_none
+from softbatch.server.schemas.replies import RecalledPassages, is_none
 from softbatch.server.schemas.sampling import (
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
@@ -18,6 +18,8 @@ from softbatch.server.schemas.sampling import (
     BaseOrSoftPrompt,
     Milliseconds,
     ModelName,
+    Recall,
+    ReturnRecalled,
     StopString,
     TokenCount,
     at_most_items,
@@ -67,6 +69,8 @@ class GenerateParameters(RequestModel):
     details: bool = Field(default=False, description="also report every token")
     top_n_tokens: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
     soft_prompt: ModelName | None = Field(default=None, description="name of the soft prompt to prepend")
+    recall: Recall = None
+    return_recalled: ReturnRecalled = False
     grammar: GrammarParameter | None = Field(default=None, description="what the text must follow")
     adapter_id: ModelName | None = Field(default=None, description="another name of soft_prompt")
     timeout_ms: Milliseconds | None = Field(
@@ -179,6 +183,7 @@ class GenerateDetails(BaseModel):
 class GenerateReply(BaseModel):
     generated_text: str
     details: GenerateDetails | None = Field(default=None, exclude_if=is_none)
+    recalled: RecalledPassages = None
 
 
 class StreamDetails(BaseModel):
@@ -187,6 +192,7 @@ class StreamDetails(BaseModel):
     generated_tokens: int
     seed: int | None
     input_length: int
+    recalled: RecalledPassages = None
 
 
 class StreamEvent(BaseModel):

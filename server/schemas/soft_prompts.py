@@ -23,6 +23,10 @@ class SoftPromptObject(BaseModel):
     num_virtual_tokens: int
     base_model: str
     context_tokens: int | None = Field(description="how long the compressed context was, where that is known")
+    recall: int | None = Field(
+        default=None,
+        description="passages of its kept text that a request gets which does not say; null: no text is kept",
+    )
     verdict: str | None = Field(default=None, description="what its compression's figures mean, in words")
     manifest: Manifest | None = Field(default=None, exclude_if=is_none)
 

@@ -19,6 +19,7 @@ from softbatch.prompt_store.compression.frozen.frozen_model import Kernels
 from softbatch.prompt_store.compression.work_directory import identity_of
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.scheduler.model.attention import cpu
 from softbatch.server.cli.main import main
 from softbatch.server.compressions.local_engine import LocalEngine
@@ -72,7 +73,7 @@ def own_questions(harbour: Path) -> Path:
 def store(tiny_path: str, harbour: Path, own_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the soft prompt that an uninterrupted run made; its report lies beside the store."""
     path = tmp_path_factory.mktemp("cli") / "store"
-    flags = ("--report", str(path.parent / "report"), "--questions", str(own_questions))
+    flags = ("--report", str(path.parent / "report"), "--questions", str(own_questions), "--keep-text", "--recall", "1")
     assert main(compress(harbour, tiny_path, path, *flags)) == 0
     return path
 
@@ -88,6 +89,7 @@ def test_compress_registers_what_it_measured(store: Path, own_questions: Path) -
     assert "<script" not in page
 
     stored = PromptStore(store, MAX_BYTES).get("harbour")
+    assert PromptStore(store, MAX_BYTES).kept_text(stored) == KeptText(text=CONTEXT, recall=1)
     manifest = stored.manifest
     assert (manifest.kind, manifest.objective, manifest.replaces) == ("kv", "kl", "system")
     assert manifest.num_virtual_tokens == VIRTUAL_TOKENS
