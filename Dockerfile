@@ -31,7 +31,7 @@ FROM ${BASE}
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 python3-dev g++ curl \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --system --create-home --home-dir /var/lib/softbatch --shell /usr/sbin/nologin softbatch
+ && useradd --uid 1000 --create-home --home-dir /var/lib/softbatch --shell /usr/sbin/nologin softbatch
 COPY --from=build /opt/softbatch/.venv /opt/softbatch/.venv
 USER softbatch
 WORKDIR /var/lib/softbatch
@@ -41,7 +41,7 @@ ENV PATH=/opt/softbatch/.venv/bin:$PATH \
     SOFTBATCH_PROMPT_STORE=/var/lib/softbatch/prompts
 VOLUME /var/lib/softbatch
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD curl --fail --silent http://127.0.0.1:8000/health
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s CMD curl --fail --silent http://127.0.0.1:8000/health/live
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["softbatch"]
 CMD ["serve"]

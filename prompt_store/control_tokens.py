@@ -47,7 +47,18 @@ class ControlTokens:
         return quoted
 
     def quote_turns(self, messages: Messages) -> list[dict[str, Any]]:
-        return [{**message, "content": self.quote(message["content"])} for message in messages]
+        return [
+            {key: value if key == "role" else self.quote_all(value) for key, value in message.items()}
+            for message in messages
+        ]
+
+    def quote_all(self, value: Any) -> Any:
+        """Every text in a JSON value, keys too."""
+        if isinstance(value, str):
+            return self.quote(value)
+        if isinstance(value, Mapping):
+            return {self.quote(key): self.quote_all(one) for key, one in value.items()}
+        return [self.quote_all(one) for one in value] if isinstance(value, list | tuple) else value
 
     def has_quotes(self, text: str) -> bool:
         return self._secret in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jinja2
@@ -36,23 +37,25 @@ def render_chat(
     messages: Messages,
     add_generation_prompt: bool = True,
     replaces: Replaces | None = None,
+    fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The text to tokenise without adding special tokens.
 
     With `replaces` None or 'nothing' the whole rendering. With 'system' what comes after the system turn, as
     the soft prompt stands for all before: no BOS, no system turn, no default system turn. What the messages say in
     system turns at their front then goes to the front of the first user turn. `messages` are
-    {"role", "content"} with text content; which roles may follow which is up to the template.
+    {"role", "content"} with text content; which roles may follow which is up to the template. `fields` are what else
+    the template is given, such as tools; a soft prompt stands for what it writes without them.
     Raises TemplateError.
     """
     _check_messages(messages)
     if replaces != "system":
-        return _render(tokenizer, messages, add_generation_prompt)
+        return _render(tokenizer, messages, add_generation_prompt, fields)
     messages = _instructions_to_user(messages)
     placement = _placement(tokenizer)
     placeholder = secrets.token_hex(16)
     prefix = _prefix(tokenizer, placeholder, placement)
-    rendered = _render(tokenizer, _with_context(messages, placeholder, placement), add_generation_prompt)
+    rendered = _render(tokenizer, _with_context(messages, placeholder, placement), add_generation_prompt, fields)
     # Compared by position, so nothing a user writes is ever taken for the placeholder.
     if not rendered.startswith(prefix):
         raise TemplateError("the chat template leaves the soft prompt no place in front of these messages")
@@ -156,7 +159,12 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _render(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: Any,
+    messages: Messages,
+    add_generation_prompt: bool,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     if not tokenizer.chat_template:
         raise TemplateError(
             "the model has no chat template; send a plain prompt instead of messages", code="no_chat_template"
@@ -167,6 +175,7 @@ def _render(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> 
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **fields,
             )
         )
     except jinja2.TemplateError as error:

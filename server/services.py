@@ -19,6 +19,7 @@ from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
@@ -30,6 +31,7 @@ from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.tools.dialect import Dialect
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Services:
     leases: SoftPromptLeases
     compressions: CompressionJobs
     text: TextProcessor
+    dialect: Dialect
     metrics: Metrics
     temporary: Path
     spec: ModelSpec
@@ -86,11 +89,9 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             recaller = Recaller(PassageIndexes(store), text, encoder)
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = _admission(settings, engine, leases, metrics)
-            metrics.watch(
-                waiting=lambda: engine.num_waiting,
-                running=lambda: engine.num_running,
-                registered=lambda: len(store.list()),
-            )
+            _watch(metrics, engine, store)
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
@@ -106,6 +107,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     leases=leases,
                     compressions=compressions,
                     text=text,
+                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
                     temporary=temporary,
                     spec=spec,
@@ -126,6 +128,15 @@ def _leases(root: Path) -> Iterator[Path]:
         except OSError as error:
             raise StartupError(f"--prompt-store {root}: {error.strerror}") from error
         yield directory
+
+
+def _watch(metrics: Metrics, engine: EngineClient, store: SoftPromptStore) -> None:
+    """Levels that are looked up whenever they are asked for."""
+    metrics.watch(
+        waiting=lambda: engine.num_waiting,
+        running=lambda: engine.num_running,
+        registered=lambda: len(store.list()),
+    )
 
 
 def _warn_of_broken(store: SoftPromptStore) -> None:

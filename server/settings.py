@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from softbatch.server.tools.parser_names import CallParser, ReasoningParser
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -140,6 +142,14 @@ class Settings(BaseSettings):
         False, description="refuse placeholders such as 'tgi' or 'dummy' as model; without it they mean the base model"
     )
 
+    tool_call_parser: CallParser = Field(
+        "auto",
+        description="form in which the model writes calls of tools; auto: what its chat template says, else hermes; "
+        "none: no tools are taken",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto", description="marks around the model's reasoning; auto: those of its chat template; none: it is text"
+    )
     admin_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
@@ -149,6 +159,9 @@ class Settings(BaseSettings):
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
+    vllm_metric_names: bool = Field(
+        False, description="give queue, batch and KV use under vLLM's names too, for routers that know only those"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
 
     @field_validator("allow_origin", mode="before")

@@ -1,7 +1,8 @@
-"""One weight of a model by its name, read from its files without the model."""
+"""What a model's files hold, read without the model."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,15 @@ def stored_weight(path: str, name: str) -> torch.Tensor | None:
         except (SafetensorError, OSError):
             continue
     return None
+
+
+def num_stored(path: str) -> int:
+    """How many numbers all safetensors files there hold. Raises OSError or SafetensorError."""
+    total = 0
+    for file in sorted(_directory(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            total += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())  # noqa: SIM118
+    return total
 
 
 def _directory(path: str) -> Path:

@@ -236,6 +236,39 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_runs("bench"))
 
 
+def _chat(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Talk with a running server. Lines that begin with / are commands: /help lists them."
+    _add_address(parser)
+    parser.add_argument("--soft-prompt", metavar="NAME", help="answer through this soft prompt")
+    parser.add_argument("--system", metavar="TEXT", help="an instruction before everything")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+    parser.add_argument("--max-tokens", type=_count, metavar="N", help="the most tokens of an answer")
+    parser.set_defaults(run=_runs("chat"))
+
+
+def _top(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The running batch, the waiting queue and the pace of a running server, until Ctrl-C."
+    _add_address(parser)
+    parser.add_argument("--interval", type=_positive, default=1.0, metavar="SECONDS", help="(default: 1)")
+    parser.add_argument("--once", action="store_true", help="one look, and end")
+    parser.set_defaults(run=_runs("top"))
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Look at processor, memory, compiler, GPU and directories: what will run, how fast it can be, and what would "
+        "make it faster. The exit status is 1 if something keeps softbatch from serving."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_model_flags(parser)
+    parser.set_defaults(run=_runs("doctor"))
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    add_server_flags(parser, "the server (default: %(default)s)")
+    parser.set_defaults(server="http://127.0.0.1:8000")
+
+
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
@@ -264,5 +297,8 @@ ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "evaluate": _evaluate,
     "score": _score,
     "prompts": _prompts,
+    "chat": _chat,
+    "top": _top,
+    "doctor": _doctor,
     "bench": _bench,
 }

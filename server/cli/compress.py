@@ -22,7 +22,8 @@ from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table, right_answers_table
 from softbatch.server.cli.model_flags import check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView, duration
-from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistry, ServerClient
+from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistry
+from softbatch.server.cli.server_client import ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (

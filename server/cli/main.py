@@ -19,6 +19,7 @@ examples:
   softbatch score --input "…" --candidate A --candidate B --soft-prompt manual
   softbatch prompts import ./my-peft-adapter --name manual
   softbatch prompts list
+  softbatch chat --soft-prompt manual                 ask a running server in the terminal
   softbatch bench --workload short --concurrency 32   put load on a running server
 """
 _HELP = {
@@ -27,6 +28,9 @@ _HELP = {
     "evaluate": "measure a registered soft prompt on questions of your own",
     "score": "log-probabilities of given answers",
     "prompts": "list, show, import, export or remove registered soft prompts",
+    "chat": "talk with a running server in the terminal",
+    "top": "watch a running server: its batch, its queue, its pace",
+    "doctor": "what this machine can do, and what would make it faster",
     "bench": "put load on a server and measure it",
 }
 

@@ -22,7 +22,7 @@ from softbatch.prompt_store.template import render_chat
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.server.cli.model_flags import choice_of
-from softbatch.server.cli.registry import ServerClient
+from softbatch.server.cli.server_client import ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.schemas.score import MAX_CANDIDATES
 from softbatch.server.settings import Settings

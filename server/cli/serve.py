@@ -75,7 +75,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             server_header=False,
             timeout_keep_alive=settings.keep_alive_timeout,
         )
-        logger.info("serving %s on http://%s:%d", services.model_name, settings.host, listener.getsockname()[1])
+        _say_what_next(services.model_name, settings, listener.getsockname()[1])
         server = DrainingServer(config, services)
         services.engine.on_give_up = server.give_up
         if services.supervisor.gave_up:  # before anybody listened to it
@@ -89,6 +89,23 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
             raise UnfinishedRequests("the engine could not be kept alive; see the log above")
         if server.was_cut_short:
             raise UnfinishedRequests("ended before all requests were finished")
+
+
+def _say_what_next(model: str, settings: Settings, port: int) -> None:
+    """Where the server is, and a first request to copy."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    key = ' -H "Authorization: Bearer $SOFTBATCH_API_KEY"' if settings.api_key else ""
+    body = '{"messages": [{"role": "user", "content": "Who are you?"}]}'
+    logger.info("serving %s on http://%s:%d", model, host, port)
+    logger.info(
+        "try: curl http://%s:%d/v1/chat/completions -H 'Content-Type: application/json'%s -d '%s'",
+        host,
+        port,
+        key,
+        body,
+    )
+    other = "" if (host, port) == ("127.0.0.1", 8000) else f" --server http://{host}:{port}"
+    logger.info("or:  softbatch chat%s", other)
 
 
 def _import_what_serves() -> None:

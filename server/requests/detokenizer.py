@@ -101,12 +101,19 @@ class Detokenizer:
     """Text of one output as it grows, whatever came before it; bytes that are no character yet are held back.
 
     `prompt` is what came before: some tokenizers drop the space in front of a text's first word. Each token's part
-    of the text, in UTF-8, is told too; together the parts are the text.
+    of the text, in UTF-8, is told too; together the parts are the text. `shown` are special tokens that are text here.
     """
 
-    def __init__(self, tokens: TokenBytes, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokens: TokenBytes,
+        prompt: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokens = tokens
-        self._hidden = tokens.hidden if skip_special_tokens else frozenset()
+        hidden = tokens.hidden - shown if shown else tokens.hidden
+        self._hidden = hidden if skip_special_tokens else frozenset()
         self._previous = next((token for token in reversed(prompt) if token not in self._hidden), None)
         self._to_strip = tokens.stripped[1] if self._previous is None else 0
         self._pending = b""

@@ -33,8 +33,9 @@ EndOfText = Literal["eos", "stop", "length", "timeout"]
 class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
     default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens; `timeout` is in seconds,
-    None: the server's. With `score_prompt` the prompt's tokens are scored, each with so many alternatives. `recall` is
-    how many passages of the soft prompt's kept text are put before the question, None: what its registration says."""
+    None: the server's. With `score_prompt` the prompt's tokens are scored, each with so many alternatives.
+    `shown_tokens` are special tokens that are text in this output. `recall` is how many passages of the soft prompt's
+    kept text are put before the question, None: what its registration says."""
 
     prompt: Prompt
     params: SamplingParams
@@ -52,6 +53,7 @@ class GenerationRequest:
     timeout: float | None = None
     score_prompt: int | None = None
     recall: int | None = None
+    shown_tokens: frozenset[int] = frozenset()
     route: str = ""
 
 
@@ -114,6 +116,7 @@ class Generation:
             request.stop,
             include_stop=request.include_stop,
             min_tokens=request.params.min_tokens,
+            shown_tokens=request.shown_tokens,
         )
         self._unsettled: deque[tuple[int, TokenLogprobs | None]] = deque()
         self._finished: float | None = None

@@ -14,10 +14,8 @@ from llguidance import LLMatcher, LLTokenizer, grammar_from
 from tokenizers import Tokenizer
 
 from softbatch.scheduler.model.sampling.grammar import GrammarError, compile_grammar, grammar_tokenizer
-from softbatch.server.requests.output_format import CheckerSettings, CheckReply, FormatKind
+from softbatch.server.requests.output_format import JSON_WHITESPACE, CheckerSettings, CheckReply, FormatKind
 
-# A model that is unsure of itself writes blanks without end if a schema allows them.
-JSON_WHITESPACE = r"[ \n\r\t]{0,32}"
 # What one grammar may need beside the tokenizer.
 MAX_BYTES = 2 << 30
 MAX_CPU_SECONDS = 30

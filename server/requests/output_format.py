@@ -29,17 +29,21 @@ START_SECONDS = 60.0
 REMEMBER_SECONDS = 60.0
 MAX_CHECKS = 16
 MAX_KNOWN = 256
+# A model that is unsure of itself writes blanks without end if a schema allows them.
+JSON_WHITESPACE = r"[ \n\r\t]{0,32}"
 PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
 Key = tuple[FormatKind, str]
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """`text` is the schema, expression or grammar as sent, or a JSON list of choices; `param` is the field's name."""
+    """`text` is the schema, expression or grammar as sent, or a JSON list of choices; `param` is the field's name.
+    `parts` are what it was made of: if it cannot be compiled, the one at fault is named."""
 
     kind: FormatKind
     text: str
     param: str
+    parts: tuple[OutputFormat, ...] = ()
 
 
 class CheckerSettings(msgspec.Struct, frozen=True):
@@ -82,6 +86,8 @@ class GrammarCompiler:
         if reply is None or until < time.monotonic():
             reply = await asyncio.shield(self._check_of(key))
         if reply.grammar is None:
+            for part in wanted.parts:
+                await self.compile(part)
             raise InvalidGrammar(f"{wanted.param}: {reply.reason}", param=wanted.param)
         return reply.grammar
 

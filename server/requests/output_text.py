@@ -71,12 +71,14 @@ class OutputText:
         *,
         include_stop: bool,
         min_tokens: int = 0,
+        shown_tokens: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = Detokenizer(tokens, prompt)
+        self._detokenizer = Detokenizer(tokens, prompt, shown=shown_tokens)
         self._stops = StopStrings(stops, include_stop)
         # Only a stop string can hold back or cut off whole characters.
         self._can_cut = bool(stops)
-        self._watched = {token: name for stop in stops for token, name in tokens.hidden_in(stop).items()}
+        watched = {token: name for stop in stops for token, name in tokens.hidden_in(stop).items()}
+        self._watched = {token: name for token, name in watched.items() if token not in shown_tokens}
         self._unchecked = min_tokens
         self._settled: deque[bytes] = deque()
         self._shown_bytes = 0  # of the tokens in `_settled`

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
 from softbatch.server.requests.leases import Lease
-from softbatch.server.requests.text import Message, TextProcessor
+from softbatch.server.requests.text import Conversation, Message, TextProcessor
 
-Prompt = str | Sequence[int] | Sequence[Message]
+Prompt = str | Sequence[int] | Sequence[Message] | Conversation
 # Texts longer than this are tokenised in a thread, so that they do not stall the event loop. So are those with quotes,
 # as the first of them takes long.
 LONG_TEXT = 4096
@@ -28,13 +28,13 @@ class PromptEncoder:
     async def token_ids(self, prompt: Prompt, lease: Lease | None, add_special_tokens: bool = True) -> list[int]:
         """`prompt` is raw text, token ids or chat turns. What the soft prompt stands for is not written again."""
         replaces = lease.stored.manifest.replaces if lease else "nothing"
-        if are_messages(prompt):
+        if is_chat(prompt):
             # The template writes the special tokens itself.
             token_ids = await self.encode(self._text.render(prompt, replaces), add_special_tokens=False)
         elif isinstance(prompt, str):
             token_ids = await self.encode(prompt, add_special_tokens and replaces == "nothing")
         else:
-            token_ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            token_ids = [int(token) for token in prompt]  # type: ignore[arg-type, union-attr]
         if not token_ids:
             raise InvalidPrompt("the prompt is empty; give at least one token", param="prompt")
         self.check_ids(token_ids, "prompt")
@@ -77,5 +77,7 @@ class PromptEncoder:
         )
 
 
-def are_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+def is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | Conversation]:
+    if isinstance(prompt, str | Conversation):
+        return isinstance(prompt, Conversation)
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)

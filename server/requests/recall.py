@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex
 from softbatch.prompt_store.compression.data.passages import Passage, before_question, joined
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
 from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.leases import Lease
-from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder, are_messages
-from softbatch.server.requests.text import TextProcessor
+from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder, is_chat
+from softbatch.server.requests.text import Conversation, Message, TextProcessor
 
 MAX_INDEX_BYTES = 64 << 20
 # Of a long question its end is looked up: what is asked stands there.
@@ -104,11 +104,8 @@ class Recaller:
     ) -> list[int]:
         """Of the prompt with its passages before the question; the last `truncate` of its own. Raises InvalidPrompt."""
         found = recalled.passages
-        if found and are_messages(prompt):
-            turns = list(prompt)
-            at = _last_of_user(turns)
-            turns[at] = {**turns[at], "content": before_question(found, turns[at]["content"])}
-            return await self._encoder.token_ids(turns, lease, add_special_tokens)
+        if found and is_chat(prompt):
+            return await self._encoder.token_ids(_with_passages(prompt, found), lease, add_special_tokens)
         if found and isinstance(prompt, str) and truncate is None:
             quoted = self._text.quote(before_question(found, ""))
             return await self._encoder.token_ids(f"{quoted}{prompt}", lease, add_special_tokens)
@@ -117,12 +114,34 @@ class Recaller:
         return [*await self._encoder.encode_quoted(before_question(found, "")), *own] if found else own
 
     def _question(self, prompt: Prompt) -> str:
-        if are_messages(prompt):
-            at = _last_of_user(prompt)
-            return prompt[at]["content"] if at >= 0 else ""
-        return prompt if isinstance(prompt, str) else self._text.decode([int(token) for token in prompt])  # type: ignore[arg-type]
+        if is_chat(prompt):
+            turns = prompt.turns if isinstance(prompt, Conversation) else prompt
+            at = _last_of_user(turns)
+            return str(turns[at]["content"]) if at >= 0 else ""
+        return prompt if isinstance(prompt, str) else self._text.decode([int(token) for token in prompt])  # type: ignore[arg-type, union-attr]
 
 
-def _last_of_user(messages: Sequence[dict[str, str]]) -> int:
+def _with_passages(
+    chat: Sequence[Message] | Conversation, found: Sequence[Passage]
+) -> Sequence[Message] | Conversation:
+    """In the last user's turn, also of what is sent beside a soft prompt that stands for the system turn."""
+    if isinstance(chat, Conversation):
+        beside = chat.beside_system
+        return replace(
+            chat,
+            turns=_in_last_turn(chat.turns, found),
+            beside_system=None if beside is None else replace(beside, turns=_in_last_turn(beside.turns, found)),
+        )
+    return _in_last_turn(chat, found)
+
+
+def _in_last_turn(turns: Sequence[Message], found: Sequence[Passage]) -> Sequence[Message]:
+    at, changed = _last_of_user(turns), list(turns)
+    if at >= 0:
+        changed[at] = {**turns[at], "content": before_question(found, str(turns[at]["content"]))}
+    return changed
+
+
+def _last_of_user(messages: Sequence[Message]) -> int:
     """-1 where no user speaks: nothing is then recalled."""
     return max((at for at, message in enumerate(messages) if message["role"] == "user"), default=-1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -13,7 +14,17 @@ from softbatch.prompt_store.template import TemplateError, render_chat
 from softbatch.server.request_failures import InvalidPrompt, PromptTooLong, shown
 from softbatch.server.requests.detokenizer import TokenBytes, decode_whole
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Chat turns, and what else the template is given, such as tools. `beside_system` are both if a soft prompt stands
+    for the system turn."""
+
+    turns: Sequence[Message]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    beside_system: Conversation | None = None
 
 
 class TextProcessor:
@@ -65,14 +76,22 @@ class TextProcessor:
         return text
 
     def render(
-        self, messages: Sequence[Message], replaces: Replaces = "nothing", add_generation_prompt: bool = True
+        self,
+        chat: Sequence[Message] | Conversation,
+        replaces: Replaces = "nothing",
+        add_generation_prompt: bool = True,
     ) -> str:
         """Chat turns as the text the model was trained on, with what people wrote quoted; `replaces` says what a soft
         prompt stands for."""
+        if not isinstance(chat, Conversation):
+            chat = Conversation(chat)
+        if replaces == "system" and chat.beside_system is not None:
+            chat = chat.beside_system
         if not self.tokenizer.chat_template:
             raise InvalidPrompt("this model has no chat template; use /v1/completions", param="messages")
         try:
-            return render_chat(self.tokenizer, self._control.quote_turns(messages), add_generation_prompt, replaces)
+            turns, fields = self._control.quote_turns(chat.turns), self._control.quote_all(chat.fields)
+            return render_chat(self.tokenizer, turns, add_generation_prompt, replaces, fields)
         except TemplateError as error:
             raise InvalidPrompt(str(error), param="messages") from error
 

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from softbatch.server.http.disconnect import until_disconnect
-from softbatch.server.http.sse import DONE, EventStream
-from softbatch.server.requests.choices import gather, merge
-from softbatch.server.requests.generation import Generation, GenerationRequest, Token
-from softbatch.server.routes.common import (
-    FINISH_REASONS,
-    ChunkTemplate,
-    json_reply,
-    named_soft_prompt,
-    recalled_of,
-    services_of,
-    start_all,
-    usage_of,
-)
+from softbatch.server.http.sse import EventStream
+from softbatch.server.requests.choices import Choice, gather
+from softbatch.server.requests.generation import Generation, GenerationRequest
+from softbatch.server.routes.chat_stream import ChatStream, finish_reason_of, logprobs_of
+from softbatch.server.routes.common import json_reply, named_soft_prompt, recalled_of, services_of, start_all, usage_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
-    ChatChunkChoice,
     ChatCompletion,
-    ChatCompletionChunk,
     ChatCompletionRequest,
-    ChatDelta,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    TokenLogprob,
+    FunctionCalled,
+    ToolCall,
 )
-from softbatch.server.schemas.sampling import StreamOptions
 from softbatch.server.services import Services
+from softbatch.server.tools.dialect import ChatPlan
+from softbatch.server.tools.message_parts import ReadMessage
 
 router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 ROUTE = "/v1/chat/completions"
@@ -49,24 +37,16 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     With `stream: true` the reply is a stream of events `data: {...}`, ended by `data: [DONE]`.
     """
     services = services_of(request)
-    requests = _requests(services, body)
+    plan = _plan(services, body)
+    requests = _requests(services, body, plan)
     if body.stream:
         generations = await until_disconnect(request, start_all(services, body, requests, _names(body)))
-        reply = _reply_fields(services, body, generations)
-        return EventStream(_events(body, generations, reply), generations, ROUTE)
+        stream = ChatStream(body, plan, generations, _reply_fields(services, body, generations))
+        return EventStream(stream.events(), generations, ROUTE)
 
     async def complete() -> Response:
         generations = await start_all(services, body, requests, _names(body))
-        choices = [
-            ChatChoice(
-                index=index,
-                message=AssistantMessage(content=choice.text),
-                logprobs=_logprobs(choice.tokens) if body.logprobs else None,
-                finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
-                stop_reason=choice.stop_reason,
-            )
-            for index, choice in enumerate(await gather(generations))
-        ]
+        choices = [_choice(body, plan, index, choice) for index, choice in enumerate(await gather(generations))]
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
         recalled = recalled_of([generations[0].recalled], body.return_recalled)
@@ -81,12 +61,22 @@ def _names(body: ChatCompletionRequest) -> dict[str, str]:
     return {"prompt": "messages", "max_tokens": limit}
 
 
-def _requests(services: Services, body: ChatCompletionRequest) -> list[GenerationRequest]:
+def _plan(services: Services, body: ChatCompletionRequest) -> ChatPlan:
     soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
-    turns = [message.as_turn() for message in body.messages]
+    return services.dialect.plan(
+        [message.as_turn() for message in body.messages],
+        body.tool_use,
+        fields=services.dialect.template_fields(body.chat_template_kwargs, body.reasoning_effort),
+        output_format=body.output_format,
+        has_soft_prompt=soft_prompt is not None,
+    )
+
+
+def _requests(services: Services, body: ChatCompletionRequest, plan: ChatPlan) -> list[GenerationRequest]:
+    soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
     return [
         GenerationRequest(
-            prompt=turns,
+            prompt=plan.conversation,
             params=body.sampling_params(body.num_logprobs),
             seed=body.seed_of(choice),
             max_tokens=body.token_limit,
@@ -95,9 +85,10 @@ def _requests(services: Services, body: ChatCompletionRequest) -> list[Generatio
             priority=body.priority,
             cache_salt=body.cache_salt,
             user=body.user,
-            output_format=body.output_format,
+            output_format=plan.output_format,
             timeout=body.timeout,
             recall=body.recall,
+            shown_tokens=plan.shown_tokens,
             route=ROUTE,
         )
         for choice in range(body.n)
@@ -113,61 +104,22 @@ def _reply_fields(services: Services, body: ChatCompletionRequest, generations: 
     }
 
 
-async def _events(
-    body: ChatCompletionRequest, generations: Sequence[Generation], reply: dict[str, Any]
-) -> AsyncGenerator[str | bytes, None]:
-    options = body.stream_options or StreamOptions()
-
-    def chunk(choice: ChatChunkChoice) -> ChatCompletionChunk:
-        usage = usage_of(generations, body.n) if options.continuous_usage_stats else None
-        return ChatCompletionChunk(**reply, choices=[choice], usage=usage)
-
-    # What all but the first and the last chunks of a choice look like, unless log-probabilities are asked for.
-    ordinary = ChatDelta(content=ChunkTemplate.TEXT)
-    templates = [ChunkTemplate(chunk(ChatChunkChoice(index=i, delta=ordinary))) for i in range(len(generations))]
-    begun: set[int] = set()
-    if (recalled := recalled_of([generations[0].recalled], body.return_recalled)) is not None:
-        yield ChatCompletionChunk(**reply, choices=[], recalled=recalled).model_dump_json()
-    async with aclosing(merge(generations)) as deltas:
-        async for index, delta in deltas:
-            if index not in begun:
-                # Only now: load generators take the first chunk for the first token.
-                begun.add(index)
-                first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
-                yield chunk(first).model_dump_json()
-            logprobs = _logprobs(delta.tokens) if body.logprobs else None
-            if not delta.text and not (logprobs and logprobs.content) and delta.finish_reason is None:
-                continue
-            if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
-                yield templates[index].fill(delta.text)
-                continue
-            content = delta.text if delta.text or delta.finish_reason is None else None
-            last = chunk(
-                ChatChunkChoice(
-                    index=index,
-                    delta=ChatDelta(content=content),
-                    logprobs=logprobs,
-                    finish_reason=FINISH_REASONS.get(delta.finish_reason or ""),
-                    stop_reason=delta.stop_reason,
-                )
-            )
-            yield last.model_dump_json()
-    if options.include_usage:
-        usage = ChatCompletionChunk(**reply, choices=[], usage=usage_of(generations, body.n))
-        yield usage.model_dump_json()
-    yield DONE
-
-
-def _logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
-    content = []
-    for token in tokens:
-        top = [TokenLogprob(token=t.text, logprob=t.logprob, bytes=list(t.utf8)) for t in token.top]
-        content.append(
-            ChatTokenLogprob(
-                token=token.text,
-                logprob=token.logprob if token.logprob is not None else 0.0,
-                bytes=list(token.utf8),
-                top_logprobs=top,
-            )
-        )
-    return ChatLogprobs(content=content)
+def _choice(body: ChatCompletionRequest, plan: ChatPlan, index: int, choice: Choice) -> ChatChoice:
+    reader = plan.reader(choice.generation.prompt_ids)
+    message = ReadMessage.of([*reader.push(choice.text), *reader.finish()])
+    calls = [
+        ToolCall(id=call.id, function=FunctionCalled(name=call.name, arguments=call.arguments))
+        for call in message.calls
+    ]
+    return ChatChoice(
+        index=index,
+        message=AssistantMessage(
+            content=None if calls and not message.content else message.content,
+            tool_calls=calls or None,
+            reasoning_content=message.reasoning or None,
+            reasoning=message.reasoning or None,
+        ),
+        logprobs=logprobs_of(choice.tokens) if body.logprobs else None,
+        finish_reason=finish_reason_of(choice.finish_reason or "stop", has_calls=bool(calls)),
+        stop_reason=choice.stop_reason,
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from softbatch.server.request_failures import shown
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
@@ -18,7 +19,9 @@ from softbatch.server.schemas.sampling import (
     TokenCount,
     at_most_items,
 )
+from softbatch.server.schemas.tools import MAX_CALLS, CallMade, Identifier, ToolFields, as_bounded
 
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 MAX_MESSAGES = 1024
 MAX_PARTS = 64
 
@@ -52,39 +55,60 @@ def _as_parts(value: object) -> object:
 
 
 class ChatMessage(RequestModel):
-    """One turn. `developer` is the newer name of `system`. Templates read nothing else of a turn than what is here.
+    """One turn. `developer` is the newer name of `system`. `tool` is the result of a call, `name` the tool's.
     Control tokens that the content spells out, such as `<|im_end|>`, are text."""
 
     is_open: ClassVar[bool] = True
-    without_effect: ClassVar[frozenset[str]] = frozenset({"name"})
     unsupported: ClassVar[Neutral] = {
         "type": ("message", "text"),
         "refusal": ("",),
         "audio": ({},),
         "images": ([],),
-        "tool_calls": ([],),
-        "tool_call_id": ("",),
         "function_call": ({},),
-        "reasoning": ("",),
-        "reasoning_content": ("",),
         "reasoning_details": ([],),
         "thinking": ("",),
         "prefix": (False,),
         "partial": (False,),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart],
         Field(fail_fast=True),
         at_most_items(MAX_PARTS),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
-    ] = Field(description="a text, or a list of text parts")
+    ] = Field(default=[], description="a text, or a list of text parts; may be left out beside tool_calls")
+    tool_calls: Annotated[list[CallMade], Field(fail_fast=True), at_most_items(MAX_CALLS)] = Field(
+        default=[], description="the calls of an assistant's turn"
+    )
+    tool_call_id: Identifier = Field(default="", description="of the call that a tool's turn answers")
+    name: Text = Field(default="", description="only of tools: which of them it was")
+    reasoning_content: Text = Field(default="", description="of an assistant's turn; templates leave most of it out")
+    reasoning: Text = Field(default="", description="another name of reasoning_content")
 
-    def as_turn(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if "content" not in self.model_fields_set and self.role != "tool" and not self.tool_calls:
+            raise PydanticCustomError("missing", "field required", {"param": "content"})
+        if self.role != "assistant":
+            for field in ("tool_calls", "reasoning_content", "reasoning"):
+                if getattr(self, field):
+                    raise refusal("role", "only an assistant's turn has it", field)
+        if self.role != "tool" and self.tool_call_id:
+            raise refusal("role", "only a tool's turn has it", "tool_call_id")
+        return self
+
+    def as_turn(self) -> dict[str, Any]:
         """The turn as chat templates want it."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+        turn: dict[str, Any] = {"role": role, "content": "\n".join(part.text for part in self.content)}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.as_call() for call in self.tool_calls]
+        if self.role == "tool":
+            turn |= {"tool_call_id": self.tool_call_id} | ({"name": self.name} if self.name else {})
+        if reasoning := self.reasoning_content or self.reasoning:
+            turn |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        return turn
 
 
 def _not_empty(value: object) -> object:
@@ -96,7 +120,7 @@ def _not_empty(value: object) -> object:
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)]
 
 
-class ChatCompletionRequest(OpenAIRequest):
+class ChatCompletionRequest(ToolFields, OpenAIRequest):
     """Answer a conversation. Fields of OpenAI's API that this server does not support are refused."""
 
     model_config = ConfigDict(
@@ -113,15 +137,11 @@ class ChatCompletionRequest(OpenAIRequest):
     )
     unsupported: ClassVar[Neutral] = {
         **UNSUPPORTED,
-        "tools": ([],),
-        # Without tools there is nothing to choose.
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": (),
         "verbosity": ("medium",),
         "web_search_options": (),
         "enable_thinking": (),
@@ -133,8 +153,8 @@ class ChatCompletionRequest(OpenAIRequest):
         "add_special_tokens": (False,),
         "documents": ([],),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
     }
+    without_effect: ClassVar[frozenset[str]] = OpenAIRequest.without_effect - ToolFields.model_fields.keys()
 
     messages: Messages
     max_completion_tokens: TokenCount | None = Field(
@@ -143,6 +163,12 @@ class ChatCompletionRequest(OpenAIRequest):
     max_tokens: TokenCount | None = Field(default=None, description="older name of max_completion_tokens")
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="if the model's chat template knows it; 'none' is always allowed"
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(as_bounded)] = Field(
+        default={}, description="given to the chat template, which must read them; not from OpenAI's API"
+    )
 
     @property
     def token_limit(self) -> int | None:
@@ -183,17 +209,33 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionCalled(BaseModel):
+    """`arguments` is the JSON text that the model has written."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCalled
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null if there is nothing beside calls")
     refusal: None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=is_none)
+    reasoning_content: str | None = Field(default=None, exclude_if=is_none)
+    reasoning: str | None = Field(default=None, exclude_if=is_none, description="the same")
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: str | int | None = Field(description=STOP_REASON)
 
 
@@ -210,18 +252,35 @@ class ChatCompletion(BaseModel):
     recalled: RecalledPassages = None
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = Field(default=None, exclude_if=is_none)
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """The first of a call has its id, type and name; those behind it add to its arguments."""
+
+    index: int
+    id: str | None = Field(default=None, exclude_if=is_none)
+    type: Literal["function"] | None = Field(default=None, exclude_if=is_none)
+    function: FunctionDelta
+
+
 class ChatDelta(BaseModel):
     """What a chunk adds; a field that adds nothing is left out."""
 
     role: Literal["assistant"] | None = Field(default=None, exclude_if=is_none)
     content: str | None = Field(default=None, exclude_if=is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=is_none)
+    reasoning_content: str | None = Field(default=None, exclude_if=is_none)
+    reasoning: str | None = Field(default=None, exclude_if=is_none)
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
 
 

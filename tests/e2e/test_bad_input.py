@@ -117,7 +117,7 @@ BAD_FIELDS: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "empty stop string": (completion(stop=["ok", ""]), "stop.1", "at least 1"),
     "10,000 stop tokens": (completion(stop_token_ids=[1] * 10_000), "stop_token_ids", "at most 64"),
     # not supported, by name
-    "tools": (chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "not supported"),
+    "tools": (chat(tools=[{"type": "mcp"}]), "tools.0.type", "only 'function'"),
     "JSON mode misspelt": (chat(response_format={"type": "json"}), "response_format.type", "'json_object'"),
     "JSON schema without an end": (
         chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/x"}}}),

@@ -28,6 +28,9 @@ COMMANDS = {
     "prompts show manual": 0,
     "prompts show nobody": 2,
     "prompts remove nobody": 2,
+    "chat --help": 0,
+    "top --interval 0": 2,
+    "doctor --help": 0,
 }
 PROGRAM = """
 import json, sys

@@ -27,6 +27,21 @@ from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name} | fields}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def deep(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"properties": {"a": value}}
+    return value
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     """Every schema behind a route that does nothing: errors take the very way they take in the server."""
@@ -112,6 +127,37 @@ def generate(**parameters: Any) -> dict[str, Any]:
             chat(messages=[{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]),
         ),
         ("/chat", chat(logprobs=True, top_logprobs=20, max_tokens=5, max_completion_tokens=5)),
+        ("/chat", chat(tools=[tool("f", strict=None, parameters=None)], tool_choice="auto", parallel_tool_calls=None)),
+        ("/chat", chat(tools=[tool("a-b.c"), tool("g")], tool_choice=named("g"))),
+        (
+            "/chat",
+            chat(
+                tools=[tool("f")],
+                tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("f")]}},
+            ),
+        ),
+        (
+            "/chat",
+            chat(
+                messages=[
+                    *HELLO,
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"id": "1", "index": 0, **tool("f", arguments="")}],
+                    },
+                    {"role": "tool", "tool_call_id": "1", "content": None, "name": "f"},
+                    {
+                        "role": "assistant",
+                        "content": "x",
+                        "reasoning_content": "y",
+                        "tool_calls": [],
+                        "function_call": None,
+                    },
+                ]
+            ),
+        ),
+        ("/chat", chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})),
         ("/chat", chat(tools=[], tool_choice="none", functions=None, response_format={"type": "text"})),
         ("/chat", chat(modalities=["text"], audio=None, parallel_tool_calls=True, reasoning_effort=None)),
         (
@@ -308,14 +354,19 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(messages=[{"role": "user", "content": 5}]), "messages.0.content", "a text or a list"),
         (
             "/chat",
-            chat(messages=[*HELLO, {"role": "tool", "content": "x"}]),
+            chat(messages=[*HELLO, {"role": "function", "content": "x"}]),
             "messages.1.role",
             "'assistant'",
         ),
         ("/chat", chat(messages=[{**HELLO[0], "type": "image"}]), "messages.0.type", "not supported"),
         ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "send false"),
-        ("/chat", chat(messages=[{**HELLO[0], "tool_calls": [{"id": "1"}]}]), "messages.0.tool_calls", "send []"),
-        ("/chat", chat(messages=[{**HELLO[0], "reasoning": "Hm"}]), "messages.0.reasoning", "not supported"),
+        (
+            "/chat",
+            chat(messages=[{**HELLO[0], "tool_calls": [{"id": "1"}]}]),
+            "messages.0.tool_calls.0.function",
+            "required",
+        ),
+        ("/chat", chat(messages=[{**HELLO[0], "reasoning": "Hm"}]), "messages.0.reasoning", "assistant's"),
         ("/chat", chat(messages=[{**HELLO[0], "contents": "x"}]), "messages.0.contents", "'content'?"),
         (
             "/chat",
@@ -344,8 +395,37 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(top_logprobs=2), "top_logprobs", "'logprobs': true"),
         ("/chat", chat(logprobs=1), "logprobs", "valid boolean"),
         ("/chat", chat(max_tokens=5, max_completion_tokens=6), "max_tokens", "older name"),
-        ("/chat", chat(tools=[{"type": "function"}]), "tools", "not supported"),
-        ("/chat", chat(tool_choice="required"), "tool_choice", "send 'none' or 'auto'"),
+        ("/chat", chat(messages=[{"role": "assistant"}]), "messages.0.content", "required"),
+        ("/chat", chat(messages=[{**HELLO[0], "tool_call_id": "1"}]), "messages.0.tool_call_id", "tool's"),
+        ("/chat", chat(tools=[{"type": "function"}]), "tools.0.function", "required"),
+        ("/chat", chat(tools=[{"type": "web_search"}]), "tools.0.type", "only 'function'"),
+        ("/chat", chat(tools=[tool("a b")]), "tools.0.function.name", "pattern"),
+        ("/chat", chat(tools=[tool("f"), tool("f")]), "tools.1.function.name", "two tools"),
+        ("/chat", chat(tools=[tool("f", parameters=[])]), "tools.0.function.parameters", "JSON schema"),
+        (
+            "/chat",
+            chat(tools=[tool("f", parameters={"type": "array"})]),
+            "tools.0.function.parameters.type",
+            "'object'",
+        ),
+        (
+            "/chat",
+            chat(tools=[tool("f", parameters={"properties": []})]),
+            "tools.0.function.parameters.properties",
+            "name",
+        ),
+        ("/chat", chat(tools=[tool("f", parameters=deep(100))]), "tools.0.function.parameters", "64 levels"),
+        ("/chat", chat(tools=[tool("f", description="x", strikt=True)]), "tools.0.function.strikt", "'strict'?"),
+        ("/chat", chat(tool_choice="required"), "tool_choice", "needs 'tools'"),
+        ("/chat", chat(tools=[tool("f")], tool_choice="always"), "tool_choice.type", "'auto'"),
+        ("/chat", chat(tools=[tool("f")], tool_choice=named("g")), "tool_choice", "no tool 'g'"),
+        (
+            "/chat",
+            chat(tools=[tool("f")], tool_choice={"type": "function"}),
+            "tool_choice.function",
+            "name of a function",
+        ),
+        ("/chat", chat(functions=[{"name": "f"}]), "functions", "not supported"),
         ("/chat", chat(enable_thinking=False), "enable_thinking", "not supported"),
         ("/chat", chat(response_format={"type": "jsn"}), "response_format.type", "json_object"),
         ("/chat", chat(response_format={"type": "json_schema"}), "response_format.json_schema", "is needed"),
@@ -374,7 +454,8 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ),
         ("/chat", chat(modalities=["text", "audio"]), "modalities", "not supported"),
         ("/chat", chat(audio={"voice": "x"}), "audio", "not supported"),
-        ("/chat", chat(reasoning_effort="low"), "reasoning_effort", "not supported"),
+        ("/chat", chat(reasoning_effort="most"), "reasoning_effort", "'low'"),
+        ("/chat", chat(chat_template_kwargs={"a": deep(100)}), "chat_template_kwargs", "64 levels"),
         ("/chat", chat(prompt="x"), "prompt", "unknown field"),
         # text-generation-inference
         ("/generate", {}, "inputs", "required"),

@@ -58,6 +58,12 @@ def is_loaded() -> bool:
     return ops.are_loaded()
 
 
+def is_kept() -> bool:
+    """Whether `build` need not compile."""
+    library = _cached_library()
+    return is_loaded() or (library is not None and library.exists())
+
+
 def _cached_library() -> Path | None:
     """Where the compiled library is kept; None where no directory can be made for it."""
     digest = hashlib.sha256(f"{torch.__version__} {_FLAGS} {_cpu()}".encode())

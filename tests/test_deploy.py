@@ -1,0 +1,163 @@
+"""What stands in deploy/ fits the server: metrics, routes, alerts; and Prometheus takes it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from softbatch.scheduler.model.loader import spec_of
+from softbatch.server.observability.metrics import Metrics
+from tests.support.models import load_reference, make_soft_prompt, save_prompt
+from tests.support.servers import PROJECT, Server, free_port, running_server, wait_for
+
+DEPLOY = PROJECT / "deploy"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "softbatch.json"
+RULES = [DEPLOY / "prometheus" / name for name in ("rules.yml", "alerts.yml")]
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")),
+    reason="Prometheus is not installed (Debian, Ubuntu: apt-get install prometheus)",
+)
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = [group for path in RULES for group in yaml.safe_load(path.read_text())["groups"]]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def queries() -> list[str]:
+    """Of every panel."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())]
+
+
+def known_names() -> set[str]:
+    """Of all series that the server gives, and of those that the rules record."""
+    names = {rule["record"] for rule in rules() if "record" in rule}
+    for family in Metrics().registry.collect():
+        ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        names |= {family.name + end for end in ends}
+    return names
+
+
+@pytest.mark.parametrize("expression", [*queries(), *(rule["expr"] for rule in rules())])
+def test_expressions_name_metrics_that_exist(expression: str) -> None:
+    named = set(re.findall(r"(?:instance:)?softbatch_\w+(?::\w+)?", expression))
+    assert named or "up{" in expression
+    assert named <= known_names() | {"softbatch_compression_jobs"}
+
+
+def test_the_dashboard_is_what_its_program_writes() -> None:
+    command = "import make_dashboard; print(make_dashboard.text(), end='')"
+    written = subprocess.check_output([sys.executable, "-c", command], cwd=DEPLOY / "grafana", text=True)
+    assert DASHBOARD.read_text() == written
+
+
+@pytest.mark.parametrize("alert", [rule for rule in rules() if "alert" in rule], ids=lambda rule: rule["alert"])
+def test_alerts_name_a_section_that_says_what_to_do(alert: dict[str, Any]) -> None:
+    page, _, anchor = alert["annotations"]["runbook"].partition("#")
+    headings = re.findall(r"^## (.+)$", (PROJECT / page).read_text(), re.MULTILINE)
+    assert alert["alert"] in headings
+    assert anchor == alert["alert"].lower()
+
+
+def test_probes_ask_routes_that_exist() -> None:
+    documents = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "softbatch.yaml").read_text()))
+    (deployment,) = (document for document in documents if document["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+    assert paths == {"startup": "/health/ready", "readiness": "/health/ready", "liveness": "/health/live"}
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert deployment["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    flags = ("--model", tiny_models["llama"], "--dtype", "float32", "--kv-cache-gib", "0.03", "--vllm-metric-names")
+    with running_server(tmp_path_factory.mktemp("watched"), *flags) as server:
+        yield server
+
+
+@needs_prometheus
+class TestPrometheus:
+    def test_takes_the_rules(self) -> None:
+        for command in (
+            ["check", "rules", *map(str, RULES)],
+            ["check", "config", str(RULES[0].parent / "prometheus.yml")],
+        ):
+            done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_finds_no_fault_with_the_metrics(self) -> None:
+        """Under our own names; vLLM's have colons, which Prometheus keeps for recorded series."""
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=Metrics().render(), capture_output=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    def test_vllms_names_say_the_same(self, server: Server) -> None:
+        text = server.http.get("/metrics").text
+        name = server.http.get("/info").json()["model_id"]
+        for metric in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
+            assert f'vllm:{metric}{{model_name="{name}"}} 0.0' in text
+
+    def test_every_panel_has_data_under_load(self, server: Server, tiny_models: dict[str, str], tmp_path: Path) -> None:
+        model = load_reference(tiny_models["llama"])
+        spec = spec_of(Path(tiny_models["llama"]).name, model.model, model.tokenizer)
+        port = free_port()
+        config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+        config["rule_files"] = [str(path) for path in RULES]
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+        command = ["prometheus", "--config.file", str(tmp_path / "prometheus.yml")]
+        command += ["--storage.tsdb.path", str(tmp_path / "data"), "--web.listen-address", f"127.0.0.1:{port}"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        empty, numbers = queries(), itertools.count()
+        started = time.monotonic()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as prometheus:
+                while empty and time.monotonic() < started + 60:
+                    number = next(numbers)
+                    path = save_prompt(make_soft_prompt("kv", 4, spec, seed=number), tmp_path, f"prompt{number}")
+                    assert server.upload(f"prompt{number}", path).status_code == 201
+                    server.complete("Is the sea", 20, model=f"prompt{number}")
+                    empty = [expression for expression in empty if not has_data(prometheus, expression)]
+                assert not empty
+                wait_for(lambda: recorded(prometheus), "the rules record nothing", 30)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def has_data(prometheus: httpx.Client, expression: str) -> bool:
+    """Numbers; no traffic divided by no traffic is none."""
+    expression = expression.replace("$__rate_interval", "30s").replace("$instance", ".*")
+    found = ask(prometheus, expression)
+    return bool(found) and all(series["value"][1] not in ("NaN", "+Inf") for series in found)
+
+
+def recorded(prometheus: httpx.Client) -> bool:
+    return all(ask(prometheus, rule["record"]) for rule in rules() if "record" in rule)
+
+
+def ask(prometheus: httpx.Client, expression: str) -> list[dict[str, Any]]:
+    try:
+        reply = prometheus.get("/api/v1/query", params={"query": expression}).json()
+    except httpx.TransportError:  # it is starting
+        time.sleep(0.1)
+        return []
+    assert reply["status"] == "success", reply
+    found: list[dict[str, Any]] = reply["data"]["result"]
+    return found
