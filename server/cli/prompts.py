@@ -115,6 +115,8 @@ def _summary(stored: StoredPrompt) -> dict[str, str]:
     for name, title in _FIDELITY.items():
         if isinstance(value := manifest.fidelity.get(name), int | float):
             lines[title] = f"{value:.3f}"
+    if stored.recall is not None:
+        lines["text"] = f"kept; {stored.recall} passages are recalled where a request does not say"
     return lines | {
         "size": f"{stored.num_bytes / 2**20:.1f} MiB",
         "made by": manifest.source,

@@ -270,8 +270,15 @@ class Generator:
                 same = bool(prepared) and request.prompt is requests[len(prepared) - 1].prompt
                 known = prepared[-1].add.token_ids if same else None
                 found = recalled[-1] if same else await self._recaller.find(request.prompt, leases[-1], request.recall)
+                try:
+                    prepared.append(await self._prepare(request, leases[-1], places, known, found))
+                except PromptTooLong:
+                    # Passages that nobody asked for are no reason to refuse a request that fits without them.
+                    if request.recall is not None or not found.passages:
+                        raise
+                    found = Recalled()
+                    prepared.append(await self._prepare(request, leases[-1], places, None, found))
                 recalled.append(found)
-                prepared.append(await self._prepare(request, leases[-1], places, known, found))
         return [
             Generation(request, active, lease, self._admission, self._text, found)
             for request, active, lease, found in zip(requests, prepared, leases, recalled, strict=True)

@@ -76,6 +76,16 @@ def test_the_registration_says_how_many_where_a_request_does_not(server: Server)
     assert chat(server, "Zzyx?", return_recalled=True)["recalled"] == []
 
 
+def test_passages_that_were_not_asked_for_make_no_request_too_long(server: Server) -> None:
+    usage = chat(server, "capstan", recall=0, max_tokens=1)["usage"]
+    word = chat(server, "capstan capstan", recall=0, max_tokens=1)["usage"]["prompt_tokens"] - usage["prompt_tokens"]
+    question = "capstan " * ((512 - usage["prompt_tokens"] - 20) // max(1, word))
+    assert chat(server, question, max_tokens=4, return_recalled=True)["recalled"] == []
+    body = {"model": NAME, "messages": [{"role": "user", "content": question}], "max_tokens": 4, "recall": 1}
+    refused = server.http.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "context_length_exceeded")
+
+
 def test_popular_passages_are_computed_once(server: Server) -> None:
     chat(server, "Is the dinghy berth long?")
     again = chat(server, "Who keeps the dinghy berth? Say his name.", return_recalled=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -124,10 +124,18 @@ class FreeAnswers:
             return [*truncated_ids(first, min(self._virtual_tokens, len(first)), tail), *question]
         if name in ("retrieval", "retrieval_3x"):
             found = self._passages(example.input, self._virtual_tokens * (3 if name == "retrieval_3x" else 1))
-            return [*(renderer.context(joined(found)) if found else usual), *question]
-        if name == "recall":
-            question = renderer.question(before_question(self._index.best(example.input, RECALLED), example.input))
-        return [*usual, *question] if self._replaces == "nothing" else question
+            return self._fitting(found, lambda some: [*(renderer.context(joined(some)) if some else usual), *question])
+        before = usual if self._replaces == "nothing" else []
+        found = self._index.best(example.input, RECALLED) if name == "recall" else []
+        return self._fitting(found, lambda some: [*before, *renderer.question(before_question(some, example.input))])
+
+    def _fitting(self, found: Sequence[Passage], prompt: Callable[[Sequence[Passage]], list[int]]) -> list[int]:
+        """The prompt with as many of the passages as leave room for σ and an answer in the model's window."""
+        room = self.context.window - self._virtual_tokens - self.context.max_answer_tokens
+        for count in range(len(found), 0, -1):
+            if len(ids := prompt(found[:count])) <= room:
+                return ids
+        return prompt([])
 
     def _passages(self, question: str, budget: int) -> list[Passage]:
         """The best that fit the budget together; the best in any case."""

@@ -12,7 +12,7 @@ from softbatch.prompt_store.compression.data.examples import DataError, Example,
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex, within
 from softbatch.prompt_store.compression.data.passages import cut, joined
 from softbatch.prompt_store.compression.evaluation.accepted import Share, is_right
-from softbatch.prompt_store.compression.evaluation.free_answers import Response, Sigma
+from softbatch.prompt_store.compression.evaluation.free_answers import FreeAnswers, Response, Sigma
 from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
@@ -170,6 +170,21 @@ def test_questions_with_accepted_answers_are_measured_and_never_trained_on(llama
     assert "2 of 2" in render_page(report)
     assert "right answers: 2 of 2" in report["verdict"]
     assert report["baselines"]["full_context"]["exact_match"] == 1, "its gold answers come from the same engine"
+
+
+def test_a_small_window_gets_fewer_passages(llama: Reference) -> None:
+    context = TokenizedContext(llama.tokenizer, CONTEXT, None, 6, 4096)
+    seen: list[list[int]] = []
+
+    def respond(prompts: list[list[int]], max_tokens: int, sigma: Sigma | None) -> list[Response]:
+        seen.extend(prompts)
+        return [Response([2]) for _ in prompts]
+
+    asked = [Example("How many bulbs has the red lamp?", accept=("2",))]
+    FreeAnswers(context, asked, 8, respond).ask("recall")
+    context.window = len(seen[0]) + 8 + 6 - 1
+    FreeAnswers(context, asked, 8, respond).ask("recall")
+    assert len(context.renderer.question(asked[0].input)) < len(seen[1]) < len(seen[0])
 
 
 def test_the_verdict_says_what_would_do_better() -> None:
