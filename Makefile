@@ -1,8 +1,9 @@
 # make serve   install what serving needs and serve on http://127.0.0.1:8000   (make serve ARGS="--port 8123")
 # make test    install everything and run lint, types and all tests
+# make clients other people's clients against a server, unchanged, from an environment of their own   (make clients ARGS="-k litellm")
 # make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
-# make chaos   kill the engine under load, and count what clients notice   (make chaos ARGS="--kills 9 --seed 3")
+# make chaos   what clients notice of dying engines, overload, disconnects and long runs   (make chaos ARGS="--only overload keys")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
@@ -10,18 +11,19 @@
 # make docs    build the documentation into build/site   (make docs ARGS=serve shows it at http://127.0.0.1:8001)
 # make docs-reference   write the generated pages of docs/reference again
 VENV   ?= .venv
+CLIENTS ?= .venv-clients
 PYTHON ?= python3
 ARGS   ?=
 # Processes that share the tests out among them: one for each processor, but not so many that memory runs short.
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test clients chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
 
-test: lint unit
+test: lint unit clients
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -29,7 +31,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal --ignore tests/clients $(ARGS)
+
+clients: $(VENV)/.serve $(CLIENTS)/.installed
+	SOFTBATCH_PYTHON=$(abspath $(VENV))/bin/python $(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=. $(VENV)/bin/python -m tests.chaos.run $(ARGS)
@@ -74,6 +79,11 @@ $(VENV)/.dev: $(VENV)/.serve
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip --disable-pip-version-check install --constraint tests/clients/constraints.txt --requirement $<
+	touch $@
+
 $(VENV)/.bench: $(VENV)/.serve
 	$(PIP) install --constraint constraints.txt --editable ".[bench]"
 	touch $@
@@ -88,4 +98,4 @@ constraints: $(VENV)/.dev $(VENV)/.bench $(VENV)/.docs
 	  $(PIP) freeze --all --exclude-editable | sed 's/+cpu//' | grep -v '^pip==' | sort -f; } > constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,12 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+from softbatch.prompt_store.compression.frozen.frozen_model import refuse_unsupported
+from softbatch.scheduler.model.cuda import fused
+from softbatch.scheduler.model.family import Family
+from softbatch.scheduler.model.llama.description import is_described, is_plain
 from softbatch.server.app import Services, create_app
 from softbatch.server.cli.main import build_parser
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.http.errors import _DEFAULT_CODES
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.settings import Settings
+from tests.support.families import SERVED, skeleton
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -25,7 +30,13 @@ _NOTE = "<!-- Made by docs/generate.py (make docs-reference); change the code, n
 
 def pages() -> dict[str, str]:
     """Every generated page by its file name."""
-    return {"cli.md": cli(), "http-api.md": http_api(), "metrics.md": metrics(), "errors.md": errors()}
+    return {
+        "cli.md": cli(),
+        "http-api.md": http_api(),
+        "metrics.md": metrics(),
+        "errors.md": errors(),
+        "models.md": models(),
+    }
 
 
 def cli() -> str:
@@ -200,6 +211,8 @@ def errors() -> str:
     )
     text += "their own exceptions for the types `validation`, `overloaded` (429, 503) and `generation` (5xx):\n\n"
     text += '```json\n{"error": "…", "error_type": "…", "param": "…", "code": "…"}\n```\n\n'
+    text += "On `/v1/messages` and `/v1/messages/count_tokens` it is Anthropic's, with Anthropic's types:\n\n"
+    text += '```json\n{"type": "error", "error": {"type": "…", "message": "…", "param": "…", "code": "…"}}\n```\n\n'
     text += "`message` is for people and may change. `param` names the field at fault, or is null. `code` is stable:\n"
     text += "decide on it. If an answer carries `Retry-After`, the same request may work later.\n"
     text += "\n## Types\n"
@@ -210,6 +223,74 @@ def errors() -> str:
     text += "\n## All codes\n\nA field that the schema refuses has pydantic's name for the reason as its code"
     text += " (`missing`, `less_than_equal`, …), or one of these:\n\n"
     return text + "".join(f"- `{code}`\n" for code in sorted(error_codes()))
+
+
+def models() -> str:
+    """Every family that the tests serve, and where its models run, as the code decides it."""
+    rows = [(name, *_where_it_runs(kind, fields)) for name, (kind, fields) in sorted(SERVED.items())]
+    head = ("family", "`model_type`", "what differs from Llama", "on a CPU", "on a GPU", "compression")
+    return f"# Models\n\n{_NOTE}{_ABOUT_MODELS}{_table(head, rows)}{_BELOW_MODELS}"
+
+
+_ABOUT_MODELS = """\
+Each line is tested on a tiny random model with windows shorter than its prompts
+(`tests/scheduler/engine/test_families.py`): in float32, log-probabilities are within 1e-4 of transformers', and greedy
+output is equal token for token, in chunks, in batches and after preemptions. Any other causal language model of
+transformers that calls its attention through transformers' interface is served too; the check at the start
+([Loading and checks](../internals/loading.md)) refuses what would come out wrong.
+"""
+_BELOW_MODELS = """
+On a CPU, *one call* is the C++ decoder, with all of `--quantization` and `--kv-cache-dtype`; *layer by layer* is
+transformers' own code around our attention kernels, several times slower. On a GPU, *fused* kernels are for models
+without a window that some sequence reaches.
+
+Compression needs full attention: no sequence may reach the end of a window. It trains with *kernels* on a CPU, or
+through *torch*, after a check like the one above; *no* means that it refuses.
+
+Blocks of the KV cache behind a window are not freed: a layer with a window takes as much memory as one without. A soft
+prompt is a prefix like any other: layers with a window see no more of it than of a text in its place.
+"""
+
+
+def _where_it_runs(kind: str, fields: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    model = skeleton(kind, **fields)
+    # The same without a window that some sequence reaches.
+    rest = {name: value for name, value in fields.items() if name not in ("sliding_window", "use_sliding_window")}
+    wide = skeleton(kind, **rest, **({"sliding_window": 256} if "sliding_window" in fields else {}))
+    try:
+        refuse_unsupported(wide.config)
+        has_sinks = any(name.endswith("sinks") for name, _ in wide.named_parameters())
+        compression = "no" if has_sinks else "kernels" if is_plain(wide) else "torch"
+    except ValueError:
+        compression = "no"
+    return (
+        f"`{kind}`",
+        ", ".join(_differences(model)),
+        "one call" if is_described(model) else "layer by layer",
+        "fused" if fused.supports(wide) else "layer by layer",
+        compression,
+    )
+
+
+def _differences(model: Any) -> Iterator[str]:
+    config, family = model.config, Family.of(model.config)
+    names = {name.rsplit(".", 2)[-2 if name.endswith("weight") else -1] for name, _ in model.named_parameters()}
+    positions = getattr(config, "rope_parameters", None) or {}
+    for differs, what in (
+        (any(family.windows), "sliding windows"),
+        (family.softcap, "capped scores"),
+        ("sinks" in names, "sinks"),
+        (names & {"q_norm", "k_norm"}, "norms of queries and keys"),
+        (names & {"post_feedforward_layernorm"}, "norms behind attention and MLP"),
+        (0 in (getattr(config, "no_rope_layers", None) or ()), "layers without positions"),
+        (positions.get("partial_rotary_factor", 1) != 1, "partial rotary"),
+        ("llama_4_scaling_beta" in positions, "queries scaled by position"),
+        (len({id(each) for each in positions.values() if isinstance(each, Mapping)}) > 1, "several rotary bases"),
+        (getattr(config, "num_local_experts", None), "experts"),
+        (getattr(config, "residual_multiplier", 1) != 1, "multipliers"),
+    ):
+        if differs:
+            yield what
 
 
 def error_codes() -> set[str]:

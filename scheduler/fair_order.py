@@ -1,4 +1,5 @@
-"""The order of those who wait: by priority, among owners by the tokens they have had, within an owner by precedence."""
+"""The order of those who wait: by priority, among owners by the tokens they have had for their weight, within an owner
+by precedence."""
 
 from __future__ import annotations
 
@@ -18,23 +19,25 @@ LinePrecedence = tuple[int, bool, float, int]
 
 
 class _Line:
-    """The waiting sequences of one owner at one priority. `tokens` counts what the owner has had there, on the clock
-    of that priority."""
+    """The waiting sequences of one owner at one priority. `tokens` counts what the owner has had there, divided by its
+    weight, on the clock of that priority."""
 
-    __slots__ = ("entry", "heap", "num_preempted", "num_waiting", "number", "tokens")
+    __slots__ = ("entry", "heap", "num_preempted", "num_waiting", "number", "tokens", "weight")
 
     def __init__(self) -> None:
         self.heap: list[tuple[tuple[int, int, int], Sequence]] = []
         self.num_waiting = 0
         self.num_preempted = 0
         self.tokens = 0.0
+        self.weight = 1.0
         self.number = 0
         self.entry: LinePrecedence | None = None
 
 
 class FairOrder:
     """Offers the waiting sequences one by one, so that among owners of one priority the one who has had the fewest
-    tokens goes first: the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models".
+    tokens for its weight goes first: the virtual token counter of Sheng et al., "Fairness in Serving Large Language
+    Models".
 
     Tokens are those computed of prompts, charged at admission, and those generated, charged when the sequence leaves
     the batch. Who is new, or comes back after a pause, starts level with the one served last: nobody saves up a share.
@@ -46,6 +49,7 @@ class FairOrder:
         """`waits` tells who still waits; the others are passed over."""
         self._waits = waits
         self._lines: dict[LineKey, _Line] = {}  # of those who wait
+        self._weight = 0.0  # of those lines together
         self._idle: dict[LineKey, _Line] = {}  # the one that waited last is last
         self._clocks: dict[int, float] = {}  # per priority: where newcomers start
         self._heap: list[tuple[LinePrecedence, _Line]] = []
@@ -59,6 +63,8 @@ class FairOrder:
             line = self._lines[key] = self._idle.pop(key) if key in self._idle else _Line()
             line.tokens = max(line.tokens, self._clocks.get(sequence.priority, 0.0))
             line.number = next(self._numbers)
+            line.weight = sequence.weight
+            self._weight += line.weight
         line.num_waiting += 1
         line.num_preempted += sequence.was_admitted
         self.put(sequence)
@@ -106,6 +112,7 @@ class FairOrder:
             line.heap.clear()
             line.entry = None
             self._idle[key] = self._lines.pop(key)
+            self._weight = self._weight - line.weight if self._lines else 0.0
             if len(self._idle) > MAX_IDLE_LINES:
                 del self._idle[next(iter(self._idle))]
         elif len(line.heap) > 2 * line.num_waiting + 16:
@@ -117,10 +124,10 @@ class FairOrder:
         key = (sequence.priority, sequence.owner)
         line = self._lines.get(key) or self._idle.get(key)
         if line is not None:
-            line.tokens += tokens
+            line.tokens += tokens / sequence.weight
         # A little less than the share of everybody who waits: a light owner starts below a heavy one.
         clock = self._clocks.get(sequence.priority, 0.0)
-        self._clocks[sequence.priority] = clock + tokens / (len(self._lines) + 1)
+        self._clocks[sequence.priority] = clock + tokens / (self._weight + 1)
 
     def _precedence(self, priority: int, line: _Line) -> LinePrecedence:
         return (priority, not line.num_preempted, line.tokens, line.number)

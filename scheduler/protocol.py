@@ -20,9 +20,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs` is the number of top
     alternatives reported per token (0: the chosen token's alone; None: no log-probabilities). None of `ending_ids` is
-    chosen before there are `min_tokens`. `grammar` is what the output must follow, in llguidance's form; empty:
-    anything. An output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves
-    nothing else to say.
+    chosen before there are `min_tokens`. `logit_bias` is added to the logits of its tokens. With `allowed_token_ids`
+    no other token is chosen, and never one that completes one of the `bad_words`, which are tokens too.
+
+    `grammar` is what the output must follow, in llguidance's form; empty: anything. It excludes `allowed_token_ids`. An
+    output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves nothing else
+    to say.
     """
 
     max_tokens: int = 16
@@ -39,6 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     min_tokens: int = 0
     ending_ids: tuple[int, ...] = ()
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
 
 
@@ -50,6 +56,9 @@ class SoftPromptRef(msgspec.Struct, frozen=True):
     num_virtual_tokens: int
 
 
+Pooling = Literal["mean", "last"]
+
+
 class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_only=True):
     """Start a sequence. `token_ids` holds the prompt and, for a resumed request, the `num_delivered` output
     tokens at its end that an engine which has died had generated.
@@ -58,8 +67,11 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     with `score_top` alternatives. The report comes with the first output token, or is the end if `max_tokens` is 0. A
     request for no output always sets it, to the number of its tokens if none is to be scored.
 
-    Among requests of one priority, each `owner` has an equal share of the tokens; it is a word that stands for
-    somebody, never a key or a name.
+    `pooling` set, with `max_tokens` 0: the model's last hidden states at the prompt's tokens are reported as one
+    vector, their mean or the last of them. Virtual tokens are seen by the others, but are not part of it.
+
+    Among requests of one priority, each `owner` has a share of the tokens by its `weight`; it is a word that stands
+    for somebody, never a key or a name.
     """
 
     request_id: str
@@ -69,9 +81,11 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     soft_prompt: SoftPromptRef | None = None
     priority: int = 0
     owner: str = ""
+    weight: float = 1.0
     cache_salt: str = ""
     score_from: int | None = None
     score_top: int = 0
+    pooling: Pooling | None = None
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
@@ -105,7 +119,8 @@ class PromptLogprobs(TokenLogprobs, frozen=True, array_like=True):
 
 class SequenceOutput(msgspec.Struct, array_like=True):
     """What one step computed for one sequence. `num_computed` includes virtual tokens; `num_cached` counts the
-    prompt tokens that the prefix cache had when the sequence was first admitted."""
+    prompt tokens that the prefix cache had when the sequence was first admitted; `embedding` is what `pooling` has
+    made of the prompt."""
 
     request_id: str
     num_computed: int
@@ -116,6 +131,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     error: str | None = None
     scores: list[PromptLogprobs] | None = None
     num_cached: int = 0
+    embedding: list[float] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,7 +156,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine process is started with. `inbox` and `outbox` are ZeroMQ addresses.
 
     `started_at` is when the front end started the process, in monotonic seconds. `kv_cache_gib` None: on a GPU the KV
-    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size."""
+    cache takes what `gpu_memory_utilization` leaves, on a CPU a fixed size. `step_target`, in seconds, None: short on a
+    CPU, none on a GPU."""
 
     model: str
     served_model_name: str | None = None
@@ -150,6 +167,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     max_batch_size: int = 32
     max_batch_tokens: int = 1024
+    step_target: float | None = None
     max_model_len: int | None = None
     max_queue_size: int = 256
     kv_cache_gib: float | None = None

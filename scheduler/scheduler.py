@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from softbatch.scheduler.block_pool import BlockPool
+from softbatch.scheduler.decode_shares import DecodeCost, who_decodes
 from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim, turn
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.sequence import Sequence
@@ -12,6 +14,7 @@ from softbatch.scheduler.sequence_blocks import SequenceBlocks
 from softbatch.scheduler.soft_prompt_cache import LoadState, SoftPromptCache
 from softbatch.scheduler.soft_prompt_loads import SoftPromptLoads
 from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
+from softbatch.scheduler.step_pace import StepPace
 from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
 
 
@@ -26,6 +29,8 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int]
     # Positions of one step whose logits score a prompt's token: each has a row as long as the vocabulary.
     max_scored_tokens: int = 1 << 16
+    # Seconds that a step with prefills should take; None: as long as its tokens need.
+    step_target: float | None = None
 
 
 class Scheduler:
@@ -49,9 +54,12 @@ class Scheduler:
         self.soft_prompt_loads = SoftPromptLoads(
             self.soft_prompts, self.waiting, config.max_batch_size, config.num_blocks // 4
         )
+        self.pace = StepPace(config.step_target, config.max_batch_tokens)
         self.running: list[Sequence] = []  # in order of precedence
         # Lower than the batch size after the device ran out of memory, until a sequence leaves.
         self._admission_limit = config.max_batch_size
+        self.decode_cost = DecodeCost()
+        self._steps = 0
         self._arrivals = 0
         self._prompts_begun = 0  # tokens
         self._preemptions = 0
@@ -120,7 +128,13 @@ class Scheduler:
         """Plan the next step: decodes, then prefills of soft prompts, then of sequences, waiting ones included, in
         order of precedence."""
         step = Step()
-        budget = self._continue_decodes(step)
+        self._steps += 1
+        chosen = None
+        if len({sequence.owner for sequence in self.running}) > 1:
+            chosen = who_decodes([s for s in self.running if s.is_decoding], self.decode_cost, self._steps)
+        left = self._continue_decodes(step, chosen)
+        decodes = self.config.max_batch_tokens - left
+        budget = min(left, self.pace.for_prefills(decodes, shared=chosen is not None))
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
@@ -133,7 +147,8 @@ class Scheduler:
     def admit_late(self, step: Step) -> None:
         """Add soft prompts that were read after `schedule()`, and sequences that waited for them, within the token
         budget."""
-        budget = self.config.max_batch_tokens - step.num_tokens
+        decodes = sum(1 for row in step.rows if row.num_tokens == 1)
+        budget = self.pace.for_prefills(decodes) - (step.num_tokens - decodes)
         self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False))
 
     def mark_in_flight(self, step: Step) -> None:
@@ -161,8 +176,12 @@ class Scheduler:
             output = SequenceOutput(sequence.request_id, end, num_cached=sequence.num_cached)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])
+                if sequence.request_id in result.state_sums:
+                    sequence.add_states(result.state_sums[sequence.request_id])
                 if end >= sequence.num_virtual + sequence.num_prompt:
                     output.scores, sequence.scores, sequence.score_from = sequence.scores, [], None
+                    if sequence.pooling is not None:
+                        output.embedding = sequence.take_embedding()
                     if sequence.params.max_tokens == 0:
                         output.finish_reason = "length"
                         self._leave(sequence)
@@ -216,13 +235,20 @@ class Scheduler:
             if users != prompt.users:
                 raise AssertionError(f"soft prompt {prompt.ref.sha256} counts {prompt.users} users, has {users}")
 
-    def _continue_decodes(self, step: Step) -> int:
-        """Schedule one token per decoding sequence. If blocks run out, preempt. Returns the remaining token budget."""
+    def observe(self, step: Step, seconds: float) -> None:
+        """A step took so long."""
+        self.pace.observe(step.num_tokens, seconds)
+        if step.num_tokens == len(step.rows):
+            self.decode_cost.observe(len(step.rows), seconds)
+
+    def _continue_decodes(self, step: Step, chosen: Collection[Sequence] | None) -> int:
+        """Schedule one token for each decoding sequence, or each of those chosen. If blocks run out, preempt. Returns
+        the remaining token budget."""
         budget = self.config.max_batch_tokens
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if sequence.length - sequence.num_computed == 1 and not sequence.will_end and not sequence.awaits_token:
+            if (chosen is None or sequence in chosen) and sequence.is_decoding:
                 while not self._blocks.grow(sequence):
                     if not must_preempt(self.running):
                         break
@@ -309,7 +335,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self._leave(sequence)
-        sequence.scores = []
+        sequence.scores, sequence.state_sum = [], []
         self.waiting.push(sequence, bounded=False)
         self._preemptions += 1
         step.report.preempted.append(sequence.request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from operator import add
 
 from softbatch.scheduler.protocol import AddRequest, FinishReason, PromptLogprobs, SequenceOutput
 
@@ -37,15 +38,18 @@ class Sequence:
         "num_virtual",
         "owner",
         "params",
+        "pooling",
         "priority",
         "request_id",
         "score_from",
         "score_top",
         "scores",
         "soft_prompt",
+        "state_sum",
         "tokens",
         "turn",
         "was_admitted",
+        "weight",
     )
 
     def __init__(self, request: AddRequest, arrival: int, turn: int = 0) -> None:
@@ -57,6 +61,7 @@ class Sequence:
         self.num_virtual = request.soft_prompt.num_virtual_tokens if request.soft_prompt else 0
         self.priority = request.priority
         self.owner = request.owner
+        self.weight = request.weight
         self.cache_salt = request.cache_salt
         self.arrival = arrival
         self.turn = turn
@@ -64,6 +69,8 @@ class Sequence:
         self.score_from = None if request.num_delivered else request.score_from
         self.score_top = request.score_top
         self.scores: list[PromptLogprobs] = []
+        self.pooling = request.pooling
+        self.state_sum: list[float] = []  # of the hidden states computed so far
         self.num_computed = 0
         self.num_cached = 0
         self.num_charged = request.num_delivered  # of those generated
@@ -99,7 +106,14 @@ class Sequence:
     @property
     def awaits_token(self) -> bool:
         """Whether what it samples next depends on a token that is still in flight."""
-        return self.num_in_flight_tokens > 0 and bool(self.params.grammar)
+        if self.num_in_flight_tokens == 0:
+            return False
+        return bool(self.params.grammar) or any(len(word) > 1 for word in self.params.bad_words)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next step can compute its last token alone, and sample another."""
+        return self.length - self.num_computed == 1 and not self.will_end and not self.awaits_token
 
     @property
     def max_length(self) -> int:
@@ -108,14 +122,33 @@ class Sequence:
 
     def logit_rows(self, start: int, count: int) -> range:
         """Which of the `count` positions from `start` on need logits, counted from `start`: the last one if a token is
-        sampled, and those before a token to be scored."""
+        sampled, and those before a token to be scored; or, with pooling, those that are pooled."""
+        if self.pooling == "mean":
+            return range(count)
         samples = start + count == self.length
         if self.score_from is None:
             return range(count - 1, count) if samples else range(0)
         scored = self.scored_rows(start, count)
-        if not samples or self.params.max_tokens == 0:
+        if not samples or (self.params.max_tokens == 0 and self.pooling is None):
             return scored
         return range(scored.start if scored else count - 1, count)
+
+    @property
+    def num_reusable(self) -> int:
+        """How many tokens need not be computed if their keys and values are known, but for the last of them: the
+        position before a sampled or scored token always is, and so is every one that is pooled."""
+        if self.pooling == "mean":
+            return 0
+        return len(self.tokens) if self.score_from is None else self.score_from
+
+    def add_states(self, states: list[float]) -> None:
+        self.state_sum = list(map(add, self.state_sum, states)) if self.state_sum else states
+
+    def take_embedding(self) -> list[float]:
+        """What the pooling makes of the whole prompt."""
+        count = self.num_prompt if self.pooling == "mean" else 1
+        found, self.state_sum = [value / count for value in self.state_sum], []
+        return found
 
     def scored_rows(self, start: int, count: int) -> range:
         """Which of the `count` positions from `start` on are before a token to be scored, counted from `start`."""

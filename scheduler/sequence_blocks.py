@@ -23,9 +23,7 @@ class SequenceBlocks:
         free."""
         size = self.pool.block_size
         virtual_blocks = sequence.num_virtual // size
-        # The position before a sampled or scored token is always computed, because its logits are needed.
-        known = len(sequence.tokens) if sequence.score_from is None else sequence.score_from
-        reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
+        reusable = (sequence.num_virtual + sequence.num_reusable - 1) // size - virtual_blocks
         reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
         new = -(-sequence.length // size) - virtual_blocks - len(reused)
         needed = new + self.pool.num_free_among(reused) + spare

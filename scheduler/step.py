@@ -86,7 +86,8 @@ class DeviceLost(RuntimeError):
 @dataclass(frozen=True)
 class StepResult:
     """What a step has computed, by request id: sampled `tokens`, their `logprobs`, `scores`, and `errors` of rows that
-    failed alone. `prefill_errors` are by the content hash of a soft prompt.
+    failed alone. `prefill_errors` are by the content hash of a soft prompt. `state_sums` add up the hidden states that
+    a row's pooling asks for.
 
     `resampled` names sequences for which the next step, already in flight, was launched with another token."""
 
@@ -96,3 +97,4 @@ class StepResult:
     errors: dict[str, str]
     prefill_errors: dict[str, str]
     resampled: frozenset[str] = frozenset()
+    state_sums: dict[str, list[float]] = field(default_factory=dict)

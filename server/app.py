@@ -12,9 +12,10 @@ from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.http.cut_off import CutOffMiddleware
 from softbatch.server.http.docs_page import install_docs
 from softbatch.server.http.errors import install_handlers
+from softbatch.server.http.full_house import FullHouseMiddleware
 from softbatch.server.http.head_and_slashes import HeadAndSlashesMiddleware
 from softbatch.server.http.request_log import RequestLogMiddleware
-from softbatch.server.routes import ROUTERS
+from softbatch.server.routes import ROUTERS, SERVING_PATHS
 from softbatch.server.services import Services
 from softbatch.server.settings import Settings
 from softbatch.server.version import VERSION
@@ -44,6 +45,8 @@ def create_app(services: Services) -> FastAPI:
 
     install_docs(app, has_keys=bool(services.settings.api_key or services.settings.admin_key))
     install_handlers(app)
+    # Innermost, so that it looks at a request whose key and size are right.
+    app.add_middleware(FullHouseMiddleware, check_room=lambda: services.admission.check_room(), paths=SERVING_PATHS)
     add_middlewares(app, services.settings)
     return app
 

@@ -16,11 +16,12 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
-from softbatch.scheduler.protocol import EngineConfig
+from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
+from softbatch.server.requests.embedding import Embedder
 from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.requests.engine_supervisor import EngineSupervisor, Patience, StartupError
 from softbatch.server.requests.generation import Generator
@@ -46,6 +47,7 @@ class Services:
     admission: Admission
     generator: Generator
     scorer: Scorer
+    embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
@@ -61,10 +63,7 @@ class Services:
 async def running_services(settings: Settings) -> AsyncIterator[Services]:
     """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
     started = time.monotonic()
-    try:
-        store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
-    except OSError as error:
-        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+    store = _prompt_store(settings)
     metrics = Metrics()
     with contextlib.ExitStack() as exits:
         leased = exits.enter_context(_leases(store.root))
@@ -75,10 +74,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
-            since = time.monotonic()
-            tokenizer = await asyncio.to_thread(load_tokenizer, ready.model.tokenizer_path)
-            text = TextProcessor(tokenizer, ready.model.max_model_len)
-            logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+            text = await asyncio.to_thread(_text_processor, ready)
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
@@ -103,6 +99,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     admission=admission,
                     generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
                     scorer=Scorer(admission, encoder, recaller, eos),
+                    embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
                     compressions=compressions,
@@ -117,6 +114,21 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")
+
+
+def _prompt_store(settings: Settings) -> PromptStore:
+    """Raises StartupError."""
+    try:
+        return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    except OSError as error:
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+
+
+def _text_processor(ready: Ready) -> TextProcessor:
+    since = time.monotonic()
+    text = TextProcessor(load_tokenizer(ready.model.tokenizer_path), ready.model.max_model_len)
+    logger.info("%-16s %6.2f s", "tokenizer", time.monotonic() - since)
+    return text
 
 
 @contextlib.contextmanager
@@ -152,6 +164,7 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         max_waiting_tokens=settings.max_queue_tokens,
         max_waiting_per_owner=settings.max_queue_size_per_key,
         request_timeout=settings.request_timeout,
+        weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
 
@@ -166,6 +179,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
+        step_target=settings.step_target,
         max_model_len=settings.max_model_len,
         max_queue_size=settings.max_queue_size,
         kv_cache_gib=settings.kv_cache_gib,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from softbatch.server.key_weights import read_key_weights
 from softbatch.server.tools.parser_names import CallParser, ReasoningParser
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -49,7 +51,14 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")
     max_batch_tokens: int = Field(
-        1024, ge=1, le=1_048_576, description="token budget of one step (prefill is cut into such chunks)"
+        1024, ge=1, le=1_048_576, description="most tokens of one step (prefill is cut into such chunks, or smaller)"
+    )
+    step_target: float | None = Field(
+        None,
+        gt=0,
+        le=3600,
+        description="seconds that one step should take: prefill is cut into chunks that fit, so that neither decoding "
+        "nor short prompts wait for long ones; default: 0.05 on a CPU, no such limit on a GPU",
     )
     max_model_len: int | None = Field(
         None,
@@ -109,6 +118,9 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="share of the GPU's memory to use for weights, steps and KV cache"
     )
     block_size: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    embedding_pooling: Literal["mean", "last"] = Field(
+        "mean", description="what /v1/embeddings makes of a text's last hidden states if a request does not say it"
+    )
     async_scheduling: Literal["auto", "on", "off"] = Field(
         "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
     )
@@ -154,6 +166,11 @@ class Settings(BaseSettings):
         (),
         description="key that may also register and delete soft prompts, compress, and see all of the queue; if there "
         "is one, an --api-key may not",
+    )
+    key_weights: Path | None = Field(
+        None,
+        description='JSON file with the shares of API keys, such as {"KEY": 3}: among requests of one priority a key '
+        "has as many times the tokens of another as its weight is; default: 1 each",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious lines of the log that are written; info has a line for each request"
@@ -204,7 +221,13 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
             )
+        self.weights_by_owner()
         return self
+
+    def weights_by_owner(self) -> Mapping[str, float]:
+        """Of API keys that have one other than 1. Raises ValueError."""
+        keys = (*self.api_key, *self.admin_key)
+        return read_key_weights(self.key_weights, keys) if self.key_weights is not None else {}
 
     @field_validator("prompt_store")
     @classmethod

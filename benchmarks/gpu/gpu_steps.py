@@ -18,7 +18,8 @@ from softbatch.scheduler.model.cuda.graphs import CudaCapturer
 from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.runner import Runner
-from softbatch.scheduler.model.sampling.sampler import SampleInput, sample
+from softbatch.scheduler.model.sampling.adjustments import SampleInput
+from softbatch.scheduler.model.sampling.sampler import sample
 from softbatch.scheduler.protocol import SamplingParams
 
 BLOCK_SIZE = 16

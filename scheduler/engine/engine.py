@@ -15,6 +15,7 @@ from softbatch.scheduler.protocol import (
     EngineConfig,
     EngineInput,
     EngineStats,
+    ModelInfo,
     Ready,
     SequenceOutput,
     StepOutput,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # At most so much memory holds a step's logits, in float32, that score prompts.
 _SCORED_LOGITS_BYTES = 256 << 20
+_CPU_STEP_SECONDS = 0.05
 
 
 class SubmittedStep(Protocol):
@@ -152,16 +154,20 @@ class Engine:
             report.outputs += self.scheduler.postprocess(one.step, one.result())
         self.loader.report_prefilled(report)
         last_end, now = self._last_end, time.perf_counter()
+        step_seconds = now - max(ended[0].since, last_end) if ended else 0.0
+        num_tokens = sum(one.step.num_tokens for one in ended)
         if ended:
             self._last_end = now
+        for one in ended:
+            self.scheduler.observe(one.step, step_seconds / len(ended))
         return StepOutput(
             outputs=report.outputs,
             stats=self.stats,
             admitted=report.admitted,
             preempted=report.preempted,
             batch_size=sum(len(one.step.rows) for one in ended),
-            num_tokens=sum(one.step.num_tokens for one in ended),
-            step_seconds=now - max(ended[0].since, last_end) if ended else 0.0,
+            num_tokens=num_tokens,
+            step_seconds=step_seconds,
             schedule_seconds=scheduled - started,
             soft_prompt_load_seconds=report.soft_prompt_load_seconds,
         )
@@ -191,6 +197,13 @@ class Engine:
         self.loader.close()
 
 
+def _step_target(config: EngineConfig, model: ModelInfo) -> float | None:
+    """On a CPU small chunks compute as many tokens a second as large ones do; a GPU is not filled by them."""
+    if config.step_target is None and not model.is_on_gpu:
+        return _CPU_STEP_SECONDS
+    return config.step_target
+
+
 class Reporter(Protocol):
     def __call__(self, name: str, seconds: float, detail: str) -> None: ...
 
@@ -206,6 +219,7 @@ def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | N
         SchedulerConfig(
             max_batch_size=config.max_batch_size,
             max_batch_tokens=config.max_batch_tokens,
+            step_target=_step_target(config, loaded.info),
             max_model_len=loaded.info.max_model_len,
             max_queue_size=config.max_queue_size + config.max_batch_size,
             num_blocks=kv.num_blocks,

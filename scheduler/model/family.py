@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Family:
-    """What the config of a decoder says. `windows` has for each layer how many tokens it sees, None where all.
+    """What the config of a decoder says. `windows` has for each layer how many tokens each token sees, itself among
+    them, None where all; `chunk` is the length of chunks that some layers never see out of.
 
     `max_positions` is the longest sequence unless something else is asked for, `reach` the longest that may be asked
     for; both are None for a model that does not say.
@@ -38,6 +39,7 @@ class Family:
     max_positions: int | None
     reach: int | None
     windows: tuple[int | None, ...]
+    chunk: int | None
     rotary: tuple[Rotary, ...]
     softcap: float | None
 
@@ -66,6 +68,7 @@ class Family:
             max_positions=scaled if any(one.kind == "yarn" for one in rotary) else own,
             reach=scaled,
             windows=_windows(text, layers),
+            chunk=_positive(text, "attention_chunk_size") if "chunked_attention" in _kinds(text) else None,
             rotary=rotary,
             softcap=_given(text, "attn_logit_softcapping"),
         )
@@ -83,14 +86,17 @@ class Family:
             raise ModelError(f"--max-model-len {asked} is more than the model's own {self.reach}")
         return asked
 
+    def windows_within(self, longest: int) -> tuple[int | None, ...]:
+        """`windows`, but None too where no sequence of up to `longest` tokens reaches the end of one."""
+        return tuple(None if window is None or window >= longest else window for window in self.windows)
+
     def refuse_unsupported(self, kind: str, longest: int) -> None:
         """Raises ModelError where sequences of up to `longest` tokens would come out wrong; `kind` is the class."""
-        shorter = [window for window in self.windows if window is not None and window < longest]
-        if shorter:
+        if self.chunk is not None and self.chunk < longest:
             raise ModelError(
-                f"{kind} sees no further back than {min(shorter)} tokens in {len(shorter)} of its {len(self.windows)} "
-                "layers (sliding_window), which is not supported yet; within that every layer sees everything: "
-                f"--max-model-len {min(shorter)} serves it"
+                f"{kind} sees only its own chunk of {self.chunk} tokens in some layers (attention_chunk_size), which "
+                "is not supported yet; within the first chunk every layer sees everything: "
+                f"--max-model-len {self.chunk} serves it"
             )
         for rotary in self.rotary:
             if rotary.kind not in STATIC_ROTARY and longest > (rotary.original or 0):
@@ -99,8 +105,6 @@ class Family:
                     f"{kind} turns all positions otherwise in sequences longer than {rotary.original} tokens "
                     f"(rope_parameters, {rotary.kind}), which is not supported yet{advice}"
                 )
-        if self.softcap:
-            raise ModelError(f"{kind} caps attention scores (attn_logit_softcapping): not supported yet")
 
 
 def _given(text: Any, field: str) -> Any:
@@ -124,22 +128,22 @@ def _positive(text: Any, field: str, default: int | None = None) -> int:
 
 
 def _windows(text: Any, layers: int) -> tuple[int | None, ...]:
-    """Raises ModelError for attention of another kind than full, or full within a window."""
-    kinds = _given(text, "layer_types")
-    if kinds is None:
+    """Raises ModelError for attention of another kind than full, or full within a window or a chunk."""
+    kinds = _kinds(text)
+    if not kinds:
         uses = _given(text, "sliding_window") is not None and getattr(text, "use_sliding_window", True)
         return (_positive(text, "sliding_window") if uses else None,) * layers
-    fields = {
-        "full_attention": None,
-        "sliding_attention": "sliding_window",
-        "chunked_attention": "attention_chunk_size",
-    }
     for kind in kinds:
-        if kind not in fields:
+        if kind not in ("full_attention", "sliding_attention", "chunked_attention"):
             raise ModelError(f"config.json: layer_types has {kind}, which is not supported yet")
     if len(kinds) != layers:
         raise _wrong("layer_types", f"{len(kinds)} entries", f"one for each of the {layers} layers")
-    return tuple(_positive(text, field) if (field := fields[kind]) else None for kind in kinds)
+    return tuple(_positive(text, "sliding_window") if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _kinds(text: Any) -> Sequence[str]:
+    """Of each layer's attention; empty for a model that does not tell layers apart."""
+    return _given(text, "layer_types") or ()
 
 
 def _rotary(text: Any) -> tuple[Rotary, ...]:

@@ -1,4 +1,4 @@
-"""The one signature of every forward pass: from a step's ragged batch to its logits."""
+"""The one signature of every forward pass: from a step's ragged batch to its logits or its hidden states."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class Forward(Protocol):
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor: ...
 
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
+        """The same up to the last norm, whose output at `batch.logit_rows` this is: [R, hidden]. No head is run."""
+        ...
+
 
 class TransformersForward:
     """Runs any `transformers` model by its own modelling code, with our attention inside."""
@@ -33,15 +37,20 @@ class TransformersForward:
         self._longest = longest
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        logits: torch.Tensor = self._model(**self._inputs(batch), logits_to_keep=batch.logit_rows).logits[0]
+        return logits
+
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
+        states: torch.Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state[0]
+        return states[batch.logit_rows]
+
+    def _inputs(self, batch: RaggedBatch) -> dict[str, Any]:
         inputs = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             inputs[first : first + embeddings.shape[0]] = embeddings
-        output = self._model(
-            inputs_embeds=inputs[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            logits_to_keep=batch.logit_rows,
-            paged=PagedForward(self._kv_cache, batch.attention, self._backend, self._longest),
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        return {
+            "inputs_embeds": inputs[None],
+            "position_ids": batch.positions[None],
+            "use_cache": False,
+            "paged": PagedForward(self._kv_cache, batch.attention, self._backend, self._longest),
+        }

@@ -51,6 +51,7 @@ class InFlightStep:
     errors: dict[str, str] = field(default_factory=dict)
     prefill_errors: dict[str, str] = field(default_factory=dict)
     scores: dict[str, StepScores] = field(default_factory=dict)
+    state_sums: dict[str, ToHost] = field(default_factory=dict)
     _samples: list[tuple[list[str], Samples]] = field(default_factory=list)
     _tokens: list[torch.Tensor] = field(default_factory=list)
     _places: dict[str, int] = field(default_factory=dict)
@@ -92,5 +93,10 @@ class InFlightStep:
                 scores[request_id] = values
             else:
                 errors[request_id] = "the model's logits are not finite"
+        sums = {}
+        for request_id, numbers in self.state_sums.items():
+            (sums[request_id],) = numbers.read()
+            if not all(map(math.isfinite, sums[request_id])):
+                errors[request_id] = "the model's hidden states are not finite"
         self._samples = []  # probabilities of whole vocabularies; the tokens may still be asked for
-        return StepResult(tokens, logprobs, scores, errors, self.prefill_errors, frozenset(resampled))
+        return StepResult(tokens, logprobs, scores, errors, self.prefill_errors, frozenset(resampled), sums)

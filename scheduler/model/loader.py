@@ -33,7 +33,7 @@ from softbatch.scheduler.model.model_files import check_config, config_content, 
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
-from softbatch.scheduler.model.self_check import Yardstick, measure, self_check
+from softbatch.scheduler.model.self_check import LENGTH, Yardstick, measure, self_check, short_windows
 from softbatch.scheduler.model.source import ModelError, ModelSource, resolve
 from softbatch.scheduler.model.weights import load_weights
 from softbatch.scheduler.protocol import EngineConfig, ModelInfo
@@ -90,12 +90,12 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     phases.done("attention kernel", name)
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
-    yardstick = _measure(model, spec, tokenizer)  # before weights are laid out anew, and the KV cache takes the memory
+    longest = max(Family.of(model.config).length(config.max_model_len), LENGTH)
+    yardstick = _measure(model, spec, tokenizer, longest)  # before weights are laid out anew and memory is taken
     phases.done("yardstick", "a short sequence in float32")
-    longest = Family.of(model.config).length(config.max_model_len)
     kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, longest)
     phases.done("KV cache", kv_cache.describe())
-    forward, layout = _forward(model, kv_cache, backend, config.quantization, max_model_len)
+    forward, layout = _forward(model, kv_cache, backend, config.quantization, longest)
     phases.done("weight layout", layout)
 
     info = ModelInfo(
@@ -117,7 +117,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     grammars = GrammarMasks(
         lambda: grammar_tokenizer(tokenizer.backend_tokenizer, info.vocab_size, info.eos_token_ids), info.vocab_size
     )
-    runner, found = _checked_runner(yardstick, forward, kv_cache, info, config, grammars)
+    runner, found = _checked_runner(model, longest, yardstick, forward, kv_cache, info, config, grammars)
     phases.done("self-check", found)
     if on_gpu:
         graphs, build = with_graphs(
@@ -194,7 +194,7 @@ def _forward(
     if supports(model, kv_cache.dtype) and build_kernels():
         try:
             weights = None if quantization == "none" else WeightFormat.named(quantization)
-            decoder = DecoderForward(model, kv_cache, weights, release=True)
+            decoder = DecoderForward(model, kv_cache, weights, release=True, longest=longest)
             formats = " and ".join(map(str, dict.fromkeys((decoder.weights, decoder.weights_of_long_steps))))
             return decoder, f"packed for the decoder in C++, {formats}"
         except (RuntimeError, MemoryError, ValueError) as error:
@@ -208,13 +208,15 @@ def _forward(
     return TransformersForward(model, kv_cache, backend, longest), f"{pack_linears(model)} linear layers packed"
 
 
-def _measure(model: Any, spec: ModelSpec, tokenizer: Any) -> Yardstick:
+def _measure(model: Any, spec: ModelSpec, tokenizer: Any, longest: int) -> Yardstick:
     """Raises ModelError for an architecture that does not pass through paged attention."""
-    with _told_as_architecture(spec.name):
+    with _told_as_architecture(spec.name), short_windows(model, longest):
         return measure(model, spec, tokenizer)
 
 
 def _checked_runner(
+    model: Any,
+    longest: int,
     yardstick: Yardstick,
     forward: Forward,
     kv_cache: KVCache,
@@ -225,8 +227,13 @@ def _checked_runner(
     """And what the check has found."""
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, grammars=grammars)
     rounded_by = [option for option, _ in _rounding(config)]
-    with _told_as_architecture(info.name, bool(rounded_by)):
-        return runner, self_check(yardstick, runner, kv_cache.block_size, rounded_by)
+    with _told_as_architecture(info.name, bool(rounded_by)), short_windows(model, longest) as window:
+        if isinstance(forward, DecoderForward):
+            forward.limit_windows(window)
+        found = self_check(yardstick, runner, kv_cache.block_size, rounded_by)
+    if isinstance(forward, DecoderForward):
+        forward.limit_windows(None)
+    return runner, found
 
 
 @contextmanager

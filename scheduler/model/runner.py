@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,11 @@ from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.forward import Forward
 from softbatch.scheduler.model.in_flight import InFlightStep, StepScores
 from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
+from softbatch.scheduler.model.sampling.adjustments import SampleInput, needs_history
+from softbatch.scheduler.model.sampling.constraints import Constraint, Constraints
 from softbatch.scheduler.model.sampling.grammar import GrammarError, GrammarMasks
-from softbatch.scheduler.model.sampling.sampler import SampleInput, needs_history, sample
-from softbatch.scheduler.model.staging import small_tensor
+from softbatch.scheduler.model.sampling.sampler import sample
+from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
@@ -29,6 +30,7 @@ from softbatch.scheduler.step import DeviceLost, OutOfDeviceMemory, SoftPromptPr
 
 logger = logging.getLogger(__name__)
 _PREFILL_FAILED = "the model failed on this soft prompt"
+_FREE = Constraint()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Runner:
         self._kv_cache = kv_cache
         self._build = build or partial(build_batch, block_size=kv_cache.block_size, device=kv_cache.device)
         self._spec = spec
-        self._grammars = grammars
+        self._constraints = Constraints(grammars)
         self._max_prompt_bytes = max_prompt_bytes
         self._on_gpu = kv_cache.device.type == "cuda"
         self._prefilling: dict[str, torch.Tensor] = {}
@@ -145,24 +147,57 @@ class Runner:
         return staged.embeddings is None
 
     def _run(self, rows: list[StepRow], prefills: list[SoftPromptPrefill], launched: InFlightStep) -> None:
+        pooled = [row for row in rows if row.sequence.pooling is not None]
+        if pooled:
+            self._pool(pooled, launched)
+            rows = [row for row in rows if row.sequence.pooling is None]
+            if not (rows or prefills):
+                return
         parts = [part for row in rows for part in _as_rows(row, self._on_gpu)]
         batch = self._build(parts + [self._prefill_row(prefill) for prefill in prefills])
         self._insert_pending(rows, batch.token_ids)
         logits = self._forward(batch)
-        sampling, names, sampled_rows, at = [], [], [], 0
+        sampled, at = [], 0
         for row in rows:
             wanted = len(row.sequence.logit_rows(row.start, row.num_tokens))
             scored = _add_scores(row, logits[at:], launched) if row.sequence.score_from is not None else 0
-            if wanted > scored and (entry := self._sample_input(row.sequence, launched)):
-                sampling.append(entry)
-                names.append(row.sequence.request_id)
-                sampled_rows.append(at + scored)
+            if wanted > scored:
+                sampled.append((row.sequence, at + scored))
             at += wanted
-        if not sampling:
+        if sampled:
+            self._sample(sampled, logits, launched)
+
+    def _sample(self, sampled: list[tuple[Sequence, int]], logits: torch.Tensor, launched: InFlightStep) -> None:
+        """A token for each of these sequences, by the logits in its row."""
+        constraints = self._constraints.of((sequence for sequence, _ in sampled), logits.shape[-1])
+        inputs, names, at = [], [], []
+        for sequence, row in sampled:
+            constraint = constraints.get(sequence.request_id, _FREE)
+            if isinstance(constraint, GrammarError):
+                message = f"the output's grammar cannot be followed: {constraint}"
+                launched.errors[sequence.request_id] = message
+                continue
+            inputs.append(self._sample_input(sequence, constraint))
+            names.append(sequence.request_id)
+            at.append(row)
+        if not inputs:
             return
-        if len(sampled_rows) < at:
-            logits = logits[small_tensor(sampled_rows, logits.device, torch.int64)]
-        launched.add_samples(names, sample(logits, sampling))
+        if len(at) < len(logits):
+            logits = logits[small_tensor(at, logits.device, torch.int64)]
+        launched.add_samples(names, sample(logits, inputs))
+
+    def _pool(self, rows: list[StepRow], launched: InFlightStep) -> None:
+        """A forward pass of their own: it ends before the head, which others need."""
+        states = self._forward.hidden_states(
+            self._build([part for row in rows for part in _as_rows(row, self._on_gpu)])
+        )
+        at = 0
+        for row in rows:
+            count = len(row.sequence.logit_rows(row.start, row.num_tokens))
+            if count:
+                whole = states[at : at + count].sum(0, dtype=torch.float32)
+                launched.state_sums[row.sequence.request_id] = ToHost([whole])
+            at += count
 
     def _insert_pending(self, rows: list[StepRow], token_ids: torch.Tensor) -> None:
         """Fill in input tokens that only the device knows: the step in flight samples them."""
@@ -178,25 +213,12 @@ class Runner:
 
     def prepare_grammar(self, grammar: str) -> None:
         """Compile a grammar that will be asked for; safe to call from another thread."""
-        if self._grammars is not None:
-            with contextlib.suppress(GrammarError):  # it fails again, and alone, when its sequence samples
-                self._grammars.compile(grammar)
+        self._constraints.prepare(grammar)
 
-    def _sample_input(self, s: Sequence, launched: InFlightStep) -> SampleInput | None:
-        """None if the sequence fails here: its grammar cannot be followed."""
+    def _sample_input(self, s: Sequence, constraint: Constraint) -> SampleInput:
         is_missing = s.num_in_flight_tokens > 0 and needs_history(s.params)
         pending = self._newest.tokens_of([s.request_id]) if is_missing else None
-        barred = () if s.may_end else s.params.ending_ids
-        mask = None
-        if s.params.grammar:
-            try:
-                if self._grammars is None:
-                    raise GrammarError("this model's tokenizer cannot follow one")
-                mask = self._grammars.next_mask(s, barred)
-            except GrammarError as error:
-                launched.errors[s.request_id] = f"the output's grammar cannot be followed: {error}"
-                return None
-        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, barred if mask is None else (), mask)
+        return SampleInput(s.params, s.tokens, s.num_prompt, s.length, pending, constraint.barred, constraint.mask)
 
     def forward(self, rows: list[Row]) -> torch.Tensor:
         """Logits of the rows' `logit_rows`, one after another: [R, vocab]."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from softbatch.prompt_store.float32 import (
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.runner import Runner
@@ -25,6 +27,7 @@ from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME
 LENGTH = 24
 CHUNKS = (17, 6, 1)  # the last is a decoding step
 BLOCK_SIZE = 8
+WINDOW = 10  # of the layers that have one, during the check: LENGTH tokens would never meet their own
 # What options that round more than the dtype may cost: nats between predictions, on average over a text.
 MAX_DIVERGENCE = 0.1
 # More than LENGTH tokens for any tokenizer.
@@ -53,9 +56,40 @@ def check_tokens(tokenizer: Any, rows: int) -> list[int]:
     return [(7919 * (i + 1)) % rows for i in range(LENGTH)]
 
 
+@contextmanager
+def short_windows(model: Any, longest: int) -> Iterator[int | None]:
+    """Meanwhile windows that sequences of `longest` tokens reach the end of are WINDOW tokens, both in the masks that
+    transformers makes and in what its layers ask our attention for; yields WINDOW if there are any.
+
+    Raises RuntimeError where a layer asks for another window than config.json does.
+    """
+    config = model.config.get_text_config()
+    family = Family.of(config)
+    window = next(filter(None, family.windows_within(longest)), None)
+    if window is None:
+        yield None
+        return
+    holders = [config]
+    for module in model.modules():
+        layer, asked = getattr(module, "layer_idx", None), getattr(module, "sliding_window", None)
+        if layer is None or asked is None:
+            continue
+        if asked != family.windows[layer]:
+            raise RuntimeError(f"layer {layer} sees {asked} tokens, but by config.json {family.windows[layer]}")
+        holders.append(module)
+    for holder in holders:
+        holder.sliding_window = WINDOW
+    try:
+        yield WINDOW
+    finally:
+        for holder in holders:
+            holder.sliding_window = window
+
+
 @torch.inference_mode()
 def measure(model: Any, spec: ModelSpec, tokenizer: Any) -> Yardstick:
-    """What `self_check` compares with; takes the weights as transformers has laid them out.
+    """What `self_check` compares with; takes the weights as transformers has laid them out. Windows are as they are:
+    `short_windows` makes them such that the check meets them.
 
     Raises RuntimeError when paged attention disagrees with transformers' own in float32: the architecture does
     something (a mask, a bias, a score cap) that does not pass through the attention interface.

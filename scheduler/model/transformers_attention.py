@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.backend import AttentionBackend, AttentionKind, PagedBatch
 from softbatch.scheduler.model.kv_cache import KVCache
 
 ATTENTION_NAME = "softbatch"
@@ -41,9 +41,10 @@ def paged_attention(
     variants of attention whose result would be wrong.
     """
     window = options.pop("sliding_window", None)
-    if window is not None and (paged.longest is None or window < paged.longest):
-        raise NotImplementedError(f"attention with a sliding window of {window} tokens is not supported")
-    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+    if window is not None and paged.longest is not None and window >= paged.longest:
+        window = None
+    kind = AttentionKind(window, options.pop("softcap", None), options.pop("s_aux", None))
+    for name in ("position_bias", "head_mask"):
         if options.get(name) is not None:
             raise NotImplementedError(f"attention with {name} is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -55,6 +56,7 @@ def paged_attention(
         paged.kv_cache.values[layer],
         paged.batch,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
+        kind,
     )
     return output[None], None
 

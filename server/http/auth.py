@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from softbatch.server.http.errors import ApiError, error_response
+from softbatch.server.http.errors import ANTHROPIC_PATHS, ApiError, error_response
+from softbatch.server.key_weights import owner_of
 from softbatch.server.observability.request_record import current
 
 
@@ -31,24 +32,29 @@ class AuthMiddleware:
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], admin_keys: Sequence[str] = ()) -> None:
         self.app = app
         # Digests have one length, so comparing them tells nothing about the keys' lengths.
-        digests = {hashlib.sha256(key.encode()).digest(): key in admin_keys for key in (*api_keys, *admin_keys)}
+        keys = dict.fromkeys((*api_keys, *admin_keys))
         self._keys = tuple(
-            _Key(digest, digest.hex()[:12] if len(digests) > 1 else "", is_admin or not admin_keys)
-            for digest, is_admin in digests.items()
+            _Key(
+                hashlib.sha256(key.encode()).digest(),
+                owner_of(key) if len(keys) > 1 else "",
+                key in admin_keys or not admin_keys,
+            )
+            for key in keys
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._keys or scope["type"] == "lifespan" or _is_public(scope):
             await self.app(scope, receive, send)
             return
-        key = self._known(Headers(scope=scope).get("authorization", ""))
+        key = self._known(scope)
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         if key is None:
+            header = "x-api-key: <key>" if scope["path"] in ANTHROPIC_PATHS else "Authorization: Bearer <key>"
             error = ApiError(
                 401,
-                "a valid API key is needed: send the header 'Authorization: Bearer <key>'",
+                f"a valid API key is needed: send the header '{header}'",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         elif not key.is_admin and _needs_admin(scope):
@@ -60,14 +66,22 @@ class AuthMiddleware:
             return
         await error_response(error, scope["path"])(scope, receive, send)
 
-    def _known(self, authorization: str) -> _Key | None:
-        scheme, _, token = authorization.partition(" ")
-        digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
+    def _known(self, scope: Scope) -> _Key | None:
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        if scope["path"] in ANTHROPIC_PATHS:
+            # Their clients send the key so, and beside it a bearer token that is meant for somebody else.
+            given.insert(0, headers.get("x-api-key", "").strip())
+        return next((key for key in map(self._key_of, given) if key is not None), None)
+
+    def _key_of(self, given: str) -> _Key | None:
+        digest = hashlib.sha256(given.encode("latin-1")).digest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(digest, key.digest):
                 found = key
-        return found if scheme.lower() == "bearer" else None
+        return found
 
 
 def _needs_admin(scope: Scope) -> bool:

@@ -55,6 +55,18 @@ _DEFAULT_CODES = {
 
 # Whose clients expect text-generation-inference's shape of errors.
 TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+# Whose clients expect Anthropic's.
+ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
+# Anthropic's word for each status that has one of its own. What it says with 529 is 503 here.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 STATUS: Mapping[type[Failure], int] = {
     InvalidGrammar: 400,
@@ -83,7 +95,8 @@ STATUS: Mapping[type[Failure], int] = {
 
 class ApiError(Failure):
     """An answer other than 2xx: `{"error": {"message", "type", "param", "code"}}` with an HTTP status; on the routes of
-    text-generation-inference `{"error", "error_type", "param", "code"}`."""
+    text-generation-inference `{"error", "error_type", "param", "code"}`, on Anthropic's `{"type": "error", "error":
+    {"type", "message", "param", "code"}}`."""
 
     def __init__(
         self,
@@ -106,6 +119,11 @@ class ApiError(Failure):
         if self.status == 429:
             return "requests"
         return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    @property
+    def anthropic_type(self) -> str:
+        """The error types that Anthropic's clients know."""
+        return _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
     @property
     def tgi_type(self) -> str:
@@ -156,6 +174,8 @@ def error_json(error: ApiError, path: str) -> str:
     body: dict[str, Any] = {"error": {"message": message, "type": error.type, **known}}
     if path in TGI_PATHS:
         body = {"error": message, "error_type": error.tgi_type, **known}
+    elif path in ANTHROPIC_PATHS:
+        body = {"type": "error", "error": {"type": error.anthropic_type, "message": message, **known}}
     return json.dumps(body, separators=(",", ":"))
 
 

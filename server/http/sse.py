@@ -11,7 +11,7 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from softbatch.server.http.errors import as_api_error, error_json, internal_error
+from softbatch.server.http.errors import ApiError, as_api_error, error_json, internal_error
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation
@@ -33,6 +33,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    ping = PING
 
     def __init__(
         self, events: AsyncGenerator[str | bytes, None], generations: Sequence[Generation], route: str
@@ -60,6 +61,14 @@ class EventStream(Response):
             for generation in self._generations:
                 generation.cancel()
 
+    def frame(self, data: bytes) -> bytes:
+        """JSON has no line breaks of its own, so an event is always one line."""
+        return b"data: %b\n\n" % data
+
+    def error_event(self, error: ApiError) -> str:
+        """The last event of a stream that fails."""
+        return error_json(error, self._route)
+
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
@@ -67,16 +76,15 @@ class EventStream(Response):
                 async for event in source:
                     await self._write(send, event)
         except Failure as error:
-            await self._write(send, error_json(as_api_error(error), self._route))
+            await self._write(send, self.error_event(as_api_error(error)))
         except Exception as error:
-            await self._write(send, error_json(internal_error(error, self._route, current().id), self._route))
+            await self._write(send, self.error_event(internal_error(error, self._route, current().id)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, send: Send, event: str | bytes) -> None:
-        # JSON has no line breaks of its own, so an event is always one line.
         data = event if isinstance(event, bytes) else event.encode()
         self._sending_since = time.monotonic()
-        await send({"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": True})
+        await send({"type": "http.response.body", "body": self.frame(data), "more_body": True})
         self._sending_since = None
 
     async def _beat(self, send: Send, path: str) -> None:
@@ -91,10 +99,18 @@ class EventStream(Response):
                 if now - pinged >= PING_SECONDS:
                     pinged = now
                     async with asyncio.timeout(STALL_SECONDS):
-                        await send({"type": "http.response.body", "body": PING, "more_body": True})
+                        await send({"type": "http.response.body", "body": self.ping, "more_body": True})
         except TimeoutError:
             pass
         logger.info("ended a stream of %s: nothing was read for %g s", path, STALL_SECONDS)
+
+
+class NamedEventStream(EventStream):
+    """A stream each of whose events says in its first field, `type`, what it is: the event's name says it too."""
+
+    def frame(self, data: bytes) -> bytes:
+        kind = data.split(b'"', 4)[3]
+        return b"event: %b\ndata: %b\n\n" % (kind, data)
 
 
 async def _disconnected(receive: Receive) -> None:

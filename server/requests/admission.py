@@ -4,15 +4,16 @@ Who is turned away, and why, is decided here: in `Admission.reserve`."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
+from softbatch.scheduler.protocol import AddRequest, Pooling, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.request_record import note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
@@ -25,11 +26,14 @@ from softbatch.server.requests.leases import Lease, SoftPromptLeases
 class Places:
     """Places held for requests that are being prepared, and the leases taken for them so far."""
 
-    def __init__(self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str) -> None:
+    def __init__(
+        self, leases: SoftPromptLeases, arrived: float, deadline: Deadline | None, owner: str, weight: float
+    ) -> None:
         self._leases = leases
         self._arrived = arrived
-        self._deadline = deadline
+        self.deadline = deadline
         self._owner = owner
+        self._weight = weight
         self.prompt_tokens = 0
         self.leased: list[Lease] = []
 
@@ -52,6 +56,7 @@ class Places:
         cache_salt: str = "",
         score_from: int | None = None,
         score_top: int = 0,
+        pooling: Pooling | None = None,
     ) -> ActiveRequest:
         self.prompt_tokens += len(token_ids)
         add = AddRequest(
@@ -61,23 +66,26 @@ class Places:
             soft_prompt=lease.ref if lease else None,
             priority=priority,
             owner=self._owner,
+            weight=self._weight,
             cache_salt=own_salt(cache_salt),
             score_from=score_from,
             score_top=score_top,
+            pooling=pooling,
         )
-        return ActiveRequest.of(add, lease, route, self._arrived, self._deadline)
+        return ActiveRequest.of(add, lease, route, self._arrived, self.deadline)
 
 
 @dataclass(frozen=True)
 class AdmissionLimits:
     """`slots` sequences run at once, all else bounds those who wait behind them; None: no limit. `request_timeout`, in
-    seconds, is for requests that bring none."""
+    seconds, is for requests that bring none. `weights` are shares of owners, 1 for those that are not there."""
 
     slots: int
     max_waiting: int
     max_waiting_tokens: int | None = None
     max_waiting_per_owner: int | None = None
     request_timeout: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class Admission:
@@ -99,14 +107,19 @@ class Admission:
         self.draining = False
 
     @contextlib.contextmanager
-    def reserve(self, count: int, timeout: float | None = None, user: str = "") -> Iterator[Places]:
+    def reserve(
+        self, count: int, timeout: float | None = None, user: str = "", deadline: Deadline | None = None
+    ) -> Iterator[Places]:
         """Hold `count` places, one for each `submit` after the block. `timeout` None: the server's own, which may be
-        none. Raises QueueFull, EngineAway or TooManySequences."""
+        none. Whoever goes on with what has a deadline already brings that instead. Raises QueueFull, EngineAway or
+        TooManySequences."""
         owner = share_owner(user)
         self._take(count, owner)
         now = time.monotonic()
         seconds = self._limits.request_timeout if timeout is None else timeout
-        places = Places(self._leases, now, None if seconds is None else Deadline(now + seconds, seconds), owner)
+        if deadline is None and seconds is not None:
+            deadline = Deadline(now + seconds, seconds)
+        places = Places(self._leases, now, deadline, owner, self._limits.weights.get(owner, 1.0))
         try:
             yield places
             self._check_tokens(count, places.prompt_tokens)
@@ -116,17 +129,21 @@ class Admission:
                 self._leases.release(lease)
             raise
 
-    def _take(self, count: int, owner: str) -> None:
+    def check_room(self, count: int = 1) -> None:
+        """Whether so many places are left, whosever. Raises QueueFull or EngineAway."""
         if self.draining or self._engine.has_ended:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
             reason = "the server is shutting down" if self.draining else "the engine cannot be kept alive"
             raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
+        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
+            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+
+    def _take(self, count: int, owner: str) -> None:
         if count > self._capacity:
             raise TooManySequences(
                 f"this asks for {count} sequences at once; the server takes {self._capacity} at the most"
             )
-        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
-            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+        self.check_room(count)
         most = self._limits.max_waiting_per_owner
         if most is not None:
             own = sum(1 for request in self._engine.waiting() if request.add.owner == owner) + self._reserved[owner]
@@ -164,6 +181,23 @@ class Admission:
         self._give_back(1, request.add.owner)
         self._engine.submit(request)
         note_start(request)
+
+    async def run(self, requests: Sequence[ActiveRequest]) -> list[SequenceOutput]:
+        """Submit requests without output, and wait for what is reported of each. All leave the engine with the caller,
+        or when one fails. Raises Failure."""
+        for request in requests:
+            self.submit(request)
+        waits = [asyncio.ensure_future(self._report(request)) for request in requests]
+        try:
+            return await asyncio.gather(*waits)
+        finally:
+            for request, wait in zip(requests, waits, strict=True):
+                self.cancel(request, "cancelled")
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _report(self, request: ActiveRequest) -> SequenceOutput:
+        return [outputs[-1] async for outputs in self.outputs(request)][-1]
 
     def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Raises Failure."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from softbatch.server.requests.generation import Delta, Generation, Token
+from softbatch.server.requests.generation import Delta, EndOfText, Generation, Token
 
 
 @dataclass
@@ -17,12 +18,17 @@ class Choice:
     generation: Generation
     pieces: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: EndOfText | None = None
     stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def as_delta(self) -> Delta:
+        """All of it as if it had come at once."""
+        return Delta(self.text, tuple(self.tokens), self.finish_reason, self.stop_reason)
 
 
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -57,6 +63,16 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, 
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+
+def best_first(choices: Sequence[Choice]) -> list[Choice]:
+    """By the log-probability per token, which they need to have."""
+
+    def likely(choice: Choice) -> float:
+        logprobs = [token.logprob or 0.0 for token in choice.tokens]
+        return math.fsum(logprobs) / max(len(logprobs), 1)
+
+    return sorted(choices, key=likely, reverse=True)
 
 
 async def gather(generations: Sequence[Generation]) -> list[Choice]:

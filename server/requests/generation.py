@@ -24,7 +24,7 @@ from softbatch.server.requests.output_format import GrammarCompiler, OutputForma
 from softbatch.server.requests.output_text import OutputText
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.recall import Recalled, Recaller
-from softbatch.server.requests.text import TextProcessor
+from softbatch.server.requests.text import ChatEnd, TextProcessor
 
 EndOfText = Literal["eos", "stop", "length", "timeout"]
 
@@ -32,19 +32,23 @@ EndOfText = Literal["eos", "stop", "length", "timeout"]
 @dataclass(frozen=True)
 class GenerationRequest:
     """What a route asks for. `prompt` is raw text, token ids or chat turns; `max_tokens` None means the server's
-    default; `seed` None draws one; `truncate` keeps only that many of the last prompt tokens; `timeout` is in seconds,
-    None: the server's. With `score_prompt` the prompt's tokens are scored, each with so many alternatives.
-    `shown_tokens` are special tokens that are text in this output. `recall` is how many passages of the soft prompt's
-    kept text are put before the question, None: what its registration says."""
+    default, and with `may_clip` it is as many of them as there is room for; `seed` None draws one; `timeout` is in
+    seconds, None: the server's. `truncate` keeps only that many of the last prompt tokens, -1: as many as fit. With
+    `score_prompt` the prompt's tokens are scored, each with so many alternatives. `shown_tokens` are special tokens
+    that are text in this output. `recall` is how many passages of the soft prompt's kept text are put before the
+    question, None: what its registration says, and none before a prompt that is scored."""
 
     prompt: Prompt
     params: SamplingParams
     seed: int | None = None
     max_tokens: int | None = None
+    may_clip: bool = False
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     soft_prompt: str | None = None
     truncate: int | None = None
+    chat_end: ChatEnd = "answer"
+    bad_words: tuple[str, ...] = ()
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str = ""
@@ -118,6 +122,8 @@ class Generation:
             min_tokens=request.params.min_tokens,
             shown_tokens=request.shown_tokens,
         )
+        self._include_stop = request.include_stop
+        self._shown_tokens = request.shown_tokens
         self._unsettled: deque[tuple[int, TokenLogprobs | None]] = deque()
         self._finished: float | None = None
         admission.submit(active)
@@ -191,8 +197,8 @@ class Generation:
             for index, token_id in enumerate(output.token_ids):
                 self.completion_tokens += 1
                 self._unsettled.append((token_id, output.logprobs[index] if output.logprobs else None))
-                if token_id == output.stop_token_id:
-                    continue  # a stop token ends the text without being part of it
+                if not self._include_stop and self._ends_text(output, index):
+                    continue  # what ends the text is not part of it
                 pieces.append(self._output.push(token_id))
                 if self._output.found is not None:
                     return self._last_delta(pieces, "stop", self._output.found)
@@ -204,6 +210,13 @@ class Generation:
             stop_reason = "timeout" if last.finish_reason == "timeout" else last.stop_token_id
             return self._last_delta(pieces, last.finish_reason, stop_reason)
         return Delta("".join(pieces), tuple(self._settled()))
+
+    def _ends_text(self, output: SequenceOutput, index: int) -> bool:
+        token_id = output.token_ids[index]
+        if token_id == output.stop_token_id:
+            return True
+        is_eos = output.finish_reason == "eos" and index == len(output.token_ids) - 1
+        return is_eos and token_id in self._shown_tokens
 
     def _last_delta(self, pieces: list[str], reason: EndOfText, stop_reason: str | int | None) -> Delta:
         tokens = self._settled()
@@ -293,13 +306,18 @@ class Generator:
         recalled: Recalled,
     ) -> ActiveRequest:
         token_ids = known
-        self._encoder.check_ids(request.params.stop_token_ids, "stop_token_ids")
+        self._encoder.check_params(request.params)
         if token_ids is None:
+            keep = request.truncate
+            if keep == -1:
+                keep = max(1, self._encoder.most_that_fit(lease, request.max_tokens) - recalled.tokens)
             token_ids = await self._recaller.token_ids(
-                request.prompt, recalled, lease, request.add_special_tokens, request.truncate
+                request.prompt, recalled, lease, request.add_special_tokens, chat_end=request.chat_end, keep=keep
             )
         params = request.params
-        room = self._encoder.room(lease, len(token_ids), request.max_tokens, params.min_tokens)
+        room = self._encoder.room(
+            lease, len(token_ids), request.max_tokens, params.min_tokens, may_clip=request.may_clip
+        )
         if params.min_tokens > room:
             message = f"{params.min_tokens} are more than the {room} tokens that there is room for"
             raise PromptTooLong(message, param="min_tokens")
@@ -312,6 +330,7 @@ class Generator:
             max_tokens=room,
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
             ending_ids=endings,
+            bad_words=self._encoder.bad_words(request.bad_words),
         )
         return places.prepare(
             token_ids,

@@ -13,7 +13,7 @@ from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
 from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder, is_chat
-from softbatch.server.requests.text import Conversation, Message, TextProcessor
+from softbatch.server.requests.text import ChatEnd, ChatPrompt, Message, TextProcessor
 
 MAX_INDEX_BYTES = 64 << 20
 # Of a long question its end is looked up: what is asked stands there.
@@ -100,32 +100,31 @@ class Recaller:
         recalled: Recalled,
         lease: Lease | None,
         add_special_tokens: bool = True,
-        truncate: int | None = None,
+        *,
+        chat_end: ChatEnd = "answer",
+        keep: int | None = None,
     ) -> list[int]:
-        """Of the prompt with its passages before the question; the last `truncate` of its own. Raises InvalidPrompt."""
-        found = recalled.passages
+        """As PromptEncoder does it, of the prompt with its passages before the question; `keep` is about the prompt
+        itself. Raises InvalidPrompt."""
+        found, encoder = recalled.passages, self._encoder
         if found and is_chat(prompt):
-            return await self._encoder.token_ids(_with_passages(prompt, found), lease, add_special_tokens)
-        if found and isinstance(prompt, str) and truncate is None:
-            quoted = self._text.quote(before_question(found, ""))
-            return await self._encoder.token_ids(f"{quoted}{prompt}", lease, add_special_tokens)
-        own = await self._encoder.token_ids(prompt, lease, add_special_tokens)
-        own = own[-truncate:] if truncate else own
-        return [*await self._encoder.encode_quoted(before_question(found, "")), *own] if found else own
+            prompt, found = _with_passages(prompt, found), ()
+        elif found and isinstance(prompt, str) and keep is None:
+            prompt, found = f"{self._text.quote(before_question(found, ''))}{prompt}", ()
+        own = await encoder.token_ids(prompt, lease, add_special_tokens, chat_end=chat_end, keep=keep)
+        return [*await encoder.encode_quoted(before_question(found, "")), *own] if found else own
 
     def _question(self, prompt: Prompt) -> str:
         if is_chat(prompt):
-            turns = prompt.turns if isinstance(prompt, Conversation) else prompt
+            turns = prompt.turns if isinstance(prompt, ChatPrompt) else prompt
             at = _last_of_user(turns)
             return str(turns[at]["content"]) if at >= 0 else ""
         return prompt if isinstance(prompt, str) else self._text.decode([int(token) for token in prompt])  # type: ignore[arg-type, union-attr]
 
 
-def _with_passages(
-    chat: Sequence[Message] | Conversation, found: Sequence[Passage]
-) -> Sequence[Message] | Conversation:
+def _with_passages(chat: Sequence[Message] | ChatPrompt, found: Sequence[Passage]) -> Sequence[Message] | ChatPrompt:
     """In the last user's turn, also of what is sent beside a soft prompt that stands for the system turn."""
-    if isinstance(chat, Conversation):
+    if isinstance(chat, ChatPrompt):
         beside = chat.beside_system
         return replace(
             chat,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.request_failures import InvalidPrompt
-from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.recall import Recalled, Recaller
@@ -71,19 +69,13 @@ class Scorer:
                 places.prepare(shared + answer, params, lease, route=route, score_from=len(shared))
                 for answer in answers
             ]
-        for request in requests:
-            self._admission.submit(request)
-        waits = [asyncio.ensure_future(self._await_score(request)) for request in requests]
         try:
-            scored = await asyncio.gather(*waits)
+            outputs = await self._admission.run(requests)
         finally:
-            for request, wait in zip(requests, waits, strict=True):
-                self._admission.cancel(request, "cancelled")
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
             self._admission.release(lease)
+        scored = [tuple(score.logprob for score in output.scores or ()) for output in outputs]
         return Scores(
-            tuple(CandidateScore(tuple(a), tuple(s)) for a, s in zip(answers, scored, strict=True)),
+            tuple(CandidateScore(tuple(a), s) for a, s in zip(answers, scored, strict=True)),
             prompt_tokens=len(shared),
             virtual_tokens=lease.ref.num_virtual_tokens if lease else 0,
             recalled=recalled,
@@ -96,9 +88,3 @@ class Scorer:
             raise InvalidPrompt("the candidate is empty; give at least one token", param=f"candidates.{index}")
         self._encoder.check_ids(token_ids, f"candidates.{index}")
         return token_ids
-
-    async def _await_score(self, request: ActiveRequest) -> list[float]:
-        scores: list[float] = []
-        async for outputs in self._admission.outputs(request):
-            scores = [score.logprob for score in outputs[-1].scores or ()]
-        return scores

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -15,16 +18,18 @@ from softbatch.server.request_failures import InvalidPrompt, PromptTooLong, show
 from softbatch.server.requests.detokenizer import TokenBytes, decode_whole
 
 Message = Mapping[str, Any]
+# What a rendered chat ends with: the beginning of an answer, the last turn, or that turn without its end.
+ChatEnd = Literal["answer", "turn", "open turn"]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatPrompt:
     """Chat turns, and what else the template is given, such as tools. `beside_system` are both if a soft prompt stands
     for the system turn."""
 
     turns: Sequence[Message]
     fields: Mapping[str, Any] = field(default_factory=dict)
-    beside_system: Conversation | None = None
+    beside_system: ChatPrompt | None = None
 
 
 class TextProcessor:
@@ -44,11 +49,14 @@ class TextProcessor:
         self._max_chars = max_model_len * longest
         self._max_model_len = max_model_len
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Control tokens that the text spells out become control tokens, unless they are quoted."""
+    def encode(self, text: str, add_special_tokens: bool = True, only_end: bool = False) -> list[int]:
+        """Control tokens that the text spells out become control tokens, unless they are quoted. With `only_end` what
+        is too much at the start of an unquoted text may be left out."""
         has_quotes = self.has_quotes(text)
         length = len(self._control.unquote(text)) if has_quotes else len(text)
-        if length > self._max_chars:
+        if only_end and not has_quotes:
+            text = text[-self._max_chars :]
+        elif length > self._max_chars:
             raise PromptTooLong(
                 f"the prompt has {length} characters; no text that long fits into {self._max_model_len} tokens",
                 param="prompt",
@@ -60,6 +68,12 @@ class TextProcessor:
             return self._control.encode(text, add_special_tokens)
         except TemplateError as error:
             raise InvalidPrompt(str(error), param="messages") from error
+
+    @cached_property
+    def beginning(self) -> list[int]:
+        """The tokens that the tokenizer puts in front of every text."""
+        empty, word = (self.backend.encode(text, add_special_tokens=True).ids for text in ("", "a"))
+        return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(empty, word, strict=False))]
 
     def quote(self, text: str) -> str:
         """For `encode`: the text with its control tokens quoted."""
@@ -76,24 +90,29 @@ class TextProcessor:
         return text
 
     def render(
-        self,
-        chat: Sequence[Message] | Conversation,
-        replaces: Replaces = "nothing",
-        add_generation_prompt: bool = True,
+        self, chat: Sequence[Message] | ChatPrompt, replaces: Replaces = "nothing", end: ChatEnd = "answer"
     ) -> str:
         """Chat turns as the text the model was trained on, with what people wrote quoted; `replaces` says what a soft
         prompt stands for."""
-        if not isinstance(chat, Conversation):
-            chat = Conversation(chat)
+        if not isinstance(chat, ChatPrompt):
+            chat = ChatPrompt(chat)
         if replaces == "system" and chat.beside_system is not None:
             chat = chat.beside_system
         if not self.tokenizer.chat_template:
             raise InvalidPrompt("this model has no chat template; use /v1/completions", param="messages")
         try:
             turns, fields = self._control.quote_turns(chat.turns), self._control.quote_all(chat.fields)
-            return render_chat(self.tokenizer, turns, add_generation_prompt, replaces, fields)
+            if end != "open turn":
+                return render_chat(self.tokenizer, turns, end == "answer", replaces, fields)
+            mark = secrets.token_hex(16)
+            turns[-1] = {**turns[-1], "content": (turns[-1].get("content") or "") + mark}
+            rendered, found, _ = render_chat(self.tokenizer, turns, False, replaces, fields).rpartition(mark)
         except TemplateError as error:
             raise InvalidPrompt(str(error), param="messages") from error
+        if not found:
+            message = "the model's chat template drops the last message, which cannot be continued"
+            raise InvalidPrompt(message, param="continue_final_message")
+        return rendered
 
     def piece(self, token_id: int) -> str:
         """The text of one token by itself, special ones included; incomplete characters show as U+FFFD."""

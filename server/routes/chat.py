@@ -12,7 +12,15 @@ from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, gather
 from softbatch.server.requests.generation import Generation, GenerationRequest
 from softbatch.server.routes.chat_stream import ChatStream, finish_reason_of, logprobs_of
-from softbatch.server.routes.common import json_reply, named_soft_prompt, recalled_of, services_of, start_all, usage_of
+from softbatch.server.routes.common import (
+    json_reply,
+    named_soft_prompt,
+    recalled_of,
+    services_of,
+    shown_tokens,
+    start_all,
+    usage_of,
+)
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.chat import (
     AssistantMessage,
@@ -50,7 +58,9 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
         recalled = recalled_of([generations[0].recalled], body.return_recalled)
-        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, recalled=recalled))
+        prompt_ids = generations[0].prompt_ids if body.return_token_ids else None
+        fields: dict[str, Any] = {"recalled": recalled, "prompt_token_ids": prompt_ids}
+        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, **fields))
 
     return await until_disconnect(request, complete())
 
@@ -81,6 +91,11 @@ def _requests(services: Services, body: ChatCompletionRequest, plan: ChatPlan) -
             seed=body.seed_of(choice),
             max_tokens=body.token_limit,
             stop=tuple(body.stop),
+            include_stop=body.include_stop_str_in_output,
+            shown_tokens=plan.shown_tokens if body.skip_special_tokens else services.text.tokens.hidden,
+            truncate=body.truncate_prompt_tokens,
+            bad_words=tuple(body.bad_words),
+            chat_end=body.chat_end,
             soft_prompt=soft_prompt,
             priority=body.priority,
             cache_salt=body.cache_salt,
@@ -88,7 +103,6 @@ def _requests(services: Services, body: ChatCompletionRequest, plan: ChatPlan) -
             output_format=plan.output_format,
             timeout=body.timeout,
             recall=body.recall,
-            shown_tokens=plan.shown_tokens,
             route=ROUTE,
         )
         for choice in range(body.n)
@@ -119,7 +133,8 @@ def _choice(body: ChatCompletionRequest, plan: ChatPlan, index: int, choice: Cho
             reasoning_content=message.reasoning or None,
             reasoning=message.reasoning or None,
         ),
-        logprobs=logprobs_of(choice.tokens) if body.logprobs else None,
+        logprobs=logprobs_of(shown_tokens(body, choice.tokens)) if body.logprobs else None,
         finish_reason=finish_reason_of(choice.finish_reason or "stop", has_calls=bool(calls)),
         stop_reason=choice.stop_reason,
+        token_ids=[token.id for token in choice.tokens] if body.return_token_ids else None,
     )

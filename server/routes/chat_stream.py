@@ -9,7 +9,7 @@ from typing import Any
 from softbatch.server.http.sse import DONE
 from softbatch.server.requests.choices import merge
 from softbatch.server.requests.generation import Delta, Generation, Token
-from softbatch.server.routes.common import FINISH_REASONS, ChunkTemplate, recalled_of, usage_of
+from softbatch.server.routes.common import FINISH_REASONS, ChunkTemplate, recalled_of, shown_tokens, usage_of
 from softbatch.server.schemas.chat import (
     ChatChunkChoice,
     ChatCompletionChunk,
@@ -44,6 +44,7 @@ class ChatStream:
         self._reply = reply
         self._options = body.stream_options or StreamOptions()
         self._readers = [plan.reader(one.prompt_ids) for one in generations] if plan.reads else []
+        self._tells_tokens = body.logprobs or body.return_token_ids
         # What all but the first and the last chunks of a choice look like, unless log-probabilities are asked for.
         ordinary = ChatDelta(content=ChunkTemplate.TEXT)
         self._templates = [
@@ -60,8 +61,10 @@ class ChatStream:
                 if index not in begun:
                     # Only now: load generators take the first chunk for the first token.
                     begun.add(index)
-                    first = ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
-                    yield self._chunk(first).model_dump_json()
+                    first = self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+                    if self._body.return_token_ids:
+                        first.prompt_token_ids = self._generations[index].prompt_ids
+                    yield first.model_dump_json()
                 for event in self._events_of(index, delta):
                     yield event
         if self._options.include_usage:
@@ -74,8 +77,9 @@ class ChatStream:
         return ChatCompletionChunk(**self._reply, choices=[choice], usage=usage)
 
     def _events_of(self, index: int, delta: Delta) -> Iterator[str | bytes]:
-        logprobs = logprobs_of(delta.tokens) if self._body.logprobs else None
-        is_plain = logprobs is None and not self._options.continuous_usage_stats
+        # In the first chunk that there is.
+        about_tokens = self._about(delta.tokens)
+        is_plain = not self._tells_tokens and not self._options.continuous_usage_stats
         parts = self._parts(index, delta)
         is_last = delta.finish_reason is not None
         # The last text and the end are one chunk; calls and reasoning end before it.
@@ -84,22 +88,30 @@ class ChatStream:
             if is_plain and isinstance(part, ContentPart):
                 yield self._templates[index].fill(part.text)
                 continue
-            choice = ChatChunkChoice(index=index, delta=_delta_of(part), logprobs=logprobs)
-            logprobs = None
+            choice = ChatChunkChoice(index=index, delta=_delta_of(part), **about_tokens)
+            about_tokens = {}
             yield self._chunk(choice).model_dump_json()
-        if not is_last and logprobs and logprobs.content:
-            choice = ChatChunkChoice(index=index, delta=ChatDelta(content=""), logprobs=logprobs)
+        if not is_last and about_tokens and delta.tokens:
+            choice = ChatChunkChoice(index=index, delta=ChatDelta(content=""), **about_tokens)
             yield self._chunk(choice).model_dump_json()
         if is_last:
             has_calls = bool(self._readers) and self._readers[index].num_calls > 0
             choice = ChatChunkChoice(
                 index=index,
                 delta=_delta_of(end) if end else ChatDelta(),
-                logprobs=logprobs,
+                **about_tokens,
                 finish_reason=finish_reason_of(delta.finish_reason or "", has_calls=has_calls),
                 stop_reason=delta.stop_reason,
             )
             yield self._chunk(choice).model_dump_json()
+
+    def _about(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if self._body.logprobs:
+            about["logprobs"] = logprobs_of(shown_tokens(self._body, tokens))
+        if self._body.return_token_ids:
+            about["token_ids"] = [token.id for token in tokens]
+        return about
 
     def _parts(self, index: int, delta: Delta) -> list[MessagePart]:
         if not self._readers:

@@ -11,14 +11,14 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.manifest import Manifest, SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
 from softbatch.server.request_failures import Failure
-from softbatch.server.requests.generation import Generation, GenerationRequest
+from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.requests.recall import Recalled
 from softbatch.server.schemas.replies import CachedTokens, RecalledPassage, Usage
-from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest
+from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest, QueuedRequest
 from softbatch.server.services import Services
 
 # What OpenAI calls the ends of a text.
@@ -79,6 +79,16 @@ def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | 
     return model
 
 
+def manifest_of(services: Services, soft_prompt: str | None) -> Manifest | None:
+    """What a soft prompt says of itself; None without one. Reads the disk. Raises ApiError 404."""
+    if soft_prompt is None:
+        return None
+    try:
+        return services.store.get(soft_prompt).manifest
+    except SoftPromptError as error:
+        raise unknown_model(soft_prompt) from error
+
+
 @contextlib.contextmanager
 def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Iterator[None]:
     """Let errors from below name the fields as this route's clients know them; `model` is the soft prompt's name when
@@ -96,7 +106,7 @@ def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Itera
 
 async def start_all(
     services: Services,
-    body: OpenAIRequest,
+    body: QueuedRequest,
     requests: Sequence[GenerationRequest],
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Generation]:
@@ -135,6 +145,20 @@ def recalled_of(recalled: Sequence[Recalled], wanted: bool) -> list[RecalledPass
         return None
     found = [passage for one in recalled for passage in one.passages]
     return [RecalledPassage(text=passage.text, start=passage.start, end=passage.end) for passage in found]
+
+
+def shown_tokens(body: OpenAIRequest, tokens: Sequence[Token]) -> Sequence[Token]:
+    """The tokens as log-probabilities name them: by their texts, or by their ids."""
+    if not body.return_tokens_as_token_ids:
+        return tokens
+    return [
+        msgspec.structs.replace(
+            token,
+            text=f"token_id:{token.id}",
+            top=tuple(msgspec.structs.replace(other, text=f"token_id:{other.id}") for other in token.top),
+        )
+        for token in tokens
+    ]
 
 
 class ChunkTemplate:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import DONE, EventStream
-from softbatch.server.requests.choices import Choice, gather, merge
+from softbatch.server.requests.choices import Choice, best_first, gather, merge
 from softbatch.server.requests.generation import Delta, Generation, GenerationRequest, Token
 from softbatch.server.requests.scored_prompt import scored_prompt
 from softbatch.server.routes.common import (
@@ -20,6 +20,7 @@ from softbatch.server.routes.common import (
     named_soft_prompt,
     recalled_of,
     services_of,
+    shown_tokens,
     start_all,
     usage_of,
 )
@@ -56,9 +57,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     async def complete() -> Response:
         generations = await start_all(services, body, requests)
         choices = _choices(services, body, await gather(generations))
-        usage = usage_of(generations, body.n)
+        usage = usage_of(generations, body.num_made)
         reply = _reply_fields(services, body, generations)
-        recalled = recalled_of([each.recalled for each in generations[:: body.n]], body.return_recalled)
+        recalled = recalled_of([each.recalled for each in generations[:: body.num_made]], body.return_recalled)
         return json_reply(Completion(**reply, choices=choices, usage=usage, recalled=recalled))
 
     return await until_disconnect(request, complete())
@@ -69,10 +70,14 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
     return [
         GenerationRequest(
             prompt=prompt,
-            params=body.sampling_params(body.logprobs),
+            params=body.sampling_params(0 if body.logprobs is None and body.num_made > body.n else body.logprobs),
             seed=body.seed_of(choice),
             max_tokens=body.max_tokens,
             stop=tuple(body.stop),
+            include_stop=body.include_stop_str_in_output,
+            shown_tokens=frozenset() if body.skip_special_tokens else services.text.tokens.hidden,
+            truncate=body.truncate_prompt_tokens,
+            bad_words=tuple(body.bad_words),
             soft_prompt=soft_prompt,
             add_special_tokens=body.add_special_tokens,
             priority=body.priority,
@@ -86,23 +91,28 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
             route=ROUTE,
         )
         for prompt in body.prompt
-        for choice in range(body.n)
+        for choice in range(body.num_made)
     ]
 
 
 def _choices(services: Services, body: CompletionRequest, choices: Sequence[Choice]) -> list[CompletionChoice]:
     made: list[CompletionChoice] = []
     for at, prompt in enumerate(body.prompt):
-        generation = choices[at * body.n].generation
+        mine = choices[at * body.num_made : (at + 1) * body.num_made]
+        generation = mine[0].generation
         echo, echoed = _echo(services, body, prompt, generation)
         of_prompt = _prompt_logprobs(services, body, generation)
-        for choice in choices[at * body.n : (at + 1) * body.n]:
+        for choice in mine if body.num_made == body.n else best_first(mine)[: body.n]:
             fields: dict[str, Any] = {
                 "index": len(made),
                 "text": echo + choice.text,
-                "logprobs": None if body.logprobs is None else _joined(echoed, _logprobs(choice.tokens, len(echo))),
+                "logprobs": None
+                if body.logprobs is None
+                else _joined(echoed, _logprobs(body, choice.tokens, len(echo))),
                 "finish_reason": FINISH_REASONS[choice.finish_reason or "stop"],
                 "stop_reason": choice.stop_reason,
+                "token_ids": [token.id for token in choice.tokens] if body.return_token_ids else None,
+                "prompt_token_ids": generation.prompt_ids if body.return_token_ids else None,
             }
             if of_prompt is None:
                 made.append(CompletionChoice(**fields))
@@ -118,9 +128,9 @@ def _echo(
     if not body.echo:
         return "", None
     if body.logprobs is None:
-        return prompt if isinstance(prompt, str) else services.text.decode(prompt), None
+        return prompt if isinstance(prompt, str) else services.text.decode(prompt, body.skip_special_tokens), None
     scored = scored_prompt(services.text, prompt, generation.prompt_ids, generation.prompt_scores, body.logprobs)
-    logprobs = _logprobs(scored.tokens, 0)
+    logprobs = _logprobs(body, scored.tokens, 0)
     if scored.places is not None:
         logprobs.text_offset = list(scored.places)
     return scored.text, logprobs
@@ -169,14 +179,21 @@ async def _events(
     options = body.stream_options or StreamOptions()
 
     def chunk(
-        index: int, text: str, delta: Delta | None = None, logprobs: CompletionLogprobs | None = None
+        index: int,
+        text: str,
+        delta: Delta | None = None,
+        logprobs: CompletionLogprobs | None = None,
+        is_first: bool = False,
     ) -> Completion:
+        with_ids = body.return_token_ids and delta is not None
         choice = CompletionChoice(
             index=index,
             text=text,
             logprobs=logprobs,
             finish_reason=FINISH_REASONS.get(delta.finish_reason or "") if delta else None,
             stop_reason=delta.stop_reason if delta else None,
+            token_ids=[token.id for token in delta.tokens] if delta and with_ids else None,
+            prompt_token_ids=generations[index].prompt_ids if with_ids and is_first else None,
         )
         usage = usage_of(generations, body.n) if options.continuous_usage_stats else None
         return Completion(**reply, choices=[choice], usage=usage)
@@ -190,28 +207,31 @@ async def _events(
     async with aclosing(merge(generations)) as deltas:
         async for index, delta in deltas:
             echo, echoed, logprobs = "", None, None
-            if not has_begun[index]:
+            is_first = not has_begun[index]
+            if is_first:
                 has_begun[index] = True
                 echo, echoed = _echo(services, body, body.prompt[index // body.n], generations[index])
             text = echo + delta.text
             if body.logprobs is not None:
-                logprobs = _joined(echoed, _logprobs(delta.tokens, offsets[index] + len(echo)))
+                logprobs = _joined(echoed, _logprobs(body, delta.tokens, offsets[index] + len(echo)))
                 offsets[index] += len(echo) + sum(_characters_begun(token) for token in delta.tokens)
-            if not text and not (logprobs and logprobs.tokens) and delta.finish_reason is None:
+            has_ids = body.return_token_ids and bool(delta.tokens or is_first)
+            if not (text or has_ids or (logprobs and logprobs.tokens) or delta.finish_reason):
                 continue
-            if logprobs is None and delta.finish_reason is None and not options.continuous_usage_stats:
+            is_ordinary = logprobs is None and not has_ids and delta.finish_reason is None
+            if is_ordinary and not options.continuous_usage_stats:
                 yield templates[index].fill(text)
             else:
-                yield chunk(index, text, delta, logprobs).model_dump_json()
+                yield chunk(index, text, delta, logprobs, is_first).model_dump_json()
     if options.include_usage:
         yield Completion(**reply, choices=[], usage=usage_of(generations, body.n)).model_dump_json()
     yield DONE
 
 
-def _logprobs(tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
+def _logprobs(body: CompletionRequest, tokens: Sequence[Token], offset: int) -> CompletionLogprobs:
     """`offset` is how many characters the tokens before have begun."""
     reply = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-    for token in tokens:
+    for token in shown_tokens(body, tokens):
         # Two tokens may have the same text; the better one comes first and stays.
         top: dict[str, float] = {}
         for other in token.top:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
 from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import EventStream
-from softbatch.server.requests.choices import Choice, gather, merge
+from softbatch.server.requests.choices import Choice, best_first, gather, merge
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, recalled_of, services_of
 from softbatch.server.schemas.generate import (
     GENERATE_ERROR_REPLIES,
+    BestOfSequence,
     CompatGenerateRequest,
     GenerateDetails,
     GeneratedToken,
@@ -22,9 +24,11 @@ from softbatch.server.schemas.generate import (
     GenerateReply,
     GenerateRequest,
     GenerateStreamRequest,
+    InputToken,
     StreamDetails,
     StreamEvent,
 )
+from softbatch.server.schemas.sampling import SEED_MASK
 from softbatch.server.services import Services
 
 router = APIRouter(tags=["generate"], responses=GENERATE_ERROR_REPLIES)
@@ -51,8 +55,8 @@ NO_TOKEN = Token(id=0, text="", special=True, utf8=b"")
 async def generate(request: Request, body: GenerateRequest) -> Response:
     """The headers x-queue-time, x-inference-time and x-time-per-token are milliseconds."""
     services = services_of(request)
-    choice = await until_disconnect(request, _complete(services, body, "/generate"))
-    return json_reply(_reply(services, body, choice), headers=_timings(choice.generation))
+    choices = await until_disconnect(request, _complete(services, body, "/generate"))
+    return json_reply(_reply(services, body, choices), headers=_timings(choices[0].generation))
 
 
 @router.post("/generate_stream", response_model=StreamEvent, summary="The same as a stream of tokens")
@@ -67,16 +71,26 @@ async def compat_generate(request: Request, body: CompatGenerateRequest) -> Resp
     services = services_of(request)
     if body.stream:
         return await until_disconnect(request, _stream(services, body, "/"))
-    choice = await until_disconnect(request, _complete(services, body, "/"))
-    text = f"[{_reply(services, body, choice).model_dump_json()}]"
-    return Response(text, headers=_timings(choice.generation), media_type="application/json")
+    choices = await until_disconnect(request, _complete(services, body, "/"))
+    text = f"[{_reply(services, body, choices).model_dump_json()}]"
+    return Response(text, headers=_timings(choices[0].generation), media_type="application/json")
 
 
-async def _complete(services: Services, body: GenerateRequest, route: str) -> Choice:
-    request = _request(services, body, body.parameters.details, route)
+async def _complete(services: Services, body: GenerateRequest, route: str) -> list[Choice]:
+    """The best one first."""
+    parameters = body.parameters
+    request = _request(services, body, parameters.details or parameters.best_of > 1, route)
+    requests = [
+        replace(
+            request,
+            seed=None if parameters.seed is None else (parameters.seed + at) & SEED_MASK,
+            score_prompt=0 if parameters.scores_input else None,
+        )
+        for at in range(parameters.best_of)
+    ]
     with fields_named(NAMES, model=body.model if body.model == request.soft_prompt else None):
-        generation = await services.generator.start(request)
-    return (await gather([generation]))[0]
+        generations = await services.generator.start_many(requests)
+    return best_first(await gather(generations))
 
 
 async def _stream(services: Services, body: GenerateRequest, route: str) -> Response:
@@ -99,31 +113,46 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
         truncate=parameters.truncate,
         output_format=parameters.output_format,
         timeout=parameters.timeout,
-        recall=parameters.recall,
+        # A prompt that is scored is the one that the client has sent.
+        recall=0 if parameters.scores_input else parameters.recall,
         route=route,
     )
 
 
-def _reply(services: Services, body: GenerateRequest, choice: Choice) -> GenerateReply:
-    text = _prefix(body) + choice.text
-    recalled = recalled_of([choice.generation.recalled], body.parameters.return_recalled)
+def _reply(services: Services, body: GenerateRequest, choices: Sequence[Choice]) -> GenerateReply:
+    best, *others = choices
+    text = _prefix(body) + best.text
+    recalled = recalled_of([best.generation.recalled], body.parameters.return_recalled)
     if not body.parameters.details:
         return GenerateReply(generated_text=text, recalled=recalled)
+    sequences = [
+        BestOfSequence(generated_text=_prefix(body) + other.text, **_details(services, body, other)) for other in others
+    ]
+    details = GenerateDetails(**_details(services, body, best), best_of_sequences=sequences or None)
+    return GenerateReply(generated_text=text, details=details, recalled=recalled)
+
+
+def _details(services: Services, body: GenerateRequest, choice: Choice) -> dict[str, Any]:
     top_tokens = None
     if body.parameters.top_n_tokens:
         top_tokens = [_alternatives(services, token) for token in choice.tokens]
-    return GenerateReply(
-        generated_text=text,
-        recalled=recalled,
-        details=GenerateDetails(
-            finish_reason=FINISH_REASONS[choice.finish_reason or "stop"],
-            stop_reason=_timed_out(choice.finish_reason),
-            generated_tokens=choice.generation.completion_tokens,
-            seed=_seed(body, choice.generation),
-            tokens=[_token(token) for token in choice.tokens],
-            top_tokens=top_tokens,
-        ),
-    )
+    return {
+        "finish_reason": FINISH_REASONS[choice.finish_reason or "stop"],
+        "stop_reason": _timed_out(choice.finish_reason),
+        "generated_tokens": choice.generation.completion_tokens,
+        "seed": _seed(body, choice.generation),
+        "prefill": _input_tokens(services, choice.generation) if body.parameters.scores_input else [],
+        "tokens": [_token(token) for token in choice.tokens],
+        "top_tokens": top_tokens,
+    }
+
+
+def _input_tokens(services: Services, generation: Generation) -> list[InputToken]:
+    logprobs = [None, *(score.logprob for score in generation.prompt_scores)]
+    return [
+        InputToken(id=token_id, text=services.text.piece(token_id), logprob=logprob)
+        for token_id, logprob in zip(generation.prompt_ids, logprobs, strict=True)
+    ]
 
 
 async def _events(

@@ -11,6 +11,7 @@ from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.errors import invalid
 from softbatch.server.requests.prompt_encoder import Prompt
 from softbatch.server.requests.scoring import Scores
+from softbatch.server.requests.text import Message
 from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, recalled_of, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.replies import CachedTokens, Usage
@@ -43,9 +44,9 @@ def _prompt(services: Services, body: ScoreRequest) -> Prompt:
         if body.messages is not None:
             raise invalid("messages", "this model has no chat template; send 'input'")
         return "\n\n".join(part for part in (body.context, body.input) if part)
-    turns = [{"role": "user", "content": body.input or ""}]
+    turns: list[Message] = [{"role": "user", "content": body.input or ""}]
     if body.messages is not None:
-        turns = [message.as_turn() for message in body.messages]
+        turns = services.dialect.history([message.as_turn() for message in body.messages])
     return [{"role": "system", "content": body.context}, *turns] if body.context is not None else turns
 
 

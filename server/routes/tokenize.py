@@ -6,9 +6,15 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
-from softbatch.prompt_store.manifest import Replaces, SoftPromptError
-from softbatch.server.http.errors import unknown_model
-from softbatch.server.routes.common import check_token_ids, engine_info, json_reply, means_base_model, services_of
+from softbatch.prompt_store.manifest import Replaces
+from softbatch.server.routes.common import (
+    check_token_ids,
+    engine_info,
+    json_reply,
+    manifest_of,
+    means_base_model,
+    services_of,
+)
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
 from softbatch.server.services import Services
@@ -25,8 +31,11 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 
     def work() -> TokenizeReply:
         if body.messages is not None:
-            turns = [message.as_turn() for message in body.messages]
-            text, special = services.text.render(turns, replaces, body.add_generation_prompt), False
+            turns = services.dialect.history([message.as_turn() for message in body.messages])
+            text, special = (
+                services.text.render(turns, replaces, "answer" if body.add_generation_prompt else "turn"),
+                False,
+            )
         else:
             # A soft prompt that stands for the beginning of the text stands for BOS too.
             text, special = body.prompt or "", replaces == "nothing"
@@ -51,9 +60,5 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 
 def _replaces(services: Services, model: str | None) -> Replaces:
     """What the soft prompt named by `model` stands for. Raises ApiError 404."""
-    if model is None or means_base_model(services, model):
-        return "nothing"
-    try:
-        return services.store.get(model).manifest.replaces
-    except SoftPromptError as error:
-        raise unknown_model(model) from error
+    manifest = manifest_of(services, None if means_base_model(services, model) else model)
+    return "nothing" if manifest is None else manifest.replaces

@@ -8,8 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from softbatch.server.request_failures import shown
+from softbatch.server.requests.text import ChatEnd
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.replies import RecalledPassages, Usage, is_none
+from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, RecalledPassages, Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     STOP_REASON,
@@ -148,8 +149,6 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
         "thinking": (),
         "best_of": (1,),
         "echo": (False,),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "add_special_tokens": (False,),
         "documents": ([],),
         "chat_template": (),
@@ -161,6 +160,12 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
         default=None, description="left out: the server's --default-max-tokens, see /info"
     )
     max_tokens: TokenCount | None = Field(default=None, description="older name of max_completion_tokens")
+    add_generation_prompt: bool | None = Field(
+        default=None, description="false: no assistant's turn is begun; not from OpenAI's API"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="the answer goes on with the last message; not from OpenAI's API"
+    )
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
@@ -178,9 +183,18 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def chat_end(self) -> ChatEnd:
+        if self.continue_final_message:
+            return "open turn"
+        return "turn" if self.add_generation_prompt is False else "answer"
+
     @model_validator(mode="after")
     def _is_consistent(self) -> ChatCompletionRequest:
         self.check_stream_options()
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "not together with 'add_generation_prompt': true, which begins a new turn"
+            raise refusal("continue_final_message", message, "continue_final_message")
         self.check_lengths(
             self.token_limit, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         )
@@ -237,6 +251,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
     stop_reason: str | int | None = Field(description=STOP_REASON)
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
 class ChatCompletion(BaseModel):
@@ -247,9 +262,10 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    system_fingerprint: None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage
     recalled: RecalledPassages = None
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
 class FunctionDelta(BaseModel):
@@ -282,6 +298,7 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
     stop_reason: str | int | None = Field(default=None, exclude_if=is_none)
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
 class ChatCompletionChunk(BaseModel):
@@ -292,6 +309,9 @@ class ChatCompletionChunk(BaseModel):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    system_fingerprint: None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage | None = None
     recalled: RecalledPassages = None
+    prompt_token_ids: list[int] | None = Field(
+        default=None, exclude_if=is_none, description="in the first chunk, with `return_token_ids`"
+    )

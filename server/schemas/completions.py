@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
-from softbatch.server.schemas.replies import RecalledPassages, Usage
+from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, RecalledPassages, Usage, is_none
 from softbatch.server.schemas.sampling import (
+    MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
     STOP_REASON,
     UNSUPPORTED,
@@ -48,23 +49,25 @@ def _text(value: object, param: str = "") -> str:
     return value
 
 
-def _prompts(value: object) -> list[Prompt]:
-    if isinstance(value, str):
-        return [_text(value)]
-    if not isinstance(value, list) or not value:
-        raise refusal("prompt", _EXPECTED)
-    if isinstance(value[0], str | list):
-        if len(value) > MAX_PROMPTS:
-            raise refusal("too_long", f"at most {MAX_PROMPTS} prompts are allowed, not {len(value)}")
-        check = _text if isinstance(value[0], str) else token_ids
-        return [check(item, str(index)) for index, item in enumerate(value)]
-    return [token_ids(value)]
+def one_or_several(limit: int, noun: str) -> PlainValidator:
+    """A text, token ids, or at most `limit` of either, as a list."""
+
+    def check(value: object) -> list[Prompt]:
+        if isinstance(value, str):
+            return [_text(value)]
+        if not isinstance(value, list) or not value:
+            raise refusal("prompt", _EXPECTED)
+        if isinstance(value[0], str | list):
+            if len(value) > limit:
+                raise refusal("too_long", f"at most {limit} {noun} are allowed, not {len(value)}")
+            check_one = _text if isinstance(value[0], str) else token_ids
+            return [check_one(item, str(index)) for index, item in enumerate(value)]
+        return [token_ids(value)]
+
+    return PlainValidator(check, json_schema_input_type=str | list[int] | list[str] | list[list[int]])
 
 
-Prompts = Annotated[
-    list[Prompt],
-    PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
-]
+Prompts = Annotated[list[Prompt], one_or_several(MAX_PROMPTS, "prompts")]
 
 
 def _none_if_false(value: object) -> object:
@@ -92,7 +95,13 @@ class CompletionRequest(OpenAIRequest):
     max_tokens: int = Field(
         default=16, ge=0, le=MAX_INT32, description="at most this many tokens per choice; 0: only compute the prompt"
     )
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="only 1 or n")
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_CHOICES_PER_PROMPT,
+        description="so many choices are made for each prompt; the n with the highest log-probability per token are "
+        "told, best first",
+    )
     logprobs: Alternatives = Field(default=None, description="alternatives per token; 0: the chosen one alone")
     prompt_logprobs: Alternatives = Field(
         default=None,
@@ -107,22 +116,33 @@ class CompletionRequest(OpenAIRequest):
     def _is_consistent(self) -> CompletionRequest:
         self.check_stream_options()
         self.check_lengths(self.max_tokens, "max_tokens")
-        if self.best_of not in (None, 1, self.n):
-            raise refusal("unsupported_field", f"only 1 or n ({self.n}) is supported", "best_of")
+        if self.best_of is not None and 1 < self.best_of < self.n:
+            raise refusal("best_of", f"must not be less than n ({self.n})", "best_of")
+        if self.stream and self.num_made > self.n:
+            message = "not available with 'stream': true, as the best are known at the end; leave it out"
+            raise refusal("unsupported_field", message, "best_of")
         if self.stream and self.prompt_logprobs is not None:
             message = "not available with 'stream': true; send 'echo': true and 'logprobs', or do not stream"
             raise refusal("unsupported_field", message, "prompt_logprobs")
         if self.recall and (self.echo or self.prompt_logprobs is not None):
             raise refusal("unsupported_field", "not available together with 'echo' or 'prompt_logprobs'", "recall")
-        if len(self.prompt) * self.n > MAX_CHOICES:
-            message = f"prompts times n must be at most {MAX_CHOICES}, not {len(self.prompt)} times {self.n}"
-            raise refusal("too_long", message, "n")
+        if len(self.prompt) * self.num_made > MAX_CHOICES:
+            name = "n" if self.num_made == self.n else "best_of"
+            message = (
+                f"prompts times {name} must be at most {MAX_CHOICES}, not {len(self.prompt)} times {self.num_made}"
+            )
+            raise refusal("too_long", message, name)
         return self
 
     @property
     def passages(self) -> int | None:
         """None: what the registration says. A prompt that is shown or scored is one that the client has sent."""
         return 0 if self.echo or self.prompt_logprobs is not None else self.recall
+
+    @property
+    def num_made(self) -> int:
+        """Choices that are generated for each prompt."""
+        return max(self.best_of or self.n, self.n)
 
     @property
     def score_prompt(self) -> int | None:
@@ -146,6 +166,10 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = Field(description=STOP_REASON)
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    prompt_token_ids: list[int] | None = Field(
+        default=None, exclude_if=is_none, description="with `return_token_ids`; of a stream in a choice's first chunk"
+    )
 
 
 class PromptAlternative(BaseModel):
@@ -172,6 +196,6 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[ScoredChoice | CompletionChoice]
-    system_fingerprint: None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage | None = None
     recalled: RecalledPassages = None

@@ -11,7 +11,7 @@ from softbatch.server.requests.output_format import OutputFormat
 from softbatch.server.schemas.base import ERROR_REPLIES, MAX_INT32, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.replies import RecalledPassages, is_none
 from softbatch.server.schemas.sampling import (
-    MAX_STOP_STRINGS,
+    MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
     OTHER_SAMPLERS,
     SEED_MASK,
@@ -20,9 +20,8 @@ from softbatch.server.schemas.sampling import (
     ModelName,
     Recall,
     ReturnRecalled,
-    StopString,
+    StopStrings,
     TokenCount,
-    at_most_items,
 )
 from softbatch.server.schemas.structured import GrammarParameter
 
@@ -32,11 +31,11 @@ class GenerateParameters(RequestModel):
 
     unsupported: ClassVar[Neutral] = {
         **OTHER_SAMPLERS,
-        "best_of": (1,),
         "n": (1,),
+        "num_return_sequences": (1,),
+        "use_cache": (True,),
         "typical_p": (1.0,),
         "watermark": (False,),
-        "decoder_input_details": (False,),
         "response_format": (),
         "presence_penalty": (0.0,),
         "min_p": (0.0,),
@@ -57,9 +56,14 @@ class GenerateParameters(RequestModel):
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, le=SEED_MASK)
-    stop: Annotated[list[StopString], at_most_items(MAX_STOP_STRINGS)] = Field(
-        default=[], description="the text ends with the first of these strings, and keeps it"
+    best_of: int = Field(
+        default=1,
+        ge=1,
+        le=MAX_CHOICES_PER_PROMPT,
+        description="so many texts are made, and the one with the highest log-probability per token is told",
     )
+    decoder_input_details: bool = Field(default=False, description="with `details`: report the input's tokens too")
+    stop: StopStrings = Field(default=[], description="the text ends with the first of these strings, and keeps it")
     ignore_eos_token: bool = Field(default=False, description="go on after end-of-text")
     min_new_tokens: int = Field(
         default=0, ge=0, le=MAX_INT32, description="the text does not end before it has so many tokens"
@@ -81,6 +85,10 @@ class GenerateParameters(RequestModel):
     def timeout(self) -> float | None:
         """In seconds."""
         return None if self.timeout_ms is None else self.timeout_ms / 1000
+
+    @property
+    def scores_input(self) -> bool:
+        return self.details and self.decoder_input_details
 
     @property
     def samples(self) -> bool:
@@ -107,6 +115,8 @@ class GenerateParameters(RequestModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> GenerateParameters:
+        if self.recall and self.scores_input:
+            raise refusal("unsupported_field", "not available together with 'decoder_input_details'", "recall")
         if self.soft_prompt and self.adapter_id and self.soft_prompt != self.adapter_id:
             raise refusal("adapter_id", "is another name of soft_prompt: send only one of them", "adapter_id")
         if self.min_new_tokens > self.max_new_tokens:
@@ -133,14 +143,31 @@ class GenerateRequest(RequestModel):
     parameters: GenerateParameters = Field(default_factory=GenerateParameters)
 
 
+def _check_stream(parameters: GenerateParameters) -> None:
+    for name, is_asked in (("best_of", parameters.best_of > 1), ("decoder_input_details", parameters.scores_input)):
+        if is_asked:
+            raise refusal("unsupported_field", "not available in streams; leave it out", f"parameters.{name}")
+
+
 class GenerateStreamRequest(GenerateRequest):
     unsupported: ClassVar[Neutral] = {"stream": (True,)}
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> GenerateStreamRequest:
+        _check_stream(self.parameters)
+        return self
 
 
 class CompatGenerateRequest(GenerateRequest):
     unsupported: ClassVar[Neutral] = {}
 
     stream: bool = False
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> CompatGenerateRequest:
+        if self.stream:
+            _check_stream(self.parameters)
+        return self
 
 
 class GenerateErrorReply(BaseModel):
@@ -170,14 +197,30 @@ class GeneratedToken(BaseModel):
     special: bool
 
 
-class GenerateDetails(BaseModel):
+class InputToken(BaseModel):
+    id: int
+    text: str
+    logprob: float | None = Field(description="null for the first one")
+
+
+class TextDetails(BaseModel):
     finish_reason: GenerateFinishReason
     stop_reason: TimedOut = None
     generated_tokens: int
     seed: int | None = Field(description="null when nothing was drawn at random")
-    prefill: list[GeneratedToken] = []
+    prefill: list[InputToken] = Field(default=[], description="with `decoder_input_details`")
     tokens: list[GeneratedToken]
     top_tokens: list[list[GeneratedToken]] | None = Field(default=None, exclude_if=is_none)
+
+
+class BestOfSequence(TextDetails):
+    generated_text: str
+
+
+class GenerateDetails(TextDetails):
+    best_of_sequences: list[BestOfSequence] | None = Field(
+        default=None, exclude_if=is_none, description="with `best_of`: the other texts"
+    )
 
 
 class GenerateReply(BaseModel):

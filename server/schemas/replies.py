@@ -6,6 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from softbatch.server.version import VERSION
+
+# Some clients cannot read a reply without one.
+SYSTEM_FINGERPRINT = f"softbatch-{VERSION}"
+
 
 def is_none(value: Any) -> bool:
     """For fields that are left out of the JSON, rather than null, when they have no value."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from softbatch.prompt_store.stores.kept_text import MAX_RECALL
 from softbatch.scheduler.protocol import SamplingParams
+from softbatch.server.request_failures import printable
 from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.structured import StructuredRequest
 
@@ -15,6 +16,10 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_ALLOWED_TOKENS = 1 << 16
+MAX_BAD_WORDS = 128
 MAX_CHOICES_PER_PROMPT = 16
 MAX_PRIORITY = 1000
 MAX_TIMEOUT_MS = 86_400_000
@@ -49,6 +54,22 @@ def _as_stop_list(value: object) -> object:
     return value
 
 
+def _as_biases(value: object) -> object:
+    """OpenAI's keys are token ids as text."""
+    if not isinstance(value, dict):
+        raise refusal("logit_bias", "must be an object with token ids as its keys and numbers as its values")
+    if len(value) > MAX_BIASES:
+        raise refusal("too_long", f"at most {MAX_BIASES} tokens are allowed, not {len(value)}")
+    biases: dict[int, object] = {}
+    for key, bias in value.items():
+        is_id = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= MAX_INT32
+        if not is_id:
+            name = printable(str(key))[:MAX_NAME_CHARS]
+            raise refusal("token_id", f"a key is a token id, an integer from 0 to {MAX_INT32} as text", name)
+        biases[int(key)] = bias
+    return biases
+
+
 StopStrings = Annotated[list[StopString], BeforeValidator(_as_stop_list, json_schema_input_type=str | list[StopString])]
 
 
@@ -63,6 +84,13 @@ def at_most_items(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Biases = Annotated[
+    dict[int, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+    BeforeValidator(_as_biases, json_schema_input_type=dict[str, float]),
+]
+
+
 class StreamOptions(RequestModel):
     """What a stream carries besides its text."""
 
@@ -75,7 +103,33 @@ class StreamOptions(RequestModel):
     )
 
 
-class OpenAIRequest(StructuredRequest):
+class QueuedRequest(RequestModel):
+    """The fields of every request that the engine computes, apart from what is computed and how."""
+
+    model: BaseOrSoftPrompt | None = Field(
+        default=None,
+        description="the base model (also when left out, or a placeholder such as 'tgi'), or the name of a soft prompt",
+    )
+    soft_prompt: ModelName | None = Field(default=None, description="prepended; only this server's")
+    priority: int = Field(
+        default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; only this server's"
+    )
+    cache_salt: Salt = Field(
+        default="", description="only requests with the same salt share cached prefixes; only this server's"
+    )
+    timeout_ms: Milliseconds | None = Field(
+        default=None,
+        description="milliseconds from arrival: without output by then the request gets 504, otherwise it ends with "
+        "what it has; left out: the server's --request-timeout; only this server's",
+    )
+
+    @property
+    def timeout(self) -> float | None:
+        """In seconds."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
+
+
+class OpenAIRequest(StructuredRequest, QueuedRequest):
     """The fields that `/v1/completions` and `/v1/chat/completions` share."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
@@ -87,14 +141,13 @@ class OpenAIRequest(StructuredRequest):
             "prompt_cache_key",
             "prompt_cache_retention",
             "parallel_tool_calls",
+            # How another server would do it, or call it; the answer is the same.
+            "request_id",
+            "guided_decoding_backend",
+            "cache_prompt",
         }
     )
 
-    model: BaseOrSoftPrompt | None = Field(
-        default=None,
-        description="the base model (also when left out, or a placeholder such as 'tgi'), or the name of a soft prompt",
-    )
-    soft_prompt: ModelName | None = Field(default=None, description="prepended; not from OpenAI's API")
     recall: Recall = None
     return_recalled: ReturnRecalled = False
     stream: bool = False
@@ -109,8 +162,8 @@ class OpenAIRequest(StructuredRequest):
     top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off; not from OpenAI's API")
     min_p: float = Field(default=0.0, ge=0, le=1, description="not from OpenAI's API")
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="not from OpenAI's API")
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT32)]], at_most_items(MAX_STOP_TOKEN_IDS)] = (
-        Field(default=[], description="the text ends with any of these tokens; not from OpenAI's API")
+    stop_token_ids: Annotated[list[TokenId], at_most_items(MAX_STOP_TOKEN_IDS)] = Field(
+        default=[], description="the text ends with any of these tokens; not from OpenAI's API"
     )
     ignore_eos: bool = Field(default=False, description="go on after end-of-text; not from OpenAI's API")
     min_tokens: int = Field(
@@ -119,24 +172,42 @@ class OpenAIRequest(StructuredRequest):
         le=MAX_INT32,
         description="the text does not end before it has so many tokens; not from OpenAI's API",
     )
-    priority: int = Field(
-        default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower goes first; not from OpenAI's API"
+    logit_bias: Biases = Field(
+        default={},
+        description="what is added to the logits of these tokens, -100 to 100, before penalties and temperature; "
+        "log-probabilities are told without it",
     )
-    cache_salt: Salt = Field(default="", description="only requests with the same salt share cached prefixes")
+    allowed_token_ids: Annotated[list[TokenId], at_most_items(MAX_ALLOWED_TOKENS)] | None = Field(
+        default=None, min_length=1, description="no other tokens are chosen; not from OpenAI's API"
+    )
+    bad_words: Annotated[list[StopString], at_most_items(MAX_BAD_WORDS)] = Field(
+        default=[],
+        description="the tokens of these words, with and without a space in front, are not chosen one behind the "
+        "other; not from OpenAI's API",
+    )
+    include_stop_str_in_output: bool = Field(
+        default=False, description="the text keeps what has ended it; not from OpenAI's API"
+    )
+    skip_special_tokens: bool = Field(
+        default=True, description="false: special tokens are part of the text; not from OpenAI's API"
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=-1,
+        le=MAX_INT32,
+        description="only the last so many tokens of the prompt count, with those that the tokenizer puts in front of "
+        "every text; -1: as many as there is room for; not from OpenAI's API",
+    )
+    return_token_ids: bool = Field(
+        default=False, description="also tell the ids of the prompt's and the output's tokens; not from OpenAI's API"
+    )
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="log-probabilities name tokens 'token_id:…'; not from OpenAI's API"
+    )
     user: Text = Field(
         default="",
         description="who asks, if API keys do not tell: users have equal shares of the server, as keys have",
     )
-    timeout_ms: Milliseconds | None = Field(
-        default=None,
-        description="milliseconds from arrival: without output by then the request gets 504, otherwise it ends with "
-        "what it has; left out: the server's --request-timeout; not from OpenAI's API",
-    )
-
-    @property
-    def timeout(self) -> float | None:
-        """In seconds."""
-        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
     def seed_of(self, choice: int) -> int | None:
         """The seed of one prompt's `choice`, in the 63 bits that the sampler takes."""
@@ -156,7 +227,18 @@ class OpenAIRequest(StructuredRequest):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
+            logit_bias=self.logit_bias,
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
         )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> OpenAIRequest:
+        if self.truncate_prompt_tokens == 0:
+            raise refusal("truncate", "must be at least 1, or -1", "truncate_prompt_tokens")
+        if self.allowed_token_ids is not None and (wanted := self.output_format) is not None:
+            message = f"not together with {wanted.param}, which says what is allowed"
+            raise refusal("output_format", message, "allowed_token_ids")
+        return self
 
     def check_stream_options(self) -> None:
         options = self.stream_options
@@ -193,20 +275,15 @@ OTHER_SAMPLERS: Neutral = {
 
 # Asked for by OpenAI's or vLLM's clients, done by neither route yet.
 UNSUPPORTED: Neutral = {
-    "logit_bias": ({},),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "early_stopping": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "truncate_prompt_tokens": (),
+    # No tokenizer that is read here puts any.
+    "spaces_between_special_tokens": (True, False),
+    "truncation_side": ("left",),
     "prompt_logprobs": (),
     "logits_processors": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "detokenize": (True,),
-    "return_token_ids": (False,),
     "do_sample": (True,),
     **OTHER_SAMPLERS,
 }

@@ -53,14 +53,15 @@ def _depth(value: object) -> int:
     return depth
 
 
+Parameters = Annotated[dict[str, Any], BeforeValidator(_as_parameters)]
+
+
 class FunctionDefinition(RequestModel):
     """What a model is told of a function."""
 
     name: ToolName
     description: Text = ""
-    parameters: Annotated[dict[str, Any], BeforeValidator(_as_parameters)] = Field(
-        default={}, description="a JSON schema; left out: the function has no parameters"
-    )
+    parameters: Parameters = Field(default={}, description="a JSON schema; left out: the function has no parameters")
     strict: bool = Field(default=False, description="arguments follow the schema wherever the model calls it")
 
 

@@ -84,7 +84,8 @@ class _Grammar:
         token = self._token_id(mark)
         if token is not None:
             self.rules += [f"FIRST: /{first}(?s:.*)/", "TEXT: /(?s:.+)/"]
-            return f"FIRST? (<[{token}]> {call} TEXT?){times}"
+            bare = f"{self._call(self._use.tools)} | " if self._calls.bare else ""
+            return f"({bare}FIRST? (<[{token}]> {call} TEXT?){times})"
         self.rules.append(f"marked[suffix={json.dumps(mark)}]: {_ANY_TEXT}")
         self.rules.append(f"REST: /(?s:.+)/ & ~/(?s:.*){_escaped(mark)}(?s:.*)/")
         return f"(marked {call}){times} REST?"
@@ -124,7 +125,10 @@ class _Grammar:
                 head = head.removeprefix(mark)
             schema = _schema_of(tool)
             arguments = _json_of(schema, lenient=not tool.strict)
-            self.rules.append(f"{name}: {self._words(head)} {arguments} {self._words(self._calls.tail)}".rstrip())
+            rule = f"{name}: {self._words(head)} {arguments} {self._words(self._calls.tail)}".rstrip()
+            if rule in self.rules:
+                continue
+            self.rules.append(rule)
             part = OutputFormat("json_schema", json.dumps(_guided(schema, not tool.strict)), f"{tool.param}.parameters")
             self.parts.append(part)
         return names[0] if len(names) == 1 else f"({' | '.join(names)})"

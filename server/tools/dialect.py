@@ -13,7 +13,7 @@ import jinja2.meta
 
 from softbatch.server.request_failures import InvalidGrammar, InvalidPrompt, shown
 from softbatch.server.requests.output_format import OutputFormat
-from softbatch.server.requests.text import Conversation, TextProcessor
+from softbatch.server.requests.text import ChatPrompt, TextProcessor
 from softbatch.server.tools.call_formats import CALL_FORMATS, CallFormat
 from softbatch.server.tools.call_grammar import follows, tool_format
 from softbatch.server.tools.message_reader import MessageReader, ReasoningFormat
@@ -52,7 +52,7 @@ class ChatPlan:
     """How one conversation is put to the model and its output is read. The first three are fields of a
     GenerationRequest."""
 
-    conversation: Conversation
+    conversation: ChatPrompt
     output_format: OutputFormat | None
     shown_tokens: frozenset[int]
     _calls: CallFormat | None
@@ -119,6 +119,10 @@ class Dialect:
             self._text,
         )
 
+    def history(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Turns with calls and results as the chat template wants them."""
+        return self._prompt.history(turns)
+
     def template_fields(self, wanted: Mapping[str, Any], effort: str | None = None) -> dict[str, Any]:
         """What the template is given of `chat_template_kwargs` and `reasoning_effort`. Raises InvalidPrompt for what it
         does not read; that nothing of a kind be done is granted by a template that knows nothing of it."""
@@ -155,7 +159,7 @@ class Dialect:
         own = {*_OWN_FIELDS, *self._text.tokenizer.special_tokens_map, "raise_exception", "strftime_now"}
         return frozenset(names - own)
 
-    def _format(self, conversation: Conversation, use: ToolUse, form: OutputFormat | None) -> OutputFormat | None:
+    def _format(self, conversation: ChatPrompt, use: ToolUse, form: OutputFormat | None) -> OutputFormat | None:
         if form is not None and use.required:
             raise InvalidGrammar(
                 f"{form.param}: not together with a tool that must be called: the output cannot be both",
@@ -175,12 +179,12 @@ class Dialect:
             return follows(reasoning, self._added.get, form, is_thinking=is_thinking)
         return form
 
-    def _prompt_of(self, conversation: Conversation) -> str:
+    def _prompt_of(self, conversation: ChatPrompt) -> str:
         """As far as its end tells. Turns that the template takes only beside a soft prompt are left out."""
         try:
             return self._text.render(conversation)
         except InvalidPrompt:
-            return self._text.render(Conversation([{"role": "user", "content": "x"}], conversation.fields))
+            return self._text.render(ChatPrompt([{"role": "user", "content": "x"}], conversation.fields))
 
     def _reasoning_format(self, wanted: ReasoningParser) -> ReasoningFormat | None:
         if wanted == "none":

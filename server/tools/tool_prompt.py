@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from softbatch.prompt_store.template import TemplateError, render_chat
-from softbatch.server.requests.text import Conversation
+from softbatch.server.requests.text import ChatPrompt
 from softbatch.server.tools.call_formats import MISTRAL_ID_LENGTH, CallFormat, example
 from softbatch.server.tools.tool import Tool
 
@@ -45,17 +45,17 @@ class ToolPrompt:
 
     def conversation(
         self, turns: Sequence[Turn], tools: Sequence[Tool], fields: Fields, *, has_soft_prompt: bool
-    ) -> Conversation:
-        history = self._history(turns)
+    ) -> ChatPrompt:
+        history = self.history(turns)
         described = [tool.as_json() for tool in tools]
         beside = None
         if tools and has_soft_prompt:
-            beside = Conversation(_with_system(self._beside_soft_prompt(described), history), fields)
+            beside = ChatPrompt(_with_system(self._beside_soft_prompt(described), history), fields)
         if not tools:
-            return Conversation(history, fields)
+            return ChatPrompt(history, fields)
         if self.knows_tools:
-            return Conversation(history, {**fields, "tools": described}, beside)
-        return Conversation(self._instructed(described, history), fields, beside)
+            return ChatPrompt(history, {**fields, "tools": described}, beside)
+        return ChatPrompt(self._instructed(described, history), fields, beside)
 
     @cached_property
     def knows_tools(self) -> bool:
@@ -132,7 +132,7 @@ class ToolPrompt:
             return self._instruction(described)
         return text.strip()
 
-    def _history(self, turns: Sequence[Turn]) -> list[Turn]:
+    def history(self, turns: Sequence[Turn]) -> list[Turn]:
         """Turns with calls and results as the template wants them."""
         if not any(turn.get("tool_calls") or turn["role"] == "tool" for turn in turns):
             return list(turns)

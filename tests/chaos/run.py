@@ -1,113 +1,60 @@
-"""Kills the engine at random moments under a mixed load, and counts what clients notice: `make chaos`."""
+"""What happens to a server under fire and under load, beside what is asked of it: `make chaos`."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import random
-import signal
+import os
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from softbatch.scheduler.model.loader import spec_of
-from softbatch.scheduler.model.source import resolve
-from tests.support.engines import trained_like
-from tests.support.mixed_requests import (
-    EMBEDDINGS,
-    KEYS_AND_VALUES,
-    MixedRequest,
-    answers_of,
-    difference,
-    is_error,
-    mixed_requests,
-)
-from tests.support.models import load_reference, save_prompt
-from tests.support.servers import Server, running_server, wait_for
+from tests.chaos import disconnects, engine_kills, light_beside_heavy, overload, short_beside_long, soak
+from tests.chaos.stage import Finding
 
-SOFT_PROMPT_TOKENS = 33
-# In float32, what the order of additions in another batch may change of a log-probability.
-LOGPROB_TOLERANCE = 1e-3
+Scenario = Callable[[argparse.Namespace, Path], list[Finding]]
+SCENARIOS: dict[str, Scenario] = {
+    "kills": engine_kills.run,
+    "long-prompts": short_beside_long.run,
+    "keys": light_beside_heavy.run,
+    "overload": overload.run,
+    "disconnects": disconnects.run,
+    "soak": soak.run,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        # The load comes at once, and its choices and candidates take a place each.
-        flags = ("--model", options.model, "--dtype", options.dtype, "--max-queue-size", str(4 * options.requests))
-        with running_server(Path(folder), *flags) as server:
-            start_seconds = time.monotonic() - started
-            register_soft_prompts(server, resolve(options.model).path, Path(folder))
-            requests = mixed_requests(options.requests, options.max_tokens)
-            before = server.metric("generation_tokens_total")
-            expected = asyncio.run(answers_of(server, requests))
-            tokens = server.metric("generation_tokens_total") - before
-            rng = random.Random(options.seed)
-            moments = sorted(rng.uniform(0.02, 0.9) * tokens for _ in range(options.kills))
-            answers = asyncio.run(killed_at(server, requests, moments))
-            return report(server, requests, expected, answers, start_seconds)
+    options = parser().parse_args(arguments)
+    held = True
+    for name in options.only or SCENARIOS:
+        with tempfile.TemporaryDirectory() as folder:
+            findings = SCENARIOS[name](options, Path(folder))
+        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+        print(f"\n{name} ({options.model}; load averages of the machine, {os.cpu_count()} processors: {load})")
+        for finding in findings:
+            verdict = {True: "held", False: "NOT HELD", None: ""}[finding.held]
+            print(f"  {finding.what:<76} {finding.asked:<16} {finding.measured:<70} {verdict}", flush=True)
+        held &= all(finding.held is not False for finding in findings)
+    return 0 if held else 1
 
 
-def register_soft_prompts(server: Server, path: str, folder: Path) -> None:
-    reference = load_reference(path)
-    spec = spec_of(server.http.get("/v1/models").json()["data"][0]["id"], reference.model, reference.tokenizer)
-    for name, kind in ((EMBEDDINGS, "embeddings"), (KEYS_AND_VALUES, "kv")):
-        prompt = trained_like(kind, SOFT_PROMPT_TOKENS, reference, spec)
-        reply = server.upload(name, save_prompt(prompt, folder, name))
-        assert reply.status_code == 201, reply.text
-
-
-async def killed_at(server: Server, requests: Sequence[MixedRequest], moments: Sequence[float]) -> list[Any]:
-    """The answers, while the engine is killed each time so many tokens have been generated."""
-    asked = asyncio.create_task(answers_of(server, requests))
-    before = await asyncio.to_thread(server.metric, "generation_tokens_total")
-    for moment in moments:
-        while await asyncio.to_thread(server.metric, "generation_tokens_total") - before < moment:
-            if asked.done():
-                return asked.result()
-            await asyncio.sleep(0.05)
-        await asyncio.to_thread(kill_and_await_another, server)
-    return await asked
-
-
-def kill_and_await_another(server: Server) -> None:
-    restarts = server.metric("engine_restarts_total")
-    server.engine().send_signal(signal.SIGKILL)
-    wait_for(lambda: server.metric("engine_restarts_total") > restarts, "no other engine is started", 300)
-
-
-def report(
-    server: Server, requests: Sequence[MixedRequest], expected: Sequence[Any], answers: Sequence[Any], start: float
-) -> int:
-    errors = [answer for answer in answers if is_error(answer)]
-    pairs = [(*both, request) for *both, request in zip(answers, expected, requests, strict=True)]
-    changed = [
-        (request.route, found)
-        for answer, right, request in pairs
-        if not is_error(answer) and (found := difference(answer, right, LOGPROB_TOLERANCE))
-    ]
-    deaths, resumed = server.metrics("engine_restarts_total", "requests_resumed_total")
-    seconds = server.metric("engine_pause_seconds_sum")
-    print(f"requests            {len(requests)}")
-    print(f"kills               {deaths:.0f}")
-    print(f"errors              {len(errors)} (undisturbed: {sum(map(is_error, expected))})")
-    print(f"changed outputs     {len(changed)}")
-    print(f"requests resumed    {resumed:.0f}")
-    print(f"pause per death     {seconds / max(deaths, 1):.1f} s (a start of the server: {start:.1f} s)")
-    for line in [*map(str, errors), *(f"{route}: {found}" for route, found in changed)]:
-        print(f"  {line:.400}")
-    return 1 if errors or changed else 0
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--only", nargs="+", choices=list(SCENARIOS), help="these scenarios; default: all")
+    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--rounds", type=int, default=2, help="of measurements that are made in turn")
+    made.add_argument("--seconds", type=float, default=20, help="of each such measurement")
+    kills = made.add_argument_group("kills")
+    kills.add_argument("--requests", type=int, default=200)
+    kills.add_argument("--max-tokens", type=int, default=48)
+    kills.add_argument("--kills", type=int, default=5)
+    kills.add_argument("--dtype", default="float32")
+    made.add_argument("--overload-seconds", type=float, default=60)
+    made.add_argument("--clients", type=int, default=1000, help="that disconnect")
+    made.add_argument("--soak-minutes", type=float, default=20)
+    made.add_argument("--plot", type=Path, help="where the soak's plot goes, an SVG")
+    return made
 
 
 if __name__ == "__main__":

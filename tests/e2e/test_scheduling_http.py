@@ -15,7 +15,10 @@ import httpx
 import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
+from softbatch.server.routes import SERVING_PATHS
+from tests.chaos.disconnects import leave_at_random
 from tests.e2e.conftest import StartServer
+from tests.support.mixed_requests import EMBEDDINGS, KEYS_AND_VALUES
 from tests.support.models import Reference, make_soft_prompt, save_prompt
 from tests.support.servers import Server, error_of, running_server, stream_json
 
@@ -188,6 +191,17 @@ async def clients_that_leave(server: Server) -> None:
     assert server.metric("requests_finished_total", reason="cancelled") - finished == 6
 
 
+def test_nothing_stays_of_clients_that_leave_at_any_moment(
+    server: Server, tiny_spec: ModelSpec, tmp_path: Path
+) -> None:
+    """The short form of `make chaos ARGS="--only disconnects"`."""
+    for name, kind in ((EMBEDDINGS, "embeddings"), (KEYS_AND_VALUES, "kv")):
+        prompt = make_soft_prompt(kind, 21, tiny_spec, scale=0.5)
+        assert server.upload(name, save_prompt(prompt, tmp_path, name)).status_code == 201
+    findings = leave_at_random(server, 120, seed=1)
+    assert all(finding.held for finding in findings), findings
+
+
 def tgi(max_new_tokens: int) -> dict[str, Any]:
     return {"inputs": PROMPT, "parameters": {"max_new_tokens": max_new_tokens}}
 
@@ -308,6 +322,14 @@ def choices_take_places(server: Server, capacity: int) -> None:
             for _ in range(3):
                 assert other.post("/v1/completions", json=body(5, n=capacity)).status_code == 429
             assert other.post("/v1/completions", json=body(5, n=capacity - 1)).status_code == 200
+        server.wait_empty()
+        with server.http.stream("POST", "/v1/completions", json=body(WHOLE_CONTEXT, stream=True, n=capacity)) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for path in SERVING_PATHS:
+                assert other.post(path, content=b"no JSON").status_code == 429, "a full server reads what it refuses"
+            assert other.post("/tokenize", json={"prompt": PROMPT}).status_code == 200
+        server.wait_empty()
         reply = other.post("/v1/completions", json=body(5, n=capacity + 1))
         assert reply.status_code == 400, "waiting would not help"
         assert f"takes {capacity} at the most" in error_of(reply)["message"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from softbatch.prompt_store.manifest import ModelSpec
 from tests.support.models import Reference, make_soft_prompt, save_prompt
@@ -131,6 +132,40 @@ def test_truncate_keeps_the_last_tokens(tiny_server: Server, tiny_llama: Referen
     ids = tiny_llama.tokenizer(INPUTS)["input_ids"]
     expected = tiny_llama.tokenizer.decode(tiny_llama.generate(ids[-3:], 8))
     assert generate(tiny_server, max_new_tokens=8, truncate=3) == {"generated_text": expected}
+
+
+def test_a_text_of_any_length_can_be_truncated(tiny_server: Server) -> None:
+    long = {"inputs": "word " * 60_000 + INPUTS, "parameters": {"max_new_tokens": 8, "truncate": 9}}
+    short = {"inputs": "word " * 9 + INPUTS, "parameters": {"max_new_tokens": 8, "truncate": 9}}
+    assert tiny_server.post("/generate", long).json() == tiny_server.post("/generate", short).json()
+
+
+def test_best_of_tells_the_most_probable_text_first(tiny_server: Server) -> None:
+    fields: dict[str, Any] = {"max_new_tokens": 5, "do_sample": True, "temperature": 3.0, "details": True}
+    reply = generate(tiny_server, best_of=3, seed=7, **fields)
+    alone = [generate(tiny_server, seed=7 + at, **fields) for at in range(3)]
+
+    def likely(tokens: list[dict[str, Any]]) -> float:
+        return sum(token["logprob"] for token in tokens) / len(tokens)
+
+    alone.sort(key=lambda one: likely(one["details"]["tokens"]), reverse=True)
+    others = reply["details"].pop("best_of_sequences")
+    assert reply == alone[0]
+    assert others == [one["details"] | {"generated_text": one["generated_text"]} for one in alone[1:]]
+
+
+def test_decoder_input_details_score_the_input(tiny_server: Server, tiny_llama: Reference) -> None:
+    ids = tiny_llama.tokenizer(INPUTS)["input_ids"]
+    with torch.inference_mode():
+        table = torch.log_softmax(tiny_llama.model(torch.tensor([ids])).logits[0], -1)
+    expected = [float(table[at, token]) for at, token in enumerate(ids[1:])]
+    for extra in ({}, {"best_of": 2, "do_sample": True}):
+        reply = generate(tiny_server, max_new_tokens=1, details=True, decoder_input_details=True, **extra)
+        for details in (reply["details"], *reply["details"].get("best_of_sequences", [])):
+            first, *rest = details["prefill"]
+            assert first == {"id": ids[0], "text": tiny_llama.tokenizer.decode(ids[0]), "logprob": None}
+            assert [token["id"] for token in rest] == ids[1:]
+            assert [token["logprob"] for token in rest] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "kv"])

@@ -142,6 +142,20 @@ def test_tools_that_are_not_called_change_no_text(client: OpenAI) -> None:
     assert told.usage.prompt_tokens > plain.usage.prompt_tokens
 
 
+def test_calls_in_a_history_are_tokenised_and_scored(tiny_server: Server) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "Noon."},
+    ]
+    tokens = tiny_server.post("/tokenize", {"messages": turns}).json()["tokens"]
+    text = tiny_server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>' in text
+    scored = tiny_server.post("/v1/score", {"messages": turns, "candidates": ["Yes", "No"]})
+    assert scored.status_code == 200, scored.text
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [

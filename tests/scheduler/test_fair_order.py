@@ -12,6 +12,7 @@ from softbatch.scheduler.waiting_queue import WaitingQueue
 from tests.support.fake_runner import FakeRunner, make_scheduler, request
 
 NAMES = ("", "a", "b", "c")
+WEIGHTS = st.sampled_from([0.1, 0.5, 1.0, 3.0, 20.0])
 
 
 def admit(queue: WaitingQueue, generated: int = 0) -> Sequence:
@@ -87,15 +88,17 @@ def test_somebody_is_offered_whenever_somebody_waits_and_never_one_of_a_higher_p
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=2, max_size=4))
-def test_owners_who_always_have_work_get_equal_tokens_whatever_the_size_of_their_requests(sizes):
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40), WEIGHTS), min_size=2, max_size=4))
+def test_owners_who_always_have_work_get_tokens_by_weight_whatever_the_size_of_their_requests(sizes):
     queue, had = WaitingQueue(1000), [0] * len(sizes)
     arrival = 0
 
     def ask(owner: int) -> None:
         nonlocal arrival
         arrival += 1
-        queue.push(Sequence(request(f"{owner}-{arrival}", length=sizes[owner][0], owner=str(owner)), arrival))
+        length, _, weight = sizes[owner]
+        asked = request(f"{owner}-{arrival}", length=length, owner=str(owner), weight=weight)
+        queue.push(Sequence(asked, arrival))
 
     for owner in range(len(sizes)):
         for _ in range(3):
@@ -103,9 +106,11 @@ def test_owners_who_always_have_work_get_equal_tokens_whatever_the_size_of_their
     for _ in range(400):
         owner = int(queue.peek().owner)
         admit(queue, sizes[owner][1])
-        had[owner] += sum(sizes[owner])
+        length, generated, weight = sizes[owner]
+        had[owner] += (length + generated) / weight
         ask(owner)
-        assert max(had) - min(had) <= max(map(sum, sizes))
+        most = max((length + generated) / weight for length, generated, weight in sizes)
+        assert max(had) - min(had) <= most + 1e-6
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -148,6 +153,19 @@ def test_nobody_saves_up_a_share_while_away_nor_starves_behind_newcomers():
         queue.push(Sequence(request(f"new{arrival}", owner=f"new{arrival}"), arrival))
         served.append(admit(queue).owner)
     assert {"a", "b"} <= set(served[:10])
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(WEIGHTS, WEIGHTS)
+def test_nobody_starves_behind_newcomers_of_any_weight(own, others):
+    queue, served = WaitingQueue(10_000), []
+    queue.push(Sequence(request("a", owner="a", weight=own), 0))
+    for arrival in range(1, 2000):
+        queue.push(Sequence(request(f"new{arrival}", owner=f"new{arrival}", weight=others), arrival))
+        served.append(admit(queue, 10).owner)
+        if "a" in served:
+            break
+    assert "a" in served
 
 
 def test_a_preempted_sequence_goes_before_all_other_owners():

@@ -13,6 +13,7 @@ from softbatch.scheduler.protocol import AddRequest, SequenceOutput
 from softbatch.scheduler.scheduler import Scheduler
 from softbatch.scheduler.soft_prompt_cache import LoadState
 from softbatch.scheduler.step import Step, StepResult
+from softbatch.scheduler.step_pace import LEAST, StepPace
 from tests.support.fake_runner import EOS, FakeRunner, make_scheduler, next_token, prompt_ref, request
 
 
@@ -227,6 +228,30 @@ def test_a_long_prompt_is_computed_beside_any_number_of_short_ones():
         if received.get("long"):
             break
     assert received.get("long")
+
+
+def test_a_slow_machine_cuts_prefills_smaller_and_no_prompt_takes_longer_steps_than_wanted():
+    """Whatever a token costs, once the sizes have settled."""
+    for seconds_per_token in (0.00001, 0.0003, 0.001, 0.1):
+        scheduler = make_scheduler(max_batch_tokens=1024, max_model_len=4096, num_blocks=2000, step_target=0.05)
+        runner, received, sizes = FakeRunner(scheduler), {}, []
+        for index in range(3):
+            scheduler.add(request(f"long{index}", tokens=[index + 1] * 2000, max_tokens=2))
+        while scheduler.has_work:
+            step, _ = drive(scheduler, runner, received)
+            scheduler.observe(step, step.num_tokens * seconds_per_token)
+            sizes.append(step.num_tokens)
+        wanted = min(1024, max(0.05 / seconds_per_token, LEAST))
+        assert 0.4 * wanted <= sorted(sizes)[len(sizes) // 2] <= wanted
+        assert sum(sizes) == 3 * 2001
+
+
+def test_prefills_go_on_beside_however_many_that_decode():
+    pace = StepPace(0.05, 1024)
+    for _ in range(20):
+        pace.observe(1024, 9.0)
+    assert [pace.for_prefills(decodes) for decodes in (0, 8, 64, 1020)] == [LEAST, LEAST, 4 * 64, 4]
+    assert StepPace(None, 1024).for_prefills(24) == 1000
 
 
 def test_preemption_takes_the_newest_of_the_lowest_priority_and_loses_nothing():

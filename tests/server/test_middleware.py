@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import Any
 
@@ -145,6 +146,21 @@ class TestAuth:
         assert error["type"] == "authentication_error"
         assert error["code"] == "invalid_api_key"
         assert reply.headers["www-authenticate"] == "Bearer"
+
+    @pytest.mark.parametrize("authorization", [{}, {"authorization": "Bearer of-another-server"}])
+    def test_anthropics_clients_send_it_in_a_header_of_its_own(
+        self, client: TestClient, authorization: dict[str, str]
+    ) -> None:
+        headers = {"x-api-key": KEYS[1].encode(), **authorization}
+        assert client.get("/v1/messages", headers=headers).status_code == 404  # let in, to no route
+        assert client.get("/v1/messages", headers={"authorization": f"Bearer {KEYS[0]}"}).status_code == 404
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            reply = client.get(path, headers={"x-api-key": "wrong", **authorization})
+            assert reply.status_code == 401
+            error = reply.json()
+            assert (error["type"], error["error"]["type"]) == ("error", "authentication_error")
+            assert "x-api-key" in error["error"]["message"]
+        error_of(client.get("/v1/models", headers=headers), 401)
 
     @pytest.mark.parametrize("path", ["/health", "/health/live"])
     def test_probes_need_no_key(self, client: TestClient, path: str) -> None:
@@ -310,6 +326,24 @@ class TestErrors:
     )
     def test_types_and_codes(self, error: ApiError, status: int, kind: str, code: str | None) -> None:
         assert (error.status, error.type, error.code) == (status, kind, code)
+
+    @pytest.mark.parametrize(
+        ("status", "kind"),
+        [
+            (400, "invalid_request_error"),
+            (403, "permission_error"),
+            (404, "not_found_error"),
+            (409, "invalid_request_error"),
+            (413, "request_too_large"),
+            (429, "rate_limit_error"),
+            (500, "api_error"),
+            (503, "overloaded_error"),
+            (504, "timeout_error"),
+        ],
+    )
+    def test_anthropics_types(self, status: int, kind: str) -> None:
+        error = json.loads(error_json(ApiError(status, "m", param="p", code="c"), "/v1/messages"))
+        assert error == {"type": "error", "error": {"type": kind, "message": "m", "param": "p", "code": "c"}}
 
     def test_every_failure_has_a_status(self) -> None:
         kinds = [

@@ -11,7 +11,7 @@ from softbatch.prompt_store.compression.data.passages import Passage
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
 from softbatch.server.requests.recall import PassageIndexes, _with_passages
-from softbatch.server.requests.text import Conversation
+from softbatch.server.requests.text import ChatPrompt
 
 TEXT = "# Harbour\n\nThe {} office opens at seven. Ring the brass bell twice before you enter.\n"
 
@@ -70,8 +70,8 @@ def test_passages_begin_the_last_turn_of_the_user_in_every_form_of_a_conversatio
     found = [Passage("P", 0, 1)]
     expected = [*turns[:2], {"role": "user", "content": "P\n\nthree"}]
     assert _with_passages(turns, found) == expected
-    chat = _with_passages(Conversation(turns, {"tools": [1]}, Conversation(turns[2:])), found)
-    assert isinstance(chat, Conversation)
+    chat = _with_passages(ChatPrompt(turns, {"tools": [1]}, ChatPrompt(turns[2:])), found)
+    assert isinstance(chat, ChatPrompt)
     assert (chat.turns, chat.fields) == (expected, {"tools": [1]})
     assert chat.beside_system is not None
     assert chat.beside_system.turns == expected[2:]

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.backend import CAUSAL, AttentionBackend, AttentionKind, PagedBatch
 
 NAN = float("nan")
 
@@ -27,12 +26,13 @@ class Case:
     scale: float
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    kind: AttentionKind = CAUSAL
 
     def run(self, backend: AttentionBackend) -> torch.Tensor:
         """The output; afterwards the cache must hold the new tokens and be untouched elsewhere."""
         key_cache, value_cache = self.key_cache.clone(), self.value_cache.clone()
         torch.full_like(self.query, NAN)  # freed at once: what an output left unwritten would most likely show
-        out = backend(self.query, self.key, self.value, key_cache, value_cache, self.batch, self.scale)
+        out = backend(self.query, self.key, self.value, key_cache, value_cache, self.batch, self.scale, self.kind)
         for cache, before, new in (
             (key_cache, self.key_cache, self.key),
             (value_cache, self.value_cache, self.value),
@@ -56,21 +56,24 @@ class Case:
         return replace(self, query=query, key=key, value=value, batch=batch)
 
     def expected(self, absolute: bool = False) -> torch.Tensor:
-        """float64 [T, heads, head_dim], by torch's attention with an explicit mask; `absolute`: of the values' size."""
-        rows, start = [], self.batch.query_start.tolist()
+        """float64 [T, heads, head_dim], one sequence after another; `absolute`: of the values' size."""
+        rows, start, kind = [], self.batch.query_start.tolist(), self.kind
         for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             query = self.query[start[s] : start[s + 1]].double().transpose(0, 1)
-            length, context = query.shape[1], keys.shape[0]
-            mask = torch.ones(length, context, dtype=torch.bool).tril(context - length)
-            out = scaled_dot_product_attention(
-                query[None],
-                keys.double().transpose(0, 1)[None],
-                (values.abs() if absolute else values).double().transpose(0, 1)[None],
-                attn_mask=mask,
-                scale=self.scale,
-                enable_gqa=True,
-            )
-            rows.append(out[0].transpose(0, 1))
+            (heads, length, _), (context, kv_heads, _) = query.shape, keys.shape
+            every_head = heads // kv_heads
+            keys, values = (x.double().transpose(0, 1).repeat_interleave(every_head, 0) for x in (keys, values))
+            scores = query @ keys.mT * self.scale
+            if kind.softcap is not None:
+                scores = kind.softcap * (scores / kind.softcap).tanh()
+            seen = torch.ones(length, context, dtype=torch.bool).tril(context - length)
+            if kind.window is not None:
+                seen &= ~seen.tril(context - length - kind.window)
+            scores = scores.masked_fill(~seen, float("-inf"))
+            if kind.sinks is not None:
+                scores = torch.cat((scores, kind.sinks.double().view(-1, 1, 1).expand(heads, length, 1)), dim=-1)
+            weights = scores.softmax(-1)[..., :context]
+            rows.append((weights @ (values.abs() if absolute else values)).transpose(0, 1))
         return torch.cat(rows)
 
     def check(self, *backends: AttentionBackend) -> None:
@@ -156,3 +159,21 @@ def make_case(
 
 # Decoding, whole and chunked prefill; on both sides of block ends, key tiles (64) and key splits (512, 1024).
 RAGGED = [(1, 1), (1, 17), (5, 5), (1, 64), (33, 100), (1, 513), (70, 1090), (2, 2048), (1, 2000), (1, 129), (300, 333)]
+
+# What layers of Gemma 2, Mistral and gpt-oss do otherwise, alone and together.
+KINDS = {
+    "window": AttentionKind(window=70),
+    "own token alone": AttentionKind(window=1),
+    "window of splits": AttentionKind(window=1100),
+    "softcap": AttentionKind(softcap=1.5),
+    "sinks": AttentionKind(sinks=torch.linspace(-3.0, 6.0, 12)),
+    "all": AttentionKind(33, 0.7, torch.linspace(2.0, -2.0, 12)),
+}
+
+
+def of_kind(case: Case, name: str) -> Case:
+    """The case with one of KINDS."""
+    kind = KINDS[name]
+    if kind.sinks is None:
+        return replace(case, kind=kind)
+    return replace(case, kind=replace(kind, sinks=kind.sinks[: case.query.shape[1]]))

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from softbatch.scheduler.model.attention import triton_kernels as attention_kernels
+from softbatch.scheduler.model.attention.backend import AttentionKind
 from softbatch.scheduler.model.attention.triton import TritonAttention
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cuda import fused
@@ -107,11 +108,13 @@ def _registers(ptx: str) -> dict[str, int]:
 
 
 def compile_model(kind: str, head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The launches of a mixed and of a decoding step of a two-layer model with a real model's widths."""
+    """The launches of a mixed and of a decoding step of a two-layer model with a real model's widths.
+
+    Of `windows` they are those of a layer whose attention is not plainly causal."""
     found: dict[str, dict[str, Any]] = {}
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": head_dim}
-    config = (LlamaConfig if kind == "llama" else Qwen3Config)(**sizes, **heads)
+    config = (Qwen3Config if kind == "qwen3" else LlamaConfig)(**sizes, **heads)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     attention = TritonAttention(Recorder(attention_kernels, found), MULTIPROCESSORS, SHARED_MEMORY)
@@ -119,13 +122,19 @@ def compile_model(kind: str, head_dim: int, dtype: torch.dtype) -> list[dict[str
     kv_cache = KVCache(
         num_layers=1, num_blocks=300, num_kv_heads=8, block_size=16, head_dim=head_dim, dtype=dtype, device=meta
     )
-    forward = fused.FusedForward(model, kv_cache, attention)
-    forward._kernels = Recorder(decoder_kernels, found)
     planner = attention.planner(heads=32, kv_heads=8, head_dim=head_dim, dtype=dtype)
     decode = Row(2047, [1], list(range(128)), range(1))
     prefill = Row(0, [1] * 500, list(range(32)), range(499, 500))
-    for rows in ([prefill, decode], [decode]):
-        batch = build_batch(rows, 16, torch.device("cpu"), planner)
+    batches = [build_batch(rows, 16, torch.device("cpu"), planner) for rows in ([prefill, decode], [decode])]
+    if kind == "windows":
+        query, key = (torch.empty((501, heads, head_dim), dtype=dtype, device=meta) for heads in (32, 8))
+        batch = batch_on_meta(batches[0]).attention
+        other = AttentionKind(window=512, softcap=50.0, sinks=torch.empty(32, dtype=dtype, device=meta))
+        attention(query, key, key, kv_cache.keys[0], kv_cache.values[0], batch, 0.1, other)
+        return list(found.values())
+    forward = fused.FusedForward(model, kv_cache, attention)
+    forward._kernels = Recorder(decoder_kernels, found)
+    for batch in batches:
         forward(batch_on_meta(batch))
     # transformers' own layers call the backend with keys and values of their own.
     keys = torch.empty((2, 8, head_dim), dtype=dtype, device=meta)

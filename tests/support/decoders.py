@@ -9,11 +9,20 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from softbatch.scheduler.model import transformers_attention as interface
@@ -35,6 +44,10 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL: dict[str, Any] = SIZES | HEADS | {"hidden_size": 64, "intermediate_size": 96, "pad_token_id": 0}
+GEMMA: dict[str, Any] = SMALL | {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 # Sizes on both sides of vectors and panels; grouped heads; biases; norms of heads; heads wider than the model.
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(
@@ -61,7 +74,22 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=40, **SIZES
     ),
+    "gemma": GemmaConfig(head_dim=24, **SMALL),
+    "gemma2": Gemma2Config(attn_logit_softcapping=3.0, final_logit_softcapping=4.0, layer_types=MIXED, **GEMMA),
+    "gemma3": Gemma3TextConfig(layer_types=MIXED, **GEMMA),
+    "granite": GraniteConfig(
+        embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.4, logits_scaling=2.5, **SMALL
+    ),
+    "ministral": MinistralConfig(sliding_window=24, layer_types=MIXED, head_dim=16, **SMALL),
+    "mistral, window": MistralConfig(sliding_window=17, **SMALL),
+    "olmo2": Olmo2Config(**SMALL),
+    "olmo3": Olmo3Config(sliding_window=24, layer_types=MIXED, **SMALL),
+    "phi3": Phi3Config(sliding_window=None, **SMALL),
+    "phi3, partial rotary": Phi3Config(sliding_window=30, partial_rotary_factor=0.5, **SMALL),
+    "qwen2, windows": Qwen2Config(sliding_window=20, use_sliding_window=True, max_window_layers=1, **SMALL),
+    "smollm3": SmolLM3Config(no_rope_layers=[1, 0, 1], **SMALL),
 }
+LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "phi3", "qwen2")  # what training kernels know
 
 
 def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

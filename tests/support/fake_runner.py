@@ -12,7 +12,7 @@ from softbatch.scheduler.step import Step, StepResult
 EOS = 0
 
 
-def make_scheduler(**overrides: int) -> Scheduler:
+def make_scheduler(**overrides: float) -> Scheduler:
     values = {
         "max_batch_size": 4,
         "max_batch_tokens": 16,

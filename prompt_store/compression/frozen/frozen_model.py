@@ -90,17 +90,28 @@ class Geometry:
     vocab: int
 
 
-def _refuse_unsupported(config: Any) -> None:
+def refuse_unsupported(config: Any) -> None:
+    """Raises ValueError for attention that is not full in every layer."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     longest = getattr(config, "max_position_embeddings", None)
     # A window of the longest sequence hides nothing.
     slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
     hides = slides and window is not None and (longest is None or window < longest)
-    if hides or not kinds <= {"full_attention", "sliding_attention"}:
-        raise ValueError("the model's attention is not full in every layer: compression does not support it")
+    if hides:
+        raise ValueError(
+            f"the model's attention is not full in every layer: some see no further back than {window} tokens "
+            "(sliding_window), and compression needs all of them to see the whole context"
+        )
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        found = ", ".join(sorted(kinds))
+        raise ValueError(
+            f"the model's attention is not full in every layer (layer_types has {found}): compression needs it to be"
+        )
     if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError("the model caps its attention scores: compression does not support it")
+        raise ValueError(
+            "the model caps its attention scores (attn_logit_softcapping): compression does not support it"
+        )
 
 
 class Decoder:
@@ -123,7 +134,7 @@ class Decoder:
         self.head = self.model.get_output_embeddings()
         self.embedding = self.model.get_input_embeddings()
         config = self.model.config.get_text_config()
-        _refuse_unsupported(config)
+        refuse_unsupported(config)
         # Ordinary tokens: bf16 is far less exact on a run of special ones.
         probe = config.vocab_size // 2 + torch.arange(12, device=self.device)[None] * (config.vocab_size // 32)
         self.kernels = Kernels()

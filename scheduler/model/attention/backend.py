@@ -26,8 +26,25 @@ class PagedBatch:
     plan: AttentionPlan | None = None  # the work of the GPU's kernels, planned once for all layers
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionKind:
+    """How the attention of a layer differs from plain causal attention.
+
+    A token sees itself and the `window` - 1 tokens before it. Scores x, once scaled, become
+    softcap * tanh(x / softcap), and each head's sink is one more score, which takes its share of the weights and has no
+    value.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # [heads]
+
+
+CAUSAL = AttentionKind()
+
+
 class AttentionBackend(Protocol):
-    """Writes the new keys and values into the paged cache, then attends causally over it.
+    """Writes the new keys and values into the paged cache, then attends causally over it, as `kind` says.
 
     Shapes: query [T, heads, head_dim]; key and value [T, kv_heads, head_dim]; caches
     [num_blocks, kv_heads, block_size, head_dim]; returns [T, heads, head_dim]. heads is a multiple of
@@ -43,4 +60,5 @@ class AttentionBackend(Protocol):
         value_cache: torch.Tensor,
         batch: PagedBatch,
         scale: float,
+        kind: AttentionKind = CAUSAL,
     ) -> torch.Tensor: ...

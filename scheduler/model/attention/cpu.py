@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.backend import CAUSAL, AttentionBackend, AttentionKind, PagedBatch
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 
@@ -24,6 +24,7 @@ def paged_attention(
     value_cache: torch.Tensor,
     batch: PagedBatch,
     scale: float,
+    kind: AttentionKind = CAUSAL,
 ) -> torch.Tensor:
     """`AttentionBackend` in C++ for the dtypes in `DTYPES`. Raises RuntimeError for tensors that do not fit."""
     return ops.paged_attention(
@@ -37,6 +38,9 @@ def paged_attention(
         batch.block_table,
         batch.slot_mapping,
         scale,
+        kind.window or 0,
+        kind.softcap or 0.0,
+        kind.sinks,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from softbatch.scheduler.model.attention.backend import PagedBatch
+from softbatch.scheduler.model.attention.backend import CAUSAL, AttentionKind, PagedBatch
 
 _MAX_ROWS = 256  # query rows whose scores are held at once
 
@@ -20,6 +20,7 @@ def reference(
     value_cache: torch.Tensor,
     batch: PagedBatch,
     scale: float,
+    kind: AttentionKind = CAUSAL,
 ) -> torch.Tensor:
     """`AttentionBackend` by its definition: gather keys and values, mask scores, softmax, sum weighted values."""
     block_size = key_cache.shape[2]
@@ -42,7 +43,10 @@ def reference(
             part = rows[:, start : start + _MAX_ROWS]
             offset = torch.arange(start, start + part.shape[1], device=query.device)
             position = first[:, None, None] + offset[:, None]
-            out[part] = _attend(query[part], keys, values, key_position <= position, scale).to(out.dtype)
+            visible = key_position <= position
+            if kind.window is not None:
+                visible &= key_position > position - kind.window
+            out[part] = _attend(query[part], keys, values, visible, scale, kind).to(out.dtype)
     return out
 
 
@@ -71,12 +75,22 @@ def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tens
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    kind: AttentionKind,
 ) -> torch.Tensor:
     """Softmax attention in float32: query [n, q, heads, head_dim], visible [n, q, length]; returns query's shape."""
     n, q, heads, head_dim = query.shape
     grouped = query.float().transpose(1, 2).reshape(n, keys.shape[1], -1, head_dim)
     scores = (grouped @ keys.transpose(-1, -2)).mul_(scale).view(n, heads, q, -1)
+    if kind.softcap is not None:
+        scores.div_(kind.softcap).tanh_().mul_(kind.softcap)
     scores.masked_fill_(~visible[:, None], float("-inf"))
-    weights = scores.softmax(-1).view(n, keys.shape[1], -1, keys.shape[2])
+    if kind.sinks is not None:
+        sinks = kind.sinks.float().view(1, heads, 1, 1).expand(n, heads, q, 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]].reshape(n, keys.shape[1], -1, keys.shape[2])
     return (weights @ values).view(n, heads, q, head_dim).transpose(1, 2)

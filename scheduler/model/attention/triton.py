@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softbatch.scheduler.model.attention.backend import PagedBatch
+from softbatch.scheduler.model.attention.backend import CAUSAL, AttentionKind, PagedBatch
 from softbatch.scheduler.model.attention.tiles import (
     MIN_DOT,
     AttentionPlan,
@@ -67,9 +67,10 @@ class TritonAttention:
         value_cache: torch.Tensor,
         batch: PagedBatch,
         scale: float,
+        kind: AttentionKind = CAUSAL,
     ) -> torch.Tensor:
         self.write(key, value, key_cache, value_cache, batch.slot_mapping)
-        return self.attend(query, key_cache, value_cache, batch, scale)
+        return self.attend(query, key_cache, value_cache, batch, scale, kind)
 
     def write(
         self,
@@ -112,14 +113,14 @@ class TritonAttention:
         value_cache: torch.Tensor,
         batch: PagedBatch,
         scale: float,
+        kind: AttentionKind = CAUSAL,
     ) -> torch.Tensor:
         """Attention over the keys and values in the cache, this step's included."""
         query = _rows_contiguous(query)
         _check_cache(key_cache, value_cache)
         tokens, heads, head_dim = query.shape
         kv_heads = key_cache.shape[1]
-        if heads % kv_heads or head_dim != key_cache.shape[3] or query.dtype != key_cache.dtype:
-            raise RuntimeError(f"a query of {tuple(query.shape)} does not fit a cache of {tuple(key_cache.shape)}")
+        _check_query(query, key_cache)
         out = torch.empty((tokens, heads, head_dim), dtype=query.dtype, device=query.device)
         planner = self.planner(heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=query.dtype)
         plan = batch.plan if batch.plan is not None else plan_of(batch, planner)
@@ -135,6 +136,7 @@ class TritonAttention:
                 batch.context_len,
                 tiles,
                 *parts,
+                out if kind.sinks is None else kind.sinks,
                 scale * math.log2(math.e),
                 query.stride(0),
                 query.stride(1),
@@ -149,6 +151,7 @@ class TritonAttention:
                 BLOCK_N=shape.block_n,
                 BLOCK_D=max(MIN_DOT, next_power_of_two(head_dim)),
                 SPLIT=split,
+                **_compile_time(kind),
                 num_warps=shape.num_warps,
                 num_stages=shape.num_stages,
             )
@@ -160,11 +163,17 @@ class TritonAttention:
             parts = _part_buffers(rows, kv_heads, planner.narrow.block_m, head_dim, out.device)
             launch(plan.narrow, planner.narrow, parts, split=True)
             if plan.has_parts:
-                self._merge(out, plan.merges, parts, kv_heads, planner.narrow.block_m)
+                self._merge(out, plan.merges, parts, kind.sinks, kv_heads, planner.narrow.block_m)
         return out
 
     def _merge(
-        self, out: torch.Tensor, merges: torch.Tensor, parts: tuple[torch.Tensor, ...], kv_heads: int, block_m: int
+        self,
+        out: torch.Tensor,
+        merges: torch.Tensor,
+        parts: tuple[torch.Tensor, ...],
+        sinks: torch.Tensor | None,
+        kv_heads: int,
+        block_m: int,
     ) -> None:
         """The results of rows whose keys were split, from their parts."""
         _, heads, head_dim = out.shape
@@ -172,12 +181,14 @@ class TritonAttention:
             out,
             merges,
             *parts,
+            out if sinks is None else sinks,
             KV_HEADS=kv_heads,
             GROUP=heads // kv_heads,
             HEAD_DIM=head_dim,
             BLOCK_M=block_m,
             BLOCK_D=next_power_of_two(head_dim),
             BLOCK_P=_MERGE_PARTS,
+            SINKS=sinks is not None,
             num_warps=1 if head_dim <= 128 else 4,
         )
 
@@ -204,6 +215,17 @@ def _part_buffers(
 
 def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _compile_time(kind: AttentionKind) -> dict[str, Any]:
+    softcap = (kind.softcap or 0.0) * math.log2(math.e)
+    return {"WINDOW": kind.window or 0, "SOFTCAP": softcap, "SINKS": kind.sinks is not None}
+
+
+def _check_query(query: torch.Tensor, key_cache: torch.Tensor) -> None:
+    _, heads, head_dim = query.shape
+    if heads % key_cache.shape[1] or head_dim != key_cache.shape[3] or query.dtype != key_cache.dtype:
+        raise RuntimeError(f"a query of {tuple(query.shape)} does not fit a cache of {tuple(key_cache.shape)}")
 
 
 def _check_cache(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 TILE_FIELDS = tl.constexpr(4)  # sequence (-1: nothing to do), first query row, first key, end of keys
+LOG2_E = tl.constexpr(1.4426950408889634)
 MERGE_FIELDS = tl.constexpr(4)  # output row, first tile, number of tiles, query row within the tile
 
 
@@ -59,6 +60,7 @@ def attend(
     part_sums,  # float32 [tiles, kv_heads, BLOCK_M, HEAD_DIM]: weighted values, not yet divided
     part_maxima,  # float32 [tiles, kv_heads, BLOCK_M]
     part_weights,  # float32 [tiles, kv_heads, BLOCK_M]
+    sinks,  # [heads]
     scale,  # times log2(e): weights are powers of two
     query_stride,
     query_head_stride,
@@ -73,6 +75,9 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,  # keys that a row sees; 0: all
+    SOFTCAP: tl.constexpr,  # times log2(e); 0: none
+    SINKS: tl.constexpr,
 ):
     """One program per tile and KV head: attention of the tile's query rows, for all heads of the group, over its keys.
 
@@ -111,16 +116,19 @@ def attend(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    # Nearly all keys are seen by every row of the tile. These need no mask.
     seen_by_all = tl.minimum(key_end, context - count + first_row + 1)
-    unmasked_end = key_start + tl.maximum(seen_by_all - key_start, 0) // BLOCK_N * BLOCK_N
+    if WINDOW > 0:
+        masked_start = key_start + tl.maximum(seen_by_all - WINDOW - key_start, 0) // BLOCK_N * BLOCK_N
+    else:
+        # Nearly all keys are seen by every row of the tile. These need no mask.
+        masked_start = key_start + tl.maximum(seen_by_all - key_start, 0) // BLOCK_N * BLOCK_N
+        acc, total, maximum = _walk(
+            acc, total, maximum, q, keys, values, table, key_start, masked_start, key_end, position, scale,
+            block_stride, HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, False, WINDOW, SOFTCAP,
+        )  # fmt: skip
     acc, total, maximum = _walk(
-        acc, total, maximum, q, keys, values, table, key_start, unmasked_end, key_end, position, scale, block_stride,
-        HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, False,
-    )  # fmt: skip
-    acc, total, maximum = _walk(
-        acc, total, maximum, q, keys, values, table, unmasked_end, key_end, key_end, position, scale, block_stride,
-        HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, True,
+        acc, total, maximum, q, keys, values, table, masked_start, key_end, key_end, position, scale, block_stride,
+        HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, True, WINDOW, SOFTCAP,
     )  # fmt: skip
 
     is_whole = (key_start == 0) & (key_end == context)
@@ -130,6 +138,11 @@ def attend(
         tl.store(part_maxima + part, maximum, mask=present_row)
         tl.store(part_weights + part, total, mask=present_row)
     else:
+        if SINKS:
+            sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+            highest = tl.maximum(maximum, sink)
+            acc = acc * tl.exp2(maximum - highest)[:, None]
+            total = total * tl.exp2(maximum - highest) + tl.exp2(sink - highest)
         target = (token[:, None] * (KV_HEADS * GROUP) + head[:, None]) * HEAD_DIM + d[None, :]
         tl.store(out + target, (acc / total[:, None]).to(out.dtype.element_ty), mask=row_mask)
 
@@ -154,6 +167,8 @@ def _walk(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Online softmax over keys start … end−1. MASKED if some row does not see all of them, or if they end in a tile.
 
@@ -174,9 +189,9 @@ def _walk(
             k = tl.load(keys + slot[None, :] + d[:, None])
         else:
             k = tl.load(keys + slot[None, :] + d[:, None], mask=(d < HEAD_DIM)[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = _capped(tl.dot(q, k, input_precision="ieee") * scale, SOFTCAP)
         if MASKED:
-            scores = tl.where(present[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
+            scores = tl.where(present[None, :] & _sees(position, n, WINDOW), scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         # If a row has seen no key yet, −inf − −inf would be NaN.
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -196,18 +211,37 @@ def _walk(
 
 
 @triton.jit
+def _capped(scores, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(scores / SOFTCAP)."""
+    if SOFTCAP > 0:
+        scores = SOFTCAP - 2 * SOFTCAP / (tl.exp2(scores * (2 * LOG2_E / SOFTCAP)) + 1)
+    return scores
+
+
+@triton.jit
+def _sees(position, n, WINDOW: tl.constexpr):
+    """Which keys each row sees, [rows, keys]."""
+    seen = n[None, :] <= position[:, None]
+    if WINDOW > 0:
+        seen &= n[None, :] > position[:, None] - WINDOW
+    return seen
+
+
+@triton.jit
 def merge(
     out,
     merges,
     part_sums,
     part_maxima,
     part_weights,
+    sinks,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """One program per query row and head: merge the parts that `attend` left, as if it had walked all keys at once."""
     index = tl.program_id(0)
@@ -239,5 +273,10 @@ def merge(
         acc = acc * shrink + tl.sum(sums * weights[:, None], 0)
         total = total * shrink + tl.sum(tl.load(part_weights + part, mask=present, other=0.0) * weights, 0)
         maximum = new_maximum
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        highest = tl.maximum(maximum, sink)
+        acc = acc * tl.exp2(maximum - highest)
+        total = total * tl.exp2(maximum - highest) + tl.exp2(sink - highest)
     target = (token * (KV_HEADS * GROUP) + head) * HEAD_DIM + d
     tl.store(out + target, (acc / total).to(out.dtype.element_ty), mask=d < HEAD_DIM)

@@ -61,8 +61,11 @@ def paged_attention(
     block_table: Tensor,
     slot_mapping: Tensor,
     scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Raises RuntimeError for tensors that do not fit."""
+    """A window or a softcap of 0 is none. Raises RuntimeError for tensors that do not fit."""
     out: Tensor = torch.ops.softbatch.paged_attention(
         query,
         key,
@@ -74,6 +77,9 @@ def paged_attention(
         block_table,
         slot_mapping,
         scale,
+        window,
+        softcap,
+        sinks,
     )
     return out
 
@@ -89,10 +95,20 @@ def prefix_attention_backward(inputs: Sequence[Tensor], scale: float, weights: T
     return list(torch.ops.softbatch.prefix_attention_backward(*inputs, scale, weights, grad))
 
 
-def make_decoder(weights: WeightFormat, dtype: torch.dtype, *shape: Any, kv_format: KvFormat) -> Any:
-    """The C++ class Decoder: all layers of a served model, which attends in `dtype`. `shape` is its heads and rotary
-    positions."""
-    return torch.classes.softbatch.Decoder(weights.value, dtype, *shape, kv_format.value)
+def make_decoder(
+    weights: WeightFormat,
+    dtype: torch.dtype,
+    shape: dict[str, float],
+    frequencies: Tensor,
+    rotary_scales: Tensor,
+    *,
+    kv_format: KvFormat,
+) -> Any:
+    """The C++ class Decoder: all layers of a served model, which attends in `dtype`. `shape` has the numbers that
+    csrc/llama/decoder_shape.h names, the tensors what each rotary scheme has."""
+    return torch.classes.softbatch.Decoder(
+        weights.value, dtype, shape, frequencies.float(), rotary_scales, kv_format.value
+    )
 
 
 def make_layers(weights: WeightFormat, num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float) -> Any:

@@ -77,6 +77,10 @@ class FusedForward:
         self._lm_head = model.lm_head
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        logits: torch.Tensor = self._lm_head(self.hidden_states(batch))
+        return logits
+
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
         hidden = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             hidden[first : first + embeddings.shape[0]] = embeddings
@@ -89,10 +93,7 @@ class FusedForward:
             normed = self._add_norm(hidden, delta, layer.post_norm)
             delta = linear(self._activate(linear(normed, layer.gate_up)), layer.down)
         rows = batch.logit_rows
-        logits: torch.Tensor = self._lm_head(
-            self._add_norm(hidden[rows], None if delta is None else delta[rows], self._norm)
-        )
-        return logits
+        return self._add_norm(hidden[rows], None if delta is None else delta[rows], self._norm)
 
     def _add_norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """Add delta to hidden in place and return the normalised sum."""

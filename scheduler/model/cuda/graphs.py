@@ -94,6 +94,9 @@ class GraphForward:
             return self._forward(batch)[: batch.num_logits]
         return captured(batch)[: batch.num_logits]
 
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
+        return self._forward.hidden_states(batch)[: batch.num_logits]
+
     def capture_all(self) -> str:
         """Capture every shape. Returns a line for the log."""
         shapes = len(self._batches.shapes)

@@ -19,13 +19,16 @@ from softbatch.scheduler.model.cuda.graphs import Capturer, GraphForward
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
-from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
+from softbatch.scheduler.model.sampling.adjustments import SampleInput
+from softbatch.scheduler.model.sampling.sampler import Samples, sample
 from softbatch.scheduler.protocol import EngineConfig, SamplingParams
 
 
 def make_forward(model: Any, kv_cache: KVCache, backend: AttentionBackend, longest: int | None = None) -> Forward:
     """The fastest forward pass for this model without graphs."""
-    if isinstance(backend, TritonAttention) and fused.supports(model):
+    family = Family.of(model.config)
+    windows = family.windows if longest is None else family.windows_within(longest)
+    if isinstance(backend, TritonAttention) and fused.supports(model) and not any(windows):
         return fused.FusedForward(model, kv_cache, backend)
     return TransformersForward(model, kv_cache, backend, longest)
 

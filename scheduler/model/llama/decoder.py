@@ -1,4 +1,4 @@
-"""Llama-like models on CPUs: the whole decoder in one C++ call, over weights laid out once for it."""
+"""Decoders of described families on CPUs: the whole decoder in one C++ call, over weights laid out once for it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from torch import nn
 from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.formats import WeightFormat
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.llama.description import (
+    FAMILIES,
+    is_described,
+    layer_weights,
+    linears,
+    norm_of,
+    rotary_of,
+    rotary_of_layers,
+    shape_of,
+)
 from softbatch.scheduler.model.source import ModelError
 
-# Their layers are RMSNorm, attention with rotary positions, RMSNorm, SwiGLU; biases and norms of heads may be there.
-ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-# Their frequencies are the same at every length.
-_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _AS_IT_IS = {torch.float32: WeightFormat.FLOAT32, torch.bfloat16: WeightFormat.BFLOAT16}
 # Rows from which on a step waits for arithmetic: weights that must be taken apart first are the slower ones then.
 LONG_STEP = 33
@@ -26,16 +33,10 @@ LONG_STEP = 33
 
 def supports(model: Any, dtype: torch.dtype) -> bool:
     """Whether `DecoderForward` computes this model, if the kernels can be built. Pure: it compiles nothing."""
-    config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
     return bool(
-        type(model).__name__ in ARCHITECTURES
-        and dtype in _AS_IT_IS
+        dtype in _AS_IT_IS
         and model.device.type == "cpu"
-        and config.hidden_act == "silu"
-        and not getattr(config, "mlp_bias", False)
-        and rope.get("rope_type", "default") in _ROTARY
-        and config.hidden_size % 2 == config.intermediate_size % 2 == 0
+        and is_described(model)
         and all(_is_plain(linear, dtype) for linear in _linears(model))
     )
 
@@ -52,15 +53,14 @@ def unsupported_option_error(named: str, model: Any, instead: str) -> ModelError
     dtype = str(model.dtype).removeprefix("torch.")
     return ModelError(
         f"{named} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
-        f"{', '.join(sorted(ARCHITECTURES))}; this is {type(model).__name__} in {dtype} "
+        f"{', '.join(sorted(FAMILIES))}; this is {type(model).__name__} in {dtype} "
         f"on {model.device.type}: use {instead}"
     )
 
 
 def _linears(model: Any) -> Iterator[Any]:
     for layer in model.model.layers:
-        yield from (getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-        yield from (getattr(layer.mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        yield from (linear for linear, _ in linears(layer))
     yield model.lm_head
 
 
@@ -77,41 +77,9 @@ def _has_room_for_a_copy(model: Any) -> bool:
 
 
 def _make_decoder(model: Any, kv_cache: KVCache, weights: WeightFormat) -> Any:
-    config, rotary, attention = model.config, model.model.rotary_emb, model.model.layers[0].self_attn
     return ops.make_decoder(
-        weights,
-        kv_cache.dtype,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        attention.head_dim,
-        config.rms_norm_eps,
-        attention.scaling,
-        rotary.inv_freq,
-        rotary.attention_scaling,
-        kv_format=kv_cache.format.kv_format,
+        weights, kv_cache.dtype, shape_of(model), *rotary_of(model), kv_format=kv_cache.format.kv_format
     )
-
-
-def layer_weights(layer: Any) -> dict[str, torch.Tensor]:
-    """What a layer has of weights, biases and norms, by the names in csrc/llama/layer_weights.h."""
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = {
-        "query": attention.q_proj,
-        "key": attention.k_proj,
-        "value": attention.v_proj,
-        "output": attention.o_proj,
-        "gate": mlp.gate_proj,
-        "up": mlp.up_proj,
-        "down": mlp.down_proj,
-    }
-    norms = {
-        "input_norm": layer.input_layernorm,
-        "mlp_norm": layer.post_attention_layernorm,
-        "query_norm": getattr(attention, "q_norm", None),
-        "key_norm": getattr(attention, "k_norm", None),
-    }
-    weights = {name: module.weight for name, module in (linears | norms).items() if module is not None}
-    return weights | {f"{name}_bias": linear.bias for name, linear in linears.items() if linear.bias is not None}
 
 
 def release_linears(layer: Any) -> None:
@@ -126,12 +94,17 @@ class DecoderForward:
     or int8; by default as `plain_weights` has it, and if that is 12 bits and memory is plenty, in 16 bits too, for
     steps of LONG_STEP rows and more: results are the same bit for bit.
 
-    With `release` the model's own go layer by layer, so that they never all lie beside their copies; it cannot run any
-    more.
+    No sequence has more than `longest` tokens, so that a window of as many hides nothing. With `release` the model's
+    own weights go layer by layer, so that they never all lie beside their copies; it cannot run any more.
     """
 
     def __init__(
-        self, model: Any, kv_cache: KVCache, weights: WeightFormat | None = None, release: bool = False
+        self,
+        model: Any,
+        kv_cache: KVCache,
+        weights: WeightFormat | None = None,
+        release: bool = False,
+        longest: int | None = None,
     ) -> None:
         self._embed = model.get_input_embeddings()
         self.weights = weights or plain_weights(kv_cache.dtype)
@@ -139,22 +112,36 @@ class DecoderForward:
         self.weights_of_long_steps = _AS_IT_IS[kv_cache.dtype] if also else self.weights
         formats = dict.fromkeys((self.weights, self.weights_of_long_steps))
         decoders = {each: _make_decoder(model, kv_cache, each) for each in formats}
-        for layer, keys, values in zip(model.model.layers, kv_cache.keys, kv_cache.values, strict=True):
+        family, parts = Family.of(model.config), FAMILIES[type(model).__name__]
+        windows = family.windows if longest is None else family.windows_within(longest)
+        layers = zip(model.model.layers, kv_cache.keys, kv_cache.values, windows, rotary_of_layers(model), strict=True)
+        for layer, keys, values, window, rotary in layers:
             for decoder in decoders.values():
-                decoder.add_layer(layer_weights(layer), keys, values)
+                decoder.add_layer(layer_weights(layer, parts), keys, values, window or 0, rotary)
             if release:
                 release_linears(layer)
         for decoder in decoders.values():
-            decoder.set_head(model.model.norm.weight, model.lm_head.weight, model.lm_head.bias)
+            decoder.set_head(norm_of(parts, model.model.norm), model.lm_head.weight, model.lm_head.bias)
         self._decoder, self._decoder_of_long_steps = decoders[self.weights], decoders[self.weights_of_long_steps]
 
+    def limit_windows(self, most: int | None) -> None:
+        """Until the next call no window is longer; None: they are as the model has them."""
+        for decoder in {self._decoder, self._decoder_of_long_steps}:
+            decoder.limit_windows(most or 0)
+
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
+        return self._run(batch, as_states=False)
+
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
+        return self._run(batch, as_states=True)
+
+    def _run(self, batch: RaggedBatch, *, as_states: bool) -> torch.Tensor:
         inputs = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             inputs[first : first + embeddings.shape[0]] = embeddings
         attention = batch.attention
         decoder = self._decoder if inputs.shape[0] < LONG_STEP else self._decoder_of_long_steps
-        logits: torch.Tensor = decoder.forward(
+        out: torch.Tensor = decoder.forward(
             inputs,
             batch.positions,
             attention.query_start,
@@ -162,5 +149,6 @@ class DecoderForward:
             attention.block_table,
             attention.slot_mapping,
             batch.logit_rows,
+            as_states,
         )
-        return logits
+        return out

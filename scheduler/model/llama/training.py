@@ -10,14 +10,15 @@ from torch import Tensor
 from softbatch.prompt_store.compression.frozen.prefix import AttendInLayer
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.llama.decoder import layer_weights, plain_weights, release_linears, supports
+from softbatch.scheduler.model.llama.decoder import plain_weights, release_linears, supports
+from softbatch.scheduler.model.llama.description import FAMILIES, is_plain, layer_weights
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kernels_of(model: Any) -> CpuModelKernels | None:
     """The model, whose layers' own weights go; None where these kernels do not compute it. Builds the kernels."""
-    if not (supports(model, model.dtype) and build_kernels()) or hasattr(model.model.layers[0].self_attn, "q_norm"):
+    if not (supports(model, model.dtype) and is_plain(model) and build_kernels()):
         return None
     if model.lm_head.weight.shape[0] % 2:  # the objective's gradient takes the vocabulary's numbers by twos
         return None
@@ -40,7 +41,7 @@ class CpuModelKernels:
             weights, config.num_attention_heads, config.num_key_value_heads, first.head_dim, config.rms_norm_eps
         )
         for layer in model.model.layers:
-            self._layers.add_layer(layer_weights(layer))
+            self._layers.add_layer(layer_weights(layer, FAMILIES[type(model).__name__]))
             release_linears(layer)
         self._objective = ops.make_objective(weights, model.lm_head.weight, model.lm_head.bias)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fill_next_token_bitmask_par
 from tokenizers import Tokenizer
 
 from softbatch.scheduler.sequence import Sequence
@@ -21,6 +22,7 @@ MAX_COMPILED = 512
 # Of one grammar; llguidance needs one to two kilobytes for each.
 MAX_LEXER_STATES = 50_000
 MAX_REASON_CHARS = 300
+MAX_THREADS = 8
 
 
 class GrammarError(Exception):
@@ -49,6 +51,7 @@ class GrammarMasks:
         self._making_tokenizer = Lock()
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._changing_compiled = Lock()
+        self._threads: LLExecutor | None = None
         self._followers: weakref.WeakKeyDictionary[Sequence, _Follower] = weakref.WeakKeyDictionary()
 
     def compile(self, grammar: str) -> LLMatcher:
@@ -81,9 +84,34 @@ class GrammarMasks:
                 self._tokenizer = self._make_tokenizer()
             return self._tokenizer
 
-    def next_mask(self, sequence: Sequence, barred: Iterable[int] = ()) -> np.ndarray:
-        """One bit per token that may come next, lowest first, int32 [ceil(vocab / 32)]; of `barred` ones only if the
-        grammar leaves nothing else. Raises GrammarError."""
+    def next_masks(self, sequences: Iterable[Sequence]) -> dict[str, np.ndarray | GrammarError]:
+        """By request id: one bit per token that may come next, lowest first, int32 [ceil(vocab / 32)], or why there are
+        none. Computed by several threads at a time."""
+        masks: dict[str, np.ndarray | GrammarError] = {}
+        matchers: dict[str, LLMatcher] = {}
+        for sequence in sequences:
+            try:
+                matchers[sequence.request_id] = self._matcher_of(sequence)
+            except GrammarError as error:
+                masks[sequence.request_id] = error
+        table = allocate_token_bitmask(len(matchers), self._vocab_size)
+        if len(matchers) > 1:
+            if self._threads is None:
+                self._threads = LLExecutor(num_threads=min(MAX_THREADS, len(os.sched_getaffinity(0))))
+            fill_next_token_bitmask_par(self._threads, [(one, at) for at, one in enumerate(matchers.values())], table)
+        else:
+            for matcher in matchers.values():
+                fill_next_token_bitmask(matcher, table)
+        for (request_id, matcher), row in zip(matchers.items(), table, strict=True):
+            try:
+                _check(matcher)
+                masks[request_id] = row
+            except GrammarError as error:
+                masks[request_id] = error
+        return masks
+
+    def _matcher_of(self, sequence: Sequence) -> LLMatcher:
+        """Behind all tokens of its output. Raises GrammarError."""
         follower = self._followers.get(sequence)
         if follower is None:
             follower = self._followers[sequence] = _Follower(self.compile(sequence.params.grammar))
@@ -91,11 +119,8 @@ class GrammarMasks:
         if new:
             follower.matcher.consume_tokens(new)
             follower.num_taken += len(new)
-        mask = _mask(follower.matcher, self._vocab_size)
-        left = mask.copy()
-        for token in barred:
-            left.view(np.uint8)[token // 8] &= ~np.uint8(1 << token % 8)
-        return left if left.any() else mask
+        _check(follower.matcher)
+        return follower.matcher
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> LLMatcher:

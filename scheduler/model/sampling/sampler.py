@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from softbatch.scheduler.model.sampling.adjustments import FEW, SampleInput, adjusted, few_allowed
 from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.protocol import SamplingParams, TokenLogprobs
 
@@ -16,23 +17,6 @@ GREEDY_BELOW = 1e-5
 MAX_LOGPROBS = 20
 # Filters look at this many of the most probable tokens. The rare row that needs more is sorted completely.
 HEAD = 1024
-
-
-@dataclass(frozen=True)
-class SampleInput:
-    """One row: its parameters, all its tokens so far (prompt first), and the position being sampled.
-
-    `pending`, int64 [1] on the device, is the newest of its tokens where the host does not know that yet. `barred` are
-    tokens that may not be chosen. `mask`, int32 [ceil(vocab / 32)], has one bit per token that may be: None is
-    for all."""
-
-    params: SamplingParams
-    tokens: Sequence[int]
-    num_prompt: int
-    position: int
-    pending: torch.Tensor | None = None
-    barred: Sequence[int] = ()
-    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -59,50 +43,21 @@ class Samples(Protocol):
 def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     """Choose one token per row of `logits` [rows, vocab].
 
-    Order: masks, penalties, barred tokens, temperature, top-k, top-p within what top-k left, min-p relative to the most
-    probable token.
+    Order: masks, biases, penalties, barred tokens, temperature, top-k, top-p within what top-k left, min-p relative to
+    the most probable token.
     Log-probabilities are those of the model, before all of these. All is read back from the device at once.
     """
     logits = logits.float()
     raw = logits
-    if any(row.mask is not None for row in inputs):
-        if any(row.params.logprobs is not None for row in inputs):
-            logits = logits.clone()
-        _apply_masks(logits, inputs)
+    logits = adjusted(logits, inputs)
     if logits.device.type == "cpu" and all(_is_greedy(row) for row in inputs):
         return _GreedyOnCpu(logits.numpy())
-    if any(needs_history(row.params) or row.barred for row in inputs):
-        logits = logits.clone()
-        for index, row in enumerate(inputs):
-            if needs_history(row.params):
-                _penalise(logits[index], row)
-            if row.barred:
-                logits[index, small_tensor(row.barred, logits.device, torch.int64)] = -torch.inf
     tokens = _most_probable(logits)
     finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
     drawn = _Draw.of(logits, inputs)
     if drawn is not None:
         tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
     return _OnDevice(tokens, finite, drawn, _LogprobTable.of(raw, inputs))
-
-
-def _apply_masks(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> None:
-    """In place: tokens that a row's mask leaves out become impossible."""
-    rows = [index for index, row in enumerate(inputs) if row.mask is not None]
-    masks = np.stack([row.mask for row in inputs if row.mask is not None])
-    size = logits.shape[-1]
-    if logits.device.type == "cpu":
-        allowed = np.unpackbits(masks.view(np.uint8), axis=-1, count=size, bitorder="little").view(np.bool_)
-        table = logits.numpy()
-        for row, mine in zip(rows, allowed, strict=True):
-            np.copyto(table[row], -np.inf, where=~mine)
-        return
-    bits = torch.from_numpy(masks).to(logits.device, non_blocking=True)[..., None] >> torch.arange(
-        32, device=logits.device
-    )
-    left_out = (bits & 1).flatten(1)[:, :size] == 0
-    at = small_tensor(rows, logits.device, torch.int64)
-    logits[at] = logits[at].masked_fill(left_out, -torch.inf)
 
 
 class _OnDevice:
@@ -131,9 +86,7 @@ class _OnDevice:
 
 
 def _is_greedy(row: SampleInput) -> bool:
-    params = row.params
-    plain = params.logprobs is None and not needs_history(params) and not row.barred
-    return plain and params.temperature < GREEDY_BELOW
+    return row.params.logprobs is None and row.params.temperature < GREEDY_BELOW
 
 
 class _GreedyOnCpu:
@@ -169,31 +122,6 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def needs_history(params: SamplingParams) -> bool:
-    """Whether sampling needs the tokens so far, as penalties do."""
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def _penalise(logits: torch.Tensor, row: SampleInput) -> None:
-    """Penalise one row [vocab] in place. Repetition (CTRL, 1909.05858): prompt and output; the rest: output."""
-    params = row.params
-    if params.repetition_penalty != 1.0:
-        seen = _with_pending(sorted(set(row.tokens)), row.pending, logits.device)
-        scores = logits[seen]
-        factor = params.repetition_penalty
-        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
-    output = row.tokens[row.num_prompt :]
-    if (output or row.pending is not None) and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
-        ids = _with_pending(output, row.pending, logits.device)
-        times = torch.zeros_like(logits).index_add_(0, ids, torch.ones_like(ids, dtype=logits.dtype))
-        logits -= params.presence_penalty * (times > 0) + params.frequency_penalty * times
-
-
-def _with_pending(tokens: Sequence[int], pending: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    known = small_tensor(tokens, device, torch.int64)
-    return known if pending is None else torch.cat([known, pending])
-
-
 @dataclass(frozen=True)
 class _Draw:
     """Inverse-CDF sampling with one uniform number per row. All filters are cuts in the sorted distribution."""
@@ -212,6 +140,18 @@ class _Draw:
         rows = [i for i, row in enumerate(inputs) if row.params.temperature >= GREEDY_BELOW]
         if not rows:
             return None
+        if logits.device.type != "cpu":
+            return cls._of_rows(logits, inputs, rows)
+        few = {i: allowed for i in rows if (allowed := few_allowed(inputs[i].mask)) is not None}
+        drawn = cls._of_rows(logits, inputs, [i for i in rows if i not in few])
+        if not few:
+            return drawn
+        at = torch.tensor(list(few))
+        tokens = _draw_of_few(logits, [inputs[i] for i in few], at, list(few.values()))
+        return replace(drawn, at=torch.cat([drawn.at, at]), tokens=torch.cat([drawn.tokens, tokens]))
+
+    @classmethod
+    def _of_rows(cls, logits: torch.Tensor, inputs: Sequence[SampleInput], rows: list[int]) -> _Draw:
         device = logits.device
         params = [inputs[i].params for i in rows]
         at = small_tensor(rows, device, torch.int64)
@@ -244,6 +184,28 @@ class _Draw:
             chosen, _ = _invert_cut(whole[None], self.numbers[index : index + 1].cpu(), [self.params[index]])
             found[self.rows[index]] = int(order[chosen[0]])
         return found
+
+
+def _draw_of_few(
+    logits: torch.Tensor, inputs: Sequence[SampleInput], at: torch.Tensor, allowed: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """As `_Draw.of`, of rows `at` whose masks allow so few tokens that the others need not be looked at."""
+    # All as wide, whatever the others are: the width decides how sums are rounded.
+    ids = np.zeros((len(allowed), FEW), dtype=np.int64)
+    for row, tokens in zip(ids, allowed, strict=True):
+        row[: len(tokens)] = tokens
+    is_token = torch.arange(FEW) < torch.tensor([len(tokens) for tokens in allowed])[:, None]
+    columns = torch.from_numpy(ids)
+    scores = logits[at[:, None], columns].masked_fill(~is_token, -torch.inf)
+    probs = torch.softmax(scores / torch.tensor([row.params.temperature for row in inputs])[:, None], dim=-1)
+    numbers = torch.tensor([uniform(row.params.seed, row.position) for row in inputs], dtype=torch.float32)
+    chosen = _invert(probs, numbers)
+    filtered = [index for index, row in enumerate(inputs) if _filters(row.params)]
+    if filtered:
+        ordered, order = probs[filtered].sort(dim=-1, descending=True, stable=True)
+        cut, _ = _invert_cut(ordered, numbers[filtered], [inputs[index].params for index in filtered])
+        chosen[filtered] = order.gather(1, cut[:, None])[:, 0]
+    return columns.gather(1, chosen[:, None])[:, 0]
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -17,7 +17,8 @@ from softbatch.scheduler.model import runner
 from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.in_flight import InFlightStep
 from softbatch.scheduler.model.runner import Runner
-from softbatch.scheduler.model.sampling.sampler import SampleInput, Samples, sample
+from softbatch.scheduler.model.sampling.adjustments import SampleInput
+from softbatch.scheduler.model.sampling.sampler import Samples, sample
 from softbatch.scheduler.protocol import AddRequest, CancelRequest, SamplingParams, SequenceOutput, SoftPromptRef
 from softbatch.scheduler.step import Step, StepResult
 from tests.support.engines import build, check_empty, drain, make_request, tokens_of
@@ -30,6 +31,8 @@ SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "seed": 5, "logprobs": 3},
     {"temperature": 0.8, "seed": 6, "top_p": 0.9, "repetition_penalty": 1.2},
     {"temperature": 3.0, "seed": 7, "top_p": 0.9999, "logprobs": 2},  # keeps more than the sampler looks at first
+    {"temperature": 0.0, "logit_bias": dict.fromkeys(range(50), 9.0), "logprobs": 1},
+    {"temperature": 1.0, "seed": 9, "allowed_token_ids": (5, 6, 7, 8), "bad_words": ((5, 6), (7, 8), (6, 5, 7))},
     {"temperature": 1.0, "seed": 8, "top_k": 40, "min_p": 0.01, "stop_token_ids": tuple(range(0, 49152, 9))},
 )
 

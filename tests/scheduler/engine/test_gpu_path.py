@@ -22,12 +22,13 @@ from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.loader import load_transformers, spec_of
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.source import resolve
-from softbatch.scheduler.protocol import EngineConfig, ModelInfo, SoftPromptRef
+from softbatch.scheduler.protocol import EngineConfig, ModelInfo, Pooling, SoftPromptRef
 from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
 from tests.support import triton_device
 from tests.support.call_again import CallAgain
-from tests.support.engines import check_empty, request, run
+from tests.support.engines import check_empty, drain, request, run
 from tests.support.models import load_reference, make_soft_prompt, save_prompt
+from tests.support.pooling import embedding_request, pooled_states
 
 BLOCKS, BLOCK_SIZE, BATCH, LONGEST = 17, 4, 5, 64
 
@@ -48,6 +49,9 @@ class Counting:
         kind = "eager" if batch.shape is None else "decoding" if batch.shape.is_decoding else "mixed"
         self.steps[kind] += 1
         return self._graphs(batch)
+
+    def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
+        return self._graphs.hidden_states(batch)
 
 
 def build(path: str, device: torch.device, async_scheduling: bool = True) -> tuple[Engine, ModelInfo, Counting]:
@@ -116,6 +120,11 @@ def test_greedy_output_equals_transformers(
     assert preemptions > 0
     assert chunks > 0
     assert min(counting.steps[kind] for kind in ("decoding", "mixed", "eager")) > 0, counting.steps
+    pooled: dict[str, Pooling] = {"a": "mean", "b": "last", "c": "mean"}
+    found = drain(engine, [embedding_request(name, ids[1][: ord(name) - 92], way) for name, way in pooled.items()])
+    for name, way in pooled.items():
+        expected = pooled_states(reference, ids[1][: ord(name) - 92], way)
+        assert found[name][-1].embedding == pytest.approx(expected, abs=1e-4), name
     check_empty(engine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,10 @@ def test_tokens_and_logprobs_behind_delivered_ones_are_the_same(
         repetition_penalty=1.1,
         logprobs=2,
         ignore_eos=True,
+        logit_bias={7: 2.0, 11: -2.0},
+        allowed_token_ids=tuple(range(60)),
+        # Behind each token another is barred, and a third behind some two.
+        bad_words=(*((first, first * 7 % 60) for first in range(60)), (7, 7, 3)),
     )
 
     def answer(delivered: list[int]) -> list[SequenceOutput]:
@@ -54,6 +59,7 @@ def test_tokens_and_logprobs_behind_delivered_ones_are_the_same(
     whole = answer([])
     tokens, logprobs = tokens_of(whole), logprobs_of(whole)
     assert len(tokens) == TOKENS
+    assert all(second != first * 7 % 60 for first, second in pairwise(tokens))
     for count in (1, 6, 23, TOKENS - 1):
         rest = answer(tokens[:count])
         assert tokens_of(rest) == tokens[count:]

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from softbatch.prompt_store.compression.frozen.prefix import attend
 from softbatch.scheduler.model.attention import choose, cpu
-from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.attention.backend import AttentionBackend, AttentionKind
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import _cached_library
-from tests.support.attention_cases import NAN, RAGGED, Case, make_case
+from tests.support.attention_cases import KINDS, NAN, RAGGED, Case, make_case, of_kind
 from tests.support.models import in_threads
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +56,74 @@ def test_ragged_batches(
 @pytest.mark.parametrize("head_dim", [1, 5, 8, 24, 40, 72, 80])
 def test_head_sizes_that_fill_no_vector(kernel: AttentionBackend, head_dim: int, dtype: torch.dtype) -> None:
     make_case(RAGGED[:6], heads=5, kv_heads=5, head_dim=head_dim, dtype=dtype).check(kernel, reference)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_softcaps_and_sinks(kernel: AttentionBackend, kind: str, dtype: torch.dtype) -> None:
+    of_kind(make_case(RAGGED, heads=9, kv_heads=3, head_dim=64, dtype=dtype), kind).check(kernel, reference)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 256), (6, 6, 40), (12, 2, 16)])
+def test_windows_softcaps_and_sinks_together(
+    kernel: AttentionBackend, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    case = make_case(RAGGED, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    of_kind(case, "all").check(kernel, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_that_share_a_long_context_in_layers_of_other_kinds(kernel: AttentionBackend, kind: str) -> None:
+    case = make_case(_TREE, heads=12, kv_heads=2, head_dim=64, begins_like=_LIKE)
+    of_kind(case, kind).check(kernel, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_is_the_same_in_pieces(kernel: AttentionBackend, kind: str) -> None:
+    """A row's result does not depend on the rows beside it, though each group of rows has its own first visible key."""
+    whole = of_kind(make_case([(900, 2500)], head_dim=32), kind)
+    out = whole.run(kernel)
+    for first, end in ((0, 900), (3, 70), (70, 900), (450, 453)):
+        batch = replace(
+            whole.batch,
+            query_start=torch.tensor([0, end - first], dtype=torch.int32),
+            context_len=torch.tensor([1600 + end], dtype=torch.int32),
+            slot_mapping=whole.batch.slot_mapping[first:end],
+        )
+        written = whole.key_cache.clone(), whole.value_cache.clone()
+        for cache, new in zip(written, (whole.key, whole.value), strict=True):
+            slots = whole.batch.slot_mapping
+            cache[slots // 16, :, slots % 16] = new
+        rows = (tensor[first:end] for tensor in (whole.query, whole.key, whole.value))
+        assert torch.equal(kernel(*rows, *written, batch, whole.scale, whole.kind), out[first:end])
+
+
+@pytest.mark.parametrize("softcap", [0.01, 50.0, 1e4])
+def test_softcaps_of_any_size(kernel: AttentionBackend, softcap: float) -> None:
+    case = replace(make_case([(1, 300), (40, 90)], head_dim=64), scale=4.0, kind=AttentionKind(softcap=softcap))
+    case.check(kernel, reference)
+
+
+@pytest.mark.parametrize("sink", [-1e4, 1e4])
+def test_sinks_of_any_size(kernel: AttentionBackend, sink: float) -> None:
+    case = make_case([(1, 1300), (40, 90)])
+    case = replace(case, kind=AttentionKind(sinks=torch.full((4,), sink)))
+    case.check(kernel, reference)
+    assert (case.run(kernel).abs().max() == 0) == (sink > 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (AttentionKind(window=-1), "must not be negative"),
+        (AttentionKind(softcap=-1.0), "must not be negative"),
+        (AttentionKind(sinks=torch.zeros(3)), "one number for each head"),
+    ],
+)
+def test_kinds_that_cannot_be_are_refused(kernel: AttentionBackend, kind: AttentionKind, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        replace(make_case([(1, 5)]), kind=kind).run(kernel)
 
 
 def test_a_block_size_that_is_no_power_of_two(kernel: AttentionBackend) -> None:

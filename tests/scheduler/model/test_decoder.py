@@ -34,7 +34,8 @@ from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.forward import TransformersForward
-from softbatch.scheduler.model.llama.decoder import LONG_STEP, DecoderForward, layer_weights, plain_weights, supports
+from softbatch.scheduler.model.llama.decoder import LONG_STEP, DecoderForward, plain_weights, supports
+from softbatch.scheduler.model.llama.description import DecoderParts, layer_weights
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.decoders import (
@@ -270,7 +271,7 @@ def test_an_adapter_is_not_left_out() -> None:
 
 
 def test_weights_of_a_layer_go_by_name() -> None:
-    weights = layer_weights(make_model(CONFIGS["llama"], torch.float32).model.layers[0])
+    weights = layer_weights(make_model(CONFIGS["llama"], torch.float32).model.layers[0], DecoderParts())
     layers = ops.make_layers(WeightFormat.FLOAT32, 8, 2, 8, 1e-5)
     layers.add_layer(dict(reversed(weights.items())))
     with pytest.raises(RuntimeError, match="a layer must have the tensor gate"):

@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
+from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.batch import Row
+from softbatch.scheduler.model.family import Family
+from softbatch.scheduler.model.llama.decoder import DecoderForward
 from softbatch.scheduler.model.loader import Loaded, load
+from softbatch.scheduler.model.self_check import short_windows
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
+from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME, paged_attention
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.families import save_family
 
@@ -93,17 +98,50 @@ WINDOWS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "fields"), WINDOWS, ids=[kind for kind, _ in WINDOWS])
-def test_a_window_that_no_sequence_reaches_hides_nothing(
-    kind: str, fields: dict[str, Any], tokenizer: str, tmp_path: Path
-) -> None:
+def test_windows_that_some_sequences_reach(kind: str, fields: dict[str, Any], tokenizer: str, tmp_path: Path) -> None:
+    """Whether a window ends within the longest sequence, at its end or behind it."""
     path = save_family(tmp_path / kind, tokenizer, kind, **fields)
-    for asked in (None, 65):
-        with pytest.raises(
-            ModelError, match=r"no further back than 64 tokens in \d of its 2 .*--max-model-len 64"
-        ) as no:
-            start(path, asked)
-        assert "full_attention" not in str(no.value)
-    check_equal(start(path, 64), path, 64)
+    for asked in (200, 65, 64, 20):
+        check_equal(start(path, asked), path, asked)
+
+
+def test_a_window_is_met_by_the_self_check(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is longer than what the check runs, and yet must not get lost."""
+    path = save_family(tmp_path / "model", tokenizer, "mistral", sliding_window=64)
+    monkeypatch.setattr(DecoderForward, "limit_windows", lambda *_: None)
+    with pytest.raises(ModelError, match=r"off transformers' own in float32"):
+        start(path, 128)
+    monkeypatch.undo()
+    lost = lambda *given, **options: paged_attention(*given, **options | {"sliding_window": None})  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION_NAME, lost)
+    monkeypatch.setattr(interface, "register", lambda: None)
+    with pytest.raises(ModelError, match=r"through paged attention are .* off transformers' own in float32"):
+        start(path, 128)
+
+
+def test_a_layer_that_asks_for_another_window_than_its_config_is_refused(tokenizer: str, tmp_path: Path) -> None:
+    path = save_family(tmp_path / "model", tokenizer, "qwen3", sliding_window=64, use_sliding_window=True)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.config.layer_types = ["sliding_attention"] * 2
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 64
+    with short_windows(model, 128) as window:
+        assert window == model.config.sliding_window == model.model.layers[1].self_attn.sliding_window == 10
+    assert model.config.sliding_window == model.model.layers[1].self_attn.sliding_window == 64
+    with short_windows(model, 64) as window:
+        assert (window, model.config.sliding_window) == (None, 64)
+    model.model.layers[1].self_attn.sliding_window = 32
+    with pytest.raises(RuntimeError, match=r"layer 1 sees 32 tokens, but by config.json 64"), short_windows(model, 128):
+        pass
+
+
+def test_chunks_that_sequences_leave_are_refused() -> None:
+    """A token of Llama 4 sees nothing of the chunk before its own."""
+    kinds = ["chunked_attention", "full_attention"]
+    config = LlamaConfig(num_hidden_layers=2, layer_types=kinds, attention_chunk_size=64, max_position_embeddings=256)
+    Family.of(config).refuse_unsupported("Llama4ForCausalLM", 64)
+    with pytest.raises(ModelError, match=r"its own chunk of 64 tokens .*--max-model-len 64 serves it"):
+        Family.of(config).refuse_unsupported("Llama4ForCausalLM", 65)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

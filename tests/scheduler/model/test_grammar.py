@@ -10,6 +10,7 @@ import pytest
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from softbatch.scheduler.model.sampling.constraints import Constraints
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
 from softbatch.scheduler.protocol import AddRequest, SamplingParams
 from softbatch.scheduler.sequence import Sequence
@@ -29,7 +30,7 @@ def drawn(tokenizer: Tokenizer, grammar: str, seed: int, spare_logits: int = 0) 
     )
     rng = np.random.default_rng(seed)
     for _ in range(400):
-        allowed = np.unpackbits(masks.next_mask(sequence).view(np.uint8), count=size, bitorder="little")
+        allowed = np.unpackbits(masks.next_masks([sequence])["r"].view(np.uint8), count=size, bitorder="little")
         token = int(rng.choice(np.flatnonzero(allowed)))
         if token == end:
             return str(tokenizer.decode(sequence.tokens[len(PROMPT) :]))
@@ -56,6 +57,11 @@ def test_barred_tokens_come_only_if_nothing_else_is_left() -> None:
     end = tokenizer.token_to_id(END)
     masks = GrammarMasks(lambda: grammar_tokenizer(tokenizer, tokenizer.get_vocab_size(), [end]), end + 1)
     for grammar, may_go_on in ((LLMatcher.grammar_from_regex("a*"), True), (LLMatcher.grammar_from_regex(""), False)):
-        request = AddRequest(request_id="r", token_ids=list(PROMPT), params=SamplingParams(grammar=grammar))
-        bits = np.unpackbits(masks.next_mask(Sequence(request, 0), [end]).view(np.uint8), bitorder="little")
+        request = AddRequest(
+            request_id="r",
+            token_ids=list(PROMPT),
+            params=SamplingParams(grammar=grammar, min_tokens=1, ending_ids=(end,)),
+        )
+        constraint = Constraints(masks).of([Sequence(request, 0)], end + 1)["r"]
+        bits = np.unpackbits(constraint.mask.view(np.uint8), bitorder="little")
         assert bool(bits[end]) is not may_go_on

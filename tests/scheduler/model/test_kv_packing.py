@@ -20,7 +20,7 @@ from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from softbatch.scheduler.engine.engine import build_engine
 from softbatch.scheduler.model import loader
 from softbatch.scheduler.model import transformers_attention as interface
-from softbatch.scheduler.model.attention.backend import AttentionBackend, PagedBatch
+from softbatch.scheduler.model.attention.backend import CAUSAL, AttentionBackend, AttentionKind, PagedBatch
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cpu import ops
@@ -100,10 +100,11 @@ def through(packing: KvFormat) -> AttentionBackend:
         value_cache: torch.Tensor,
         batch: PagedBatch,
         scale: float,
+        kind: AttentionKind = CAUSAL,
     ) -> torch.Tensor:
         key = unpack(pack(key, packing, are_keys=True), packing, are_keys=True).to(key.dtype)
         value = unpack(pack(value, packing, are_keys=False), packing, are_keys=False).to(value.dtype)
-        return reference(query, key, value, key_cache, value_cache, batch, scale)
+        return reference(query, key, value, key_cache, value_cache, batch, scale, kind)
 
     return backend
 
@@ -193,6 +194,20 @@ def test_the_decoder_attends_over_the_packed_rows(packing: KvFormat, name: str, 
         assert packed > 5e-3
         shares.append(max(distance(found, expected) - (0 if weights is WeightFormat.FLOAT32 else rest), 0) / packed)
     assert sorted(shares)[1] < 0.02 if weights is WeightFormat.FLOAT32 else max(shares) < 0.6
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_windows_and_softcaps_over_packed_rows(packing: KvFormat, name: str) -> None:
+    model = wide_model(torch.float32, name)
+    steps = [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16)]
+    plain, shares = make_cache(model, torch.float32, KvFormat.PLAIN), []
+    for seed in range(3):
+        decoder = DecoderForward(model, make_cache(model, torch.float32, packing), WeightFormat.FLOAT32)
+        expected = decoders.run(TransformersForward(model, plain, through(packing)), steps, seed)
+        exact = decoders.run(TransformersForward(model, plain, reference), steps, seed)
+        shares.append(distance(decoders.run(decoder, steps, seed), expected) / distance(exact, expected))
+    assert sorted(shares)[1] < 0.02
 
 
 @pytest.mark.parametrize("packing", KvFormat, ids=str)

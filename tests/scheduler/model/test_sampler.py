@@ -21,7 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from softbatch.scheduler.model.sampling.sampler import Sample, SampleInput, uniform
+from softbatch.scheduler.model.sampling import sampler
+from softbatch.scheduler.model.sampling.adjustments import SampleInput, allowed_mask, ends_of_bad_words
+from softbatch.scheduler.model.sampling.sampler import Sample, uniform
 from softbatch.scheduler.model.sampling.sampler import sample as launch
 from softbatch.scheduler.model.staging import ToHost
 from softbatch.scheduler.protocol import SamplingParams
@@ -120,6 +122,62 @@ def test_barred_tokens_are_not_chosen(params: dict[str, Any]) -> None:
             assert chosen.logprobs.top_ids[0] == best[0], "log-probabilities are the model's own"
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 0.0, "logprobs": 2}, {"temperature": 1.0}])
+def test_biases_are_added_to_the_logits_of_their_own_row(params: dict[str, Any]) -> None:
+    logits = random_logits(3, seed=6)
+    free = sample(logits.clone(), [row(**params)] * 3)
+    biased = logits.clone()
+    biased[1, 7] += 4.5
+    biased[1, 9] -= 2.0
+    bias = {7: 4.5, 9: -2.0}
+    assert sample(logits.clone(), [row(**params), row(**params, logit_bias=bias), row(**params)]) == [
+        free[0],
+        dataclasses.replace(sample(biased, [row(**params)] * 3)[1], logprobs=free[1].logprobs),
+        free[2],
+    ]
+    for token, way in ((11, 100.0), (int(logits[0].argmax()), -100.0)):
+        draws = [sample(logits[:1].clone(), [row(**params, seed=s, logit_bias={token: way})])[0] for s in range(20)]
+        assert all((one.token_id == token) == (way > 0) for one in draws)
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    logits = random_logits(2, seed=7)
+    for allowed in ([3, 31, 32, VOCAB - 1], [*range(900, 2000)], [7], [*range(1024)]):
+        mask = allowed_mask(allowed, VOCAB)
+        for seed in range(40):
+            mine = row(temperature=3.0, seed=seed, logprobs=1 if seed % 2 else None)
+            free = sample(logits.clone(), [mine, mine])[1]
+            chosen = sample(logits.clone(), [dataclasses.replace(mine, mask=mask), mine])
+            assert chosen[0].token_id in allowed
+            assert chosen[1] == free
+        best = sample(logits.clone(), [dataclasses.replace(row(temperature=0.0), mask=mask), row(temperature=0.0)])[0]
+        assert best.token_id == max(allowed, key=logits[0].__getitem__)
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.2}, {"logit_bias": {40: 2.0}}]
+)
+def test_few_allowed_tokens_are_drawn_as_often_as_if_all_were_looked_at(
+    params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, mask = random_logits(1, seed=8), allowed_mask(range(20, 90), VOCAB)
+    rows = [
+        dataclasses.replace(row(position=i, seed=3, temperature=2.0, **params), mask=mask if i % 3 else None)
+        for i in range(300)
+    ]
+    few = [one.token_id for one in sample(logits.repeat(300, 1), rows)]
+    monkeypatch.setattr(sampler, "few_allowed", lambda mask: None)
+    assert few == [one.token_id for one in sample(logits.repeat(300, 1), rows)]
+
+
+def test_a_bad_word_is_barred_at_its_last_token() -> None:
+    params = SamplingParams(bad_words=((5,), (1, 2), (1, 2, 3)))
+    assert ends_of_bad_words(params, []) == [5]
+    assert ends_of_bad_words(params, [1]) == [5, 2]
+    assert ends_of_bad_words(params, [1, 2]) == [5, 3]
+    assert ends_of_bad_words(params, [2, 9, 1]) == [5, 2]
+
+
 def test_repetition_penalty_equals_transformers() -> None:
     logits = random_logits(1, seed=9)
     tokens = logits[0].topk(30).indices.tolist()
@@ -186,8 +244,13 @@ def test_the_same_rows_in_any_mixture_of_filters_give_the_same_tokens() -> None:
 @pytest.mark.gpu
 def test_one_wait_for_the_gpu_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(8).cuda()
-    rows = [row(position=i, temperature=i % 2, top_p=0.9, logprobs=2, repetition_penalty=1.1) for i in range(8)]
-    sample(logits, rows)
+    rows = [
+        row(position=i, temperature=i % 2, top_p=0.9, logprobs=2, repetition_penalty=1.1, logit_bias={i: 2.0})
+        for i in range(8)
+    ]
+    rows[3] = dataclasses.replace(rows[3], mask=allowed_mask([5, 700], VOCAB))
+    on_cpu = [one.token_id for one in sample(logits.cpu(), rows)]
+    assert [one.token_id for one in sample(logits, rows)] == on_cpu
     reads, read = [0], ToHost.read
 
     def read_counted(numbers: ToHost) -> list[list[float]]:

@@ -18,7 +18,7 @@ from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.attention.tiles import AttentionPlan
 from softbatch.scheduler.model.attention.triton import DTYPES, TritonAttention, build, plan_of
 from tests.support import triton_device
-from tests.support.attention_cases import NAN, RAGGED, Case, make_case
+from tests.support.attention_cases import KINDS, NAN, RAGGED, Case, make_case, of_kind
 
 SHORT = [(1, 1), (1, 17), (5, 5), (33, 100), (1, 130), (0, 9)]
 
@@ -48,7 +48,8 @@ def on(case: Case, device: torch.device) -> Case:
     moved = {n: getattr(case, n).to(device) for n in ("query", "key", "value", "key_cache", "value_cache")}
     tensors = {f.name: getattr(case.batch, f.name) for f in fields(case.batch)}
     batch = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
-    return replace(case, batch=PagedBatch(**batch), **moved)
+    sinks = None if case.kind.sinks is None else case.kind.sinks.to(device)
+    return replace(case, batch=PagedBatch(**batch), kind=replace(case.kind, sinks=sinks), **moved)
 
 
 def check(case: Case, kernel: TritonAttention, device: torch.device) -> torch.Tensor:
@@ -84,6 +85,17 @@ def test_long_contexts_are_split_and_merged(kernel: TritonAttention, device: tor
     plan = plan_of(on(case, device).batch, planner)
     assert plan.has_parts
     check(case, kernel, device)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float32) for kind in KINDS), ("all", torch.bfloat16)], ids=str
+)
+def test_windows_softcaps_and_sinks(
+    kernel: TritonAttention, device: torch.device, kind: str, dtype: torch.dtype
+) -> None:
+    """Single tokens whose keys are split among programs, some of which see none of them, and chunks."""
+    case = make_case([(1, 1), (1, 1200), (5, 5), (33, 100), (4, 500)], heads=3, kv_heads=1, head_dim=16, dtype=dtype)
+    check(of_kind(case, kind), kernel, device)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

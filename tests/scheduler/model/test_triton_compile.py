@@ -25,6 +25,7 @@ CASES = [
     ("qwen3", 128, "float32"),
     ("llama", 256, "float32"),
 ]
+WINDOWS = ("windows", 128, "bfloat16")
 
 
 def name_of(kind: str, head_dim: int, dtype: str) -> str:
@@ -38,7 +39,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cache = tmp_path_factory.mktemp("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compile_kernels", *(name_of(*case) for case in CASES)],
+        [sys.executable, "-m", "tests.support.compile_kernels", *(name_of(*case) for case in [*CASES, WINDOWS])],
         cwd=ROOT,
         env=environment | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -48,6 +49,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def test_windows_softcaps_and_sinks_compile(outcomes: dict[str, Any]) -> None:
+    kernels = outcomes[name_of(*WINDOWS)]
+    assert isinstance(kernels, list), kernels
+    assert {kernel["kernel"] for kernel in kernels} == {"attend", "merge", "write_cache"}
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= SHARED_MEMORY
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["kernel"] != "attend" or kernel["tensor_core_products"] > 0, kernel
 
 
 @pytest.mark.parametrize(("kind", "head_dim", "dtype"), CASES)

@@ -194,6 +194,9 @@ def test_a_strict_tool_is_enforced_if_it_is_called(dialect: Dialect) -> None:
         assert takes(dialect, plan.output_format, thought + text), text
     assert not takes(dialect, plan.output_format, thought + dialect.calls.write([("get_weather", "{}")]))
     assert not takes(dialect, plan.output_format, thought + "Well: " + dialect.calls.marks[0] + "x")
+    if dialect.calls.bare:
+        assert takes(dialect, plan.output_format, thought + f'{{"name": "get_weather", "arguments": {ARGUMENTS}}}')
+        assert not takes(dialect, plan.output_format, thought + '{"name": "get_weather", "arguments": {}}')
 
 
 def test_marks_need_not_be_tokens() -> None:

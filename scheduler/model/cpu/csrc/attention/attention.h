@@ -31,7 +31,9 @@ struct Plan {
     const Sharing<T> sharing(p, sequences);
     int64_t dot_splits = 0;
     for (int64_t s = 0; s < sequences; ++s)
-      if (p.query_length(s) == 1) dot_splits += count_splits(sharing.of[s].end, p.context_len[s], kDotSplit);
+      if (p.query_length(s) == 1)
+        dot_splits += count_splits(std::max(sharing.of[s].end, p.first_key_of(p.context_len[s] - 1)), p.context_len[s],
+                                   kDotSplit);
     // The kv heads of a block lie side by side in memory. Items take them together unless threads would run out of
     // items.
     const int64_t together =
@@ -48,10 +50,12 @@ struct Plan {
         const int64_t max_rows = dots ? rows : kMaxRows;
         for (int64_t first = 0; first < rows; first += max_rows) {
           const int64_t count = std::min(max_rows, rows - first);
-          const int64_t key_end = p.context_len[s] - length + (first + count - 1) / heads + 1;
-          const int64_t splits = count_splits(shared.end, key_end, dots ? kDotSplit : kTileSplit);
+          const int64_t position = p.context_len[s] - length, key_end = position + (first + count - 1) / heads + 1;
+          const int64_t visible = std::max(shared.end, p.first_key_of(position + first / heads));
+          const int64_t begin = dots ? visible : visible / kTileSplit * kTileSplit;
+          const int64_t splits = count_splits(begin, key_end, dots ? kDotSplit : kTileSplit);
           const int64_t parts = shared.parts + splits;
-          groups.push_back({s, h, heads, first, count, shared.end, key_end, splits, shared.parts, parts, partials,
+          groups.push_back({s, h, heads, first, count, begin, key_end, splits, visible, shared.parts, parts, partials,
                             count, nullptr, dots});
           if (parts > 1) partials += parts * count;
         }
@@ -70,7 +74,7 @@ struct Plan {
         }
         for (int64_t first = 0; first < rows; first += kMaxRows)
           groups.push_back({range.sequences[0], h, p.group, first, std::min<int64_t>(kMaxRows, rows - first), range.begin,
-                            range.end, range.splits(), range.first_part, 0, 0, part_rows, to.data(), false});
+                            range.end, range.splits(), range.begin, range.first_part, 0, 0, part_rows, to.data(), false});
       }
     // Ranges first, as they take longest: a long item at the end would keep all other threads waiting.
     for (int64_t g = alone; g < int64_t(groups.size()); ++g)

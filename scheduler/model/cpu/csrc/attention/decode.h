@@ -109,6 +109,7 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
         const NextTile<T>* ahead = h == 0 && tile.offsets ? &tile : nullptr;
         const auto* query = my.query + row * stride / F::kDepth;
         dot_keys<H.value, D, F>(query, stride, keys, places, fours, dim, p.scale, ahead, my.scores);
+        if (p.softcap > 0) cap_scores(my.scores, fours * kHeads, 1.0f, p.softcap);
         softmax_update<H.value, F>(my.scores, count, my.softmax[bundle], my.decay, my.weights);
         accumulate_values<H.value, D, F>(my.weights, my.decay, values, places, count, dim, ahead, my.acc + row * stride,
                                          stride);

@@ -118,7 +118,10 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
   Vec decay[kMaxRows / kPanel][2];
   const int64_t keys_of_split = g.members ? kSharedSplit : kTileSplit, first_key = g.key_begin + split * keys_of_split;
   const int64_t end = std::min<int64_t>(g.key_end, first_key + keys_of_split);
-  for (int64_t begin = first_key; begin < end; begin += kKeyTile) {
+  const float window = p.window > 0 ? static_cast<float>(p.window) : kInfinity;
+  // Tiles begin at the same keys for all rows, so that no result depends on the rows beside it.
+  const int64_t skipped = std::max<int64_t>(0, g.first_visible - first_key) / kKeyTile * kKeyTile;
+  for (int64_t begin = first_key + skipped; begin < end; begin += kKeyTile) {
     const Keys<T> tile = my.take_tile(p, g, begin, std::min<int64_t>(kKeyTile, end - begin));
     for (int64_t first = 0; first < my.padded_rows; first += my.together) {
       const auto each_panel = [&](const auto& f) ALWAYS_INLINE {
@@ -126,7 +129,12 @@ void tile_item(const Problem<T>& p, const Group& g, int64_t split) {
           f(my.panel(row), my.scores + (row - first) * kKeyTile, decay[(row - first) / kPanel]);
       };
       each_panel([&](const Panel& of, float* s, Vec*) ALWAYS_INLINE { tile.score(of, s); });
-      each_panel([&](const Panel& of, float* s, Vec* d) ALWAYS_INLINE { tile.weigh(of, p.scale, s, d); });
+      if (p.softcap > 0)
+        each_panel([&](const Panel&, float* s, Vec*) ALWAYS_INLINE {
+          cap_scores(s, tile.padded * kPanel, p.scale, p.softcap);
+        });
+      const float scale = p.softcap > 0 ? 1.0f : p.scale;
+      each_panel([&](const Panel& of, float* s, Vec* d) ALWAYS_INLINE { tile.weigh(of, scale, window, s, d); });
       each_panel([&](const Panel& of, float* s, Vec* d) ALWAYS_INLINE { tile.add_values(of, s, d); });
     }
   }

@@ -130,34 +130,41 @@ struct Keys {
   }
 
   // Turns scores into weights in the products' format. decay[half of the panel] is the factor for all earlier keys.
-  INLINE void weigh(const Panel& panel, float scale, float* scores, Vec* decay) const {
+  // A row sees no more than `window` keys.
+  INLINE void weigh(const Panel& panel, float scale, float window, float* scores, Vec* decay) const {
     for (int half = 0; half < 2; ++half) {
       float* s = scores + half * kLanes;
       float *top = panel.top + half * kLanes, *total = panel.total + half * kLanes;
-      const Vec last = load(panel.last_key + half * kLanes), old_top = load(top);
+      const Vec last = load(panel.last_key + half * kLanes), too_early = last - window, old_top = load(top);
       Vec new_top = old_top, weights = {};
-      const auto go = [&](auto masked) ALWAYS_INLINE {
-        const auto unless_later = [&](int64_t i, Vec x, float otherwise) ALWAYS_INLINE {
-          if constexpr (!decltype(masked)::value) return x;
-          return fill(static_cast<float>(position + i)) > last ? fill(otherwise) : x;
+      const auto go = [&](auto mask) ALWAYS_INLINE {
+        const auto if_seen = [&](int64_t i, Vec x, float otherwise) ALWAYS_INLINE {
+          if constexpr (decltype(mask)::value == kNone) return x;
+          const Vec key = fill(static_cast<float>(position + i));
+          x = key > last ? fill(otherwise) : x;
+          if constexpr (decltype(mask)::value == kLaterAndEarlier) x = key <= too_early ? fill(otherwise) : x;
+          return x;
         };
         for (int64_t i = 0; i < padded; ++i)
-          new_top = max(new_top, unless_later(i, load(s + i * kPanel) * scale, -kInfinity));
+          new_top = max(new_top, if_seen(i, load(s + i * kPanel) * scale, -kInfinity));
         for (int64_t i = 0; i < padded; i += F::kDepth) {
           Vec weight[F::kDepth];
           for (int j = 0; j < F::kDepth; ++j) {
             const Vec above = load(s + (i + j) * kPanel) * scale - new_top;  // at most 0, except for rounding
-            weight[j] = unless_later(i + j, exp2(min_zero(above)), 0.0f);
+            weight[j] = if_seen(i + j, exp2(min_zero(above)), 0.0f);
             weights += weight[j];
           }
           store(s + i / F::kDepth * kPanel, F::interleave(weight));
         }
       };
-      // The first row sees the fewest keys. Results of lanes without a row are never read.
-      if (static_cast<float>(position + padded - 1) > panel.last_key[half * kLanes]) {
-        go(std::true_type{});
+      // The first row sees the fewest keys, the last row's window begins last. Results of lanes without a row are never
+      // read.
+      if (static_cast<float>(position) <= largest(too_early)) {
+        go(std::integral_constant<Mask, kLaterAndEarlier>{});
+      } else if (static_cast<float>(position + padded - 1) > panel.last_key[half * kLanes]) {
+        go(std::integral_constant<Mask, kLater>{});
       } else {
-        go(std::false_type{});
+        go(std::integral_constant<Mask, kNone>{});
       }
       decay[half] = exp2(old_top - new_top);
       store(total, load(total) * decay[half] + weights);
@@ -181,6 +188,8 @@ struct Keys {
   }
 
  private:
+  enum Mask { kNone, kLater, kLaterAndEarlier };  // which keys of a tile some row does not see
+
   // Two times sixteen rows of a matrix, `apart` elements from one to the next, times a panel's columns.
   template <bool kAdd>
   static INLINE void multiply_tiles(const typename F::Element* rows, int64_t apart, const float* b, int64_t depth,

@@ -38,6 +38,13 @@ inline float* scratch(int64_t floats) {
   return lines.data()->x;
 }
 
+// Multiplies so many scores by `scale`, and caps them.
+INLINE void cap_scores(float* scores, int64_t count, float scale, float softcap) {
+  const Vec by = fill(scale / softcap), cap = fill(softcap);
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(scores + i, cap * tanh(load(scores + i) * by));
+}
+
 // A sequence that shares a group's keys with others. `partial` is the row of partial results of its first query head's
 // first split.
 struct Member {
@@ -51,6 +58,7 @@ struct Member {
 struct Group {
   int64_t sequence, kv_head, heads, first, rows;
   int64_t key_begin, key_end, splits;
+  int64_t first_visible;  // keys before it are seen by no row, so that splits leave them out
   // A row's result is merged from `parts` parts. Those of this group's splits begin at `first_part`. A group of members
   // has no result of its own: it writes parts of its members' results.
   int64_t first_part, parts;
@@ -80,7 +88,13 @@ struct Problem {
   int64_t heads, group, dim;
   int64_t padded_dim;  // rounded up to whole panels, and so to whole vectors of any format
   float scale;         // times log2(e), as scores are exponents of 2
+  int64_t window;      // how many tokens each sees, itself among them; 0: all
+  float softcap;       // scores x become softcap * tanh(x / softcap), times log2(e); 0: they stay
+  const float* sinks;  // of each head: a score beside those of the keys, without a value; null: none
 
+  int64_t first_key_of(int64_t position) const {
+    return window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+  }
   int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
   int64_t token(const Group& g, int64_t row) const {
     const int64_t token = (g.first + row) / g.heads;
@@ -110,9 +124,14 @@ struct Problem {
     }
   }
 
-  void write(const Group& g, int64_t row, float total, const float* values) const {
+  void write(const Group& g, int64_t row, float top, float total, const float* values) const {
     T* to = out + (token(g, row) * heads + head(g, row)) * dim;
-    const float inverse = 1.0f / total;
+    float inverse = 1.0f / total;
+    if (sinks) {
+      const float sink = sinks[head(g, row)] * kLog2e, highest = std::max(top, sink);
+      const float share = exp2(fill(top - highest))[0];
+      inverse = share / (total * share + exp2(fill(sink - highest))[0]);
+    }
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes)
       store(to + d, load(values + d) * inverse);
@@ -128,7 +147,7 @@ struct Problem {
 
   // The end of an item for one row: its output, or with several parts its share of it.
   void finish(const Group& g, int64_t split, int64_t row, float top, float total, const float* values) const {
-    if (g.parts == 1) return write(g, row, total, values);
+    if (g.parts == 1) return write(g, row, top, total, values);
     float* to = partial(g, split, row);
     to[0] = top;
     to[1] = total;
@@ -150,7 +169,7 @@ struct Problem {
         for (int64_t d = 0; d < dim; ++d)
           values[d] += weight * from[2 + d];
       }
-      write(g, row, total, values);
+      write(g, row, top, total, values);
     }
   }
 };

@@ -37,6 +37,7 @@ class Sharing {
   std::vector<SharedPart> of;  // each sequence
 
   Sharing(const Problem<T>& p, int64_t sequences) : of(sequences), p_(p) {
+    if (p.window > 0) return;  // what tokens at different positions see begins at different keys
     std::vector<int64_t> decoding;
     for (int64_t s = 0; s < sequences; ++s)
       if (p.query_length(s) == 1) decoding.push_back(s);

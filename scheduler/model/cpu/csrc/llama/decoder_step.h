@@ -25,6 +25,7 @@ template <typename W>
 struct Selection {
   int64_t count;
   Rows residual;
+  Rows branch;  // what attention and the MLP give, before its norm; null where no layer has one
   ProductInputs<W>* inputs;
   const int64_t* tokens;  // the token of each row, or null if rows are tokens
 
@@ -36,11 +37,12 @@ struct Step {
   const T* inputs;
   const int64_t *positions, *slots;
   Selection<W> all;
-  Selection<W> wanted;  // rows whose logits are asked for: behind the last layer's attention no others count
+  Selection<W> wanted;  // rows whose logits or states are asked for: behind the last layer's attention no others count
   Rows qkv, logits;
+  Rows states;  // behind the last norm; null if logits are asked for
   T *query, *attended;
   T* gated;  // null if a product's results can be put into the next product's inputs piece by piece
-  float *cosines, *sines;
+  float *cosines, *sines;  // of each rotary scheme, [T, half]
   Problem<T> problem;
 };
 

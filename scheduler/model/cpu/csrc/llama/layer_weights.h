@@ -15,8 +15,11 @@ namespace softbatch {
 struct LayerWeights {
   using Named = c10::Dict<std::string, at::Tensor>;
 
-  at::Tensor input_norm, query, key, value, output, mlp_norm, gate, up, down;
-  OptionalTensor query_bias, key_bias, value_bias, output_bias, query_norm, key_norm;
+  at::Tensor query, key, value, output, gate, up, down;
+  OptionalTensor query_bias, key_bias, value_bias, output_bias;
+  // Of what enters attention and the MLP, of what leaves them, and of queries and keys: of each head, or of all together.
+  OptionalTensor input_norm, mlp_norm, attended_norm, mlp_output_norm, query_norm, key_norm;
+  OptionalTensor sinks;
 
   explicit LayerWeights(const Named& named) {
     size_t known = 0;
@@ -31,12 +34,10 @@ struct LayerWeights {
       TORCH_CHECK(found, "a layer must have the tensor ", name);
       return *found;
     };
-    input_norm = required("input_norm");
     query = required("query");
     key = required("key");
     value = required("value");
     output = required("output");
-    mlp_norm = required("mlp_norm");
     gate = required("gate");
     up = required("up");
     down = required("down");
@@ -44,17 +45,24 @@ struct LayerWeights {
     key_bias = optional("key_bias");
     value_bias = optional("value_bias");
     output_bias = optional("output_bias");
+    input_norm = optional("input_norm");
+    mlp_norm = optional("mlp_norm");
+    attended_norm = optional("attended_norm");
+    mlp_output_norm = optional("mlp_output_norm");
+    sinks = optional("sinks");
     query_norm = optional("query_norm");
     key_norm = optional("key_norm");
     TORCH_CHECK(known == named.size(), "a layer has tensors that these kernels do not know");
   }
 
-  int64_t hidden_size() const { return input_norm.numel(); }
+  int64_t hidden_size() const { return query.size(-1); }
   int64_t intermediate_size() const { return gate.size(0); }
 
   void check(int64_t heads, int64_t kv_heads, int64_t head_dim) const {
     const int64_t size = hidden_size(), inner = intermediate_size();
-    TORCH_CHECK(mlp_norm.numel() == size, "both norms of a layer must have the hidden size");
+    for (const OptionalTensor& norm : {input_norm, mlp_norm, attended_norm, mlp_output_norm})
+      TORCH_CHECK(!norm || norm->numel() == size, "the norms of a layer must have the hidden size");
+    TORCH_CHECK(!sinks || sinks->numel() == heads, "sinks must be one number for each head");
     check_shape(query, heads * head_dim, size);
     check_shape(key, kv_heads * head_dim, size);
     check_shape(value, kv_heads * head_dim, size);
@@ -62,27 +70,32 @@ struct LayerWeights {
     check_shape(gate, inner, size);
     check_shape(up, inner, size);
     check_shape(down, size, inner);
-    for (const OptionalTensor& norm : {query_norm, key_norm})
-      TORCH_CHECK(!norm || norm->numel() == head_dim, "a head's norm must have its dimensions");
+    TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "queries and keys have norms, or neither has");
+    const bool of_heads = query_norm && query_norm->numel() == head_dim && key_norm->numel() == head_dim;
+    const bool of_all = query_norm && query_norm->numel() == query.size(0) && key_norm->numel() == key.size(0);
+    TORCH_CHECK(!query_norm || of_heads || of_all, "a norm must have the dimensions of a head, or of all heads");
   }
 };
 
 // The weights of a layer's four products, in the order in which a step reads them, and its norms.
 template <typename W>
 struct PackedLayer {
-  std::vector<float> input_norm, mlp_norm, query_norm, key_norm;
+  std::vector<float> input_norm, mlp_norm, attended_norm, mlp_output_norm, query_norm, key_norm;  // empty: none
   Packed<W> qkv, out, gate_up, down;
 
   PackedLayer(Arena& arena, const LayerWeights& weights)
-      : input_norm(floats(weights.input_norm)), mlp_norm(floats(weights.mlp_norm)) {
-    if (weights.query_norm) query_norm = floats(*weights.query_norm);
-    if (weights.key_norm) key_norm = floats(*weights.key_norm);
+      : input_norm(of(weights.input_norm)), mlp_norm(of(weights.mlp_norm)), attended_norm(of(weights.attended_norm)),
+        mlp_output_norm(of(weights.mlp_output_norm)), query_norm(of(weights.query_norm)),
+        key_norm(of(weights.key_norm)) {
     stack(arena, qkv, {weights.query, weights.key, weights.value},
           {weights.query_bias, weights.key_bias, weights.value_bias});
     stack(arena, out, {weights.output}, {weights.output_bias});
     interleave(arena, gate_up, weights.gate, weights.up);
     stack(arena, down, {weights.down}, {std::nullopt});
   }
+
+ private:
+  static std::vector<float> of(const OptionalTensor& norm) { return norm ? floats(*norm) : std::vector<float>(); }
 };
 
 }  // namespace softbatch

@@ -48,6 +48,8 @@ class Layers final : public LayersBase {
     const LayerWeights weights(named);
     weights.check(heads_, kv_heads_, dim_);
     TORCH_CHECK(!weights.query_norm && !weights.key_norm, "norms of heads have no gradients here");
+    TORCH_CHECK(weights.input_norm && weights.mlp_norm && !weights.attended_norm && !weights.mlp_output_norm,
+                "layers have a norm before attention and one before the MLP here, and no others");
     const int64_t size = weights.hidden_size(), inner = weights.intermediate_size();
     TORCH_CHECK(layers_.empty() || (inner == inner_ && size == size_), "layers must be alike");
     size_ = size;
@@ -241,8 +243,8 @@ class Layers final : public LayersBase {
             float* to) const {
     const int64_t first = row * dim_ / 2;
     for (int64_t h = 0; h < count; ++h)
-      rotate(from + h * dim_, {}, 0, cosines.const_data_ptr<float>() + first, sines.const_data_ptr<float>() + first, dim_,
-             to + h * dim_);
+      rotate(from + h * dim_, {}, 0, cosines.const_data_ptr<float>() + first, sines.const_data_ptr<float>() + first,
+             dim_ / 2, dim_, to + h * dim_);
   }
 
   const int64_t heads_, kv_heads_, dim_;

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -50,14 +51,14 @@ INLINE void rms_norm_backward(const float* x, const std::vector<float>& weight, 
     to[i] = weight[i] * gradient[i] * scale - x[i] * along;
 }
 
-// Rotates one head's vector [dim] by its position. If there is a norm, it comes first.
+// Rotates the first 2 * half numbers of one head's vector [dim] by its position. If there is a norm, it comes first.
 INLINE void rotate(const float* from, const std::vector<float>& norm, float epsilon, const float* cosine,
-                   const float* sine, int64_t dim, float* to) {
+                   const float* sine, int64_t half, int64_t dim, float* to) {
   if (!norm.empty()) {
     rms_norm(from, norm, epsilon, to);
     from = to;
   }
-  const int64_t half = dim / 2;
+  if (from != to) std::copy(from + 2 * half, from + dim, to + 2 * half);
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     const Vec low = load(from + i), high = load(from + half + i), c = load(cosine + i), s = load(sine + i);
@@ -79,6 +80,11 @@ INLINE Vec sigmoid(Vec x) {
 }
 
 INLINE Vec swiglu(Vec gate, Vec up) { return gate * sigmoid(gate) * up; }
+
+// GELU's tanh form of the gate, times up: (1 + tanh(x)) / 2 is sigmoid(2 x).
+INLINE Vec geglu(Vec gate, Vec up) {
+  return gate * sigmoid((gate + gate * gate * gate * 0.044715f) * 1.59576912f) * up;
+}
 
 // The gradients of gate and up from that of swiglu(gate, up).
 INLINE std::pair<Vec, Vec> swiglu_backward(Vec gate, Vec up, Vec gradient) {
@@ -113,6 +119,11 @@ inline auto written_to(const Rows& rows) {
 inline auto added_to(const Rows& rows) {
   return [rows](int64_t, int64_t row, int64_t column, const float* sums) {
     rows.each(row, column, sums, [](Vec old, Vec sum) { return old + sum; });
+  };
+}
+inline auto added_to(const Rows& rows, float scale) {
+  return [rows, scale](int64_t, int64_t row, int64_t column, const float* sums) {
+    rows.each(row, column, sums, [scale](Vec old, Vec sum) { return old + sum * scale; });
   };
 }
 

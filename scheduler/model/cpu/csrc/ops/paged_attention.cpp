@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "attention/attention.h"
@@ -72,8 +73,12 @@ at::Tensor dense_rows(const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.co
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& query_start,
                            const at::Tensor& context_len, const at::Tensor& block_table,
-                           const at::Tensor& slot_mapping, double scale) {
+                           const at::Tensor& slot_mapping, double scale, int64_t window, double softcap,
+                           const std::optional<at::Tensor>& sinks) {
   check(query, key, value, key_cache, value_cache, query_start, context_len, block_table, slot_mapping);
+  TORCH_CHECK(window >= 0 && softcap >= 0, "a window and a softcap must not be negative");
+  TORCH_CHECK(!sinks || (sinks->is_cpu() && sinks->numel() == query.size(1)), "sinks must be one number for each head");
+  const at::Tensor sink = sinks ? sinks->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor q = dense_rows(query), k = dense_rows(key), v = dense_rows(value);
   at::Tensor out = at::empty(query.sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));
   const auto run = [&](auto zero) {
@@ -99,6 +104,9 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     p.dim = q.size(2);
     p.padded_dim = round_up(p.dim, kPanel);
     p.scale = static_cast<float>(scale) * kLog2e;
+    p.window = window;
+    p.softcap = static_cast<float>(softcap) * kLog2e;
+    p.sinks = sinks ? sink.const_data_ptr<float>() : nullptr;
     const Plan plan(p, context_len.size(0), k.size(1));
     const at::Tensor partials = at::empty({plan.partials, p.padded_dim + 2}, at::kFloat);
     p.partials = partials.data_ptr<float>();
@@ -115,7 +123,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
 
 at::Tensor paged_attention_meta(const at::Tensor& query, const at::Tensor&, const at::Tensor&, at::Tensor,
                                 at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                const at::Tensor&, double) {
+                                const at::Tensor&, double, int64_t, double,
+                                const std::optional<at::Tensor>&) {
   return at::empty_symint(query.sym_sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));
 }
 
@@ -125,8 +134,8 @@ at::Tensor paged_attention_meta(const at::Tensor& query, const at::Tensor&, cons
 TORCH_LIBRARY(softbatch, m) {
   m.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor query_start, Tensor context_len, Tensor block_table, Tensor slot_mapping, float scale) -> "
-      "Tensor");
+      "Tensor query_start, Tensor context_len, Tensor block_table, Tensor slot_mapping, float scale, int window=0, "
+      "float softcap=0, Tensor? sinks=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(softbatch, CPU, m) { m.impl("paged_attention", softbatch::paged_attention); }
 TORCH_LIBRARY_IMPL(softbatch, Meta, m) { m.impl("paged_attention", softbatch::paged_attention_meta); }

@@ -200,6 +200,18 @@ INLINE Vec exp2(Vec x) {
   return y * (Vec)(((Bits)shifted << 23) + (127u << 23));
 }
 
+INLINE Vec tanh(Vec x) {
+  const Vec size = magnitude(x), e = exp2(size * -2.88539008f);  // 2 log2(e)
+  const Vec whole = (fill(1.0f) - e) / (fill(1.0f) + e);
+  const Vec square = x * x;  // near 0 the difference above would lose digits
+  Vec y = fill(62.0f / 2835.0f);
+  y = y * square - 17.0f / 315.0f;
+  y = y * square + 2.0f / 15.0f;
+  y = y * square - 1.0f / 3.0f;
+  y = x + x * square * y;
+  return size < 0.3f ? y : x < 0.0f ? -whole : whole;
+}
+
 // Tells the processor that this thread waits in a loop.
 inline void spin_pause() {
 #if defined(__x86_64__)

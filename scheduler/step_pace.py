@@ -1,0 +1,39 @@
+"""How many tokens a step may compute so that nobody waits long for its end."""
+
+from __future__ import annotations
+
+# Prefills get so many tokens of a step however slow the model is, and more beside many sequences that decode: fewer
+# would cost throughput, and leave slots empty.
+LEAST = 32
+LEAST_PER_DECODE = 4
+_FIRST = 256
+
+
+class StepPace:
+    """Finds how large steps may be to take `target` seconds, from how long the full ones took; never above `most`.
+
+    A prefill that is cut into smaller chunks computes the same, and costs about the same. But a prompt that arrives
+    waits for the end of the step in flight, and a sequence that decodes gets one token in each. Sizes are halved and
+    doubled, so that they settle.
+    """
+
+    def __init__(self, target: float | None, most: int) -> None:
+        self._target = target
+        self._most = most
+        self._limit = most if target is None else min(most, _FIRST)
+
+    def for_prefills(self, num_decodes: int, *, shared: bool = False) -> int:
+        """How many tokens prefills may take beside so many decodes; `shared`: of which some wait for others' sake."""
+        left = self._most - num_decodes
+        if shared:
+            return min(left, LEAST)
+        return min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, self._limit - num_decodes))
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long; only one that filled its limit says anything."""
+        if self._target is None or num_tokens < self._limit:
+            return
+        if seconds > self._target:
+            self._limit = max(min(LEAST, self._most), self._limit // 2)
+        elif seconds < 0.4 * self._target:
+            self._limit = min(self._most, 2 * self._limit)

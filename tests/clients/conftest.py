@@ -1,0 +1,61 @@
+"""A real server for other people's packages, which have an environment of their own (`make clients`)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+READY_SECONDS = 240
+
+
+@pytest.fixture(scope="session")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a server with the embedded model; SOFTBATCH_URL names one that runs already."""
+    if known := os.environ.get("SOFTBATCH_URL"):
+        yield known
+        return
+    directory = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    python = os.environ.get("SOFTBATCH_PYTHON", sys.executable)
+    command = [python, "-m", "softbatch", "serve", "--port", str(port), "--prompt-store", str(directory / "prompts")]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        _wait_ready(f"http://127.0.0.1:{port}", process, directory / "log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health/ready", timeout=10):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    pytest.fail(f"the server does not become ready:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+@pytest.fixture(autouse=True)
+def no_other_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's keys and addresses are taken from the environment of whoever runs the tests."""
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "ANTHROPIC_", "HF_", "LANGCHAIN_", "LANGSMITH_", "LITELLM_")):
+            monkeypatch.delenv(name)
+    for name in ("LITELLM_LOCAL_MODEL_COST_MAP", "OPENAI_AGENTS_DISABLE_TRACING"):
+        monkeypatch.setenv(name, "True")
