@@ -29,6 +29,7 @@ from softbatch.server.requests.generation import Generator
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
 from softbatch.server.requests.output_format import GrammarCompiler
 from softbatch.server.requests.prompt_encoder import PromptEncoder
+from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
@@ -79,16 +80,14 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
             )
-            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, ready.model.eos_token_ids)
+            eos = ready.model.eos_token_ids
+            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, eos)
             exits.callback(grammars.close)
             spec = ready.model.spec
+            recaller = Recaller(PassageIndexes(store), text, encoder)
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = _admission(settings, engine, leases, metrics)
-            metrics.watch(
-                waiting=lambda: engine.num_waiting,
-                running=lambda: engine.num_running,
-                registered=lambda: len(store.list()),
-            )
+            _watch(metrics, engine, store)
             if settings.vllm_metric_names:
                 metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
@@ -101,8 +100,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     supervisor=supervisor,
                     engine=engine,
                     admission=admission,
-                    generator=Generator(admission, text, encoder, grammars, settings.seed, ready.model.eos_token_ids),
-                    scorer=Scorer(admission, encoder, ready.model.eos_token_ids),
+                    generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
+                    scorer=Scorer(admission, encoder, recaller, eos),
                     embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
@@ -145,6 +144,15 @@ def _leases(root: Path) -> Iterator[Path]:
         except OSError as error:
             raise StartupError(f"--prompt-store {root}: {error.strerror}") from error
         yield directory
+
+
+def _watch(metrics: Metrics, engine: EngineClient, store: SoftPromptStore) -> None:
+    """Levels that are looked up whenever they are asked for."""
+    metrics.watch(
+        waiting=lambda: engine.num_waiting,
+        running=lambda: engine.num_running,
+        registered=lambda: len(store.list()),
+    )
 
 
 def _warn_of_broken(store: SoftPromptStore) -> None:

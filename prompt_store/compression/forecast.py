@@ -16,7 +16,6 @@ from softbatch.prompt_store.compression.compression_settings import CompressionS
 from softbatch.prompt_store.compression.evaluation.fidelity import position_table
 from softbatch.prompt_store.compression.evaluation.verdict import FEW_STEPS
 from softbatch.prompt_store.compression.frozen.context import Context
-from softbatch.prompt_store.compression.frozen.greedy import greedy
 from softbatch.prompt_store.compression.frozen.pairs import answer_states, collate
 from softbatch.prompt_store.compression.frozen.rendering import TrainingPair
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
@@ -25,24 +24,24 @@ from softbatch.prompt_store.compression.training.student import Student
 MEASURING_SHARE = 0.3  # of what is left, for σ and its baselines
 LEARNING_SHARE = 0.8  # of the rest, without matching
 CANDIDATES = 6  # σ and five baselines
+ANSWERING = 7  # σ, σ with recall and five without σ
 OFF_TOPIC = 24  # answers that the questions off the topic are worth, with their references
 SIZES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 FEWEST = 4
-FREE_TOKENS = 4
 ENOUGH_STEPS = 200
 PASSES = 2  # of training over its pairs
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Seconds: of a gold answer, of a pair behind the full context and behind σ with its scores, of a free answer, and
-    of a training step."""
+    """Seconds: of an answer, of a pair behind the full context and behind σ with its scores, of a training step, and of
+    opening the engine once more, for σ's own answers."""
 
     gold: float
     full: float
     scored: float
-    free: float
     step: float
+    engine: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Forecast:
 
     held_out: int
     free_answers: int
+    graded: int
     training_pairs: int
     steps: int
     seconds: dict[str, float]
@@ -81,8 +81,10 @@ def measure_speeds(
     settings: CompressionSettings,
     gold: float,
     clock: Callable[[], float],
+    engine: float = 0.0,
 ) -> Speeds:
-    """From a few answered `pairs`; `gold` seconds went into each of their answers."""
+    """From a few answered `pairs`; `gold` seconds went into each of their answers, and `engine` into opening what gave
+    them."""
     decoder, count = context.decoder, len(pairs)
 
     def seconds(work: Callable[[], object]) -> float:
@@ -100,8 +102,6 @@ def measure_speeds(
     def score() -> None:
         position_table(decoder, hidden_states_of(decoder, groups, pairs).states, found[0], pairs)
 
-    prompts = [list(pair.prompt) for pair in pairs]
-    free = seconds(lambda: greedy(decoder, prefix, prompts, FREE_TOKENS, context.renderer.stop_ids))
     student = Student.from_prefix(decoder, prefix)
     batch = list(range(min(count, settings.batch_size)))
 
@@ -116,26 +116,33 @@ def measure_speeds(
         gold=gold,
         full=full,
         scored=seconds(score) / count,
-        free=free / count / FREE_TOKENS * settings.max_answer_tokens,
         step=seconds(step) * settings.batch_size / len(batch),
+        engine=engine,
     )
 
 
 def forecast(
-    speeds: Speeds, settings: CompressionSettings, spent: float, left: float, held_out: int, training: int
+    speeds: Speeds,
+    settings: CompressionSettings,
+    spent: float,
+    left: float,
+    held_out: int,
+    training: int,
+    graded: int = 0,
 ) -> Forecast:
-    """A plan for `left` seconds of budget behind `spent` ones; of `held_out` and `training` questions it takes as many
-    as there is time for."""
+    """A plan for `left` seconds of budget behind `spent` ones; of `held_out`, `training` and `graded` questions, whose
+    answers are said to be right or wrong, it takes as many as there is time for."""
 
-    def measuring(share: float) -> tuple[int, int, float]:
+    def measuring(share: float) -> tuple[int, int, int, float]:
         questions = max(FEWEST, round(share * held_out))
         free = max(min(1, settings.free_answers), round(share * min(settings.free_answers, held_out)))
-        seconds = CANDIDATES * (questions * speeds.scored + free * speeds.free)
-        seconds += questions * (speeds.gold + 2 * speeds.full) + free * (speeds.full + speeds.free)
-        return questions, free, seconds + OFF_TOPIC * speeds.scored
+        right = min(graded, max(FEWEST, round(share * graded)))
+        seconds = CANDIDATES * questions * speeds.scored + ANSWERING * (free + right) * speeds.gold + speeds.engine
+        seconds += questions * (speeds.gold + 2 * speeds.full)
+        return questions, free, right, seconds + OFF_TOPIC * speeds.scored
 
     sizes = [measuring(share) for share in SIZES]
-    questions, free, seconds = next((size for size in sizes if size[2] <= MEASURING_SHARE * left), sizes[-1])
+    questions, free, right, seconds = next((size for size in sizes if size[3] <= MEASURING_SHARE * left), sizes[-1])
     learning = max(0.0, left - seconds)
     per_pair = speeds.gold + speeds.full
     pairs_per_step = settings.batch_size / PASSES
@@ -144,10 +151,11 @@ def forecast(
     training_seconds = LEARNING_SHARE * learning - pairs * per_pair
     steps = max(0, int(training_seconds / speeds.step))
     enough = min(training, ENOUGH_STEPS * pairs_per_step) * per_pair + ENOUGH_STEPS * speeds.step
-    needed = spent + max(sizes[-1][2], min(sizes[0][2], MEASURING_SHARE * enough)) + enough / LEARNING_SHARE
+    needed = spent + max(sizes[-1][3], min(sizes[0][3], MEASURING_SHARE * enough)) + enough / LEARNING_SHARE
     return Forecast(
         questions,
         free,
+        right,
         pairs,
         steps,
         {

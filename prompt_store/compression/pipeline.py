@@ -17,7 +17,7 @@ from torch import Tensor
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.coverage import coverage
 from softbatch.prompt_store.compression.data.examples import Example, Generate
-from softbatch.prompt_store.compression.data.selection import split
+from softbatch.prompt_store.compression.data.selection import evenly, split
 from softbatch.prompt_store.compression.evaluation.baselines import measure_baselines
 from softbatch.prompt_store.compression.evaluation.evaluation import (
     Candidate,
@@ -25,6 +25,16 @@ from softbatch.prompt_store.compression.evaluation.evaluation import (
     Measured,
     load_measured,
     save_measured,
+)
+from softbatch.prompt_store.compression.evaluation.free_answers import (
+    WITH_SIGMA,
+    WITHOUT_SIGMA,
+    Answers,
+    FreeAnswers,
+    Respond,
+    Sigma,
+    load_answers,
+    save_answers,
 )
 from softbatch.prompt_store.compression.evaluation.report import break_even, build_report, thinned, write_report
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
@@ -48,10 +58,9 @@ from softbatch.prompt_store.compression.work_directory import JobDirectory, iden
 # Shares of a time budget after which a phase takes what it has and goes on.
 HELD_OUT_SHARE = 0.12
 GOLD_SHARE = 0.28
-BASELINES_SHARE = 0.45
 EVALUATION_STEPS = 7
 # What the phases behind the forecast write.
-BEHIND_FORECAST = ("train.jsonl", "baselines.json", "teacher.safetensors", "checkpoint/state.json")
+BEHIND_FORECAST = ("train.jsonl", "answers.json", "baselines.json", "teacher.safetensors", "checkpoint/state.json")
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,10 @@ class Outcome:
 
 class Compression:
     """One compression of one context. `generate` answers prompts greedily (see data.examples.Generate): every prompt
-    begins with the same context tokens, except that a long context's segments come one after another. `opening` seconds
-    of the budget have gone into opening the model.
+    begins with the same context tokens, except that a long context's segments come one after another. `respond` does so
+    with σ and without it. `opening` seconds of the budget have gone into opening the model, `engine` of them into what
+    answers, which is opened once more for σ. The user's questions that say which answers are right are for measuring,
+    all others for training.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class Compression:
         context: TokenizedContext,
         settings: CompressionSettings,
         generate: Generate,
+        respond: Respond,
         directory: Path,
         user_examples: Sequence[Example] = (),
         wrong_prefix: Prefix | None = None,
@@ -84,10 +96,13 @@ class Compression:
         should_stop: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
         opening: float = 0.0,
+        engine: float = 0.0,
     ) -> None:
         self.context, self.settings, self.directory = Context(decoder, context), settings, directory
-        self.user_examples, self.wrong_prefix = list(user_examples), wrong_prefix
-        self.job = JobDirectory(directory, identity_of(settings, context.text, self.user_examples), clock)
+        self.user_examples = [example for example in user_examples if not example.accept]
+        self.graded = [example for example in user_examples if example.accept]
+        self.wrong_prefix, self.respond, self.engine = wrong_prefix, respond, engine
+        self.job = JobDirectory(directory, identity_of(settings, context.text, user_examples), clock)
         told, stop = on_progress or (lambda _: None), should_stop or (lambda: False)
         self.pace = Pace(settings.seconds, opening, self.job, clock, told, stop)
         self.gold = GoldAnswers(self.context, settings, generate, directory, self.pace)
@@ -105,18 +120,22 @@ class Compression:
         training = self.gold.answer(training, "train", GOLD_SHARE, "baselines.json")
         if not held_out or not training:
             raise ValueError("the model answers none of the questions about this context")
+        free = self._free_answers(held_out, plan)
+        answers, seconds = self._answers(free)
         prefill_seconds = self.context.prefill_seconds(self.pace.clock)
-        evaluation = self._evaluation(held_out, plan)
+        evaluation = self._evaluation(held_out)
         baselines = self._baselines(evaluation)
-        # What is still to come is like one baseline, and writing it all down: only that is kept back of the budget.
+        # What is still to come is like one baseline, σ's answers, and writing it all down: only that is kept back.
         dearest = max(measured.seconds for measured in baselines.values())
-        learned = self.learning.learn(training, 1.5 * dearest + 4.0, evaluation.loss, dearest)
+        reserve = 1.5 * dearest + 4.0 + self.engine + 1.5 * seconds * len(WITH_SIGMA)
+        learned = self.learning.learn(training, reserve, evaluation.loss, dearest)
         self.pace.check_stop()
         sigma, off_topic = self._measured(evaluation, learned)
         tensors = {name: tensor.cpu() for name, tensor in learned.student.tensors().items()}
+        answers |= self._answers_with(free, Sigma(self.settings.kind, tensors))
         facts = self._facts(tensors, learned, prefill_seconds, plan)
         facts["coverage"] = coverage(self.context.tokenized.text, training)
-        report = build_report(evaluation, sigma, baselines, off_topic, facts)
+        report = build_report(evaluation, sigma, baselines, off_topic, facts, free, answers)
         report["verdict"] = verdict_of(report, learned.loss_before)
         write_report(report, self.directory)
         return Outcome(self.settings.kind, tensors, report, self.context.tokenized.sha256, self.context.num_tokens)
@@ -167,15 +186,40 @@ class Compression:
         # Some questions come with their answers.
         asked = [example.output is None for example in (*training, *held_out)]
         per_question = gold.seconds_per_answer * sum(asked) / len(asked)
-        speeds = measure_speeds(self.context, pairs, self.settings, per_question, pace.clock)
-        return forecast(speeds, self.settings, pace.opening + pace.spent, pace.left, len(held_out), len(training))
+        speeds = measure_speeds(self.context, pairs, self.settings, per_question, pace.clock, self.engine)
+        spent, counts = pace.opening + pace.spent, (len(held_out), len(training), len(self.graded))
+        return forecast(speeds, self.settings, spent, pace.left, *counts)
 
-    def _evaluation(self, held_out: Sequence[Example], plan: Forecast | None) -> Evaluation:
-        settings, context = self.settings, self.context
-        free = settings.free_answers if plan is None else plan.free_answers
-        longest = settings.max_answer_tokens
+    def _free_answers(self, held_out: Sequence[Example], plan: Forecast | None) -> FreeAnswers:
+        """The graded questions, or as many as there is time for, and some of the others, evenly chosen."""
+        count = min(self.settings.free_answers if plan is None else plan.free_answers, len(held_out))
+        graded = self.graded if plan is None else evenly(self.graded, plan.graded)
+        examples = [*self.context.tokenized.placed(graded), *evenly(held_out, count)]
+        return FreeAnswers(self.context.tokenized, examples, self.settings.virtual_tokens, self.respond)
+
+    def _answers(self, free: FreeAnswers) -> tuple[dict[str, Answers], float]:
+        """What is answered without σ, and the seconds that one candidate took."""
+        path, pace, began = self.directory / "answers.json", self.pace, self.pace.clock()
+        found = load_answers(path)
+        asked = [name for name in WITHOUT_SIGMA if name not in found]
+        for done, name in enumerate(asked, start=1):
+            found[name] = free.ask(name)
+            save_answers(found, path)
+            pace.tell("answers", done, len(asked), began)
+            pace.check_stop()
+        return found, (pace.clock() - began) / max(1, len(asked))
+
+    def _answers_with(self, free: FreeAnswers, sigma: Sigma) -> dict[str, Answers]:
+        found, began = dict[str, Answers](), self.pace.clock()
+        for done, name in enumerate(WITH_SIGMA, start=1):
+            found[name] = free.ask(name, sigma)
+            self.pace.tell("answers", done, len(WITH_SIGMA), began)
+        return found
+
+    def _evaluation(self, held_out: Sequence[Example]) -> Evaluation:
+        context, longest = self.context, self.settings.max_answer_tokens
         return Evaluation(
-            context.decoder, context.renderer, context.segments, context.full, held_out, longest, free, self.pace.clock
+            context.decoder, context.renderer, context.segments, context.full, held_out, longest, self.pace.clock
         )
 
     def _baselines(self, evaluation: Evaluation) -> dict[str, Measured]:
@@ -197,7 +241,6 @@ class Compression:
             settings.virtual_tokens,
             self.wrong_prefix,
             on_done,
-            lambda: pace.is_late(BASELINES_SHARE),
         )
         save_measured(found, self.directory / "baselines.json")
         return found

@@ -47,7 +47,8 @@ def identity_of(settings: CompressionSettings, context: str, user_examples: Sequ
     return {
         "settings": asdict(settings),
         "context": sha256_of(context),
-        "user_examples": hashlib.sha256(repr(list(user_examples)).encode()).hexdigest(),
+        # Without a field that runs of older code do not know, where it says nothing.
+        "user_examples": hashlib.sha256(repr(list(user_examples)).replace(", accept=()", "").encode()).hexdigest(),
     }
 
 
@@ -73,6 +74,7 @@ class JobDirectory:
         "held_out.jsonl",
         "train.jsonl",
         "forecast.json",
+        "answers.json",
         "baselines.json",
         "teacher.safetensors",
         "matching.safetensors",

@@ -1,4 +1,4 @@
-"""The store that is a directory: one `<name>.safetensors` per soft prompt, and no other state."""
+"""The store that is a directory: one `<name>.safetensors` per soft prompt, and the texts that some keep."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from softbatch.prompt_store.soft_prompt_file import (
     load,
     read_manifest,
 )
+from softbatch.prompt_store.stores.kept_text import DIRECTORY as TEXTS
+from softbatch.prompt_store.stores.kept_text import KeptText, KeptTexts
 from softbatch.prompt_store.stores.store import NameTaken as NameTaken
 from softbatch.prompt_store.stores.store import SoftPromptStore, Version
 from softbatch.prompt_store.stores.store import StoredPrompt as StoredPrompt
@@ -52,14 +54,16 @@ class PromptStore(SoftPromptStore):
         self.max_bytes = max_bytes
         self._cache: dict[str, tuple[Version, StoredPrompt | SoftPromptError]] = {}
         root.mkdir(parents=True, exist_ok=True)
+        self._texts = KeptTexts(root / TEXTS)
         self._remove_stale_temps()
+        self._texts.remove_stale(lambda name: self._path(name).exists())
 
     def check_free(self, name: str) -> None:
         check_name(name)
         if self._path(name).exists():
             raise NameTaken(name)
 
-    def add(self, name: str, file: Path, spec: ModelSpec | None = None) -> StoredPrompt:
+    def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
         self.check_free(name)
         temp = self.root / f".add-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}"
         try:
@@ -69,12 +73,17 @@ class PromptStore(SoftPromptStore):
             prompt = load(temp, self.max_bytes)
             if spec is not None:
                 check_fits(prompt, spec)
+            is_kept = kept is not None and self._texts.add(name, sha256, kept)
             try:
                 os.link(temp, self._path(name))
-            except FileExistsError:
-                raise NameTaken(name) from None
+            except OSError as error:
+                if is_kept:
+                    self._texts.remove(name, sha256)
+                if isinstance(error, FileExistsError):
+                    raise NameTaken(name) from None
+                raise
             sync(self.root)
-            stored = _stored(name, self._path(name), sha256, prompt.manifest, temp.stat())
+            stored = self._stored(name, sha256, prompt.manifest, temp.stat())
         finally:
             temp.unlink(missing_ok=True)
         self._cache[name] = (stored.version, stored)
@@ -98,6 +107,9 @@ class PromptStore(SoftPromptStore):
             raise SoftPromptError(str(found), param=found.param, code=found.code)
         return found
 
+    def kept_text(self, stored: StoredPrompt) -> KeptText | None:
+        return self._texts.read(stored.name, stored.sha256)
+
     def list(self) -> Sequence[StoredPrompt]:
         return [found for _, found in self._scan() if isinstance(found, StoredPrompt)]
 
@@ -110,6 +122,7 @@ class PromptStore(SoftPromptStore):
     def remove(self, name: str) -> None:
         if not is_name(name):
             raise UnknownPrompt(name)
+        self._texts.remove(name)
         try:
             self._path(name).unlink()
         except FileNotFoundError:
@@ -177,7 +190,13 @@ class PromptStore(SoftPromptStore):
             return SoftPromptError("the file cannot be read", param="file", code="invalid_file")
         if not unchanged:
             return SoftPromptError("the file is being written", param="file", code="invalid_file")
-        return _stored(name, path, sha256, manifest, opened)
+        return self._stored(name, sha256, manifest, opened)
+
+    def _stored(self, name: str, sha256: str, manifest: Manifest, found: os.stat_result) -> StoredPrompt:
+        kept = self._texts.read(name, sha256)
+        created, recall = int(found.st_mtime), None if kept is None else kept.recall
+        path, version = self._path(name), _version_of(found)
+        return StoredPrompt(name, path, sha256, found.st_size, manifest, created, version, recall)
 
     def _copy_content(self, stored: StoredPrompt, target: Path) -> None:
         try:
@@ -211,10 +230,6 @@ def _copy(source: BinaryIO, target: BinaryIO, max_bytes: int) -> str:
     target.flush()
     os.fsync(target.fileno())
     return digest.hexdigest()
-
-
-def _stored(name: str, path: Path, sha256: str, manifest: Manifest, found: os.stat_result) -> StoredPrompt:
-    return StoredPrompt(name, path, sha256, found.st_size, manifest, int(found.st_mtime), _version_of(found))
 
 
 def _version_of(found: os.stat_result) -> Version:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from softbatch.prompt_store.manifest import Manifest, ModelSpec, SoftPromptError
+from softbatch.prompt_store.stores.kept_text import KeptText
 
 Version = tuple[int, ...]
 
@@ -31,7 +32,8 @@ class StoredPrompt:
     """A registered soft prompt. `sha256` is over the file's bytes and is its identity in every cache.
 
     `created_at` is when it was registered, in Unix seconds. `path` is where the file can be read on this machine.
-    `version` differs between any two files that ever had the name.
+    `version` differs between any two files that ever had the name. `recall` is how many passages of its kept text a
+    request gets that does not say; None: no text is kept.
     """
 
     name: str
@@ -41,6 +43,7 @@ class StoredPrompt:
     manifest: Manifest
     created_at: int
     version: Version = field(repr=False)
+    recall: int | None = None
 
 
 class SoftPromptStore(Protocol):
@@ -55,14 +58,18 @@ class SoftPromptStore(Protocol):
         """A cheap check before an upload; `add` decides. Raises SoftPromptError invalid_name, or NameTaken."""
         ...
 
-    def add(self, name: str, file: Path, spec: ModelSpec | None = None) -> StoredPrompt:
-        """Register a copy of `file` after checking all of it, and that it fits `spec`.
+    def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
+        """Register a copy of `file` after checking all of it, and that it fits `spec`; keep its text beside it.
 
-        Raises NameTaken, or SoftPromptError: invalid_name, or what `load` and `check_fits` raise."""
+        Raises NameTaken, or SoftPromptError: invalid_name, or what `load`, `check_fits` and `check_kept` raise."""
         ...
 
     def get(self, name: str) -> StoredPrompt:
         """Cheap for a prompt that was asked for before. Raises UnknownPrompt, or SoftPromptError if it is broken."""
+        ...
+
+    def kept_text(self, stored: StoredPrompt) -> KeptText | None:
+        """The text for recall. None where none is kept, or it is gone."""
         ...
 
     def list(self) -> Sequence[StoredPrompt]:

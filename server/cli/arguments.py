@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 
+from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, MAX_RECALL
 from softbatch.server.bench.workload import WORKLOADS
 from softbatch.server.cli.model_flags import add_model_flags, add_server_flags
 from softbatch.server.cli.settings_flags import add_flags
@@ -19,6 +20,9 @@ _COMPRESS = """
 Learn a soft prompt that stands for CONTEXT, measure how faithful it is, and register it under NAME. Everything
 runs on this machine and needs no server. Ctrl-C keeps what has been done; --resume goes on with it.
 """
+_RECALL = (
+    f"passages of the kept text that a request gets which does not say, 0 to {MAX_RECALL} (default: {DEFAULT_RECALL})"
+)
 _WORKLOADS = "; ".join(
     f"{w.name}: {w.input_tokens} tokens in, {w.output_tokens} out"
     + (f", behind one of {w.contexts} contexts of {w.context_tokens} tokens" if w.contexts else "")
@@ -55,6 +59,12 @@ def _compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="where report.html goes (default: in the prompt store)"
     )
+    parser.add_argument(
+        "--keep-text",
+        action="store_true",
+        help="keep the context in the prompt store, so that requests can recall passages",
+    )
+    parser.add_argument("--recall", type=int, metavar="K", help=_RECALL)
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     add_server_flags(parser, "register at this server instead of in the prompt store")
     add_model_flags(parser)
@@ -81,7 +91,8 @@ def _add_training_settings(parser: argparse.ArgumentParser) -> None:
         "--questions",
         type=Path,
         metavar="Q.jsonl",
-        help='questions of your own to train on, a line each: {"input": "…"}, with "output" if you have the answer',
+        help='questions of your own, a line each: {"input": "…"} to train on, with "output" if you have the answer; '
+        'one with "accept": ["…"], texts of which a right answer contains one, is for measuring alone',
     )
     parser.add_argument(
         "--model-questions",
@@ -113,7 +124,12 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
     parser.add_argument("--context", type=Path, required=True, metavar="FILE", help="the text it was made of")
     parser.add_argument(
-        "--questions", type=Path, required=True, metavar="Q.jsonl", help='a line each: {"input": "…", "output"?: "…"}'
+        "--questions",
+        type=Path,
+        required=True,
+        metavar="Q.jsonl",
+        help='a line each: {"input": "…", "output"?: "…", "accept"?: ["…"]}; an answer that contains one of the '
+        "accepted texts is right",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
     add_model_flags(parser)
@@ -163,6 +179,13 @@ def _prompts(parser: argparse.ArgumentParser) -> None:
     )
     importing.add_argument("file", type=Path)
     importing.add_argument("--name", required=True, help="what requests call it")
+    importing.add_argument(
+        "--keep-text",
+        type=Path,
+        metavar="FILE",
+        help="the text that it was made of, kept for requests to recall passages",
+    )
+    importing.add_argument("--recall", type=int, metavar="K", help=_RECALL)
     importing.add_argument(
         "--model",
         default=argparse.SUPPRESS,

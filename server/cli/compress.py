@@ -19,7 +19,7 @@ from softbatch.prompt_store.compression.pace import Stopped
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
 from softbatch.scheduler.model.source import ModelError
-from softbatch.server.cli.fidelity_table import fidelity_table
+from softbatch.server.cli.fidelity_table import fidelity_table, right_answers_table
 from softbatch.server.cli.model_flags import check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView, duration
 from softbatch.server.cli.registry import LocalRegistry, Registry, RemoteRegistry
@@ -125,6 +125,8 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
         choice=lambda: choice_of(settings),
         store=settings.prompt_store,
         max_prompt_bytes=settings.max_prompt_mib << 20,
+        keep_text=options.keep_text,
+        recall=options.recall,
     )
 
 
@@ -193,6 +195,8 @@ def _print_summary(
 ) -> None:
     console = Console()
     console.print(fidelity_table(report))
+    if (answers := right_answers_table(report)) is not None:
+        console.print(answers)
     # A run that older code finished has neither.
     if (verdict := report.get("verdict")) is not None:
         console.print(f"verdict: {verdict}", highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from softbatch.prompt_store.compression.frozen.tokenized_context import sha256_o
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.source import ModelError
-from softbatch.server.cli.fidelity_table import fidelity_table
+from softbatch.server.cli.fidelity_table import fidelity_table, right_answers_table
 from softbatch.server.cli.model_flags import check_report, choice_of
 from softbatch.server.cli.progress_bars import ProgressView
 from softbatch.server.cli.settings_flags import UsageError, settings_from
@@ -52,6 +52,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     finally:
         view.close()
     Console().print(fidelity_table(report))
+    if (answers := right_answers_table(report)) is not None:
+        Console().print(answers)
     if options.report is not None:
         write_report(report, options.report, options.name)
         Console().print(f"report: {options.report / 'report.html'}", highlight=False, soft_wrap=True)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from softbatch.prompt_store.compression.data.context_text import ContextTextError, decode_context
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
+from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, KeptText, check_kept
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.request_failures import printable
 from softbatch.server.settings import Settings
@@ -113,6 +115,8 @@ def _summary(stored: StoredPrompt) -> dict[str, str]:
     for name, title in _FIDELITY.items():
         if isinstance(value := manifest.fidelity.get(name), int | float):
             lines[title] = f"{value:.3f}"
+    if stored.recall is not None:
+        lines["text"] = f"kept; {stored.recall} passages are recalled where a request does not say"
     return lines | {
         "size": f"{stored.num_bytes / 2**20:.1f} MiB",
         "made by": manifest.source,
@@ -133,6 +137,7 @@ def _import(store: PromptStore, settings: Settings, options: argparse.Namespace)
     from softbatch.scheduler.model.weight_files import stored_weight
 
     store.check_free(options.name)
+    kept = _kept(options)
     if options.file.is_dir() or looks_like_peft_zip(options.file):
         spec = _spec_of(settings.model)
         base_weight = partial(stored_weight, resolve(settings.model).path)
@@ -140,10 +145,25 @@ def _import(store: PromptStore, settings: Settings, options: argparse.Namespace)
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "imported.safetensors"
             save(prompt, path)
-            stored = store.add(options.name, path)
+            stored = store.add(options.name, path, kept=kept)
     else:
-        stored = store.add(options.name, options.file)
+        stored = store.add(options.name, options.file, kept=kept)
     print(f"{stored.name}: {stored.manifest.num_virtual_tokens} virtual tokens, kind {stored.manifest.kind}")
+
+
+def _kept(options: argparse.Namespace) -> KeptText | None:
+    """Raises UsageError or SoftPromptError."""
+    if options.keep_text is None:
+        if options.recall is not None:
+            raise UsageError("--recall is for soft prompts with --keep-text")
+        return None
+    try:
+        text = decode_context(options.keep_text.read_bytes())
+    except ContextTextError as error:
+        raise UsageError(f"--keep-text {options.keep_text}: {error}") from None
+    kept = KeptText(text=text, recall=DEFAULT_RECALL if options.recall is None else options.recall)
+    check_kept(kept)
+    return kept
 
 
 def _export(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ class RemoteRegistry:
 
     def add(self, name: str, finished: Finished) -> None:
         if self._sha256(name) != hashlib.sha256(finished.prompt.read_bytes()).hexdigest():
-            self._client.upload("/v1/soft_prompts", name, finished.prompt)
+            self._client.upload("/v1/soft_prompts", name, finished.prompt, finished.kept)
 
     def _sha256(self, name: str) -> str | None:
         status, found = self._client.call("GET", f"/v1/soft_prompts/{name}", expected=(200, 404))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.server.cli.settings_flags import UsageError
 
 TIMEOUT_SECONDS = 60.0
@@ -81,11 +82,17 @@ class ServerClient:
         reason = getattr(error, "reason", error)
         return UsageError(f"--server {self._url}: no answer ({reason}); is the server running?")
 
-    def upload(self, path: str, name: str, file: Path) -> None:
-        """A multipart form with the fields `name` and `file`; the file is not held in memory."""
+    def upload(self, path: str, name: str, file: Path, kept: KeptText | None = None) -> None:
+        """A multipart form with the fields `name`, `file` and, if a text is kept, `text` and `recall`. The file is
+        not held in memory."""
         boundary = secrets.token_hex(16)
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="name"\r\n\r\n{name}\r\n--{boundary}\r\n'
+        fields = {"name": name} | ({} if kept is None else {"text": kept.text, "recall": str(kept.recall)})
+        head = "".join(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n{value}\r\n'
+            for field, value in fields.items()
+        ).encode()
+        head += (
+            f"--{boundary}\r\n"
             f'Content-Disposition: form-data; name="file"; filename="{name}.safetensors"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
         ).encode()

@@ -47,7 +47,7 @@ def evaluate(
             prompt.tensors,
             questions,
             session.generate,
-            free_answers=len(questions),
+            session.respond,
             wrong_prefix=other_prefix(
                 store, session.decoder, session.spec, tokenized.sha256, manifest.num_virtual_tokens, besides=name
             ),

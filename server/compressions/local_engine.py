@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 
+from softbatch.prompt_store.compression.evaluation.free_answers import Response
 from softbatch.scheduler.engine.engine import Engine, build_engine
-from softbatch.scheduler.protocol import AddRequest, EngineConfig, Ready, SamplingParams, SoftPromptRef
+from softbatch.scheduler.protocol import (
+    AddRequest,
+    EngineConfig,
+    ForgetSoftPrompt,
+    Ready,
+    SamplingParams,
+    SoftPromptRef,
+)
 from softbatch.server.compressions.prepare import ModelFiles
 
 SLOTS = 64
@@ -13,6 +22,7 @@ SLOTS = 64
 QUESTION_TOKENS = 96
 BLOCK_SIZE = 16
 STEP_TOKENS = 1024
+TIMED = 3  # prompts whose first token is timed
 WIDEST_BYTES = 4  # of one element of the KV cache
 
 
@@ -48,10 +58,32 @@ class LocalEngine:
     ) -> list[list[int]]:
         """Greedy answers, each with the token that ended it. The first prompt goes ahead of the others, so that
         they find the KV of their common start. Raises ValueError for a prompt that does not fit."""
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=tuple(sorted(stop_token_ids)))
-        requests = [
-            AddRequest(request_id=str(index), token_ids=list(ids), params=params) for index, ids in enumerate(prompts)
-        ]
+        return self._run([_greedy(index, ids, max_tokens, stop_token_ids) for index, ids in enumerate(prompts)])
+
+    def respond(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop_token_ids: Collection[int],
+        soft_prompt: SoftPromptRef | None,
+    ) -> list[Response]:
+        """The same behind a soft prompt. A few of the prompts are asked alone before, for the time to their first
+        token, when the first of all has left what they share in the cache."""
+        seconds: dict[int, float] = {}
+        for index, ids in enumerate(prompts[: 1 + TIMED]):
+            began = time.perf_counter()
+            self._run([_greedy(0, ids, 1, stop_token_ids, soft_prompt)])
+            if index:
+                seconds[index] = time.perf_counter() - began
+        wanted = [_greedy(index, ids, max_tokens, stop_token_ids, soft_prompt) for index, ids in enumerate(prompts)]
+        answers = self._run(wanted)
+        return [Response(ids, seconds.get(index)) for index, ids in enumerate(answers)]
+
+    def forget(self, soft_prompt: SoftPromptRef) -> None:
+        self._engine.handle(ForgetSoftPrompt(soft_prompt.sha256))
+
+    def _run(self, requests: list[AddRequest]) -> list[list[int]]:
+        """Their tokens, in their order. Raises ValueError."""
         answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
         waiting = requests[:0:-1]
         for request in requests[:1]:
@@ -87,6 +119,17 @@ class LocalEngine:
                 if output.scores is not None:
                     scores[output.request_id] = [score.logprob for score in output.scores]
         return [scores[str(index)] for index in range(len(candidates))]
+
+
+def _greedy(
+    index: int,
+    ids: Sequence[int],
+    max_tokens: int,
+    stop_token_ids: Collection[int],
+    soft_prompt: SoftPromptRef | None = None,
+) -> AddRequest:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=tuple(sorted(stop_token_ids)))
+    return AddRequest(request_id=str(index), token_ids=list(ids), params=params, soft_prompt=soft_prompt)
 
 
 def _raise_error(error: str | None) -> None:

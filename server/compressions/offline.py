@@ -43,6 +43,8 @@ def compress(
     instruction: str | None = None,
     questions: Sequence[Example] = (),
     seed: int | None = None,
+    keep_text: bool = False,
+    recall: int | None = None,
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -71,6 +73,8 @@ def compress(
         choice=lambda: ModelChoice(model, dtype=dtype, device=device),
         store=store.root,
         max_prompt_bytes=store.max_bytes,
+        keep_text=keep_text,
+        recall=recall,
     )
     store.check_free(name)
     directory = store.root / DIRECTORY / name

@@ -12,6 +12,8 @@ import msgspec
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.context_text import ContextTextError, clean_context, decode_context
 from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES, MAX_TEXT, DataError, Example, load_jsonl
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, KeptText, check_kept
 from softbatch.scheduler.model.family import Family
 from softbatch.server.compressions.limits import MAX_CONTEXT_BYTES, MIB
 
@@ -47,6 +49,12 @@ class CompressionRequest(msgspec.Struct, frozen=True, kw_only=True):
     choice: ModelChoice
     store: str
     max_prompt_bytes: int
+    recall: int | None = None
+
+    @property
+    def kept(self) -> KeptText | None:
+        """The context, where a number of passages to recall is given: it is then kept with the soft prompt."""
+        return None if self.recall is None else KeptText(text=self.context, recall=self.recall)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,8 @@ def make_request(
     choice: Callable[[], ModelChoice],
     store: Path,
     max_prompt_bytes: int,
+    keep_text: bool = False,
+    recall: int | None = None,
 ) -> CompressionRequest:
     """A request whose texts can be used. The model is asked for behind that: a server's may be starting. Raises
     InputError, and what `choice` raises."""
@@ -115,6 +125,18 @@ def make_request(
             if text is not None and not (text.strip() and len(text) <= MAX_TEXT):
                 param = f"questions.{index}.{field}"
                 raise InputError(param, f"{param}: it must have 1 to {MAX_TEXT} characters that are not blank")
+        if not all(text.strip() for text in question.accept):
+            param = f"questions.{index}.accept"
+            raise InputError(param, f"{param}: a text that answers must contain cannot be blank")
+    if recall is not None and not keep_text:
+        raise InputError("recall", "recall: passages are recalled of a kept text alone; ask for that too (keep_text)")
+    passages = (DEFAULT_RECALL if recall is None else recall) if keep_text else None
+    if passages is not None:
+        try:
+            check_kept(KeptText(text=context, recall=passages))
+        except SoftPromptError as error:
+            param = "recall" if error.param == "recall" else "keep_text"
+            raise InputError(param, f"{param}: {error}") from None
     return CompressionRequest(
         name=name,
         context=context,
@@ -123,6 +145,7 @@ def make_request(
         choice=choice(),
         store=str(store),
         max_prompt_bytes=max_prompt_bytes,
+        recall=passages,
     )
 
 
@@ -152,5 +175,6 @@ def read_questions(path: Path) -> tuple[Example, ...]:
 
 
 def as_users(examples: Sequence[Example]) -> list[Example]:
-    """However they were made, as a user's own they are trained on and never held out."""
+    """However they were made, as a user's own they are trained on and never held out, unless they say what is right:
+    then they are for measuring alone."""
     return [replace(example, kind="user", source="user", cut=False) for example in examples]

@@ -16,23 +16,25 @@ from softbatch.prompt_store.compression.work_directory import identity_of, secon
 from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
+from softbatch.prompt_store.stores.kept_text import KeptText, read_kept, write_kept
 from softbatch.server.compressions.request import CompressionRequest, InputError
-from softbatch.server.compressions.run_directory import DATA, RESULT
+from softbatch.server.compressions.run_directory import DATA, KEPT, RESULT
 
 if TYPE_CHECKING:
     from softbatch.prompt_store.compression.pipeline import Outcome
     from softbatch.server.compressions.prepare import PreparedRun
 
 SOURCE = "softbatch compress"
-_SECTIONS = ("answers", "curve", "off_topic", "baselines")
+_SECTIONS = ("answers", "curve", "off_topic", "baselines", "right_answers")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """`prompt` is the soft prompt's file, `report` what report.json says."""
+    """`prompt` is the soft prompt's file, `report` what report.json says, `kept` what is to be kept with it."""
 
     prompt: Path
     report: dict[str, Any]
+    kept: KeptText | None = None
 
 
 def find_finished(directory: Path) -> Finished | None:
@@ -40,7 +42,7 @@ def find_finished(directory: Path) -> Finished | None:
     prompt, report = directory / RESULT, directory / "report" / "report.json"
     if not prompt.exists() or not report.exists():
         return None
-    return Finished(prompt, json.loads(report.read_text(encoding="utf-8")))
+    return Finished(prompt, json.loads(report.read_text(encoding="utf-8")), read_kept(directory / KEPT))
 
 
 def finished_before(prepared: PreparedRun, directory: Path) -> Finished | None:
@@ -64,8 +66,10 @@ def keep(outcome: Outcome, request: CompressionRequest, spec: ModelSpec, directo
     for name in DATA:
         if (directory / "work" / name).exists():
             shutil.copyfile(directory / "work" / name, directory / "report" / name)
+    if request.kept is not None:
+        write_kept(request.kept, directory / KEPT)
     save(prompt, directory / RESULT)
-    return Finished(directory / RESULT, outcome.report)
+    return Finished(directory / RESULT, outcome.report, request.kept)
 
 
 def _manifest(outcome: Outcome, request: CompressionRequest, spec: ModelSpec) -> Manifest:
@@ -96,7 +100,7 @@ def _manifest(outcome: Outcome, request: CompressionRequest, spec: ModelSpec) ->
 def register(store: PromptStore, name: str, finished: Finished) -> StoredPrompt:
     """Add the result to the store; once more does no harm. Raises SoftPromptError."""
     try:
-        return store.add(name, finished.prompt)
+        return store.add(name, finished.prompt, kept=finished.kept)
     except NameTaken:
         stored = store.get(name)
         if stored.path.read_bytes() != finished.prompt.read_bytes():

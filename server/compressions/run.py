@@ -20,7 +20,7 @@ from softbatch.server.compressions.run_directory import check_same_model, discar
 from softbatch.server.compressions.session import CompressionSession
 
 # Phases that ask the engine for answers; it is released with the first of the others.
-ANSWERING = frozenset({"self_study", "gold", "estimate"})
+ANSWERING = frozenset({"self_study", "gold", "estimate", "answers"})
 
 
 @contextmanager
@@ -69,12 +69,14 @@ def run_compression(
             prepared.context,
             prepared.request.settings,
             session.generate,
+            session.respond,
             directory / "work",
             prepared.request.questions,
             another_prefix(prepared, session.decoder, session.spec),
             report_progress,
             should_stop,
             opening=time.monotonic() - began,
+            engine=session.engine_seconds,
         ).run(resume)
     finally:
         session.release_engine()

@@ -3,6 +3,7 @@
 work/                     the library's: questions, gold answers, checkpoint
 model                     fingerprint of the model that `work` was made with
 report/                   report.json, report.html, the training and held-out data
+kept_text.json            what is kept with the result, if anything
 soft_prompt.safetensors   the result; when it is there, the run is over
 """
 
@@ -18,6 +19,7 @@ from softbatch.server.compressions.request import LOCK, InputError
 
 DATA = ("questions.jsonl", "train.jsonl", "held_out.jsonl")
 RESULT = "soft_prompt.safetensors"
+KEPT = "kept_text.json"
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def has_work(directory: Path) -> bool:
 
 def discard(directory: Path) -> None:
     """Delete what a run leaves for resuming, its result first; the report stays."""
-    for name in (RESULT, "model"):
+    for name in (RESULT, KEPT, "model"):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "work", ignore_errors=True)
 

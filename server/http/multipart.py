@@ -15,16 +15,24 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from softbatch.prompt_store.compression.data.context_text import ContextTextError, clean_context
 from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
 from softbatch.prompt_store.soft_prompt_file import save
 from softbatch.prompt_store.stores.directory import StoredPrompt
+from softbatch.prompt_store.stores.kept_text import (
+    DEFAULT_RECALL,
+    MAX_KEPT_BYTES,
+    MAX_RECALL,
+    KeptText,
+    check_kept,
+)
 from softbatch.server.http.errors import ApiError, invalid
 from softbatch.server.request_failures import shown
 from softbatch.server.services import Services
 
 MAX_FILES = 2
 MAX_FIELDS = 4
-MAX_FIELD_BYTES = 4096
+MAX_FIELD_BYTES = MAX_KEPT_BYTES + 1
 # Kept for the importers, which tell files apart by them; nothing else of a client's file name is used.
 SUFFIXES = frozenset({".json", ".safetensors", ".zip", ".bin", ".pt", ".pth"})
 _EXPECTED = "send multipart/form-data with the fields 'name' and 'file'"
@@ -52,6 +60,18 @@ UPLOAD_BODY: dict[str, Any] = {
                             "description": "a soft prompt's .safetensors; or a PEFT adapter's two files, "
                             "adapter_config.json and adapter_model.safetensors; or a zip of its folder",
                         },
+                        "text": {
+                            "type": "string",
+                            "description": "the text that it was made of: kept, private to the server, for requests "
+                            f"that recall passages of it; at most {MAX_KEPT_BYTES} bytes",
+                        },
+                        "recall": {
+                            "type": "integer",
+                            "minimum": 0,
+                            "maximum": MAX_RECALL,
+                            "default": DEFAULT_RECALL,
+                            "description": "passages of `text` that a request gets which does not say",
+                        },
                     },
                 }
             }
@@ -62,10 +82,11 @@ UPLOAD_BODY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Upload:
-    """A complete form: a name that was free a moment ago, and one or two files that are not empty."""
+    """A complete form: a name that was free a moment ago, one or two files that are not empty, and a text to keep."""
 
     name: str
     files: list[UploadFile]
+    kept: KeptText | None = None
 
 
 @contextlib.asynccontextmanager
@@ -105,7 +126,7 @@ def register(services: Services, upload: Upload) -> StoredPrompt:
             prompt = import_peft(paths if len(paths) > 1 else path, services.spec, max_bytes, _base_weight(services))
             path = Path(folder) / "imported.safetensors"
             save(prompt, path)
-        return services.store.add(upload.name, path, services.spec)
+        return services.store.add(upload.name, path, services.spec, upload.kept)
 
 
 def _base_weight(services: Services) -> Callable[[str], Any]:
@@ -137,7 +158,7 @@ class _Parser(MultiPartParser):
 
 def _checked(form: FormData) -> Upload:
     """Raises ApiError."""
-    unknown = next((field for field in form if field not in ("name", "file")), None)
+    unknown = next((field for field in form if field not in ("name", "file", "text", "recall")), None)
     if unknown is not None:
         raise invalid(unknown[:64], f"unknown field; {_EXPECTED}", code="unknown_field")
     names = form.getlist("name")
@@ -148,7 +169,28 @@ def _checked(form: FormData) -> Upload:
         raise invalid("file", f"must be one or {MAX_FILES} files; with curl: -F file=@manual.safetensors")
     if not all(file.size for file in files):
         raise invalid("file", "the file is empty")
-    return Upload(names[0], files)
+    return Upload(names[0], files, _kept(form))
+
+
+def _kept(form: FormData) -> KeptText | None:
+    """Raises ApiError, or SoftPromptError for a text that cannot be kept."""
+    texts, counts = form.getlist("text"), form.getlist("recall")
+    for field, found in (("text", texts), ("recall", counts)):
+        if len(found) > 1 or not all(isinstance(value, str) for value in found):
+            raise invalid(field, "must be given once, as a text; with curl: -F 'text=<context.md' -F recall=2")
+    if not texts:
+        if counts:
+            raise invalid("recall", "passages are recalled of a kept text alone; send 'text' too")
+        return None
+    count = str(counts[0]) if counts else str(DEFAULT_RECALL)
+    if not (count.isascii() and count.isdigit() and len(count) <= 3):
+        raise invalid("recall", f"must be a whole number from 0 to {MAX_RECALL}")
+    try:
+        kept = KeptText(text=clean_context(str(texts[0])), recall=int(count))
+    except ContextTextError as error:
+        raise invalid("text", str(error)) from None
+    check_kept(kept)
+    return kept
 
 
 def _suffix(file: UploadFile) -> str:

@@ -23,6 +23,7 @@ from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.output_format import GrammarCompiler, OutputFormat
 from softbatch.server.requests.output_text import OutputText
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
+from softbatch.server.requests.recall import Recalled, Recaller
 from softbatch.server.requests.text import ChatEnd, TextProcessor
 
 EndOfText = Literal["eos", "stop", "length", "timeout"]
@@ -34,7 +35,8 @@ class GenerationRequest:
     default, and with `may_clip` it is as many of them as there is room for; `seed` None draws one; `timeout` is in
     seconds, None: the server's. `truncate` keeps only that many of the last prompt tokens, -1: as many as fit. With
     `score_prompt` the prompt's tokens are scored, each with so many alternatives. `shown_tokens` are special tokens
-    that are text in this output."""
+    that are text in this output. `recall` is how many passages of the soft prompt's kept text are put before the
+    question, None: what its registration says, and none before a prompt that is scored."""
 
     prompt: Prompt
     params: SamplingParams
@@ -54,6 +56,7 @@ class GenerationRequest:
     output_format: OutputFormat | None = None
     timeout: float | None = None
     score_prompt: int | None = None
+    recall: int | None = None
     shown_tokens: frozenset[int] = frozenset()
     route: str = ""
 
@@ -100,7 +103,9 @@ class Generation:
         lease: Lease | None,
         admission: Admission,
         text: TextProcessor,
+        recalled: Recalled,
     ) -> None:
+        self.recalled = recalled
         self.created = int(time.time())
         self.completion_tokens = 0
         # Of the prompt's tokens from the second on; there before the first delta.
@@ -247,6 +252,7 @@ class Generator:
         admission: Admission,
         text: TextProcessor,
         encoder: PromptEncoder,
+        recaller: Recaller,
         grammars: GrammarCompiler,
         seed: int,
         eos_token_ids: Sequence[int] = (),
@@ -254,6 +260,7 @@ class Generator:
         self._admission = admission
         self._text = text
         self._encoder = encoder
+        self._recaller = recaller
         self._grammars = grammars
         self._random = random.Random(seed)
         self._eos = tuple(eos_token_ids)
@@ -268,29 +275,44 @@ class Generator:
         deadline and one user, those of the first."""
         leases: list[Lease | None] = []
         prepared: list[ActiveRequest] = []
+        recalled: list[Recalled] = []
         with self._admission.reserve(len(requests), requests[0].timeout, requests[0].user) as places:
             for request in requests:
                 leases.append(await places.lease(request.soft_prompt))
                 # Several choices of one prompt are tokenised once.
-                same = prepared and request.prompt is requests[len(prepared) - 1].prompt
+                same = bool(prepared) and request.prompt is requests[len(prepared) - 1].prompt
                 known = prepared[-1].add.token_ids if same else None
-                prepared.append(await self._prepare(request, leases[-1], places, known))
+                found = recalled[-1] if same else await self._recaller.find(request.prompt, leases[-1], request.recall)
+                try:
+                    prepared.append(await self._prepare(request, leases[-1], places, known, found))
+                except PromptTooLong:
+                    # Passages that nobody asked for are no reason to refuse a request that fits without them.
+                    if request.recall is not None or not found.passages:
+                        raise
+                    found = Recalled()
+                    prepared.append(await self._prepare(request, leases[-1], places, None, found))
+                recalled.append(found)
         return [
-            Generation(request, active, lease, self._admission, self._text)
-            for request, active, lease in zip(requests, prepared, leases, strict=True)
+            Generation(request, active, lease, self._admission, self._text, found)
+            for request, active, lease, found in zip(requests, prepared, leases, recalled, strict=True)
         ]
 
     async def _prepare(
-        self, request: GenerationRequest, lease: Lease | None, places: Places, known: list[int] | None
+        self,
+        request: GenerationRequest,
+        lease: Lease | None,
+        places: Places,
+        known: list[int] | None,
+        recalled: Recalled,
     ) -> ActiveRequest:
         token_ids = known
         self._encoder.check_params(request.params)
         if token_ids is None:
             keep = request.truncate
             if keep == -1:
-                keep = self._encoder.most_that_fit(lease, request.max_tokens)
-            token_ids = await self._encoder.token_ids(
-                request.prompt, lease, request.add_special_tokens, chat_end=request.chat_end, keep=keep
+                keep = max(1, self._encoder.most_that_fit(lease, request.max_tokens) - recalled.tokens)
+            token_ids = await self._recaller.token_ids(
+                request.prompt, recalled, lease, request.add_special_tokens, chat_end=request.chat_end, keep=keep
             )
         params = request.params
         room = self._encoder.room(

@@ -38,7 +38,7 @@ class PromptEncoder:
         """`prompt` is raw text, token ids or chat turns. What the soft prompt stands for is not written again. With
         `keep` at most that many of the last tokens are left, and those of a text's beginning."""
         replaces = lease.stored.manifest.replaces if lease else "nothing"
-        if _is_chat(prompt):
+        if is_chat(prompt):
             # The template writes the special tokens itself.
             token_ids = await self.encode(self._text.render(prompt, replaces, chat_end), add_special_tokens=False)
         elif isinstance(prompt, str):
@@ -111,7 +111,7 @@ class PromptEncoder:
         )
 
 
-def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | ChatPrompt]:
+def is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message] | ChatPrompt]:
     if isinstance(prompt, str | ChatPrompt):
         return isinstance(prompt, ChatPrompt)
     return len(prompt) > 0 and isinstance(prompt[0], Mapping)

@@ -9,6 +9,7 @@ from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.admission import Admission
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
+from softbatch.server.requests.recall import Recalled, Recaller
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,36 @@ class Scores:
     candidates: tuple[CandidateScore, ...]
     prompt_tokens: int
     virtual_tokens: int
+    recalled: Recalled
 
 
 class Scorer:
     """Scores candidates as requests like any other: queued, batched, preempted, cancelled when the caller leaves."""
 
-    def __init__(self, admission: Admission, encoder: PromptEncoder, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, admission: Admission, encoder: PromptEncoder, recaller: Recaller, eos_token_ids: Sequence[int]
+    ) -> None:
         self._admission = admission
+        self._recaller = recaller
         self._encoder = encoder
         self._eos = tuple(eos_token_ids[:1])
 
     async def score(
-        self, prompt: Prompt, candidates: Sequence[str], *, soft_prompt: str | None, end: bool, route: str
+        self,
+        prompt: Prompt,
+        candidates: Sequence[str],
+        *,
+        soft_prompt: str | None,
+        recall: int | None,
+        end: bool,
+        route: str,
     ) -> Scores:
-        """With `end` a candidate is a whole answer: the token that ends a turn is part of it. Raises Failure."""
+        """`recall` as in a GenerationRequest. With `end` a candidate is a whole answer: the token that ends a turn is
+        part of it. Raises Failure."""
         with self._admission.reserve(len(candidates)) as places:
             lease = await places.lease(soft_prompt)
-            shared = await self._encoder.token_ids(prompt, lease)
+            recalled = await self._recaller.find(prompt, lease, recall)
+            shared = await self._recaller.token_ids(prompt, recalled, lease)
             answers = [await self._answer(text, index, end) for index, text in enumerate(candidates)]
             for answer in answers:
                 self._encoder.room(lease, len(shared) + len(answer) - 1, 1)
@@ -64,6 +78,7 @@ class Scorer:
             tuple(CandidateScore(tuple(a), s) for a, s in zip(answers, scored, strict=True)),
             prompt_tokens=len(shared),
             virtual_tokens=lease.ref.num_virtual_tokens if lease else 0,
+            recalled=recalled,
         )
 
     async def _answer(self, text: str, index: int, end: bool) -> list[int]:

@@ -15,6 +15,7 @@ from softbatch.server.routes.chat_stream import ChatStream, finish_reason_of, lo
 from softbatch.server.routes.common import (
     json_reply,
     named_soft_prompt,
+    recalled_of,
     services_of,
     shown_tokens,
     start_all,
@@ -56,8 +57,10 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
         choices = [_choice(body, plan, index, choice) for index, choice in enumerate(await gather(generations))]
         usage = usage_of(generations, body.n)
         reply = _reply_fields(services, body, generations)
+        recalled = recalled_of([generations[0].recalled], body.return_recalled)
         prompt_ids = generations[0].prompt_ids if body.return_token_ids else None
-        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, prompt_token_ids=prompt_ids))
+        fields: dict[str, Any] = {"recalled": recalled, "prompt_token_ids": prompt_ids}
+        return json_reply(ChatCompletion(**reply, choices=choices, usage=usage, **fields))
 
     return await until_disconnect(request, complete())
 
@@ -99,6 +102,7 @@ def _requests(services: Services, body: ChatCompletionRequest, plan: ChatPlan) -
             user=body.user,
             output_format=plan.output_format,
             timeout=body.timeout,
+            recall=body.recall,
             route=ROUTE,
         )
         for choice in range(body.n)

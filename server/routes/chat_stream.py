@@ -9,7 +9,7 @@ from typing import Any
 from softbatch.server.http.sse import DONE
 from softbatch.server.requests.choices import merge
 from softbatch.server.requests.generation import Delta, Generation, Token
-from softbatch.server.routes.common import FINISH_REASONS, ChunkTemplate, shown_tokens, usage_of
+from softbatch.server.routes.common import FINISH_REASONS, ChunkTemplate, recalled_of, shown_tokens, usage_of
 from softbatch.server.schemas.chat import (
     ChatChunkChoice,
     ChatCompletionChunk,
@@ -53,6 +53,9 @@ class ChatStream:
 
     async def events(self) -> AsyncGenerator[str | bytes, None]:
         begun: set[int] = set()
+        recalled = recalled_of([self._generations[0].recalled], self._body.return_recalled)
+        if recalled is not None:
+            yield ChatCompletionChunk(**self._reply, choices=[], recalled=recalled).model_dump_json()
         async with aclosing(merge(self._generations)) as deltas:
             async for index, delta in deltas:
                 if index not in begun:

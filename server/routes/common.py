@@ -16,7 +16,8 @@ from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
-from softbatch.server.schemas.replies import CachedTokens, Usage
+from softbatch.server.requests.recall import Recalled
+from softbatch.server.schemas.replies import CachedTokens, RecalledPassage, Usage
 from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest, QueuedRequest
 from softbatch.server.services import Services
 
@@ -131,8 +132,19 @@ def usage_of(generations: Sequence[Generation], choices_per_prompt: int) -> Usag
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=CachedTokens(cached_tokens=sum(generation.cached_tokens for generation in prompts)),
+        prompt_tokens_details=CachedTokens(
+            cached_tokens=sum(generation.cached_tokens for generation in prompts),
+            recalled_tokens=sum(generation.recalled.tokens for generation in prompts) or None,
+        ),
     )
+
+
+def recalled_of(recalled: Sequence[Recalled], wanted: bool) -> list[RecalledPassage] | None:
+    """For a reply's opt-in field, None where it is not wanted."""
+    if not wanted:
+        return None
+    found = [passage for one in recalled for passage in one.passages]
+    return [RecalledPassage(text=passage.text, start=passage.start, end=passage.end) for passage in found]
 
 
 def shown_tokens(body: OpenAIRequest, tokens: Sequence[Token]) -> Sequence[Token]:

@@ -18,6 +18,7 @@ from softbatch.server.routes.common import (
     ChunkTemplate,
     json_reply,
     named_soft_prompt,
+    recalled_of,
     services_of,
     shown_tokens,
     start_all,
@@ -58,7 +59,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         choices = _choices(services, body, await gather(generations))
         usage = usage_of(generations, body.num_made)
         reply = _reply_fields(services, body, generations)
-        return json_reply(Completion(**reply, choices=choices, usage=usage))
+        recalled = recalled_of([each.recalled for each in generations[:: body.num_made]], body.return_recalled)
+        return json_reply(Completion(**reply, choices=choices, usage=usage, recalled=recalled))
 
     return await until_disconnect(request, complete())
 
@@ -83,6 +85,7 @@ def _requests(services: Services, body: CompletionRequest) -> list[GenerationReq
             user=body.user,
             output_format=body.output_format,
             timeout=body.timeout,
+            recall=body.passages,
             # The choices of one reply share the scores of the first.
             score_prompt=body.score_prompt if choice == 0 or body.stream else None,
             route=ROUTE,
@@ -197,6 +200,8 @@ async def _events(
 
     # What all but the last chunks of a choice look like, unless log-probabilities are asked for.
     templates = [ChunkTemplate(chunk(index, ChunkTemplate.TEXT)) for index in range(len(generations))]
+    if (recalled := recalled_of([each.recalled for each in generations[:: body.n]], body.return_recalled)) is not None:
+        yield Completion(**reply, choices=[], recalled=recalled).model_dump_json()
     has_begun = [False] * len(generations)
     offsets = [0] * len(generations)
     async with aclosing(merge(generations)) as deltas:

@@ -133,10 +133,14 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         name=body.name,
         context=body.context,
         settings=wanted,
-        questions=tuple(Example(question.input, question.output) for question in body.questions),
+        questions=tuple(
+            Example(question.input, question.output, accept=tuple(question.accept)) for question in body.questions
+        ),
         choice=lambda: _served(services),
         store=settings.prompt_store,
         max_prompt_bytes=max_bytes,
+        keep_text=body.keep_text,
+        recall=body.recall,
     )
     # The window is the model's own, which --max-model-len may cut short for requests.
     files = ModelFiles.served(request.choice, services.text.tokenizer)

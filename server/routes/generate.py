@@ -13,7 +13,7 @@ from softbatch.server.http.disconnect import until_disconnect
 from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, best_first, gather, merge
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
-from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
+from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, recalled_of, services_of
 from softbatch.server.schemas.generate import (
     GENERATE_ERROR_REPLIES,
     BestOfSequence,
@@ -38,6 +38,7 @@ NAMES = {
     "max_tokens": "parameters.max_new_tokens",
     "min_tokens": "parameters.min_new_tokens",
     "soft_prompt": "parameters.soft_prompt",
+    "recall": "parameters.recall",
 }
 FINISH_REASONS: Mapping[str, GenerateFinishReason] = {
     "eos": "eos_token",
@@ -112,6 +113,8 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
         truncate=parameters.truncate,
         output_format=parameters.output_format,
         timeout=parameters.timeout,
+        # A prompt that is scored is the one that the client has sent.
+        recall=0 if parameters.scores_input else parameters.recall,
         route=route,
     )
 
@@ -119,13 +122,14 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
 def _reply(services: Services, body: GenerateRequest, choices: Sequence[Choice]) -> GenerateReply:
     best, *others = choices
     text = _prefix(body) + best.text
+    recalled = recalled_of([best.generation.recalled], body.parameters.return_recalled)
     if not body.parameters.details:
-        return GenerateReply(generated_text=text)
+        return GenerateReply(generated_text=text, recalled=recalled)
     sequences = [
         BestOfSequence(generated_text=_prefix(body) + other.text, **_details(services, body, other)) for other in others
     ]
     details = GenerateDetails(**_details(services, body, best), best_of_sequences=sequences or None)
-    return GenerateReply(generated_text=text, details=details)
+    return GenerateReply(generated_text=text, details=details, recalled=recalled)
 
 
 def _details(services: Services, body: GenerateRequest, choice: Choice) -> dict[str, Any]:
@@ -197,6 +201,7 @@ def _stream_details(body: GenerateRequest, generation: Generation, finish_reason
         generated_tokens=generation.completion_tokens,
         seed=_seed(body, generation),
         input_length=generation.virtual_tokens + generation.prompt_tokens,
+        recalled=recalled_of([generation.recalled], body.parameters.return_recalled),
     )
 
 

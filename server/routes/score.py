@@ -12,7 +12,7 @@ from softbatch.server.http.errors import invalid
 from softbatch.server.requests.prompt_encoder import Prompt
 from softbatch.server.requests.scoring import Scores
 from softbatch.server.requests.text import Message
-from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of
+from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, recalled_of, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.replies import CachedTokens, Usage
 from softbatch.server.schemas.score import ScoredCandidate, ScoredToken, ScoreReply, ScoreRequest
@@ -30,7 +30,7 @@ async def score(request: Request, body: ScoreRequest) -> Response:
     if soft_prompt is not None and body.context is not None:
         raise invalid("context", "a soft prompt already stands for a context: send only one of them")
     work = services.scorer.score(
-        _prompt(services, body), body.candidates, soft_prompt=soft_prompt, end=body.end, route=ROUTE
+        _prompt(services, body), body.candidates, soft_prompt=soft_prompt, recall=body.recall, end=body.end, route=ROUTE
     )
     names = {"prompt": "input" if body.messages is None else "messages"}
     with fields_named(names, model=body.model if body.model == soft_prompt else None):
@@ -71,6 +71,7 @@ def _reply(services: Services, body: ScoreRequest, soft_prompt: str | None, scor
             for index, candidate in enumerate(scores.candidates)
         ],
         usage=_usage(scores),
+        recalled=recalled_of([scores.recalled], body.return_recalled),
     )
 
 
@@ -81,7 +82,9 @@ def _usage(scores: Scores) -> Usage:
         prompt_tokens=prompt + scored,
         completion_tokens=0,
         total_tokens=prompt + scored,
-        prompt_tokens_details=CachedTokens(cached_tokens=scores.virtual_tokens),
+        prompt_tokens_details=CachedTokens(
+            cached_tokens=scores.virtual_tokens, recalled_tokens=scores.recalled.tokens or None
+        ),
     )
 
 

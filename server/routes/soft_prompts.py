@@ -119,6 +119,7 @@ def _object(services: Services, stored: StoredPrompt, full: bool = False) -> Sof
         base_model=manifest.model.name,
         resident=stored.sha256 in services.engine.resident,
         context_tokens=manifest.context.num_tokens if manifest.context else None,
+        recall=stored.recall,
         verdict=verdict if isinstance(verdict := manifest.fidelity.get("verdict"), str) else None,
         kl_closed=_number(manifest.fidelity.get("kl_closed")),
         manifest=manifest if full else None,

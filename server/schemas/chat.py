@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from softbatch.server.request_failures import shown
 from softbatch.server.requests.text import ChatEnd
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, Usage, is_none
+from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, RecalledPassages, Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     STOP_REASON,
@@ -264,6 +264,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage
+    recalled: RecalledPassages = None
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
@@ -301,7 +302,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """One event of a stream; `usage` is null in all but the last."""
+    """One event of a stream; `usage` is null in all but the last, `recalled` in the first alone."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -310,6 +311,7 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChatChunkChoice]
     system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage | None = None
+    recalled: RecalledPassages = None
     prompt_token_ids: list[int] | None = Field(
         default=None, exclude_if=is_none, description="in the first chunk, with `return_token_ids`"
     )

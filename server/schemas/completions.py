@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from softbatch.server.schemas.base import MAX_INT32, Neutral, refusal
-from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, Usage, is_none
+from softbatch.server.schemas.replies import SYSTEM_FINGERPRINT, RecalledPassages, Usage, is_none
 from softbatch.server.schemas.sampling import (
     MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
@@ -124,6 +124,8 @@ class CompletionRequest(OpenAIRequest):
         if self.stream and self.prompt_logprobs is not None:
             message = "not available with 'stream': true; send 'echo': true and 'logprobs', or do not stream"
             raise refusal("unsupported_field", message, "prompt_logprobs")
+        if self.recall and (self.echo or self.prompt_logprobs is not None):
+            raise refusal("unsupported_field", "not available together with 'echo' or 'prompt_logprobs'", "recall")
         if len(self.prompt) * self.num_made > MAX_CHOICES:
             name = "n" if self.num_made == self.n else "best_of"
             message = (
@@ -131,6 +133,11 @@ class CompletionRequest(OpenAIRequest):
             )
             raise refusal("too_long", message, name)
         return self
+
+    @property
+    def passages(self) -> int | None:
+        """None: what the registration says. A prompt that is shown or scored is one that the client has sent."""
+        return 0 if self.echo or self.prompt_logprobs is not None else self.recall
 
     @property
     def num_made(self) -> int:
@@ -191,3 +198,4 @@ class Completion(BaseModel):
     choices: list[ScoredChoice | CompletionChoice]
     system_fingerprint: str = SYSTEM_FINGERPRINT
     usage: Usage | None = None
+    recalled: RecalledPassages = None

@@ -12,7 +12,8 @@ from softbatch.prompt_store.compression.compression_settings import (
     MAX_MINUTES,
     CompressionSettings,
 )
-from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES, MAX_TEXT
+from softbatch.prompt_store.compression.data.examples import MAX_ACCEPTED, MAX_EXAMPLES, MAX_TEXT
+from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, MAX_RECALL
 from softbatch.server.schemas.base import RequestModel, Text, refusal
 from softbatch.server.schemas.sampling import at_most_items
 
@@ -29,10 +30,12 @@ ShortText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT)]
 
 
 class Question(RequestModel):
-    """A question to train on; without `output` the model's own answer is taken."""
+    """A question to train on; without `output` the model's own answer is taken. One with `accept` is for measuring: an
+    answer that contains one of these texts is right, and training never sees the question."""
 
     input: ShortText
     output: ShortText | None = None
+    accept: Annotated[list[ShortText], at_most_items(MAX_ACCEPTED)] = Field(default=[])
 
 
 class CompressionRequestBody(RequestModel):
@@ -86,6 +89,16 @@ class CompressionRequestBody(RequestModel):
         description="questions asked by the model itself, beside those from templates; small models ask poor ones",
     )
 
+    keep_text: bool = Field(
+        default=False, description="keep the context, private to the server, so that requests can recall passages of it"
+    )
+    recall: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_RECALL,
+        description=f"passages of the kept text that a request gets which does not say; left out: {DEFAULT_RECALL}",
+    )
+
     @model_validator(mode="after")
     def _has_one_length(self) -> CompressionRequestBody:
         if self.minutes is not None and self.steps is not None:
@@ -94,8 +107,8 @@ class CompressionRequestBody(RequestModel):
 
 
 class JobProgress(BaseModel):
-    """Where the running phase stands: loading, self_study, gold, estimate, teacher, matching, training or evaluation.
-    `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
+    """Where the running phase stands: loading, self_study, gold, estimate, answers, teacher, matching, training or
+    evaluation. `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
 
     phase: str
     done: int

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.requests.output_format import OutputFormat
 from softbatch.server.schemas.base import ERROR_REPLIES, MAX_INT32, Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.replies import is_none
+from softbatch.server.schemas.replies import RecalledPassages, is_none
 from softbatch.server.schemas.sampling import (
     MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
@@ -18,6 +18,8 @@ from softbatch.server.schemas.sampling import (
     BaseOrSoftPrompt,
     Milliseconds,
     ModelName,
+    Recall,
+    ReturnRecalled,
     StopStrings,
     TokenCount,
 )
@@ -71,6 +73,8 @@ class GenerateParameters(RequestModel):
     details: bool = Field(default=False, description="also report every token")
     top_n_tokens: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
     soft_prompt: ModelName | None = Field(default=None, description="name of the soft prompt to prepend")
+    recall: Recall = None
+    return_recalled: ReturnRecalled = False
     grammar: GrammarParameter | None = Field(default=None, description="what the text must follow")
     adapter_id: ModelName | None = Field(default=None, description="another name of soft_prompt")
     timeout_ms: Milliseconds | None = Field(
@@ -111,6 +115,8 @@ class GenerateParameters(RequestModel):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> GenerateParameters:
+        if self.recall and self.scores_input:
+            raise refusal("unsupported_field", "not available together with 'decoder_input_details'", "recall")
         if self.soft_prompt and self.adapter_id and self.soft_prompt != self.adapter_id:
             raise refusal("adapter_id", "is another name of soft_prompt: send only one of them", "adapter_id")
         if self.min_new_tokens > self.max_new_tokens:
@@ -220,6 +226,7 @@ class GenerateDetails(TextDetails):
 class GenerateReply(BaseModel):
     generated_text: str
     details: GenerateDetails | None = Field(default=None, exclude_if=is_none)
+    recalled: RecalledPassages = None
 
 
 class StreamDetails(BaseModel):
@@ -228,6 +235,7 @@ class StreamDetails(BaseModel):
     generated_tokens: int
     seed: int | None
     input_length: int
+    recalled: RecalledPassages = None
 
 
 class StreamEvent(BaseModel):

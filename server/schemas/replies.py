@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -22,6 +22,26 @@ class CachedTokens(BaseModel):
         description="virtual tokens of the soft prompt, computed once for everybody, and prompt tokens found in the "
         "prefix cache"
     )
+    recalled_tokens: int | None = Field(
+        default=None,
+        exclude_if=is_none,
+        description="prompt tokens of passages that were recalled of the soft prompt's kept text",
+    )
+
+
+class RecalledPassage(BaseModel):
+    """A passage that stood before the question, with what stands above it; `start` and `end` are its place in the kept
+    text, in characters."""
+
+    text: str
+    start: int
+    end: int
+
+
+RecalledPassages = Annotated[
+    list[RecalledPassage] | None,
+    Field(default=None, exclude_if=is_none, description="with `return_recalled`: of all prompts in turn, best first"),
+]
 
 
 class Usage(BaseModel):

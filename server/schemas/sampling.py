@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
+from softbatch.prompt_store.stores.kept_text import MAX_RECALL
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.request_failures import printable
 from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, Text, refusal
@@ -27,6 +28,17 @@ SEED_MASK = 2**63 - 1
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
 # What `model` names; empty where a client has no name to give.
 BaseOrSoftPrompt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
+Recall = Annotated[
+    int | None,
+    Field(
+        default=None,
+        ge=0,
+        le=MAX_RECALL,
+        description="so many passages of the soft prompt's kept text are put before the question; left out: as its "
+        "registration says; not from OpenAI's API",
+    ),
+]
+ReturnRecalled = Annotated[bool, Field(default=False, description="show the recalled passages in the reply")]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_INT32)]
 Milliseconds = Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)]
 Salt = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
@@ -136,6 +148,8 @@ class OpenAIRequest(StructuredRequest, QueuedRequest):
         }
     )
 
+    recall: Recall = None
+    return_recalled: ReturnRecalled = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES_PER_PROMPT, description="choices per prompt")

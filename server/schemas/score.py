@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softbatch.server.schemas.base import RequestModel, Text, refusal
 from softbatch.server.schemas.chat import Messages
-from softbatch.server.schemas.replies import Usage
-from softbatch.server.schemas.sampling import BaseOrSoftPrompt, ModelName, at_most_items
+from softbatch.server.schemas.replies import RecalledPassages, Usage
+from softbatch.server.schemas.sampling import BaseOrSoftPrompt, ModelName, Recall, ReturnRecalled, at_most_items
 
 MAX_CANDIDATES = 256
 
@@ -30,6 +30,8 @@ class ScoreRequest(RequestModel):
 
     model: BaseOrSoftPrompt | None = Field(default=None, description="the base model, or the name of a soft prompt")
     soft_prompt: ModelName | None = None
+    recall: Recall = None
+    return_recalled: ReturnRecalled = False
     input: Text | None = Field(default=None, description="the user's turn")
     messages: Messages | None = Field(default=None, description="or a whole conversation, instead of `input`")
     context: Text | None = Field(default=None, description="put into the system turn; not together with a soft prompt")
@@ -74,3 +76,4 @@ class ScoreReply(BaseModel):
     best: int
     candidates: list[ScoredCandidate]
     usage: Usage
+    recalled: RecalledPassages = None

@@ -24,6 +24,10 @@ class SoftPromptObject(BaseModel):
     base_model: str
     context_tokens: int | None = Field(description="how long the compressed context was, where that is known")
     resident: bool = Field(description="whether its keys and values are in the KV cache at the moment")
+    recall: int | None = Field(
+        default=None,
+        description="passages of its kept text that a request gets which does not say; null: no text is kept",
+    )
     verdict: str | None = Field(default=None, description="what its compression's figures mean, in words")
     kl_closed: float | None = Field(
         default=None,

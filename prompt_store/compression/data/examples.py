@@ -15,7 +15,8 @@ Generate = Callable[[list[list[int]], int], list[list[int]]]
 MAX_TEXT = 20_000
 MAX_EXAMPLES = 100_000
 PLACES = 16
-_FIELDS = {"input", "output", "kind", "position", "source", "cut"}
+MAX_ACCEPTED = 64
+_FIELDS = {"input", "output", "accept", "kind", "position", "source", "cut"}
 
 
 class DataError(ValueError):
@@ -26,7 +27,8 @@ class DataError(ValueError):
 class Example:
     """One question z and, once known, its gold answer ŷ. `position` in [0, 1) is the place in the context
     that the question is about; `source` is user, template or model; `cut` says that ŷ was cut at the token
-    limit."""
+    limit. An answer that contains one of the texts in `accept` is right; such a question is for measuring, and no
+    training sees it."""
 
     input: str
     output: str | None = None
@@ -34,6 +36,7 @@ class Example:
     position: float = 0.0
     source: str = "user"
     cut: bool = False
+    accept: tuple[str, ...] = ()
 
     @property
     def place(self) -> int:
@@ -47,6 +50,8 @@ def save_jsonl(examples: Iterable[Example], path: Path) -> None:
         record: dict[str, Any] = {"input": example.input}
         if example.output is not None:
             record["output"] = example.output
+        if example.accept:
+            record["accept"] = list(example.accept)
         record |= {"kind": example.kind, "position": round(example.position, 4), "source": example.source}
         if example.cut:
             record["cut"] = True
@@ -55,7 +60,7 @@ def save_jsonl(examples: Iterable[Example], path: Path) -> None:
 
 
 def load_jsonl(path: Path) -> list[Example]:
-    """Read {"input", "output"?} lines; kind, position and source are kept where they stand. Raises
+    """Read {"input", "output"?, "accept"?} lines; kind, position and source are kept where they stand. Raises
     DataError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -100,4 +105,18 @@ def _parse(line: str, where: str) -> Example:
         float(position),
         record.get("source") or "user",
         record.get("cut", False),
+        _accepted(record.get("accept"), where),
     )
+
+
+def _accepted(value: Any, where: str) -> tuple[str, ...]:
+    """One text, or a list of them."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    good = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+    if not good or (value is not None and not texts):
+        raise DataError(
+            f'{where}: accept must be a text, or a list of texts, that are not empty, such as ["20 minutes"]'
+        )
+    if len(texts) > MAX_ACCEPTED or any(len(text) > MAX_TEXT for text in texts):
+        raise DataError(f"{where}: accept may have {MAX_ACCEPTED} texts of {MAX_TEXT} characters")
+    return tuple(texts)

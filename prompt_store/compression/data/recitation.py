@@ -8,16 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 
-from softbatch.prompt_store.compression.data.language import (
-    PASSAGE_END,
-    beginning,
-    is_english,
-    is_latin,
-    is_unspaced,
-    words_of,
-)
+from softbatch.prompt_store.compression.data.language import beginning, is_english, is_latin, is_unspaced
+from softbatch.prompt_store.compression.data.passages import LENGTH, UNSPACED_LENGTH, passages
 from softbatch.prompt_store.compression.data.phrases import headings, plain, title
 
 # {s} the section, {w} the passage's first words, {t} the document's title.
@@ -40,36 +33,12 @@ _PLAIN = (
 )
 # Of a script or a language that no words are known of: the beginning alone, to go on from.
 _NEUTRAL = ("{w}…", "… {w} …", "“{w}…”")
-_UNSPACED_LENGTH = 60  # characters of a passage where each is a word
 
 
-def passages(text: str, length: int) -> list[tuple[int, str]]:
-    """(offset, passage): the whole text cut at ends of lines and sentences into pieces of at least `length`
-    characters, headings left out."""
-    found: list[tuple[int, str]] = []
-    starts = [0, *(match.end() for match in PASSAGE_END.finditer(text)), len(text)]
-    heads = {at for at, _ in headings(text)}
-    begin: int | None = None
-    for start, end in pairwise(starts):
-        line = text.rfind("\n", 0, start) + 1
-        if text[line : line + 8].lstrip().startswith("#") or line in heads:
-            if begin is not None and text[begin:start].strip():
-                found.append((begin, text[begin:start].strip()))
-            begin = None
-            continue
-        begin = start if begin is None else begin
-        if end - begin >= length:
-            found.append((begin, text[begin:end].strip()))
-            begin = None
-    if begin is not None and text[begin:].strip():
-        found.append((begin, text[begin:].strip()))
-    return [(at, passage) for at, passage in found if len(words_of(passage)) >= 4]
-
-
-def recitations(text: str, count: int, rng: random.Random, length: int = 220) -> list[tuple[str, str, float]]:
+def recitations(text: str, count: int, rng: random.Random, length: int = LENGTH) -> list[tuple[str, str, float]]:
     """(question, passage, position) of up to `count` passages, evenly over the text; where there are fewer passages
     than `count` each is asked for in several ways."""
-    pieces = passages(text, _UNSPACED_LENGTH if is_unspaced(text) else length)
+    pieces = passages(text, UNSPACED_LENGTH if is_unspaced(text) else length)
     english, marked = is_english(text), headings(text)
     name = title(text) or "the document"
     asked: list[tuple[str, str, float]] = []

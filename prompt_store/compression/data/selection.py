@@ -117,3 +117,10 @@ def spread_first(examples: Sequence[Example], count: int) -> list[Example]:
     """The same examples, `count` of them that are spread evenly over all come first."""
     chosen = dict.fromkeys(index * len(examples) // count for index in range(count)) if count < len(examples) else {}
     return [examples[index] for index in chosen] + [e for index, e in enumerate(examples) if index not in chosen]
+
+
+def evenly(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` of them, spread evenly over all; all where there are fewer."""
+    if count >= len(examples):
+        return list(examples)
+    return [examples[index * len(examples) // count] for index in range(count)]

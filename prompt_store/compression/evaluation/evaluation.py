@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.evaluation.fidelity import (
     FidelityScores,
-    answer_scores,
     position_scores,
     position_table,
     scores_of,
@@ -53,18 +52,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores on the held-out pairs, each pair's mean KL, the free answers to some of them, and what it cost."""
+    """Scores on the held-out pairs, each pair's mean KL, and what it cost."""
 
     scores: FidelityScores
     kl: list[float]
-    answers: list[str]
     seconds: float
 
 
 class Evaluation:
     """Answered questions about one context, none of them trained on, and the full-context model's states on them.
 
-    `full` is the KV of each of `segments`. `free` of the questions, evenly chosen, are also answered freely.
+    `full` is the KV of each of `segments`.
     """
 
     def __init__(
@@ -75,7 +73,6 @@ class Evaluation:
         full: Sequence[Prefix],
         examples: Sequence[Example],
         max_answer_tokens: int,
-        free: int = 16,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not examples:
@@ -85,37 +82,22 @@ class Evaluation:
         self.pairs = [renderer.pair(example, segments, max_answer_tokens) for example in examples]
         self.full = Candidate(tuple(full))
         self.max_answer_tokens, self.clock = max_answer_tokens, clock
-        count = min(free, len(self.pairs))
-        self.free = [index * len(self.pairs) // count for index in range(count)] if count else []
         self.teacher: list[Tensor] = hidden_states_of(decoder, list(full), self.pairs).states
         self.no_context = self._prefix_of(renderer.without_context())
 
     def _prefix_of(self, ids: Sequence[int]) -> Prefix | None:
         return self.decoder.encode(ids) if ids else None
 
-    def measure(self, candidate: Candidate, freely: bool = True) -> Measured:
-        """Without free answers where they are not wanted `freely`."""
+    def measure(self, candidate: Candidate) -> Measured:
         began = self.clock()
         states = hidden_states_of(self.decoder, candidate.prefixes, self.pairs).states
         table = position_table(self.decoder, states, self.teacher, self.pairs)
-        scores = scores_of(table)
         kl = [float(part.mean()) for part in torch.split(table[0], [len(pair.answer) for pair in self.pairs])]
-        answers = [""] * len(self.free)
-        if not (freely and self.free):
-            return Measured(scores, kl, answers, self.clock() - began)
-        for group, prefix in enumerate(candidate.prefixes):
-            mine = [at for at, index in enumerate(self.free) if self.pairs[index].group == group]
-            prompts = [list(self.pairs[self.free[at]].prompt) for at in mine]
-            found = greedy(self.decoder, prefix, prompts, self.max_answer_tokens, self.renderer.stop_ids)
-            for at, answer in zip(mine, found, strict=True):
-                answers[at] = self.renderer.text(answer)
-        gold = [self.examples[index].output or "" for index in self.free]
-        exact, f1 = answer_scores(answers, gold, self.renderer.tokens)
-        return Measured(replace(scores, exact_match=exact, token_f1=f1), kl, answers, self.clock() - began)
+        return Measured(scores_of(table), kl, self.clock() - began)
 
     def loss(self, prefix: Prefix) -> float:
         """The held-out KL behind one prefix for all."""
-        return self.measure(Candidate.shared(prefix, len(self.full.prefixes)), freely=False).scores.kl
+        return self.measure(Candidate.shared(prefix, len(self.full.prefixes))).scores.kl
 
     def baselines(
         self,
@@ -123,10 +105,8 @@ class Evaluation:
         untrained: Prefix,
         wrong: Prefix,
         on_done: Callable[[str], None] | None = None,
-        is_late: Callable[[], bool] = lambda: False,
     ) -> dict[str, Measured]:
-        """The model without context, with all of it, and every baseline at σ's length; these answer freely only while
-        it is not late."""
+        """The model without context, with all of it, and every baseline at σ's length."""
         groups = len(self.full.prefixes)
         candidates = {
             "no_context": Candidate.shared(self.no_context, groups),
@@ -137,7 +117,7 @@ class Evaluation:
         }
         found: dict[str, Measured] = {}
         for name, candidate in candidates.items():
-            found[name] = self.measure(candidate, len(found) < 2 or not is_late())
+            found[name] = self.measure(candidate)
             if on_done is not None:
                 on_done(name)
         # Looked at here, before training: what follows training is then as short as one baseline.
@@ -178,9 +158,7 @@ def load_measured(path: Path) -> dict[str, Measured] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {
-            name: Measured(
-                FidelityScores(**found["scores"]), list(found["kl"]), list(found["answers"]), float(found["seconds"])
-            )
+            name: Measured(FidelityScores(**found["scores"]), list(found["kl"]), float(found["seconds"]))
             for name, found in record.items()
         }
     except (OSError, ValueError, KeyError, TypeError):

@@ -13,6 +13,9 @@ _LABELS = {
     "untrained": "untrained start",
     "wrong_prompt": "another document's prompt",
     "full_context": "full context",
+    "recall": "soft prompt with recall",
+    "retrieval": "retrieval, as many tokens",
+    "retrieval_3x": "retrieval, three times as many",
 }
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("kl", "KL", "mean KL divergence from the full context, nats per token; lower is better"),
@@ -75,6 +78,7 @@ def render_page(report: dict[str, Any], name: str = "") -> str:
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{heading}</title><style>{_STYLE}</style></head><body><main>"
         f'<h1>{heading}</h1><p class="lead">{lead}</p>{_verdict(report)}{_cards(report)}'
+        f"{_right_answers(report)}"
         f"<h2>Against every baseline</h2>{_table(report)}"
         f'<h2>Plots</h2><div class="plots">{_plots(report)}</div>'
         f"<h2>Where it is faithful</h2>{_groups(report)}"
@@ -129,6 +133,30 @@ def _table(report: dict[str, Any]) -> str:
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
         f"</div><details><summary>What the columns mean</summary><ul>{notes}</ul></details>"
     )
+
+
+def _right_answers(report: dict[str, Any]) -> str:
+    """What a user can count on; nothing where no question says what is right."""
+    rows = report.get("right_answers") or {}
+    if not any("right" in row for row in rows.values()):
+        return ""
+    body = "".join(
+        f"<tr{' class=main' if name == 'soft_prompt' else ''}><td>{escape(_LABELS[name])}</td>"
+        f"<td>{row['right']} of {row['questions']}</td><td>{row['low']:.0%} to {row['high']:.0%}</td>"
+        f"<td>{row['prompt_tokens']:,.0f}</td><td>{_milliseconds(row['first_token_seconds'])}</td></tr>"
+        for name, row in rows.items()
+    )
+    return (
+        '<h2>Right answers</h2><p class="lead">Answers, made by the engine that serves, that contain a text which the '
+        "question accepts. The interval holds the true share with 95 % confidence. First token: of one request alone, "
+        "when what it shares with others is in the cache.</p>"
+        '<div class="scroll"><table><thead><tr><th></th><th>right</th><th>interval</th><th>prompt tokens</th>'
+        f"<th>first token</th></tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.0f} ms"
 
 
 def _plots(report: dict[str, Any]) -> str:
@@ -221,9 +249,13 @@ def _answers(report: dict[str, Any]) -> str:
         columns = "".join(
             f"<div{' class=main' if key == 'soft_prompt' else ''}><em>{escape(_LABELS[key])}</em>"
             f"{escape(answer[key])}</div>"
-            for key in ("full_context", "soft_prompt", "no_context")
+            for key in ("full_context", "soft_prompt", "no_context", "recall", "retrieval_3x")
+            if key in answer
         )
-        parts.append(f'<article><h3>{escape(answer["input"])}</h3><div class="answers">{columns}</div></article>')
+        heading = escape(answer["input"])
+        if answer.get("right") is not None:
+            heading += f" <small>(right: {escape(answer['gold'])})</small>"
+        parts.append(f'<article><h3>{heading}</h3><div class="answers">{columns}</div></article>')
     return "".join(parts) or "<p>No free answers were asked for.</p>"
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from softbatch.prompt_store.compression.data.examples import Example
+from softbatch.prompt_store.compression.evaluation.accepted import is_right
 from softbatch.prompt_store.compression.evaluation.evaluation import Evaluation, Measured
+from softbatch.prompt_store.compression.evaluation.free_answers import (
+    Answers,
+    FreeAnswers,
+    as_scores,
+    right_answers,
+)
 from softbatch.prompt_store.compression.evaluation.page import render_page
 
 SHOWN_ANSWERS = 12
@@ -22,35 +29,46 @@ def build_report(
     baselines: dict[str, Measured],
     off_topic: dict[str, float],
     facts: dict[str, Any],
+    free: FreeAnswers,
+    answers: Mapping[str, Answers],
 ) -> dict[str, Any]:
-    """report.json: σ's scores at the top level, the baselines' under `baselines`, then `facts` of the run."""
+    """report.json: σ's scores at the top level, the baselines' under `baselines`, what was answered `free`ly under
+    `right_answers` and `answers`, then `facts` of the run."""
     no_context = baselines["no_context"].scores
-    report: dict[str, Any] = dict(sigma.scores.closed_against(no_context).as_dict())
+
+    def shown(measured: Measured, name: str) -> dict[str, float | None]:
+        scores = as_scores(measured.scores, answers.get(name), free)
+        return scores.closed_against(no_context).as_dict()
+
+    report: dict[str, Any] = dict(shown(sigma, "soft_prompt"))
     report |= facts
-    report["baselines"] = {
-        name: measured.scores.closed_against(no_context).as_dict() for name, measured in baselines.items()
-    }
+    report["baselines"] = {name: shown(measured, name) for name, measured in baselines.items()}
+    report["right_answers"] = right_answers(free, answers)
     report["by_kind"] = _by(lambda example: example.kind, evaluation, sigma, baselines)
     report["by_place"] = _by(_quarter, evaluation, sigma, baselines)
     report["off_topic"] = off_topic
-    free = len(evaluation.free)
-    shown = min(SHOWN_ANSWERS, free)
-    report["answers"] = [
-        {
-            "input": evaluation.examples[evaluation.free[at]].input,
-            "gold": evaluation.examples[evaluation.free[at]].output or "",
-            "full_context": baselines["full_context"].answers[at],
-            "soft_prompt": sigma.answers[at],
-            "no_context": baselines["no_context"].answers[at],
-        }
-        for at in (number * free // shown for number in range(shown))
-    ]
+    count = len(free.examples)
+    shown_answers = min(SHOWN_ANSWERS, count)
+    report["answers"] = [_answer(free, answers, number * count // shown_answers) for number in range(shown_answers)]
     report["evaluation"] = {
         "questions": len(evaluation.pairs),
         "positions": sum(len(pair.answer) for pair in evaluation.pairs),
-        "free_answers": len(evaluation.free),
+        "free_answers": count,
     }
     return report
+
+
+def _answer(free: FreeAnswers, answers: Mapping[str, Answers], at: int) -> dict[str, Any]:
+    """One question, side by side; `gold` is what would be right."""
+    example = free.examples[at]
+    found: dict[str, Any] = {"input": example.input, "gold": example.output or " / ".join(example.accept)}
+    for name in ("full_context", "soft_prompt", "no_context", "recall", "retrieval_3x"):
+        if name in answers:
+            text = answers[name].texts[at]
+            found[name] = text
+            if example.accept:
+                found.setdefault("right", {})[name] = is_right(text, example.accept)
+    return found
 
 
 def _by(

@@ -13,6 +13,36 @@ FALLING = 0.1
 
 
 def verdict_of(report: dict[str, Any], loss_before: float | None) -> str:
+    """How faithful it is and, where questions say what is right, how often it is and what would do better."""
+    return _fidelity(report, loss_before) + _rightness(report)
+
+
+def _rightness(report: dict[str, Any]) -> str:
+    rows = {name: row for name, row in (report.get("right_answers") or {}).items() if "right" in row}
+    sigma = rows.get("soft_prompt")
+    if sigma is None:
+        return ""
+    others = {name: f"{rows[name]['right']} {words}" for name, words in _OTHERS.items() if name in rows}
+    said = f"; right answers: {sigma['right']} of {sigma['questions']}, " + ", ".join(others.values())
+    retrieval = max((rows[name]["right"] for name in ("retrieval", "retrieval_3x") if name in rows), default=0)
+    recall = rows["recall"]["right"] if "recall" in rows else 0
+    if max(retrieval, recall) <= sigma["right"]:
+        return said
+    if retrieval > max(recall, sigma["right"]):
+        return f"{said}: for questions like these retrieval alone does better"
+    return f"{said}: keep its text and use recall"
+
+
+_OTHERS = {
+    "recall": "with recall",
+    "full_context": "with the full context",
+    "retrieval": "by retrieval of as many tokens",
+    "retrieval_3x": "of three times as many",
+    "no_context": "without",
+}
+
+
+def _fidelity(report: dict[str, Any], loss_before: float | None) -> str:
     """From a report's figures; `loss_before` is the held-out loss when three quarters of training were done. Where the
     report's training has no minutes, there was no budget."""
     closed = report["kl_closed"]

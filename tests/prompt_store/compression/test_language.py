@@ -12,9 +12,9 @@ from softbatch.prompt_store.compression.data import language
 from softbatch.prompt_store.compression.data.coverage import coverage
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.language import is_english, question_mark, split_sentences
+from softbatch.prompt_store.compression.data.passages import passages
 from softbatch.prompt_store.compression.data.phrases import sentences
 from softbatch.prompt_store.compression.data.questions import own_questions, questions_from
-from softbatch.prompt_store.compression.data.recitation import passages
 from softbatch.prompt_store.compression.data.selection import merge, split
 from softbatch.prompt_store.compression.data.self_study import model_questions, template_questions
 

@@ -30,7 +30,7 @@ from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.template import context_turn, render_chat
 from tests.support.models import Reference
-from tests.support.small_compressions import CONTEXT, SMALL, engine
+from tests.support.small_compressions import CONTEXT, SMALL, engine, responder
 
 METRICS = {
     "kl",
@@ -55,7 +55,7 @@ def compression(llama: Reference, directory: Path, context: str = CONTEXT, **opt
     settings = CompressionSettings(**(SMALL | options))
     generate = extra.pop("generate", engine(decoder))
     tokenized = tokenized_context(llama, context, settings, decoder.window)
-    return Compression(decoder, tokenized, settings, generate, directory, **extra)
+    return Compression(decoder, tokenized, settings, generate, responder(decoder), directory, **extra)
 
 
 def tokenized_context(
@@ -172,7 +172,7 @@ def test_a_context_longer_than_the_window_is_cut_into_segments(llama: Reference,
     decoder.window = 384 + 6 + 120
     settings = CompressionSettings(**SMALL)
     tokenized = tokenized_context(llama, CONTEXT, settings, decoder.window)
-    run = Compression(decoder, tokenized, settings, engine(decoder), tmp_path)
+    run = Compression(decoder, tokenized, settings, engine(decoder), responder(decoder), tmp_path)
     assert len(run.context.segments) >= 3
     assert all(len(segment.ids) <= 120 for segment in run.context.segments)
     assert run.context.segments[-1].end == 1
@@ -262,7 +262,11 @@ def test_evaluation_puts_the_usual_system_turn_behind_such_a_prompt(llama: Refer
         tensors = {"keys": prefix.keys, "values": prefix.values}
         asked = [Example("How many bulbs has the red lamp?")]
         context = tokenized_context(llama, CONTEXT, CompressionSettings(**SMALL))
-        return float(evaluate_prompt(decoder, context, "kv", tensors, asked, engine(decoder), replaces=replaces)["kl"])
+        return float(
+            evaluate_prompt(
+                decoder, context, "kv", tensors, asked, engine(decoder), responder(decoder), replaces=replaces
+            )["kl"]
+        )
 
     assert kl(sigma, "nothing") == pytest.approx(kl(behind, "system"), rel=1e-4)
     assert kl(sigma, "nothing") != pytest.approx(kl(sigma, "system"), rel=1e-2)
@@ -293,14 +297,7 @@ def test_where_time_is_short_less_is_answered_freely(llama: Reference, tmp_path:
         return now
 
     report = compression(llama, tmp_path, steps=None, minutes=0.7, clock=clock, questions=200).run().report
-    answered = {name: scores["token_f1"] is not None for name, scores in report["baselines"].items()}
-    assert answered == {
-        "no_context": True,
-        "truncated": False,
-        "untrained": False,
-        "wrong_prompt": False,
-        "full_context": True,
-    }
+    assert report["evaluation"]["free_answers"] == 1
     assert all(scores["kl"] is not None for scores in report["baselines"].values())
     assert report["token_f1"] is not None
 
@@ -398,7 +395,9 @@ def test_a_finished_prompt_is_scored_on_new_questions(llama: Reference, whole: W
     asked = [Example("How many bulbs has the red lamp?"), Example("Whom do I call?", "The office in redville.")]
     steps: list[Progress] = []
     context = tokenized_context(llama, CONTEXT, CompressionSettings(**SMALL))
-    report = evaluate_prompt(decoder, context, "kv", outcome.tensors, asked, engine(decoder), on_progress=steps.append)
+    report = evaluate_prompt(
+        decoder, context, "kv", outcome.tensors, asked, engine(decoder), responder(decoder), on_progress=steps.append
+    )
     assert report.keys() >= METRICS | {"baselines", "off_topic", "answers", "compression_ratio"}
     assert report["evaluation"]["questions"] == 2
     assert [answer["input"] for answer in report["answers"]] == [example.input for example in asked]
@@ -406,7 +405,7 @@ def test_a_finished_prompt_is_scored_on_new_questions(llama: Reference, whole: W
     assert report["answers"][1]["full_context"] != "The office in redville."  # what the model says, not the user
     # As imported prompts are, which know nothing of a compression.
     assert "Measured on 2 questions" in render_page(report | {"seconds": None, "objective": None})
-    assert steps[-1].done == steps[-1].total == 6
+    assert steps[-1].done == steps[-1].total == 13
     full_length = {name: tensor.repeat(1, 400, 1, 1) for name, tensor in outcome.tensors.items()}
     with pytest.raises(ValueError, match="fewer than the soft prompt"):
-        evaluate_prompt(decoder, context, "kv", full_length, asked, engine(decoder))
+        evaluate_prompt(decoder, context, "kv", full_length, asked, engine(decoder), responder(decoder))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl, save_jsonl
+from softbatch.prompt_store.compression.data.passages import passages
 from softbatch.prompt_store.compression.data.phrases import headings, key_phrases, sentences, title
-from softbatch.prompt_store.compression.data.recitation import passages
 from softbatch.prompt_store.compression.data.selection import Deduplicator, merge, split, surplus_recitations, usable
 from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
 

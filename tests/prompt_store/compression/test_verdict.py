@@ -10,8 +10,8 @@ from softbatch.prompt_store.compression.compression_settings import CompressionS
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
 from softbatch.prompt_store.compression.forecast import MEASURING_SHARE, Speeds, forecast
 
-FAST = Speeds(gold=0.1, full=0.02, scored=0.01, free=0.1, step=0.1)
-SLOW = Speeds(gold=3.0, full=1.0, scored=0.3, free=4.0, step=3.0)
+FAST = Speeds(gold=0.1, full=0.02, scored=0.01, step=0.1)
+SLOW = Speeds(gold=3.0, full=1.0, scored=0.3, step=3.0)
 
 
 def report(steps: int, closed: float | None, untrained: float = 0.3, minutes: float | None = 10.0) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from softbatch.prompt_store.compression.frozen.frozen_model import Kernels
 from softbatch.prompt_store.compression.work_directory import identity_of
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.scheduler.model.attention import cpu
 from softbatch.server.cli.main import main
 from softbatch.server.compressions.local_engine import LocalEngine
@@ -72,7 +73,7 @@ def own_questions(harbour: Path) -> Path:
 def store(tiny_path: str, harbour: Path, own_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the soft prompt that an uninterrupted run made; its report lies beside the store."""
     path = tmp_path_factory.mktemp("cli") / "store"
-    flags = ("--report", str(path.parent / "report"), "--questions", str(own_questions))
+    flags = ("--report", str(path.parent / "report"), "--questions", str(own_questions), "--keep-text", "--recall", "1")
     assert main(compress(harbour, tiny_path, path, *flags)) == 0
     return path
 
@@ -88,6 +89,7 @@ def test_compress_registers_what_it_measured(store: Path, own_questions: Path) -
     assert "<script" not in page
 
     stored = PromptStore(store, MAX_BYTES).get("harbour")
+    assert PromptStore(store, MAX_BYTES).kept_text(stored) == KeptText(text=CONTEXT, recall=1)
     manifest = stored.manifest
     assert (manifest.kind, manifest.objective, manifest.replaces) == ("kv", "kl", "system")
     assert manifest.num_virtual_tokens == VIRTUAL_TOKENS
@@ -120,14 +122,21 @@ def test_prompts_show_has_the_fidelity(store: Path, capfd: pytest.CaptureFixture
 def test_evaluate_on_questions_of_ones_own(
     store: Path, tiny_path: str, harbour: Path, own_questions: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--context", str(harbour), "--questions", str(own_questions), "--report", str(tmp_path / "report")]
+    questions = tmp_path / "graded.jsonl"
+    graded = '{"input": "How often do I ring the brass bell?", "accept": ["twice", "two times"]}\n'
+    questions.write_text(f"{own_questions.read_text()}\n{graded}")
+    flags = ["--context", str(harbour), "--questions", str(questions), "--report", str(tmp_path / "report")]
     assert main(["evaluate", "harbour", *flags, *model_flags(tiny_path, store)]) == 0
     captured = capfd.readouterr()
     assert "note:" not in captured.err
+    assert "0 of 1" in captured.out
+    assert "retrieval, 3 times" in captured.out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {*METRICS, "compression_ratio"} <= set(report)
     assert set(report["baselines"]) == BASELINES
-    assert report["evaluation"]["questions"] == 2
+    assert report["evaluation"]["questions"] == report["evaluation"]["free_answers"] == 3
+    assert all(row["first_token_seconds"] > 0 for row in report["right_answers"].values())
+    assert report["right_answers"]["recall"]["prompt_tokens"] > report["right_answers"]["soft_prompt"]["prompt_tokens"]
     assert report["baselines"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert report["kl"] > 0.001
     assert report["answers"][0]["gold"] == "At seven."

@@ -88,7 +88,8 @@ def wait_phase(server: Server, job_id: str, phase: str) -> None:
 def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> None:
     server = site.server
     assert server.http.get(ROUTE).json() == {"object": "list", "data": []}
-    first = create(server, "harbour", questions=[{"input": "When does it open?", "output": "At seven."}], seed=3)
+    questions = [{"input": "When does it open?", "output": "At seven."}, {"input": "Who pays?", "accept": ["ships"]}]
+    first = create(server, "harbour", questions=questions, seed=3, keep_text=True, recall=0)
     wait_phase(server, first, "loading")
     check_queue(server, first)
     wait_phase(server, first, "gold")
@@ -115,7 +116,9 @@ def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> 
     assert done["created_at"] <= done["started_at"] <= done["finished_at"]
     assert {"kl", "kl_closed", "top1_agreement", "compression_ratio", "seconds"} <= set(done["fidelity"])
 
+    assert server.http.get("/v1/soft_prompts/harbour").json()["recall"] == 0
     shown = server.http.get("/v1/soft_prompts/harbour").json()["manifest"]
+    assert shown["fidelity"]["right_answers"]["soft_prompt"]["questions"] == 1
     assert shown["fidelity"]["kl"] == done["fidelity"]["kl"]
     assert shown["training"]["seed"] == 3
     page = server.http.get(f"{ROUTE}/{first}/report")
@@ -182,9 +185,9 @@ def check_cli_against_server(server: Server, tiny_path: str, tmp_path: Path) -> 
     flags = ["--virtual-tokens", "4", "--steps", "1", "--kind", "embeddings", "--server", server.url]
     local = model_flags(tiny_path, tmp_path / "store")
     assert main(["compress", str(context), "--name", "harbour", *flags, *local]) == 2
-    assert main(["compress", str(context), "--name", "remote", *flags, *local]) == 0
+    assert main(["compress", str(context), "--name", "remote", "--keep-text", *flags, *local]) == 0
     shown = server.http.get("/v1/soft_prompts/remote").json()
-    assert (shown["kind"], shown["num_virtual_tokens"]) == ("embeddings", 4)
+    assert (shown["kind"], shown["num_virtual_tokens"], shown["recall"]) == ("embeddings", 4, 2)
     assert not (tmp_path / "store" / "remote.safetensors").exists()
     asked = ["--input", "When?", "--candidate", "At seven.", "--candidate", "Never.", "--soft-prompt", "remote"]
     assert main(["score", *asked, "--server", server.url]) == 0
@@ -268,6 +271,9 @@ def test_bad_requests(site: Site) -> None:
         "minutes and steps": ({"minutes": 1}, 400, "minutes"),
         "blank question": ({"questions": [{"input": "When?"}, {"input": " "}]}, 400, "questions.1.input"),
         "question without input": ({"questions": [{"output": "x"}]}, 400, "questions.0.input"),
+        "blank accepted text": ({"questions": [{"input": "x", "accept": [" "]}]}, 400, "questions.0.accept"),
+        "recall without a kept text": ({"recall": 2}, 400, "recall"),
+        "too many passages": ({"keep_text": True, "recall": 17}, 400, "recall"),
         "invalid name": ({"name": "../up"}, 400, "name"),
         "name of the model": ({"name": "tiny-llama"}, 409, "name"),
         "unknown field": ({"virtual_token": 3}, 400, "virtual_token"),

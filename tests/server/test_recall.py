@@ -1,0 +1,77 @@
+"""Indexes of kept texts: made once for all who wait, bounded in memory; and where passages stand in a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from softbatch.prompt_store.compression.data.passages import Passage
+from softbatch.prompt_store.stores.kept_text import KeptText
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
+from softbatch.server.requests.recall import PassageIndexes, _with_passages
+from softbatch.server.requests.text import ChatPrompt
+
+TEXT = "# Harbour\n\nThe {} office opens at seven. Ring the brass bell twice before you enter.\n"
+
+
+@dataclass
+class Texts:
+    """The part of a store that is read here."""
+
+    texts: dict[str, str]
+    read: list[str] = field(default_factory=list)
+
+    def kept_text(self, stored: StoredPrompt) -> KeptText | None:
+        self.read.append(stored.name)
+        text = self.texts.get(stored.name)
+        return None if text is None else KeptText(text=text)
+
+
+def stored(name: str) -> StoredPrompt:
+    return StoredPrompt(name, Path(name), name * 8, 0, cast(Any, None), 0, (0,), 2)
+
+
+def test_an_index_is_made_once_for_all_who_wait_and_goes_when_others_need_the_room() -> None:
+    asyncio.run(_shared_and_bounded())
+
+
+async def _shared_and_bounded() -> None:
+    texts = Texts({name: TEXT.format(name) * 40 for name in "abc"})
+    indexes = PassageIndexes(cast(SoftPromptStore, texts), max_bytes=60_000)
+    found = await asyncio.gather(*(indexes.best(stored("a"), "When does the office open?", 1) for _ in range(8)))
+    assert texts.read == ["a"]
+    assert all(one is not None and "office" in one[0].text for one in found)
+    for name in "bcbca":
+        await indexes.best(stored(name), "office", 1)
+    assert texts.read.count("a") == 2
+    assert len(texts.read) < 7, "not every question makes one anew"
+
+
+def test_a_text_that_is_gone_is_looked_for_again() -> None:
+    asyncio.run(_gone_and_back())
+
+
+async def _gone_and_back() -> None:
+    texts = Texts({})
+    indexes = PassageIndexes(cast(SoftPromptStore, texts))
+    assert await indexes.best(stored("a"), "office", 1) is None
+    texts.texts["a"] = TEXT.format("a")
+    assert await indexes.best(stored("a"), "office", 1)
+
+
+def test_passages_begin_the_last_turn_of_the_user_in_every_form_of_a_conversation() -> None:
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    found = [Passage("P", 0, 1)]
+    expected = [*turns[:2], {"role": "user", "content": "P\n\nthree"}]
+    assert _with_passages(turns, found) == expected
+    chat = _with_passages(ChatPrompt(turns, {"tools": [1]}, ChatPrompt(turns[2:])), found)
+    assert isinstance(chat, ChatPrompt)
+    assert (chat.turns, chat.fields) == (expected, {"tools": [1]})
+    assert chat.beside_system is not None
+    assert chat.beside_system.turns == expected[2:]
