@@ -158,5 +158,6 @@ def _engine_config(settings: Settings) -> EngineConfig:
         gpu_memory_utilization=settings.gpu_memory_utilization,
         block_size=settings.block_size,
         async_scheduling=settings.async_scheduling,
+        deterministic=settings.deterministic,
         max_prompt_bytes=settings.max_prompt_mib << 20,
     )

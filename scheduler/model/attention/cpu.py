@@ -37,6 +37,8 @@ def paged_attention(
         batch.block_table,
         batch.slot_mapping,
         scale,
+        batch.decodes,
+        batch.joins_ranges,
     )
 
 

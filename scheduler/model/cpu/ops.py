@@ -61,6 +61,8 @@ def paged_attention(
     block_table: Tensor,
     slot_mapping: Tensor,
     scale: float,
+    decodes: Tensor | None = None,
+    joins_ranges: bool = True,
 ) -> Tensor:
     """Raises RuntimeError for tensors that do not fit."""
     out: Tensor = torch.ops.softbatch.paged_attention(
@@ -74,6 +76,8 @@ def paged_attention(
         block_table,
         slot_mapping,
         scale,
+        decodes,
+        joins_ranges,
     )
     return out
 

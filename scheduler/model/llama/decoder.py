@@ -162,5 +162,7 @@ class DecoderForward:
             attention.block_table,
             attention.slot_mapping,
             batch.logit_rows,
+            attention.decodes,
+            attention.joins_ranges,
         )
         return logits

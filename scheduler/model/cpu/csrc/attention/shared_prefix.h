@@ -39,7 +39,7 @@ class Sharing {
   Sharing(const Problem<T>& p, int64_t sequences) : of(sequences), p_(p) {
     std::vector<int64_t> decoding;
     for (int64_t s = 0; s < sequences; ++s)
-      if (p.query_length(s) == 1) decoding.push_back(s);
+      if (p.joins_ranges && p.is_decoding(s)) decoding.push_back(s);
     find(std::move(decoding), {}, 0);
   }
 
