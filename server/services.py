@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -86,7 +87,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             metrics.watch(
                 waiting=lambda: engine.num_waiting,
                 running=lambda: engine.num_running,
-                registered=lambda: len(store.list()),
+                registered=lambda: _count(store),
             )
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
@@ -123,6 +124,14 @@ def _leases(root: Path) -> Iterator[Path]:
         except OSError as error:
             raise StartupError(f"--prompt-store {root}: {error.strerror}") from error
         yield directory
+
+
+def _count(store: SoftPromptStore) -> float:
+    """Not a number while the disk does not work: the other metrics are needed most then."""
+    try:
+        return len(store.list())
+    except OSError:
+        return math.nan
 
 
 def _warn_of_broken(store: SoftPromptStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from softbatch.prompt_store.manifest import Manifest, ModelSpec, SoftPromptError
 
@@ -63,6 +63,10 @@ class SoftPromptStore(Protocol):
 
     def get(self, name: str) -> StoredPrompt:
         """Cheap for a prompt that was asked for before. Raises UnknownPrompt, or SoftPromptError if it is broken."""
+        ...
+
+    def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:
+        """The very file that is described, whole even if it is removed meanwhile. Raises like `get`."""
         ...
 
     def list(self) -> Sequence[StoredPrompt]:

@@ -36,6 +36,7 @@ from softbatch.server.request_failures import (
     UnknownSoftPrompt,
     UnusableSoftPrompt,
     shown,
+    storage_failure,
 )
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,13 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(exc, HTTPException)
         return error_response(_from_http_exception(request, exc), request.scope["path"])
 
+    async def on_os_error(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, OSError)
+        if exc.filename is None:  # none of the disk's, such as a broken connection's
+            return await on_exception(request, exc)
+        logger.error("%s %.200r: the disk does not work", request.method, request.scope["path"], exc_info=exc)
+        return error_response(as_api_error(storage_failure(exc)), request.scope["path"])
+
     async def on_exception(request: Request, exc: Exception) -> Response:
         path = request.scope["path"]
         return error_response(internal_error(exc, f"{request.method} {path[:200]!r}"), path)
@@ -216,6 +224,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Failure, on_failure)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(OSError, on_os_error)
     app.add_exception_handler(Exception, on_exception)
 
 
