@@ -18,7 +18,7 @@ import msgspec
 from softbatch.scheduler.engine.engine import Engine, build_engine
 from softbatch.scheduler.protocol import AddRequest, EngineConfig, SamplingParams
 
-CELLS = ((1, 0), (16, 0), (16, 256), (4, 1024), (16, 1024), (32, 1024), (16, 1792))  # sequences, tokens in common
+CELLS = ((1, 0), (16, 0), (16, 256), (4, 1024), (16, 1024), (32, 1024), (16, 1536))  # sequences, tokens in common
 OWN_TOKENS = 40
 
 
