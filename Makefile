@@ -3,6 +3,7 @@
 # make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   kill the engine under load, and count what clients notice   (make chaos ARGS="--kills 9 --seed 3")
+# make fuzz    look for inputs that break parsers or the API   (make fuzz ARGS="--seconds 3600 --only parsers")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
@@ -16,7 +17,7 @@ ARGS   ?=
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test chaos fuzz test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -33,6 +34,9 @@ unit: $(VENV)/.dev
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=. $(VENV)/bin/python -m tests.chaos.run $(ARGS)
+
+fuzz: $(VENV)/.fuzz
+	PYTHONPATH=. $(VENV)/bin/python -m tests.fuzz.run $(ARGS)
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)
@@ -72,6 +76,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.serve
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) install --constraint constraints.txt --editable ".[fuzz]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.serve
