@@ -5,6 +5,7 @@
 # make browser install Chromium, for the tests of the console, where this may be done (as root, by apt-get); part of make test
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   what clients notice of dying engines, overload, disconnects and long runs   (make chaos ARGS="--only overload keys")
+# make fuzz    look for inputs that break parsers or the API   (make fuzz ARGS="--seconds 3600 --only parsers")
 # make test-gpu   the tests that need a CUDA device, skipped where there is none
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
@@ -19,7 +20,7 @@ ARGS   ?=
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test clients browser chaos test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test clients browser chaos fuzz test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -46,6 +47,9 @@ clients: $(VENV)/.serve $(CLIENTS)/.installed
 
 chaos: $(VENV)/.dev
 	PYTHONPATH=. $(VENV)/bin/python -m tests.chaos.run $(ARGS)
+
+fuzz: $(VENV)/.fuzz
+	PYTHONPATH=. $(VENV)/bin/python -m tests.fuzz.run $(ARGS)
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)
@@ -90,6 +94,10 @@ $(VENV)/.dev: $(VENV)/.serve
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip --disable-pip-version-check install --constraint tests/clients/constraints.txt --requirement $<
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) install --constraint constraints.txt --editable ".[fuzz]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.serve

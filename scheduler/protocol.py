@@ -174,6 +174,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
     async_scheduling: str = "auto"
+    deterministic: bool = False
     max_prompt_bytes: int = 256 << 20
     inbox: str = ""
     outbox: str = ""

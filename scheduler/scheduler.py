@@ -29,6 +29,8 @@ class SchedulerConfig:
     eos_token_ids: frozenset[int]
     # Positions of one step whose logits score a prompt's token: each has a row as long as the vocabulary.
     max_scored_tokens: int = 1 << 16
+    # Whether blocks that hold output may be reused as a later prompt's: they were computed token by token.
+    reuses_output: bool = True
     # Seconds that a step with prefills should take; None: as long as its tokens need.
     step_target: float | None = None
 
@@ -172,7 +174,8 @@ class Scheduler:
                 outputs.append(sequence.failure(result.errors[sequence.request_id]))
                 self._leave(sequence)
                 continue
-            self._blocks.register(sequence, end)
+            last = end if self.config.reuses_output else min(end, sequence.num_virtual + sequence.num_prompt)
+            self._blocks.register(sequence, last)
             output = SequenceOutput(sequence.request_id, end, num_cached=sequence.num_cached)
             if sequence.score_from is not None:
                 sequence.scores += result.scores.get(sequence.request_id, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -151,8 +152,16 @@ def _watch(metrics: Metrics, engine: EngineClient, store: SoftPromptStore) -> No
     metrics.watch(
         waiting=lambda: engine.num_waiting,
         running=lambda: engine.num_running,
-        registered=lambda: len(store.list()),
+        registered=lambda: _count(store),
     )
+
+
+def _count(store: SoftPromptStore) -> float:
+    """Not a number while the disk does not work: the other metrics are needed most then."""
+    try:
+        return len(store.list())
+    except OSError:
+        return math.nan
 
 
 def _warn_of_broken(store: SoftPromptStore) -> None:
@@ -190,5 +199,6 @@ def _engine_config(settings: Settings) -> EngineConfig:
         gpu_memory_utilization=settings.gpu_memory_utilization,
         block_size=settings.block_size,
         async_scheduling=settings.async_scheduling,
+        deterministic=settings.deterministic,
         max_prompt_bytes=settings.max_prompt_mib << 20,
     )

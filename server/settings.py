@@ -124,6 +124,11 @@ class Settings(BaseSettings):
     async_scheduling: Literal["auto", "on", "off"] = Field(
         "auto", description="schedule and launch each step while the one before runs; auto: on a GPU"
     )
+    deterministic: bool = Field(
+        False,
+        description="a request gets the same tokens and log-probabilities, bit for bit, whatever runs beside it or ran "
+        "before it; for Llama-like models on CPUs; long contexts that many requests share are decoded more slowly",
+    )
     max_connections: int = Field(4096, ge=1, le=1_000_000, description="open connections; further ones get 503")
     max_connections_per_address: int | None = Field(
         None,

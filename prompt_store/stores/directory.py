@@ -40,6 +40,7 @@ _STALE_SECONDS = 3600
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP}
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 _CHUNK = 1 << 20
+_TRIES = 5  # to open a file whose name others give away meanwhile
 
 
 class PromptStore(SoftPromptStore):
@@ -60,7 +61,7 @@ class PromptStore(SoftPromptStore):
 
     def check_free(self, name: str) -> None:
         check_name(name)
-        if self._path(name).exists():
+        if os.path.lexists(self._path(name)):
             raise NameTaken(name)
 
     def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
@@ -93,11 +94,17 @@ class PromptStore(SoftPromptStore):
         """One stat if the file is known; otherwise its header and hash are read."""
         if not is_name(name):
             raise UnknownPrompt(name)
+        path = self._path(name)
         try:
-            version = _version_of(self._path(name).stat())
-        except FileNotFoundError:
+            version = _version_of(path.stat())
+        except OSError as error:
             self._cache.pop(name, None)
-            raise UnknownPrompt(name) from None
+            if os.path.lexists(path):
+                reason = "a link to nothing" if isinstance(error, FileNotFoundError) else error.strerror
+                raise SoftPromptError(f"the file cannot be read: {reason}", param="file", code="invalid_file") from None
+            if isinstance(error, FileNotFoundError):
+                raise UnknownPrompt(name) from None
+            raise
         cached = self._cache.get(name)
         if cached is None or cached[0] != version:
             cached = (version, self._read(name, version))
@@ -109,6 +116,18 @@ class PromptStore(SoftPromptStore):
 
     def kept_text(self, stored: StoredPrompt) -> KeptText | None:
         return self._texts.read(stored.name, stored.sha256)
+
+    def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:
+        for _ in range(_TRIES):
+            stored = self.get(name)
+            try:
+                file = stored.path.open("rb")
+            except FileNotFoundError:
+                continue  # removed meanwhile, or another has the name by now
+            if _version_of(os.fstat(file.fileno())) == stored.version:
+                return stored, file
+            file.close()
+        raise UnknownPrompt(name)
 
     def list(self) -> Sequence[StoredPrompt]:
         return [found for _, found in self._scan() if isinstance(found, StoredPrompt)]
@@ -127,6 +146,11 @@ class PromptStore(SoftPromptStore):
             self._path(name).unlink()
         except FileNotFoundError:
             raise UnknownPrompt(name) from None
+        except OSError:
+            if self._path(name).is_dir():
+                message = "a directory has this name; only whoever runs the server can remove it"
+                raise SoftPromptError(message, param="name", code="invalid_file") from None
+            raise
         finally:
             self._cache.pop(name, None)
         sync(self.root)

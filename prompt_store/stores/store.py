@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from softbatch.prompt_store.manifest import Manifest, ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.kept_text import KeptText
@@ -70,6 +70,10 @@ class SoftPromptStore(Protocol):
 
     def kept_text(self, stored: StoredPrompt) -> KeptText | None:
         """The text for recall. None where none is kept, or it is gone."""
+        ...
+
+    def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:
+        """The very file that is described, whole even if it is removed meanwhile. Raises like `get`."""
         ...
 
     def list(self) -> Sequence[StoredPrompt]:

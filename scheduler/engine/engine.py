@@ -235,6 +235,7 @@ def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | N
             num_blocks=kv.num_blocks,
             block_size=kv.block_size,
             eos_token_ids=frozenset(loaded.info.eos_token_ids),
+            reuses_output=not config.deterministic,
             max_scored_tokens=max(1, _SCORED_LOGITS_BYTES // (4 * loaded.info.vocab_size)),
         )
     )

@@ -27,6 +27,7 @@ class Row:
     block_table: Sequence[int]
     logit_rows: range
     embeddings: torch.Tensor | None = None
+    decodes: bool = True  # if it is one token: it continues a text, and is no chunk of a prompt
 
     @property
     def count(self) -> int:
@@ -82,14 +83,8 @@ class BatchBuilder(Protocol):
     def __call__(self, rows: Sequence[Row]) -> RaggedBatch: ...
 
 
-def build_batch(
-    rows: Sequence[Row],
-    block_size: int,
-    device: torch.device,
-    planner: Planner | None = None,
-    shape: BatchShape | None = None,
-) -> RaggedBatch:
-    """Concatenate the rows. A planner adds the plan of the GPU's attention; a shape pads the batch."""
+def _arrays(rows: Sequence[Row], block_size: int) -> tuple[dict[str, np.ndarray], list[tuple[int, torch.Tensor]]]:
+    """What is copied to the device, by name; and the embeddings, each with its first row."""
     counts = np.array([row.count for row in rows])
     starts = np.array([row.start for row in rows])
     query_start = np.concatenate([[0], np.cumsum(counts)])
@@ -118,9 +113,26 @@ def build_batch(
         "slot_mapping": slots,
         "block_table": tables,
     }
+    return arrays, embeddings
+
+
+def build_batch(
+    rows: Sequence[Row],
+    block_size: int,
+    device: torch.device,
+    planner: Planner | None = None,
+    shape: BatchShape | None = None,
+    joins_ranges: bool = True,
+) -> RaggedBatch:
+    """Concatenate the rows. A planner adds the plan of the GPU's attention; a shape pads the batch. `joins_ranges` is
+    for attention on CPUs."""
+    arrays, embeddings = _arrays(rows, block_size)
+    num_logits = len(arrays["logit_rows"])
+    if planner is None and not all(row.decodes or row.count > 1 for row in rows):
+        arrays["decodes"] = np.array([row.decodes for row in rows])
     has_parts = False
     if planner is not None:
-        plan = planner.plan(counts, starts + counts)
+        plan = planner.plan(np.diff(arrays["query_start"]), arrays["context_len"])
         arrays |= {"narrow": plan.narrow, "merges": plan.merges, "wide": plan.wide}
         has_parts = plan.has_parts or shape is not None
     if shape is not None:
@@ -138,7 +150,9 @@ def build_batch(
             block_table=tensors["block_table"],
             slot_mapping=tensors["slot_mapping"],
             plan=AttentionPlan(tensors["narrow"], tensors["merges"], tensors["wide"], has_parts) if planner else None,
+            decodes=tensors.get("decodes"),
+            joins_ranges=joins_ranges,
         ),
         shape=shape,
-        num_logits=len(logit_rows),
+        num_logits=num_logits,
     )

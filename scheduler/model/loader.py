@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
+from softbatch.scheduler.model.batch import build_batch
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import WeightFormat
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
@@ -76,7 +78,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python, torch and transformers imported")
     device = _device(config.device)
-    _refuse_rounding_on_gpu(config, device)
+    _refuse_on_gpu(config, device)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
@@ -95,7 +97,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     phases.done("yardstick", "a short sequence in float32")
     kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, longest)
     phases.done("KV cache", kv_cache.describe())
-    forward, layout = _forward(model, kv_cache, backend, config.quantization, longest)
+    forward, layout = _forward(model, kv_cache, backend, config, longest)
     phases.done("weight layout", layout)
 
     info = ModelInfo(
@@ -188,9 +190,10 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 
 def _forward(
-    model: Any, kv_cache: KVCache, backend: AttentionBackend, quantization: str, longest: int
+    model: Any, kv_cache: KVCache, backend: AttentionBackend, config: EngineConfig, longest: int
 ) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
+    quantization = config.quantization
     if supports(model, kv_cache.dtype) and build_kernels():
         try:
             weights = None if quantization == "none" else WeightFormat.named(quantization)
@@ -202,6 +205,8 @@ def _forward(
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
     if quantization != "none":
         raise unsupported_option_error(f"--quantization {quantization}", model, "--quantization none")
+    if config.deterministic:
+        raise unsupported_option_error("--deterministic", model, "another model, or leave it out")
     if kv_cache.device.type == "cuda":
         forward = make_forward(model, kv_cache, backend, longest)
         return forward, "merged for fused kernels" if isinstance(forward, FusedForward) else "as transformers has it"
@@ -225,7 +230,9 @@ def _checked_runner(
     grammars: GrammarMasks,
 ) -> tuple[Runner, str]:
     """And what the check has found."""
-    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, grammars=grammars)
+    size, device = kv_cache.block_size, kv_cache.device
+    build = partial(build_batch, block_size=size, device=device, joins_ranges=not config.deterministic)
+    runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
     rounded_by = [option for option, _ in _rounding(config)]
     with _told_as_architecture(info.name, bool(rounded_by)), short_windows(model, longest) as window:
         if isinstance(forward, DecoderForward):
@@ -261,10 +268,12 @@ def _rounding(config: EngineConfig) -> list[tuple[str, str]]:
     return found
 
 
-def _refuse_rounding_on_gpu(config: EngineConfig, device: torch.device) -> None:
+def _refuse_on_gpu(config: EngineConfig, device: torch.device) -> None:
     """Before gigabytes of weights are loaded. Raises ModelError."""
     for option, plain in _rounding(config) if device.type != "cpu" else ():
         raise ModelError(f"{option} takes a CPU: use --device cpu, or {plain}")
+    if config.deterministic and device.type != "cpu":
+        raise ModelError("--deterministic takes a CPU: use --device cpu, or leave it out")
 
 
 def _device(name: str) -> torch.device:

@@ -234,7 +234,7 @@ class Runner:
 
     def _prefill_row(self, prefill: SoftPromptPrefill) -> Row:
         embeddings = self._prefilling[prefill.prompt.ref.sha256][prefill.start : prefill.start + prefill.num_tokens]
-        return Row(prefill.start, (), prefill.prompt.blocks, range(0), embeddings=embeddings)
+        return Row(prefill.start, (), prefill.prompt.blocks, range(0), embeddings, decodes=False)
 
 
 @contextmanager
@@ -252,8 +252,8 @@ def _as_out_of_device_memory() -> Iterator[None]:
 def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
     """Output tokens that are computed again, after a preemption or for another engine, are rows of their own.
 
-    Attention on CPUs takes single tokens another way than chunks: so what is sampled behind them is the same to the
-    last bit."""
+    Attention on CPUs takes tokens that were sampled another way than a prompt's: so what is sampled behind them is the
+    same to the last bit."""
     sequence = row.sequence
     first = row.start - sequence.num_virtual
     tokens = sequence.tokens[first : first + row.num_tokens]
@@ -267,6 +267,7 @@ def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
             tokens[start:end],
             sequence.block_table,
             sequence.logit_rows(row.start + start, end - start),
+            decodes=start >= known,
         )
         for start, end in pairwise(cuts)
     ]

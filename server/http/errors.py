@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from softbatch.server.request_failures import (
     CompressionEnded,
@@ -37,9 +38,11 @@ from softbatch.server.request_failures import (
     UnknownSoftPrompt,
     UnusableSoftPrompt,
     shown,
+    storage_failure,
 )
 
 logger = logging.getLogger(__name__)
+METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 
 MAX_MESSAGE_CHARS = 1000
 # Clients decide on these whether to retry, so an error raised without a code gets its status's own.
@@ -232,6 +235,13 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(exc, HTTPException)
         return error_response(_from_http_exception(request, exc), request.scope["path"])
 
+    async def on_os_error(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, OSError)
+        if exc.filename is None:  # none of the disk's, such as a broken connection's
+            return await on_exception(request, exc)
+        logger.error("%s %.200r: the disk does not work", request.method, request.scope["path"], exc_info=exc)
+        return error_response(as_api_error(storage_failure(exc)), request.scope["path"])
+
     async def on_exception(request: Request, exc: Exception) -> Response:
         path = request.scope["path"]
         return error_response(internal_error(exc, f"{request.method} {path[:200]!r}"), path)
@@ -239,6 +249,7 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Failure, on_failure)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(OSError, on_os_error)
     app.add_exception_handler(Exception, on_exception)
 
 
@@ -249,9 +260,19 @@ def _from_http_exception(request: Request, exc: HTTPException) -> ApiError:
     if exc.status_code == 404:
         return ApiError(404, f"there is no route {route}; GET /docs shows those there are", headers=headers)
     if exc.status_code == 405:
-        return ApiError(405, f"{route} is not allowed; allowed: {headers.get('Allow', '')}", headers=headers)
+        allowed = ", ".join(_methods_at(request))
+        return ApiError(405, f"{route} is not allowed; allowed: {allowed}", headers=headers | {"Allow": allowed})
     if exc.status_code == 400 and exc.__cause__ is not None:
         # FastAPI's answer to a body that breaks the JSON parser itself.
         message = "the body is not valid JSON: it must be UTF-8, and not nested a thousand levels deep"
         return ApiError(400, message, code="invalid_json")
     return ApiError(exc.status_code, str(exc.detail), headers=headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """The methods of all routes with the request's path; Starlette names those of the first one alone."""
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]

@@ -134,7 +134,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"softbatch_{name}", text, buckets=buckets, registry=self.registry)
 
-    def watch(self, *, waiting: Callable[[], int], running: Callable[[], int], registered: Callable[[], int]) -> None:
+    def watch(self, *, waiting: Callable[[], int], running: Callable[[], int], registered: Callable[[], float]) -> None:
         """Read these levels at the moment of the scrape."""
         self.requests_waiting.set_function(waiting)
         self.requests_running.set_function(running)

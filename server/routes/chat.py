@@ -21,7 +21,7 @@ from softbatch.server.routes.common import (
     start_all,
     usage_of,
 )
-from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.base import ERROR_REPLIES, STREAM_REPLY
 from softbatch.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -38,7 +38,7 @@ router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 ROUTE = "/v1/chat/completions"
 
 
-@router.post(ROUTE, response_model=ChatCompletion, summary="Answer a conversation (OpenAI)")
+@router.post(ROUTE, response_model=ChatCompletion, responses=STREAM_REPLY, summary="Answer a conversation (OpenAI)")
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
     """With a soft prompt that stands for the system turn, a system message begins the first user turn.
 

@@ -24,7 +24,7 @@ from softbatch.server.routes.common import (
     start_all,
     usage_of,
 )
-from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.base import ERROR_REPLIES, STREAM_REPLY
 from softbatch.server.schemas.completions import (
     Completion,
     CompletionChoice,
@@ -40,7 +40,7 @@ router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 ROUTE = "/v1/completions"
 
 
-@router.post(ROUTE, response_model=Completion, summary="Continue a text (OpenAI)")
+@router.post(ROUTE, response_model=Completion, responses=STREAM_REPLY, summary="Continue a text (OpenAI)")
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """`prompt` is a text, token ids, or a list of either; every prompt gets `n` choices, numbered in order.
 

@@ -14,6 +14,7 @@ from softbatch.server.http.sse import EventStream
 from softbatch.server.requests.choices import Choice, best_first, gather, merge
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, recalled_of, services_of
+from softbatch.server.schemas.base import STREAM_REPLY
 from softbatch.server.schemas.generate import (
     GENERATE_ERROR_REPLIES,
     BestOfSequence,
@@ -59,13 +60,17 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     return json_reply(_reply(services, body, choices), headers=_timings(choices[0].generation))
 
 
-@router.post("/generate_stream", response_model=StreamEvent, summary="The same as a stream of tokens")
+@router.post(
+    "/generate_stream", response_model=StreamEvent, responses=STREAM_REPLY, summary="The same as a stream of tokens"
+)
 async def generate_stream(request: Request, body: GenerateStreamRequest) -> Response:
     """Events `data: {...}`, one per token; the last one has `generated_text` and `details`."""
     return await until_disconnect(request, _stream(services_of(request), body, "/generate_stream"))
 
 
-@router.post("/", response_model=list[GenerateReply], summary="Either of both, by the field `stream`")
+@router.post(
+    "/", response_model=list[GenerateReply], responses=STREAM_REPLY, summary="Either of both, by the field `stream`"
+)
 async def compat_generate(request: Request, body: CompatGenerateRequest) -> Response:
     """The route that the clients of huggingface_hub call. Without `stream` the reply is a list of one."""
     services = services_of(request)

@@ -116,3 +116,7 @@ ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
     },
     "5XX": {"model": ErrorReply, "description": "The server cannot serve the request now"},
 }
+
+STREAM_REPLY: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream"},
+}

@@ -162,7 +162,7 @@ def test_broken_files_are_told_apart_and_break_nothing(store: PromptStore, file:
     store.max_bytes = file.stat().st_size
     assert store.list() == [good]
     reasons = dict(store.broken())
-    assert list(reasons) == sorted(["bad name", "big", "cut", "folder", "pickle", "pipe"])
+    assert list(reasons) == sorted(["bad name", "big", "cut", "dangling", "folder", "pickle", "pipe"])
     assert "truncated" in reasons["cut"]
     assert "bytes" in reasons["big"]
     for _ in range(2):

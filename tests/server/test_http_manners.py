@@ -194,3 +194,10 @@ def test_errors_as_text_generation_inference_has_them() -> None:
     busy = client.get("/generate/", headers=KEY).json()
     assert (busy["error"], busy["error_type"]) == ("not now", "overloaded")
     assert client.get("/busy", headers=KEY).json()["error"]["message"] == "not now"
+
+
+def test_a_wrong_method_is_told_all_that_are_right(client: TestClient) -> None:
+    """Those of every route with the path, not of the first one alone."""
+    reply = client.put("/generate", json={})
+    assert (reply.status_code, reply.headers["allow"]) == (405, "GET, POST")
+    assert "allowed: GET, POST" in reply.json()["error"]

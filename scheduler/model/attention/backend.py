@@ -24,6 +24,9 @@ class PagedBatch:
     block_table: torch.Tensor  # int32 [S, most blocks of any sequence], rows padded with 0
     slot_mapping: torch.Tensor  # int64 [T], block * block_size + offset where each new token's K and V go
     plan: AttentionPlan | None = None  # the work of the GPU's kernels, planned once for all layers
+    # What CPUs must know so that a sequence's result is the same bit for bit, whatever else the step computes:
+    decodes: torch.Tensor | None = None  # bool [S], whether a query of one row decodes; None: each such one does
+    joins_ranges: bool = True  # keys that many sequences share may be computed for all of them at once
 
 
 @dataclass(frozen=True, eq=False)

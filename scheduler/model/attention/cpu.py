@@ -41,6 +41,8 @@ def paged_attention(
         kind.window or 0,
         kind.softcap or 0.0,
         kind.sinks,
+        batch.decodes,
+        batch.joins_ranges,
     )
 
 

@@ -64,6 +64,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    decodes: Tensor | None = None,
+    joins_ranges: bool = True,
 ) -> Tensor:
     """A window or a softcap of 0 is none. Raises RuntimeError for tensors that do not fit."""
     out: Tensor = torch.ops.softbatch.paged_attention(
@@ -80,6 +82,8 @@ def paged_attention(
         window,
         softcap,
         sinks,
+        decodes,
+        joins_ranges,
     )
     return out
 

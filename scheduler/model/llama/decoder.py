@@ -150,5 +150,7 @@ class DecoderForward:
             attention.slot_mapping,
             batch.logit_rows,
             as_states,
+            attention.decodes,
+            attention.joins_ranges,
         )
         return out

@@ -248,7 +248,7 @@ class _LogprobTable:
     at: list[int]  # their rows in the batch
     counts: list[int]  # alternatives wanted by each
     table: torch.Tensor  # [wanted, vocab]
-    most: int
+    most: int  # the same whoever asks: which of equal tokens come first may depend on it
 
     @classmethod
     def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _LogprobTable | None:
@@ -258,7 +258,7 @@ class _LogprobTable:
         table = torch.log_softmax(logits[small_tensor(at, logits.device, torch.int64)], dim=-1)
         most = min(MAX_LOGPROBS, table.shape[-1])
         counts = [min(inputs[i].params.logprobs or 0, most) for i in at]
-        return cls(at, counts, table, max(counts))
+        return cls(at, counts, table, most)
 
     def rows(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """The chosen tokens' log-probabilities, then ids and log-probabilities of the alternatives."""

@@ -31,7 +31,7 @@ struct Plan {
     const Sharing<T> sharing(p, sequences);
     int64_t dot_splits = 0;
     for (int64_t s = 0; s < sequences; ++s)
-      if (p.query_length(s) == 1)
+      if (p.is_decoding(s))
         dot_splits += count_splits(std::max(sharing.of[s].end, p.first_key_of(p.context_len[s] - 1)), p.context_len[s],
                                    kDotSplit);
     // The kv heads of a block lie side by side in memory. Items take them together unless threads would run out of
@@ -41,7 +41,7 @@ struct Plan {
     std::vector<int64_t> first_group(sequences);
     for (int64_t s = 0; s < sequences; ++s) {
       const int64_t length = p.query_length(s);
-      const bool dots = length == 1;
+      const bool dots = p.is_decoding(s);
       const SharedPart& shared = sharing.of[s];
       const int64_t step = dots ? together : 1;
       first_group[s] = groups.size();

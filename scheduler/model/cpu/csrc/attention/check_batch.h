@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 namespace softbatch {
 
 inline void check_metadata(const at::Tensor& t, at::ScalarType dtype, int64_t dim, const char* name) {
@@ -20,6 +22,14 @@ inline void check_rows(const at::Tensor& t, int64_t count, int64_t end, const ch
   const int64_t* values = t.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; ++i)
     TORCH_CHECK(values[i] >= 0 && values[i] < end, name, "[", i, "] is ", values[i], ", not from 0 to below ", end);
+}
+
+// bool [sequences], or nothing.
+inline const bool* check_decodes(const std::optional<at::Tensor>& decodes, int64_t sequences) {
+  if (!decodes) return nullptr;
+  check_metadata(*decodes, at::kBool, 1, "decodes");
+  TORCH_CHECK(decodes->size(0) == sequences, "decodes must have one entry per sequence");
+  return decodes->const_data_ptr<bool>();
 }
 
 inline void check_batch(const at::Tensor& query_start, const at::Tensor& context_len, const at::Tensor& block_table,

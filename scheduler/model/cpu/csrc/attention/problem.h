@@ -83,6 +83,8 @@ struct Problem {
   const int32_t* context_len;
   const int32_t* block_table;
   int64_t table_stride;
+  const bool* decodes;  // of each sequence, if its only token decodes; null: whatever has one token does
+  bool joins_ranges;    // whether keys that sequences share may be computed once for all of them
   T* out;
   float* partials;  // of each row: running maximum, sum of weights, weighted values
   int64_t heads, group, dim;
@@ -96,6 +98,8 @@ struct Problem {
     return window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
   }
   int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
+  // A prompt's chunk of one token is computed as longer ones are: what a prompt leaves does not depend on its cuts.
+  bool is_decoding(int64_t s) const { return query_length(s) == 1 && (!decodes || decodes[s]); }
   int64_t token(const Group& g, int64_t row) const {
     const int64_t token = (g.first + row) / g.heads;
     return g.members ? query_start[g.members[token].sequence] : query_start[g.sequence] + token;

@@ -40,7 +40,7 @@ class Sharing {
     if (p.window > 0) return;  // what tokens at different positions see begins at different keys
     std::vector<int64_t> decoding;
     for (int64_t s = 0; s < sequences; ++s)
-      if (p.query_length(s) == 1) decoding.push_back(s);
+      if (p.joins_ranges && p.is_decoding(s)) decoding.push_back(s);
     find(std::move(decoding), {}, 0);
   }
 

@@ -34,7 +34,8 @@ class DecoderBase : public torch::CustomClassHolder {
   virtual void set_head(const at::Tensor& norm, const at::Tensor& weight, const OptionalTensor& bias) = 0;
   virtual at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
                              const at::Tensor& context_len, const at::Tensor& block_table,
-                             const at::Tensor& slot_mapping, const at::Tensor& logit_rows, bool as_states) = 0;
+                             const at::Tensor& slot_mapping, const at::Tensor& logit_rows, bool as_states,
+                             const OptionalTensor& decodes, bool joins_ranges) = 0;
 };
 
 namespace {
@@ -83,7 +84,8 @@ class Decoder final : public DecoderBase {
 
   at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
                      const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping,
-                     const at::Tensor& logit_rows, bool as_states) override {
+                     const at::Tensor& logit_rows, bool as_states, const OptionalTensor& decodes,
+                     bool joins_ranges) override {
     const int64_t tokens = hidden.size(0);
     TORCH_CHECK(!layers_.empty() && int64_t(norm_.size()) == size_, "a decoder takes layers, and a head of their size");
     TORCH_CHECK(hidden.size(1) == size_ && hidden.scalar_type() == c10::CppTypeToScalarType<T>::value,
@@ -102,6 +104,8 @@ class Decoder final : public DecoderBase {
     step.wanted.tokens = logit_rows.const_data_ptr<int64_t>();
     (as_states ? step.states : step.logits) = Rows{out.data_ptr<float>(), out.size(1)};
     step.problem = problem_of(step, query_start, context_len, block_table);
+    step.problem.decodes = check_decodes(decodes, context_len.size(0));
+    step.problem.joins_ranges = joins_ranges;
     const Plans plans = plans_of(step.problem, context_len.size(0));
     int64_t partials = 0;
     for (const auto& [window, plan] : plans)

@@ -74,7 +74,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
                            at::Tensor key_cache, at::Tensor value_cache, const at::Tensor& query_start,
                            const at::Tensor& context_len, const at::Tensor& block_table,
                            const at::Tensor& slot_mapping, double scale, int64_t window, double softcap,
-                           const std::optional<at::Tensor>& sinks) {
+                           const std::optional<at::Tensor>& sinks, const std::optional<at::Tensor>& decodes,
+                           bool joins_ranges) {
   check(query, key, value, key_cache, value_cache, query_start, context_len, block_table, slot_mapping);
   TORCH_CHECK(window >= 0 && softcap >= 0, "a window and a softcap must not be negative");
   TORCH_CHECK(!sinks || (sinks->is_cpu() && sinks->numel() == query.size(1)), "sinks must be one number for each head");
@@ -98,6 +99,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     p.context_len = context_len.const_data_ptr<int32_t>();
     p.block_table = block_table.const_data_ptr<int32_t>();
     p.table_stride = block_table.stride(0);
+    p.decodes = check_decodes(decodes, context_len.size(0));
+    p.joins_ranges = joins_ranges;
     p.out = out.data_ptr<T>();
     p.heads = q.size(1);
     p.group = q.size(1) / k.size(1);
@@ -123,8 +126,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
 
 at::Tensor paged_attention_meta(const at::Tensor& query, const at::Tensor&, const at::Tensor&, at::Tensor,
                                 at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                const at::Tensor&, double, int64_t, double,
-                                const std::optional<at::Tensor>&) {
+                                const at::Tensor&, double, int64_t, double, const std::optional<at::Tensor>&,
+                                const std::optional<at::Tensor>&, bool) {
   return at::empty_symint(query.sym_sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));
 }
 
@@ -135,7 +138,7 @@ TORCH_LIBRARY(softbatch, m) {
   m.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor query_start, Tensor context_len, Tensor block_table, Tensor slot_mapping, float scale, int window=0, "
-      "float softcap=0, Tensor? sinks=None) -> Tensor");
+      "float softcap=0, Tensor? sinks=None, Tensor? decodes=None, bool joins_ranges=True) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(softbatch, CPU, m) { m.impl("paged_attention", softbatch::paged_attention); }
 TORCH_LIBRARY_IMPL(softbatch, Meta, m) { m.impl("paged_attention", softbatch::paged_attention_meta); }
