@@ -154,10 +154,13 @@ def recorded(prometheus: httpx.Client) -> bool:
 
 def ask(prometheus: httpx.Client, expression: str) -> list[dict[str, Any]]:
     try:
-        reply = prometheus.get("/api/v1/query", params={"query": expression}).json()
+        answer = prometheus.get("/api/v1/query", params={"query": expression})
     except httpx.TransportError:  # it is starting
+        answer = None
+    if answer is None or answer.status_code == 503:
         time.sleep(0.1)
         return []
+    reply = answer.json()
     assert reply["status"] == "success", reply
     found: list[dict[str, Any]] = reply["data"]["result"]
     return found

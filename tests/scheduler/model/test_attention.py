@@ -422,7 +422,7 @@ import torch
 from softbatch.scheduler.model.attention import choose
 name, backend = choose(torch.device("cpu"), torch.float32)
 print(name)
-if name == "cpu":
+if name == "cpu" and "check" in sys.argv:
     torch.set_num_threads(1)
     from tests.support.attention_cases import RAGGED, make_case
     make_case(RAGGED, heads=14, kv_heads=2, head_dim=40).check(backend)
@@ -444,10 +444,10 @@ if name == "cpu":
 """
 
 
-def start(cache: Path, compiler: Path | str) -> subprocess.Popen[str]:
+def start(cache: Path, compiler: Path | str, *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "CXX": str(compiler), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", START],
+        [sys.executable, "-c", START, *arguments],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -463,6 +463,12 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
     return output.split(), log
 
 
+def quick_compiler(directory: Path, first: str) -> Path:
+    """One that runs the shell command `first`, and optimises less."""
+    once = ROOT / "tests" / "support" / "compile_once.py"
+    return script(directory / "g++", f'{first}\nexec "{sys.executable}" "{once}" "{directory / "objects"}" "$@"')
+
+
 def script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -472,21 +478,18 @@ def script(path: Path, text: str) -> Path:
 @needs_compiler
 def test_processes_that_start_together_share_a_cache(tmp_path: Path) -> None:
     """Also: a compiler that lacks -march=native builds a portable kernel, and a built one needs no compiler."""
-    objects, once = tmp_path / "objects", ROOT / "tests" / "support" / "compile_once.py"
-    old_compiler = script(
-        tmp_path / "g++",
-        'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac\n'
-        f'exec "{sys.executable}" "{once}" "{objects}" "$@"',
+    old_compiler = quick_compiler(
+        tmp_path, 'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac'
     )
     cache = tmp_path / "cache"
     together = [start(cache, old_compiler), start(cache, old_compiler)]
     for output, log in map(finish, together):
-        assert output == ["cpu", "checked"]
+        assert output == ["cpu"]
         assert "WARNING" not in log
     (directory,) = (cache / "softbatch" / "kernels").iterdir()
     assert [path.name for path in directory.iterdir()] == ["softbatch_cpu.so"]
 
-    output, log = finish(start(cache, "/nonexistent"))
+    output, log = finish(start(cache, "/nonexistent", "check"))
     assert output == ["cpu", "checked"]
     assert "compiling" not in log
 
@@ -524,10 +527,9 @@ def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path: Path, monkeypa
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction set is x86-64's")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     """Also: kernels for AVX2."""
-    compiler = script(
-        tmp_path / "g++",
-        'for a in "$@"; do set -- "$@" "$(echo "$a" | sed s/=native/=x86-64-v3/)"; shift; done\nexec c++ "$@"',
+    compiler = quick_compiler(
+        tmp_path, 'for a in "$@"; do set -- "$@" "$(echo "$a" | sed s/=native/=x86-64-v3/)"; shift; done'
     )
     (tmp_path / "file").write_text("not a directory")
-    output, _ = finish(start(tmp_path / "file", compiler))
+    output, _ = finish(start(tmp_path / "file", compiler, "check"))
     assert output == ["cpu", "checked"]
