@@ -47,13 +47,13 @@ def who_decodes(decoding: Collection[Sequence], cost: DecodeCost, step: int) -> 
 
     With the whole machine to itself, an owner's step would take as long as its own rows do. Beside others of the same
     weight it may take as many times that as there are owners, and by weights accordingly: no owner's tokens come any
-    slower. If all rows would take longer, owners with many take turns with theirs. On a machine whose steps take as
-    long for many rows as for few, nobody ever waits.
+    slower. If all rows would take longer, owners with many take turns with theirs. Rows of different priorities do not
+    share. On a machine whose steps take as long for many rows as for few, nobody ever waits.
     """
     owners: dict[str, list[Sequence]] = {}
     for sequence in decoding:
         owners.setdefault(sequence.owner, []).append(sequence)
-    if len(owners) < 2:
+    if len(owners) < 2 or len({sequence.priority for sequence in decoding}) > 1:
         return None
     line = cost.line()
     if line is None:
@@ -63,7 +63,7 @@ def who_decodes(decoding: Collection[Sequence], cost: DecodeCost, step: int) -> 
     if each == 0:
         return None
     weight = sum(own[0].weight for own in owners.values())
-    longest = _PART * min((fixed + each * len(own)) * weight / own[0].weight for own in owners.values())
+    longest = min(_longest(own, fixed, each, weight, len(owners) - 1) for own in owners.values())
     room = max(len(owners), int((longest - fixed) / each + 1e-6))
     if room >= len(decoding):
         return None
@@ -72,5 +72,11 @@ def who_decodes(decoding: Collection[Sequence], cost: DecodeCost, step: int) -> 
         count = min(len(own), max(1, int(room * own[0].weight / weight + 1e-6)))
         chosen.update(own[(step * count + turn) % len(own)] for turn in range(count))
         room -= count
-        weight -= own[0].weight
+        weight = max(weight - own[0].weight, own[0].weight)  # of rounded numbers: never none
     return chosen if len(chosen) < len(decoding) else None
+
+
+def _longest(own: Collection[Sequence], fixed: float, each: float, weight: float, others: int) -> float:
+    """Seconds that a step may take for this owner: never less than with one row of each other beside its own."""
+    (first, *_), alone = own, fixed + each * len(own)
+    return max(_PART * alone * weight / first.weight, alone + each * others)

@@ -51,7 +51,7 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size)
         self.soft_prompts = SoftPromptCache(self.pool)
-        self._blocks = SequenceBlocks(self.pool, self.soft_prompts)
+        self._blocks = SequenceBlocks(self.pool, self.soft_prompts, reuses_output=config.reuses_output)
         self.waiting = WaitingQueue(config.max_queue_size)
         self.soft_prompt_loads = SoftPromptLoads(
             self.soft_prompts, self.waiting, config.max_batch_size, config.num_blocks // 4

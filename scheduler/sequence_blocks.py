@@ -10,8 +10,9 @@ from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt, SoftPrompt
 class SequenceBlocks:
     """Owns the changes to block tables, to pins on soft prompts, and to what other sequences may reuse."""
 
-    def __init__(self, pool: BlockPool, soft_prompts: SoftPromptCache) -> None:
+    def __init__(self, pool: BlockPool, soft_prompts: SoftPromptCache, *, reuses_output: bool = True) -> None:
         self.pool, self.soft_prompts = pool, soft_prompts
+        self._reuses_output = reuses_output
 
     def most(self, sequence: Sequence) -> int:
         """The number of blocks that the sequence needs to run alone, the soft prompt's partly filled one included."""
@@ -23,7 +24,10 @@ class SequenceBlocks:
         free."""
         size = self.pool.block_size
         virtual_blocks = sequence.num_virtual // size
-        reusable = (sequence.num_virtual + sequence.num_reusable - 1) // size - virtual_blocks
+        known = sequence.num_reusable
+        if not self._reuses_output:  # of a resumed sequence's output neither: others computed it as a prompt
+            known = min(known, sequence.num_prompt + 1)
+        reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
         reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
         new = -(-sequence.length // size) - virtual_blocks - len(reused)
         needed = new + self.pool.num_free_among(reused) + spare

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-MOST = 1000.0
+LEAST, MOST = 0.001, 1000.0
 
 
 def owner_of(key: str) -> str:
@@ -26,8 +26,8 @@ def read_key_weights(path: Path, keys: Collection[str]) -> Mapping[str, float]:
         example = '{"key-of-a": 3, "key-of-b": 0.5}'
         raise ValueError(f"--key-weights {path}: give a JSON object such as {example}; {error}") from error
     for place, (key, weight) in enumerate(weights.items(), 1):
-        if not 0 < weight <= MOST:
-            raise ValueError(f"--key-weights {path}: weight {place} is {weight:g}; give one above 0 and up to {MOST:g}")
+        if not LEAST <= weight <= MOST:
+            raise ValueError(f"--key-weights {path}: weight {place} is {weight:g}; give one from {LEAST:g} to {MOST:g}")
         if key not in keys:
             raise ValueError(f"--key-weights {path}: key {place} is none of --api-key and --admin-key")
     return {owner_of(key): weight for key, weight in weights.items()}

@@ -40,7 +40,7 @@ class Conversation:
     def ask(self, question: str) -> Generator[str, None, None]:
         """The answer's pieces as they come; what had come is kept when whoever reads them stops.
 
-        Raises UsageError if there is no answer, and forgets the question.
+        Raises UsageError if it fails. A question without an answer is forgotten.
         """
         self.messages.append({"role": "user", "content": question})
         answer = ""
@@ -52,11 +52,13 @@ class Conversation:
                         answer += piece
                         yield piece
         except UsageError:
-            self.messages.pop()
+            answer = ""
             raise
         finally:
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})
+            else:
+                self.messages.pop()
 
     def retry(self) -> str | None:
         """Takes back the last question, with its answer."""

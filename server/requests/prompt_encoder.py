@@ -62,9 +62,10 @@ class PromptEncoder:
         return self._text.encode(text, add_special_tokens, only_end)
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each word as a text begins with it, and as it follows others."""
+        """The tokens of each word as a text begins with it, and as it follows others; those that the model does not
+        have need no ban."""
         found = [self._text.encode(space + word.lstrip(), False) for word in words for space in ("", " ")]
-        return tuple(dict.fromkeys(tuple(tokens) for tokens in found if tokens))
+        return tuple(dict.fromkeys(tuple(tokens) for tokens in found if tokens and max(tokens) < self._vocab_size))
 
     async def encode_quoted(self, text: str) -> list[int]:
         """Text alone: no control token is made of it."""

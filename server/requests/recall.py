@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex
 from softbatch.prompt_store.compression.data.passages import Passage, before_question, joined
-from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, Version
 from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder, is_chat
@@ -33,11 +33,12 @@ class PassageIndexes:
 
     def __init__(self, store: SoftPromptStore, max_bytes: int = MAX_INDEX_BYTES) -> None:
         self._store, self._max_bytes = store, max_bytes
-        self._indexes: OrderedDict[tuple[str, str], asyncio.Task[PassageIndex | None]] = OrderedDict()
+        self._indexes: OrderedDict[tuple[str, str, Version], asyncio.Task[PassageIndex | None]] = OrderedDict()
 
     async def best(self, stored: StoredPrompt, question: str, count: int) -> list[Passage] | None:
         """None where the text is gone. The event loop does not wait for any of it."""
-        key = (stored.name, stored.sha256)
+        # The version too: what is registered anew under a name may bring another text.
+        key = (stored.name, stored.sha256, stored.version)
         making = self._indexes.get(key)
         if making is None:
             making = self._indexes[key] = asyncio.create_task(asyncio.to_thread(self._make, stored))

@@ -106,7 +106,10 @@ def test_every_owner_keeps_its_part_of_the_pace_and_everybody_has_a_turn(owners,
             served[sequence.request_id] = served.get(sequence.request_id, 0) + 1
     paces = [(fixed + each * count) / weight for count, weight in zip(counts, weights, strict=True)]
     longest = min(paces) * sum(weights)
-    assert seconds <= longest * 1.01 or len(chosen) <= len(counts)
+    least = max(
+        fixed + each * (count + len(counts) - 1) for count in counts
+    )  # somebody's own rows, and one of each other
+    assert seconds <= max(longest, least) * 1.01 or len(chosen) <= len(counts)
     assert len(served) == len(decoding), "somebody never had a turn"
     for owner in range(len(counts)):
         had = [served[s.request_id] for s in decoding if s.owner == str(owner)]
@@ -123,3 +126,31 @@ def test_nobody_waits_before_the_cost_is_known_but_in_a_trial_now_and_then() -> 
     assert len(trial) == 11
     cost.observe(11, 0.03)
     assert cost.line() == pytest.approx((0.008, 0.002))
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(0.2, 0.001), (0.015, 0.001)])
+def test_an_owner_of_most_of_the_weight_keeps_all_of_its_rows(fixed: float, each: float) -> None:
+    """Its own rows alone take longer than its part of the pace would allow: to hold them up would serve nobody."""
+    cost = DecodeCost()
+    for rows in range(1, 60):
+        cost.observe(rows, fixed + each * rows)
+    decoding = sequences([10, 1], [10.0, 1.0])
+    assert all(who_decodes(decoding, cost, step) is None for step in range(20))
+
+
+def test_weights_however_far_apart_leave_everybody_a_turn() -> None:
+    cost = DecodeCost()
+    for rows in range(1, 60):
+        cost.observe(rows, 0.01 * rows)
+    decoding = sequences([5, 9, 9], [1000.0, 1e-17, 1e-17])
+    served = {s.request_id for step in range(20) for s in who_decodes(decoding, cost, step) or decoding}
+    assert len(served) == len(decoding)
+
+
+def test_rows_of_other_priorities_take_no_turns() -> None:
+    cost = DecodeCost()
+    for rows in range(1, 60):
+        cost.observe(rows, 0.01 * rows)
+    urgent = [Sequence(request(f"u{n}", owner="u", priority=-10), n) for n in range(20)]
+    background = Sequence(request("b", owner="b", priority=1000), 20)
+    assert who_decodes([*urgent, background], cost, 1) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +59,20 @@ async def _gone_and_back() -> None:
     assert await indexes.best(stored("a"), "office", 1) is None
     texts.texts["a"] = TEXT.format("a")
     assert await indexes.best(stored("a"), "office", 1)
+
+
+def test_a_name_that_is_registered_anew_brings_its_new_text() -> None:
+    """Of the same file, too: the soft prompt is the same, what it stands for was corrected."""
+    asyncio.run(_corrected())
+
+
+async def _corrected() -> None:
+    texts = Texts({"a": TEXT.format("old")})
+    indexes = PassageIndexes(cast(SoftPromptStore, texts))
+    await indexes.best(stored("a"), "office", 1)
+    texts.texts["a"] = TEXT.format("new")
+    (found,) = await indexes.best(replace(stored("a"), version=(1,)), "office", 1) or []
+    assert "new office" in found.text
 
 
 def test_passages_begin_the_last_turn_of_the_user_in_every_form_of_a_conversation() -> None:

@@ -19,7 +19,6 @@ LENGTH = 220
 UNSPACED_LENGTH = 60
 _LONGEST = 4  # times as long as asked for, then it is cut between words, or anywhere
 _SPACE = re.compile(r"\s*")
-_TABLE_RULE = re.compile(r"^[|:\s-]*-[|:\s-]*$")
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,19 @@ def _table_heads(text: str) -> list[tuple[int, int, str]]:
     offset, lines = 0, text.split("\n")
     for number, line in enumerate(lines):
         offset += len(line) + 1
-        if number and "|" in line and _TABLE_RULE.match(line) and "|" in lines[number - 1]:
+        if found and offset <= found[-1][1]:
+            continue  # a row of the table before, however it looks
+        if number and "|" in line and _is_rule(line) and "|" in lines[number - 1]:
             end, row = offset, number + 1
             while row < len(lines) and "|" in lines[row]:
                 end, row = end + len(lines[row]) + 1, row + 1
             found.append((offset - 1, end, lines[number - 1].strip()))
     return found
+
+
+def _is_rule(line: str) -> bool:
+    """Whether it parts a table's head from its rows."""
+    return "-" in line and not line.strip("|:- \t\r")
 
 
 def _shortened(piece: str, longest: int) -> Iterator[tuple[int, str]]:

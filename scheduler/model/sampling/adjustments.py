@@ -69,8 +69,9 @@ def allowed_mask(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-def few_allowed(mask: np.ndarray | None) -> np.ndarray | None:
-    """The tokens that a mask allows, ascending, if they are at most FEW; otherwise None."""
+def few_allowed(mask: np.ndarray | None, size: int) -> np.ndarray | None:
+    """The tokens that a mask allows, ascending, if they are at most FEW; otherwise None. Those from `size` on, which a
+    tokenizer may have beside the model's, are left out."""
     if mask is None:
         return None
     words = np.flatnonzero(mask)
@@ -78,7 +79,10 @@ def few_allowed(mask: np.ndarray | None) -> np.ndarray | None:
         return None
     bits = np.unpackbits(mask[words].view(np.uint8), bitorder="little")
     at = np.flatnonzero(bits)
-    return words[at // 32] * 32 + at % 32 if len(at) <= FEW else None
+    if len(at) > FEW:
+        return None
+    tokens = words[at // 32] * 32 + at % 32
+    return tokens[tokens < size]
 
 
 def mask_without(mask: np.ndarray, barred: Iterable[int]) -> np.ndarray:
@@ -105,7 +109,7 @@ def _apply_masks(logits: torch.Tensor, rows: list[int], masks: Sequence[np.ndarr
         table = logits.numpy()
         ceilings = np.empty((masks[0].nbytes, 8), dtype=np.float32)
         for row, mask in zip(rows, masks, strict=True):
-            few = few_allowed(mask)
+            few = few_allowed(mask, size)
             if few is not None:
                 kept = table[row, few]
                 table[row] = -np.inf

@@ -142,7 +142,8 @@ class _Draw:
             return None
         if logits.device.type != "cpu":
             return cls._of_rows(logits, inputs, rows)
-        few = {i: allowed for i in rows if (allowed := few_allowed(inputs[i].mask)) is not None}
+        size = logits.shape[-1]
+        few = {i: allowed for i in rows if (allowed := few_allowed(inputs[i].mask, size)) is not None}
         drawn = cls._of_rows(logits, inputs, [i for i in rows if i not in few])
         if not few:
             return drawn

@@ -203,3 +203,10 @@ def test_the_verdict_says_what_would_do_better() -> None:
     assert verdict_of(report, None).endswith("retrieval alone does better")
     report["right_answers"]["soft_prompt"] = row(23)
     assert "better" not in verdict_of(report, None)
+
+
+def test_lines_that_look_like_tables_cost_no_more_than_others() -> None:
+    """Both took hours: a rule that is none at its end, and rules under rules."""
+    rule = "|\n|" + "-" * 1_000_000 + "x\n"
+    assert cut(rule + "A word or two about something.\n")
+    assert cut("| a |\n" + "|-\n" * 100_000 + "A word or two about something.\n")

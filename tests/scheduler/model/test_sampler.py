@@ -154,6 +154,14 @@ def test_only_allowed_tokens_are_chosen() -> None:
         assert best.token_id == max(allowed, key=logits[0].__getitem__)
 
 
+def test_allowed_tokens_that_the_model_lacks_are_left_out() -> None:
+    """A tokenizer may have more tokens than the model, and its masks are as wide."""
+    logits, mask = random_logits(1, seed=7)[:, : VOCAB - 9], allowed_mask([5, VOCAB - 1], VOCAB)
+    for temperature in (0.0, 1.0):
+        (chosen,) = sample(logits.clone(), [dataclasses.replace(row(temperature=temperature), mask=mask)])
+        assert chosen.token_id == 5
+
+
 @pytest.mark.parametrize(
     "params", [{}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.2}, {"logit_bias": {40: 2.0}}]
 )
@@ -166,7 +174,7 @@ def test_few_allowed_tokens_are_drawn_as_often_as_if_all_were_looked_at(
         for i in range(300)
     ]
     few = [one.token_id for one in sample(logits.repeat(300, 1), rows)]
-    monkeypatch.setattr(sampler, "few_allowed", lambda mask: None)
+    monkeypatch.setattr(sampler, "few_allowed", lambda mask, size: None)
     assert few == [one.token_id for one in sample(logits.repeat(300, 1), rows)]
 
 
