@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from softbatch.scheduler.model.loader import load
 from softbatch.scheduler.model.source import ModelError
@@ -100,18 +100,21 @@ def test_a_port_that_is_taken(
 
 
 @pytest.fixture(scope="session")
-def sliding_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Reference) -> str:
-    config = MistralConfig(
+def longrope_model(tiny_llama: Reference, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Positions beyond the first 64 turn by other frequencies, which is not supported."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    scaling = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64, **factors}
+    config = LlamaConfig(
         vocab_size=1000,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        sliding_window=16,
+        rope_parameters=scaling,
         max_position_embeddings=128,
     )
-    path = tmp_path_factory.mktemp("models") / "sliding"
+    path = tmp_path_factory.mktemp("models") / "longrope"
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(tiny_llama.path).save_pretrained(path)
     return str(path)
@@ -143,7 +146,7 @@ def test_a_model_that_is_not_there(tiny_flags: tuple[str, ...], tmp_path: Path) 
 
 def test_a_model_that_is_not_supported(
     tiny_flags: tuple[str, ...],
-    sliding_model: str,
+    longrope_model: str,
     tmp_path: Path,
     no_settings: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -151,14 +154,14 @@ def test_a_model_that_is_not_supported(
     """Known only once the engine, in its process, looks at it; the front end that tells of it needs none of its own."""
     before = signal.getsignal(signal.SIGTERM)
     try:
-        flags = ("--model", sliding_model, "--prompt-store", str(tmp_path / "store"), "--port", str(free_port()))
+        flags = ("--model", longrope_model, "--prompt-store", str(tmp_path / "store"), "--port", str(free_port()))
         status = main(["serve", *tiny_flags, *flags])
     finally:
         signal.signal(signal.SIGTERM, before)
     check_refusal(
         status,
         capsys.readouterr().err,
-        ("no further back than 16 tokens", "not supported yet", "--max-model-len 16 serves it"),
+        ("longrope", "--max-model-len 64 serves it"),
     )
 
 
