@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from softbatch.server.requests.choices import Choice
 from softbatch.server.requests.generation import Delta
+from softbatch.server.requests.recall import Recalled
 from softbatch.server.routes.message_stream import PING, MessageStream, whole_message
 from softbatch.server.routes.response_stream import ResponseStream, whole_response
 from softbatch.server.schemas.messages import MessagesRequest
@@ -38,6 +39,7 @@ class ScriptedGeneration:
 
     request_id, created, prompt_ids = "r", 1, ()
     prompt_tokens, virtual_tokens, cached_tokens, completion_tokens = 12, 4, 7, 9
+    recalled = Recalled()
 
     def __init__(self, text: str, size: int, reason: str) -> None:
         self._pieces = [text[at : at + size] for at in range(0, len(text), size)] or [""]
