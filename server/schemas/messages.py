@@ -13,7 +13,7 @@ from softbatch.server.schemas.chat import MAX_MESSAGES
 from softbatch.server.schemas.joined_turns import joined_turns
 from softbatch.server.schemas.message_blocks import MessageTurn, Texts
 from softbatch.server.schemas.message_tools import MessageToolFields
-from softbatch.server.schemas.sampling import SEED_MASK, QueuedRequest, Seed, StopStrings, at_most_items
+from softbatch.server.schemas.sampling import SEED_MASK, QueuedRequest, Recall, Seed, StopStrings, at_most_items
 from softbatch.server.schemas.structured import SchemaText
 from softbatch.server.schemas.tools import MAX_CALLS
 
@@ -144,6 +144,7 @@ class MessagesRequest(ConversationFields):
     top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off")
     seed: Seed | None = Field(default=None, description="only this server's")
     metadata: MessageMetadata = Field(default=MessageMetadata())
+    recall: Recall = None
 
     @property
     def sampling_params(self) -> SamplingParams:
