@@ -99,10 +99,12 @@ class PromptStore(SoftPromptStore):
             version = _version_of(path.stat())
         except OSError as error:
             self._cache.pop(name, None)
-            if os.path.lexists(path):
-                reason = "a link to nothing" if isinstance(error, FileNotFoundError) else error.strerror
+            is_missing = isinstance(error, FileNotFoundError)
+            # Not whether anything is there: another may have been registered under the name just now.
+            if path.is_symlink() or (not is_missing and os.path.lexists(path)):
+                reason = "a link to nothing" if is_missing else error.strerror
                 raise SoftPromptError(f"the file cannot be read: {reason}", param="file", code="invalid_file") from None
-            if isinstance(error, FileNotFoundError):
+            if is_missing:
                 raise UnknownPrompt(name) from None
             raise
         cached = self._cache.get(name)

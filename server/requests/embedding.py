@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.admission import Admission, Places
 from softbatch.server.requests.leases import Lease
-from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
+from softbatch.server.requests.prompt_encoder import LONG_TEXT, Prompt, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Embedder:
         first = min(self._at_once, len(order.inputs))
         with self._admission.reserve(first, order.timeout, order.user) as places:
             lease = await places.lease(order.soft_prompt)
-            prompts = [await self._token_ids(order, index, lease) for index in range(len(order.inputs))]
+            prompts = await self._all_token_ids(order, lease)
             requests = self._prepare(order, prompts[:first], lease, places)
         try:
             outputs = await self._admission.run(requests)
@@ -66,6 +67,16 @@ class Embedder:
         virtual = lease.ref.num_virtual_tokens if lease else 0
         tokens = sum(map(len, prompts)) + virtual * len(prompts)
         return Embeddings(tuple(output.embedding or [] for output in outputs), tokens)
+
+    async def _all_token_ids(self, order: EmbeddingOrder, lease: Lease | None) -> list[list[int]]:
+        """In a thread of their own if they are long together, so that others do not wait for all of them."""
+
+        async def each() -> list[list[int]]:
+            return [await self._token_ids(order, index, lease) for index in range(len(order.inputs))]
+
+        if sum(len(text) for text in order.inputs if isinstance(text, str)) <= LONG_TEXT:
+            return await each()
+        return await asyncio.to_thread(lambda: asyncio.run(each()))
 
     async def _token_ids(self, order: EmbeddingOrder, index: int, lease: Lease | None) -> list[int]:
         try:

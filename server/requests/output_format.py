@@ -29,6 +29,7 @@ START_SECONDS = 60.0
 REMEMBER_SECONDS = 60.0
 MAX_CHECKS = 16
 MAX_KNOWN = 256
+MAX_KNOWN_CHARS = 8 << 20
 # A model that is unsure of itself writes blanks without end if a schema allows them.
 JSON_WHITESPACE = r"[ \n\r\t]{0,32}"
 PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
@@ -72,6 +73,7 @@ class GrammarCompiler:
         self._settings = CheckerSettings(tokenizer.to_str(), vocab_size, list(eos_token_ids))
         self._process: asyncio.subprocess.Process | None = None
         self._known: OrderedDict[Key, tuple[CheckReply, float]] = OrderedDict()
+        self._known_chars = 0
         self._checks: dict[Key, asyncio.Task[CheckReply]] = {}
         self._turn = asyncio.Lock()
 
@@ -86,7 +88,10 @@ class GrammarCompiler:
         if reply is None or until < time.monotonic():
             reply = await asyncio.shield(self._check_of(key))
         if reply.grammar is None:
+            until = time.monotonic() + COMPILE_SECONDS
             for part in wanted.parts:
+                if time.monotonic() > until:
+                    break
                 await self.compile(part)
             raise InvalidGrammar(f"{wanted.param}: {reply.reason}", param=wanted.param)
         return reply.grammar
@@ -129,11 +134,20 @@ class GrammarCompiler:
             except BaseException:
                 self.close()
                 raise
-        self._known[key] = (reply, until)
-        self._known.move_to_end(key)
-        if len(self._known) > MAX_KNOWN:
-            self._known.popitem(last=False)
+        self._remember(key, reply, until)
         return reply
+
+    def _remember(self, key: Key, reply: CheckReply, until: float) -> None:
+        self._forget(key)
+        self._known[key] = (reply, until)
+        self._known_chars += _size(key, reply)
+        while len(self._known) > 1 and (len(self._known) > MAX_KNOWN or self._known_chars > MAX_KNOWN_CHARS):
+            self._forget(next(iter(self._known)))
+
+    def _forget(self, key: Key) -> None:
+        if key in self._known:
+            reply, _ = self._known.pop(key)
+            self._known_chars -= _size(key, reply)
 
     async def _ensure_process(self) -> None:
         """Raises GrammarsUnavailable."""
@@ -163,3 +177,7 @@ class GrammarCompiler:
         await self._process.stdin.drain()
         size = int.from_bytes(await self._process.stdout.readexactly(4), "big")
         return msgspec.msgpack.decode(await self._process.stdout.readexactly(size), type=CheckReply)
+
+
+def _size(key: Key, reply: CheckReply) -> int:
+    return len(key[1]) + len(reply.grammar or reply.reason)

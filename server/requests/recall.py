@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex
-from softbatch.prompt_store.compression.data.passages import Passage, before_question, joined
+from softbatch.prompt_store.compression.data.passages import Passage, before_question
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, Version
 from softbatch.server.request_failures import InvalidPrompt
 from softbatch.server.requests.leases import Lease
@@ -92,7 +92,7 @@ class Recaller:
         found = await self._indexes.best(lease.stored, question, count)
         if not found:
             return Recalled()
-        tokens = await self._encoder.encode_quoted(joined(found))
+        tokens = await self._encoder.encode_quoted(before_question(found, ""))
         return Recalled(tuple(found), len(tokens))
 
     async def token_ids(
@@ -106,14 +106,20 @@ class Recaller:
         keep: int | None = None,
     ) -> list[int]:
         """As PromptEncoder does it, of the prompt with its passages before the question; `keep` is about the prompt
-        itself. Raises InvalidPrompt."""
+        itself, so that with them more is kept. Raises InvalidPrompt."""
         found, encoder = recalled.passages, self._encoder
         if found and is_chat(prompt):
             prompt, found = _with_passages(prompt, found), ()
+            keep = None if keep is None else keep + recalled.tokens
         elif found and isinstance(prompt, str) and keep is None:
             prompt, found = f"{self._text.quote(before_question(found, ''))}{prompt}", ()
         own = await encoder.token_ids(prompt, lease, add_special_tokens, chat_end=chat_end, keep=keep)
-        return [*await encoder.encode_quoted(before_question(found, "")), *own] if found else own
+        if not found:
+            return own
+        # Nothing stands before the tokens that every text begins with.
+        beginning = self._text.beginning
+        at = len(beginning) if own[: len(beginning)] == beginning else 0
+        return [*own[:at], *await encoder.encode_quoted(before_question(found, "")), *own[at:]]
 
     def _question(self, prompt: Prompt) -> str:
         if is_chat(prompt):

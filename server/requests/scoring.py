@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import SamplingParams
-from softbatch.server.request_failures import InvalidPrompt
+from softbatch.server.request_failures import InvalidPrompt, PromptTooLong
 from softbatch.server.requests.admission import Admission
+from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder
 from softbatch.server.requests.recall import Recalled, Recaller
 
@@ -59,11 +60,17 @@ class Scorer:
         part of it. Raises Failure."""
         with self._admission.reserve(len(candidates)) as places:
             lease = await places.lease(soft_prompt)
-            recalled = await self._recaller.find(prompt, lease, recall)
-            shared = await self._recaller.token_ids(prompt, recalled, lease)
             answers = [await self._answer(text, index, end) for index, text in enumerate(candidates)]
-            for answer in answers:
-                self._encoder.room(lease, len(shared) + len(answer) - 1, 1)
+            longest = max(map(len, answers))
+            recalled = await self._recaller.find(prompt, lease, recall)
+            try:
+                shared = await self._shared(prompt, recalled, lease, longest)
+            except PromptTooLong:
+                # Passages that nobody asked for are no reason to refuse a request that fits without them.
+                if recall is not None or not recalled.passages:
+                    raise
+                recalled = Recalled()
+                shared = await self._shared(prompt, recalled, lease, longest)
             params = SamplingParams(max_tokens=0)
             requests = [
                 places.prepare(shared + answer, params, lease, route=route, score_from=len(shared))
@@ -80,6 +87,12 @@ class Scorer:
             virtual_tokens=lease.ref.num_virtual_tokens if lease else 0,
             recalled=recalled,
         )
+
+    async def _shared(self, prompt: Prompt, recalled: Recalled, lease: Lease | None, longest: int) -> list[int]:
+        """What all candidates follow. Raises PromptTooLong if the longest of them has no room behind it."""
+        token_ids = await self._recaller.token_ids(prompt, recalled, lease)
+        self._encoder.room(lease, len(token_ids) + longest - 1, 1)
+        return token_ids
 
     async def _answer(self, text: str, index: int, end: bool) -> list[int]:
         token_ids = await self._encoder.encode_quoted(text)

@@ -91,16 +91,19 @@ def manifest_of(services: Services, soft_prompt: str | None) -> Manifest | None:
 
 @contextlib.contextmanager
 def fields_named(names: Mapping[str, str], *, model: str | None = None) -> Iterator[None]:
-    """Let errors from below name the fields as this route's clients know them; `model` is the soft prompt's name when
-    it came in the field of that name."""
+    """Let errors from below name the fields as this route's clients know them, also where a message begins with one;
+    `model` is the soft prompt's name when it came in the field of that name."""
     try:
         yield
     except Failure as error:
+        before = error.param
         if model is not None and error.param == "soft_prompt":
             if error.code == "soft_prompt_not_found":
                 raise unknown_model(model) from error
             error.param = "model"
         error.param = names.get(error.param or "", error.param)
+        if before and error.message.startswith(f"{before}: "):
+            error.message = f"{error.param}{error.message.removeprefix(before)}"
         raise
 
 

@@ -65,7 +65,7 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     f"{ROUTE}/count_tokens", response_model=TokenCountReply, summary="Count a conversation's tokens (Anthropic)"
 )
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
-    """As many as `usage` counts of the same request."""
+    """As many as `usage` counts of the same request, apart from passages that are recalled for it."""
     services = services_of(request)
     soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
 
@@ -112,6 +112,7 @@ def _request(services: Services, body: MessagesRequest, plan: ChatPlan) -> Gener
         user=body.metadata.user_id,
         output_format=plan.output_format,
         timeout=body.timeout,
+        recall=body.recall,
         shown_tokens=plan.shown_tokens,
         route=ROUTE,
     )

@@ -38,6 +38,16 @@ MAX_SHOWN_TOKENS = 4096
 MAX_LIVE_ENTRIES = 128
 
 
+# A model's media type is that of the route's replies, which are events where there is no error.
+_ERRORS_IN_JSON: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": reply["description"],
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{reply['model'].__name__}"}}},
+    }
+    for status, reply in ERROR_REPLIES.items()
+}
+
+
 @router.get("", response_model=Queue, summary="Every running and waiting request")
 async def get_queue(request: Request) -> Response:
     """With its age, its soft prompt and how far it has come; `waiting` is in order of priority and arrival."""
@@ -49,7 +59,7 @@ async def get_queue(request: Request) -> Response:
     "/events",
     status_code=200,
     response_class=EventStream,
-    responses={200: {"model": LiveQueue}},
+    responses={200: {"model": LiveQueue}, **_ERRORS_IN_JSON},
     summary="The same live, with figures",
 )
 async def get_queue_events(request: Request) -> Response:

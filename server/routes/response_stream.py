@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from pydantic import BaseModel
@@ -71,6 +73,10 @@ class ResponseStream:
         return self._next - 1
 
     def events_of(self, delta: Delta) -> Iterator[BaseModel]:
+        for piece in _by_token(delta) if self._has_logprobs else (delta,):
+            yield from self._events_of_piece(piece)
+
+    def _events_of_piece(self, delta: Delta) -> Iterator[BaseModel]:
         self._untold += logprobs_of(delta.tokens).content if self._has_logprobs else []
         parts = self._reader.read(delta)
         is_last = delta.finish_reason is not None
@@ -90,6 +96,7 @@ class ResponseStream:
         match part:
             case ContentPart(text):
                 if not isinstance(self._open, OutputMessage):
+                    self._untold = _ending(self._untold, text)
                     yield from self._begin(OutputMessage(id=f"msg_{number}", status="in_progress", content=[]))
                 self._logprobs += self._untold
                 yield self._text_event("delta", delta=text, logprobs=self._untold)
@@ -97,11 +104,14 @@ class ResponseStream:
             case CallStart(_, call_id, name):
                 call = OutputCall(id=f"fc_{number}", status="in_progress", call_id=call_id, name=name, arguments="")
                 yield from self._begin(call)
+                self._untold = []
                 return
             case CallArguments(_, text):
                 yield self._text_event("delta", delta=text)
+                self._untold = []
             case _:
                 text = part.text
+                self._untold = []
                 if not isinstance(self._open, OutputReasoning):
                     yield from self._begin(OutputReasoning(id=f"rs_{number}", status="in_progress", content=[]))
                 yield self._text_event("delta", delta=text)
@@ -164,6 +174,28 @@ class ResponseStream:
             content_index=None if isinstance(self._open, OutputCall) else 0,
             **fields,
         )
+
+
+def _by_token(delta: Delta) -> Iterator[Delta]:
+    """Each token with its own text, so that its log-probability is told with the part that it belongs to."""
+    tokens = delta.tokens
+    if len(tokens) < 2 or b"".join(token.utf8 for token in tokens) != delta.text.encode():
+        yield delta
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens[:-1]:
+        yield Delta(decoder.decode(token.utf8), (token,))
+    yield Delta(decoder.decode(tokens[-1].utf8, True), tokens[-1:], delta.finish_reason, delta.stop_reason)
+
+
+def _ending(tokens: list[ChatTokenLogprob], text: str) -> list[ChatTokenLogprob]:
+    """Those from the one on that begins the text; before it stand marks, which no item has."""
+    parts = [bytes(token.bytes) for token in tokens]
+    start = b"".join(parts).rfind(text.encode()) if text else 0
+    if start <= 0:
+        return tokens
+    ends = accumulate(map(len, parts))
+    return [token for token, end in zip(tokens, ends, strict=True) if end > start]
 
 
 def whole_response(body: ResponsesRequest, plan: ChatPlan, model: str, choice: Choice) -> ResponseReply:

@@ -73,6 +73,7 @@ def _request(services: Services, body: ResponsesRequest, plan: ChatPlan) -> Gene
         user=body.user,
         output_format=plan.output_format,
         timeout=body.timeout,
+        recall=body.recall,
         shown_tokens=plan.shown_tokens,
         route=ROUTE,
     )

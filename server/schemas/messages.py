@@ -13,13 +13,23 @@ from softbatch.server.schemas.chat import MAX_MESSAGES
 from softbatch.server.schemas.joined_turns import joined_turns
 from softbatch.server.schemas.message_blocks import MessageTurn, Texts
 from softbatch.server.schemas.message_tools import MessageToolFields
-from softbatch.server.schemas.sampling import SEED_MASK, QueuedRequest, Seed, StopStrings, at_most_items
+from softbatch.server.schemas.sampling import SEED_MASK, QueuedRequest, Recall, Seed, StopStrings, at_most_items
 from softbatch.server.schemas.structured import SchemaText
+from softbatch.server.schemas.tools import MAX_CALLS
+
+# In all turns together: each block may become a turn of its own.
+MAX_BLOCKS = 4096
 
 
-def _not_empty(value: object) -> object:
-    if isinstance(value, list) and not value:
+def _of_bounded_size(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    if not value:
         raise refusal("too_short", "at least one message is needed")
+    contents = [turn.get("content") for turn in value if isinstance(turn, dict)]
+    blocks = sum(len(content) for content in contents if isinstance(content, list))
+    if blocks > MAX_BLOCKS:
+        raise refusal("too_long", f"at most {MAX_BLOCKS} blocks in all turns are allowed, not {blocks}")
     return value
 
 
@@ -60,7 +70,7 @@ class ConversationFields(MessageToolFields, QueuedRequest):
     }
 
     messages: Annotated[
-        list[MessageTurn], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)
+        list[MessageTurn], Field(fail_fast=True), BeforeValidator(_of_bounded_size), at_most_items(MAX_MESSAGES)
     ] = Field(description="turns of one speaker that follow each other are one turn")
     system: Texts = Field(default=[], description="what the model is to know and do: a text, or a list of blocks")
     output_config: OutputConfig = Field(default=OutputConfig())
@@ -70,6 +80,16 @@ class ConversationFields(MessageToolFields, QueuedRequest):
         if self.messages[-1].role == "assistant":
             message = "the last turn is the assistant's, and going on with it is not supported; end with the user's"
             raise refusal("unsupported_role", message, f"messages.{len(self.messages) - 1}.role")
+        return self
+
+    @model_validator(mode="after")
+    def _calls_few_at_once(self) -> ConversationFields:
+        calls = 0
+        for index, turn in enumerate(self.messages):
+            calls = calls + sum(block.type == "tool_use" for block in turn.content) if turn.role == "assistant" else 0
+            if calls > MAX_CALLS:
+                message = f"at most {MAX_CALLS} calls are allowed in one turn, and in turns that follow each other"
+                raise refusal("too_long", message, f"messages.{index}.content")
         return self
 
     @property
@@ -124,6 +144,7 @@ class MessagesRequest(ConversationFields):
     top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off")
     seed: Seed | None = Field(default=None, description="only this server's")
     metadata: MessageMetadata = Field(default=MessageMetadata())
+    recall: Recall = None
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -17,6 +17,7 @@ from softbatch.server.schemas.sampling import (
     MAX_TOP_LOGPROBS,
     SEED_MASK,
     QueuedRequest,
+    Recall,
     Seed,
     TokenCount,
     at_most_items,
@@ -110,6 +111,7 @@ class ResponsesRequest(ResponseToolFields, QueuedRequest):
         default="",
         description="who asks, if API keys do not tell: users have equal shares of the server, as keys have",
     )
+    recall: Recall = None
     previous_response_id: Text | None = Field(
         default=None, description="refused: no response is kept; send the whole conversation as `input`"
     )

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 
+from softbatch.server.request_failures import InvalidGrammar
 from softbatch.server.requests.output_format import JSON_WHITESPACE, OutputFormat
 from softbatch.server.tools.call_formats import CallFormat
 from softbatch.server.tools.message_reader import ReasoningFormat
@@ -15,6 +16,8 @@ from softbatch.server.tools.tool import Tool, ToolUse
 TokenId = Callable[[str], int | None]
 # A model that is unsure of itself goes on calling.
 MAX_MORE_CALLS = 31
+# Four times what the one schema of an output may have.
+MAX_GRAMMAR_CHARS = 1 << 18
 _OPEN_ENDED = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "unevaluatedProperties", "if")
 _ANY_TEXT = "/(?s:.*)/"
 _BLANKS = r"/[ \n\r\t]{0,8}/"
@@ -30,7 +33,7 @@ def tool_format(
     is_thinking: bool,
 ) -> OutputFormat | None:
     """Calls of the required tools; or, if none is, text in the `form` asked for, or with calls that follow the schemas
-    of strict tools; None if nothing is asked for. Behind reasoning, if the model reasons."""
+    of strict tools; None if nothing is asked for. Behind reasoning, if the model reasons. Raises InvalidGrammar."""
     grammar = _Grammar(calls, use, token_id)
     if use.required:
         start, param = grammar.calls([tool for tool in use.tools if tool.name in use.required]), "tools"
@@ -44,6 +47,12 @@ def tool_format(
     if reasoning is not None:
         start = f"{grammar.reasoning(reasoning, is_thinking)} {start}"
     text = "\n".join([f"start: {start}", *grammar.rules, ""])
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidGrammar(
+            f"tools: too large to be enforced together: {len(text)} characters of grammar, and {MAX_GRAMMAR_CHARS} are "
+            "allowed; send fewer tools, or smaller schemas",
+            param="tools",
+        )
     return OutputFormat("grammar", text, param, parts=tuple(grammar.parts))
 
 

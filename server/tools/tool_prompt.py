@@ -210,28 +210,29 @@ def _one_by_one(turns: Sequence[Turn]) -> list[Turn]:
     """Each call of a turn in one of its own, with its result behind it."""
     split: list[Turn] = []
     results = {turn.get("tool_call_id"): turn for turn in turns if turn["role"] == "tool"}
-    moved: list[Turn] = []
+    moved: set[int] = set()
     for turn in turns:
         calls = turn.get("tool_calls") or ()
         if len(calls) < 2:
-            split += [turn] if not any(turn is one for one in moved) else []
+            split += [turn] if id(turn) not in moved else []
             continue
         for number, call in enumerate(calls):
             split.append({**turn, "content": "" if number else turn["content"], "tool_calls": [call]})
             result = results.get(call["id"])
             if result is not None:
                 split.append(result)
-                moved.append(result)
+                moved.add(id(result))
     return split
 
 
 def _merged(turns: Any) -> list[Turn]:
     """Results, and what the user says behind them, are one turn: many templates want turns to alternate."""
-    merged: list[Turn] = []
+    merged: list[list[Turn]] = []
     for turn in turns:
-        follows_result = merged and str(merged[-1]["content"]).endswith("</tool_response>")
-        if follows_result and merged[-1]["role"] == turn["role"] == "user":
-            merged[-1] = _user(f"{merged[-1]['content']}\n{turn['content']}")
+        before = merged[-1][-1] if merged else None
+        follows_result = before is not None and str(before["content"]).endswith("</tool_response>")
+        if before is not None and follows_result and before["role"] == turn["role"] == "user":
+            merged[-1].append(turn)
         else:
-            merged.append(turn)
-    return merged
+            merged.append([turn])
+    return [one[0] if len(one) == 1 else _user("\n".join(str(turn["content"]) for turn in one)) for one in merged]

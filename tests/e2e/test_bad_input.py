@@ -124,8 +124,6 @@ BAD_FIELDS: dict[str, tuple[tuple[str, Any], str | None, str]] = {
         "response_format.json_schema.schema",
         "does not exist",
     ),
-    "logit_bias": (completion(logit_bias={"50": 10}), "logit_bias", "not supported"),
-    "best_of": (completion(best_of=3), "best_of", "supported"),
     "suffix": (completion(suffix="the end"), "suffix", "not supported"),
     "grammar": (generate(grammar={"type": "regex", "value": "(a"}), "parameters.grammar.value", "unclosed"),
     "watermark": (generate(watermark=True), "parameters.watermark", "not supported"),

@@ -105,6 +105,18 @@ def test_every_route_recalls(server: Server, tiny_llama: Reference) -> None:
     parameters = {"soft_prompt": NAME, "max_new_tokens": 6, "return_recalled": True, "truncate": 3}
     whole = server.http.post("/generate", json={"inputs": QUESTION, "parameters": parameters}).json()
     assert whole["recalled"][0]["text"] == raw
+    turns = [{"role": "user", "content": QUESTION}]
+    for route, body in (
+        ("messages", {"model": NAME, "messages": turns, "max_tokens": 2}),
+        ("responses", {"model": NAME, "input": QUESTION, "max_output_tokens": 2}),
+    ):
+        counts = [
+            server.http.post(f"/v1/{route}", json=body | {"recall": recall}).json()["usage"] for recall in (0, 1, 2)
+        ]
+        totals = [one["input_tokens"] + one.get("cache_read_input_tokens", 0) for one in counts]
+        assert totals == sorted(set(totals)), "more passages are more tokens"
+        refused = server.http.post(f"/v1/{route}", json=body | {"recall": 17})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "recall")
     scored = {"input": QUESTION, "candidates": ["34", "20"], "soft_prompt": NAME, "return_recalled": True}
     found = server.http.post("/v1/score", json=scored).json()
     assert found["recalled"][0]["text"] == raw

@@ -1,7 +1,6 @@
-"""A C++ compiler for tests: it compiles each file once, in little time, and what all files include before them.
+"""A C++ compiler for tests: it compiles each file once, and what all files include before them.
 
-Whoever builds the same file in the same way again gets a copy. Optimising less changes how fast the code is, not
-whether it is right. Run as `python compile_once.py DIRECTORY ARGUMENTS…`, with the arguments of c++.
+Whoever builds the same file in the same way again gets a copy. Run as `python compile_once.py DIRECTORY ARGUMENTS…`, with the arguments of c++.
 """
 
 from __future__ import annotations
@@ -21,15 +20,14 @@ def main(directory: Path, arguments: list[str]) -> int:
     if "-c" not in arguments:
         return subprocess.run(["c++", *arguments], check=False).returncode
     directory.mkdir(parents=True, exist_ok=True)
-    faster = ["-O1" if argument == "-O3" else argument for argument in arguments]
-    headers = headers_compiled(directory, flags_of(faster))
+    headers = headers_compiled(directory, flags_of(arguments))
     if headers is None:
         return 1
     output = Path(arguments[arguments.index("-o") + 1])
     kept = directory / digest(arguments)
 
     def compile_file() -> bool:
-        done = subprocess.run(["c++", "-include", str(headers), *faster], check=False).returncode == 0
+        done = subprocess.run(["c++", "-include", str(headers), *arguments], check=False).returncode == 0
         if done:
             shutil.copyfile(output, kept)
         return done

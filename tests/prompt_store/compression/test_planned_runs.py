@@ -86,7 +86,7 @@ def test_an_answer_takes_what_the_model_took_for_it(
         now += len(prompts)
         return [[40, 41, 42] for _ in prompts]
 
-    def measured(context: Any, pairs: list[TrainingPair], settings: Any, gold: float, clock: Any) -> None:
+    def measured(context: Any, pairs: list[TrainingPair], settings: Any, gold: float, *_: Any) -> None:
         found.append(gold)
         raise Stopped
 

@@ -464,7 +464,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
 
 
 def quick_compiler(directory: Path, first: str) -> Path:
-    """One that runs the shell command `first`, and optimises less."""
+    """One that runs the shell command `first`, and reads each header once."""
     once = ROOT / "tests" / "support" / "compile_once.py"
     return script(directory / "g++", f'{first}\nexec "{sys.executable}" "{once}" "{directory / "objects"}" "$@"')
 

@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from softbatch.server.http.sse import DONE
 from softbatch.server.requests.generation import Delta
+from softbatch.server.requests.recall import Recalled
 from softbatch.server.routes.chat_stream import ChatStream
 from softbatch.server.schemas.chat import ChatCompletionRequest
 from softbatch.server.tools.call_formats import CALL_FORMATS
@@ -28,6 +29,7 @@ class ScriptedOutput:
     """Yields its pieces as deltas; the last of them ends the output."""
 
     prompt_ids: tuple[int, ...] = ()
+    recalled = Recalled()
 
     def __init__(self, pieces: list[str], reason: str = "eos") -> None:
         self._pieces = pieces

@@ -183,6 +183,17 @@ def test_required_calls_are_enforced_in_the_form_that_is_read(dialect: Dialect) 
     assert not takes(dialect, named, thought + dialect.calls.write([("get_time", "{}")]))
 
 
+def test_tools_whose_schemas_are_large_together_are_refused() -> None:
+    dialect = Dialect(text_of(QWEN))
+    words = {"type": "object", "properties": {"a": {"enum": ["word" * 1000]}}}
+    tools = [Tool(f"f{number}", parameters=words, param=f"tools.{number}") for number in range(80)]
+    assert dialect.plan(ASK, ToolUse(tools)).output_format is None, "nothing of them is enforced"
+    with pytest.raises(InvalidGrammar, match="tools: too large to be enforced together") as refused:
+        dialect.plan(ASK, ToolUse(tools, frozenset(tool.name for tool in tools)))
+    assert refused.value.param == "tools"
+    dialect.plan(ASK, ToolUse(tools, frozenset({"f1"})))
+
+
 def test_a_strict_tool_is_enforced_if_it_is_called(dialect: Dialect) -> None:
     assert dialect.calls is not None
     plan = dialect.plan(ASK, ToolUse((replace(WEATHER, strict=True), TIME)))

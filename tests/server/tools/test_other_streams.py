@@ -14,7 +14,8 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from softbatch.server.requests.choices import Choice
-from softbatch.server.requests.generation import Delta
+from softbatch.server.requests.generation import Delta, Token
+from softbatch.server.requests.recall import Recalled
 from softbatch.server.routes.message_stream import PING, MessageStream, whole_message
 from softbatch.server.routes.response_stream import ResponseStream, whole_response
 from softbatch.server.schemas.messages import MessagesRequest
@@ -38,6 +39,7 @@ class ScriptedGeneration:
 
     request_id, created, prompt_ids = "r", 1, ()
     prompt_tokens, virtual_tokens, cached_tokens, completion_tokens = 12, 4, 7, 9
+    recalled = Recalled()
 
     def __init__(self, text: str, size: int, reason: str) -> None:
         self._pieces = [text[at : at + size] for at in range(0, len(text), size)] or [""]
@@ -144,3 +146,23 @@ def test_a_whole_response() -> None:
     assert [item.arguments for item in whole.output[2:]] == [ARGUMENTS] * 2
     assert len({item.id for item in whole.output}) == 4
     assert whole.status == "completed"
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_log_probabilities_are_those_of_the_answer_alone(size: int) -> None:
+    """However many tokens come at once."""
+    body = ResponsesRequest.model_validate({"input": "x", "include": ["message.output_text.logprobs"]})
+    words = ["<think>", "\nHm", ", so.", "\n", "</think>", "\n\n", "Let", " me", " s\u00e9", "e."]
+    tokens = tuple(Token(number, word, False, word.encode(), -1.0) for number, word in enumerate(words))
+    generation: Any = ScriptedGeneration("", 1, "eos")
+    stream = ResponseStream(body, plan(), "m", generation)
+    told = []
+    for at in range(0, len(tokens), size):
+        some = tokens[at : at + size]
+        reason: Any = "eos" if at + size >= len(tokens) else None
+        for event in stream.events_of(Delta("".join(token.text for token in some), some, reason)):
+            if event.model_dump()["type"] == "response.output_text.delta":
+                told += event.model_dump()["logprobs"]
+    (content,) = stream.reply.model_dump()["output"][1]["content"]
+    assert [one["token"] for one in told] == words[6:]
+    assert content["logprobs"] == told
