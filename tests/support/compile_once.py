@@ -1,6 +1,7 @@
 """A C++ compiler for tests: it compiles each file once, and what all files include before them.
 
-Whoever builds the same file in the same way again gets a copy. Run as `python compile_once.py DIRECTORY ARGUMENTS…`, with the arguments of c++.
+Whoever builds the same file in the same way again gets a copy. Run as `python compile_once.py DIRECTORY ARGUMENTS…`,
+with the arguments of c++.
 """
 
 from __future__ import annotations
