@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -108,7 +109,8 @@ class TestChat:
 
         def shows(text: str) -> bool:
             nonlocal screen
-            screen += os.read(ours, 65536).decode()
+            if text not in screen and select.select([ours], [], [], 0.1)[0]:
+                screen += os.read(ours, 65536).decode(errors="replace")
             return text in screen
 
         try:
