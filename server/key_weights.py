@@ -27,7 +27,9 @@ def read_key_weights(path: Path, keys: Collection[str]) -> Mapping[str, float]:
         raise ValueError(f"--key-weights {path}: give a JSON object such as {example}; {error}") from error
     for place, (key, weight) in enumerate(weights.items(), 1):
         if not LEAST <= weight <= MOST:
-            raise ValueError(f"--key-weights {path}: weight {place} is {weight:g}; give one from {LEAST:g} up to {MOST:g}")
+            raise ValueError(
+                f"--key-weights {path}: weight {place} is {weight:g}; give one from {LEAST:g} up to {MOST:g}"
+            )
         if key not in keys:
             raise ValueError(f"--key-weights {path}: key {place} is none of --api-key and --admin-key")
     return {owner_of(key): weight for key, weight in weights.items()}
