@@ -8,11 +8,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from softbatch.server.request_failures import shown
 from softbatch.server.schemas.base import Neutral, RequestModel, Text, refusal
-from softbatch.server.schemas.tools import MAX_TOOLS, Parameters, ToolName
+from softbatch.server.schemas.tools import MAX_TOOLS, FunctionsOnly, Parameters, ToolName
 from softbatch.server.tools.tool import Tool, ToolUse
 
 
-class ResponseTool(RequestModel):
+class ResponseTool(FunctionsOnly):
     """A function that the model may call, and the client runs."""
 
     is_open: ClassVar[bool] = True
@@ -22,20 +22,10 @@ class ResponseTool(RequestModel):
         "output_schema": (),
     }
 
-    type: Literal["function"]
     name: ToolName
     description: Text = ""
     parameters: Parameters = Field(default={}, description="a JSON schema; left out: the function has no parameters")
     strict: bool = Field(default=False, description="arguments follow the schema wherever the model calls it")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_function(cls, data: object) -> object:
-        kind = data.get("type") if isinstance(data, dict) else None
-        if isinstance(kind, str) and kind != "function":
-            message = f"tools of type {shown(kind)} are not supported, only 'function'"
-            raise refusal("unsupported_tool", message, "type")
-        return data
 
 
 class NamedFunction(RequestModel):

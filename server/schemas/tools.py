@@ -65,11 +65,10 @@ class FunctionDefinition(RequestModel):
     strict: bool = Field(default=False, description="arguments follow the schema wherever the model calls it")
 
 
-class ToolDefinition(RequestModel):
-    """A function that the model may call."""
+class FunctionsOnly(RequestModel):
+    """A tool, if it is a function; of other types the type is named."""
 
     type: Literal["function"]
-    function: FunctionDefinition
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +78,12 @@ class ToolDefinition(RequestModel):
             message = f"tools of type {shown(kind)} are not supported, only 'function'"
             raise refusal("unsupported_tool", message, "type")
         return data
+
+
+class ToolDefinition(FunctionsOnly):
+    """A function that the model may call."""
+
+    function: FunctionDefinition
 
 
 class FunctionName(RequestModel):
