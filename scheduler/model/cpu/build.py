@@ -8,7 +8,9 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from softbatch.scheduler.model.cpu.compiler import compile_library
 from softbatch.scheduler.model.source import cache_directory
 
 logger = logging.getLogger(__name__)
+_BUILDING = threading.Lock()
 _LIBRARY = "softbatch_cpu.so"
 _FLAGS_OF_MACHINE = (("-march=native",), ())  # the second where a compiler lacks the first
 
@@ -28,6 +31,19 @@ def build(log: logging.Logger = logger) -> bool:
 
     Processes that start at the same time each compile their own copy; the last to finish leaves its in the cache.
     """
+    with _BUILDING:
+        return _build(log)
+
+
+def begin_to_build(log: logging.Logger = logger) -> None:
+    """If the kernels have to be compiled, that begins in a thread, and `build` waits for it."""
+    if not needs_no_compiler() and not _BUILDING.locked():
+        threading.Thread(target=build, args=(log,), daemon=True, name="kernels").start()
+
+
+@cache
+def _build(log: logging.Logger) -> bool:
+    """Once: what could not be compiled cannot be compiled a moment later."""
     if not is_loaded() and not _load_prebuilt(log):
         try:
             library = _cached_library()
