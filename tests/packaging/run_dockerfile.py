@@ -65,10 +65,10 @@ def make_root(work: Path, base: str) -> Path:
 
 
 def run(stage: Stage, script: str, options: argparse.Namespace) -> None:
-    """A RUN step: in the root, with the network, and with what --bind names at the same place as outside."""
+    """A RUN step: in the root, with the network; what --bind names can be read at the same place as outside."""
     mounts = ["mount -t proc proc proc", "mount --bind /dev dev", "cp /etc/resolv.conf etc/resolv.conf"]
     for bound in options.bind:
-        mounts.append(f"mkdir -p .{bound} && mount --bind {bound} .{bound}")
+        mounts.append(f"mkdir -p .{bound} && mount --bind {bound} .{bound} && mount -o remount,bind,ro .{bound}")
     variables = stage.variables | stage.environment | options.env
     command = ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), "/bin/sh", "-c"]
     inside = f"cd {shlex.quote(stage.directory)} && {script}"
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--build-arg", type=pair, action="append", default=[])
     parser.add_argument("--env", type=pair, action="append", default=[], help="only here, such as where pip finds what")
-    parser.add_argument("--bind", action="append", default=[], help="a directory that steps see, too")
+    parser.add_argument("--bind", action="append", default=[], help="a directory that steps can read, too")
     options = parser.parse_args()
     options.work, options.build_arg, options.env = options.work.resolve(), dict(options.build_arg), dict(options.env)
     options.work.mkdir(parents=True, exist_ok=True)
