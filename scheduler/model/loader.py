@@ -140,11 +140,14 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
 def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
     """Kernels are compiled while the model is converted and read, but not for one that is refused at a glance."""
 
+    def begin() -> None:
+        if device.type == "cpu":
+            begin_to_build()
+
     def accept(found: Any) -> None:
         check_config(found, config.max_model_len)
         begin()
 
-    begin = begin_to_build if device.type == "cpu" else lambda: None
     source = resolve(config.model, accept)
     begin()
     return source
