@@ -110,7 +110,7 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
     return GenerationRequest(
         prompt=body.inputs,
         params=parameters.sampling_params(parameters.top_n_tokens if with_logprobs else None),
-        seed=parameters.seed,
+        seed=None if parameters.seed is None else parameters.seed & SEED_MASK,
         max_tokens=parameters.max_new_tokens,
         stop=tuple(parameters.stop),
         include_stop=True,

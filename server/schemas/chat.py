@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -68,8 +69,9 @@ class ChatMessage(RequestModel):
         "function_call": ({},),
         "reasoning_details": ([],),
         "thinking": ("",),
-        "prefix": (False,),
-        "partial": (False,),
+    }
+    instead: ClassVar[Mapping[str, str]] = {
+        "function_call": "a call is sent back in 'tool_calls', and its result in a turn of the role 'tool'"
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -86,13 +88,15 @@ class ChatMessage(RequestModel):
     name: Text = Field(default="", description="only of tools: which of them it was")
     reasoning_content: Text = Field(default="", description="of an assistant's turn; templates leave most of it out")
     reasoning: Text = Field(default="", description="another name of reasoning_content")
+    prefix: bool = Field(default=False, description="the last message's: as continue_final_message; of Mistral's API")
+    partial: bool = Field(default=False, description="another name of prefix; of Qwen's API")
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> ChatMessage:
         if "content" not in self.model_fields_set and self.role != "tool" and not self.tool_calls:
             raise PydanticCustomError("missing", "field required", {"param": "content"})
         if self.role != "assistant":
-            for field in ("tool_calls", "reasoning_content", "reasoning"):
+            for field in ("tool_calls", "reasoning_content", "reasoning", "prefix", "partial"):
                 if getattr(self, field):
                     raise refusal("role", "only an assistant's turn has it", field)
         if self.role != "tool" and self.tool_call_id:
@@ -153,6 +157,13 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
         "documents": ([],),
         "chat_template": (),
     }
+    instead: ClassVar[Mapping[str, str]] = {
+        "functions": "what replaced it is: 'tools': [{'type': 'function', 'function': {...}}]",
+        "function_call": "what replaced it is 'tool_choice'",
+        "enable_thinking": "send 'chat_template_kwargs': {'enable_thinking': ...}",
+        "thinking": "send 'reasoning_effort' or 'chat_template_kwargs'",
+        "prompt_logprobs": "/v1/completions reports them of a text, and /v1/score scores answers in a chat",
+    }
     without_effect: ClassVar[frozenset[str]] = OpenAIRequest.without_effect - ToolFields.model_fields.keys()
 
     messages: Messages
@@ -185,14 +196,15 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
 
     @property
     def chat_end(self) -> ChatEnd:
-        if self.continue_final_message:
+        last = self.messages[-1]
+        if self.continue_final_message or last.prefix or last.partial:
             return "open turn"
         return "turn" if self.add_generation_prompt is False else "answer"
 
     @model_validator(mode="after")
     def _is_consistent(self) -> ChatCompletionRequest:
         self.check_stream_options()
-        if self.continue_final_message and self.add_generation_prompt:
+        if self.chat_end == "open turn" and self.add_generation_prompt:
             message = "not together with 'add_generation_prompt': true, which begins a new turn"
             raise refusal("continue_final_message", message, "continue_final_message")
         self.check_lengths(

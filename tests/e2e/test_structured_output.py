@@ -64,6 +64,10 @@ def test_every_finished_output_follows_its_schema(tiny_server: Server) -> None:
         ({"structured_outputs": {"choice": ["été", "日本"]}}, "été|日本"),
         ({"guided_grammar": 'start: "x" start "y" | "."'}, r"x{0,400}\.y{0,400}"),
         ({"structured_outputs": {"grammar": 'root ::= "a" [0-9]+ ";"'}}, r"a[0-9]+;"),
+        # As text-generation-inference and llama.cpp have it.
+        ({"response_format": {"type": "regex", "value": "[ab]{4}"}}, "[ab]{4}"),
+        ({"response_format": {"type": "json", "value": {"enum": ["x"]}}}, r'\s*"x"\s*'),
+        ({"response_format": {"type": "json_object", "schema": {"enum": ["x"]}}}, r'\s*"x"\s*'),
     ],
 )
 def test_the_text_is_one_that_was_asked_for(tiny_server: Server, fields: dict[str, Any], pattern: str) -> None:
