@@ -21,7 +21,8 @@ from softbatch.server.schemas.sampling import (
     TokenCount,
     at_most_items,
 )
-from softbatch.server.schemas.tools import MAX_CALLS, CallMade, Identifier, ToolFields, as_bounded
+from softbatch.server.schemas.thinking import ThinkingFields
+from softbatch.server.schemas.tools import MAX_CALLS, CallMade, Identifier, ToolFields
 
 ChatFinishReason = FinishReason | Literal["tool_calls"]
 MAX_MESSAGES = 1024
@@ -125,7 +126,7 @@ def _not_empty(value: object) -> object:
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)]
 
 
-class ChatCompletionRequest(ToolFields, OpenAIRequest):
+class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
     """Answer a conversation. Fields of OpenAI's API that this server does not support are refused."""
 
     model_config = ConfigDict(
@@ -149,8 +150,11 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
         "prediction": (),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "enable_thinking": (),
-        "thinking": (),
+        "include_reasoning": (True,),
+        "separate_reasoning": (True,),
+        "stream_reasoning": (True,),
+        "reasoning_format": ("auto", "deepseek", "parsed"),
+        "parse_tool_calls": (True,),
         "best_of": (1,),
         "echo": (False,),
         "add_special_tokens": (False,),
@@ -160,8 +164,6 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
     instead: ClassVar[Mapping[str, str]] = {
         "functions": "what replaced it is: 'tools': [{'type': 'function', 'function': {...}}]",
         "function_call": "what replaced it is 'tool_choice'",
-        "enable_thinking": "send 'chat_template_kwargs': {'enable_thinking': ...}",
-        "thinking": "send 'reasoning_effort' or 'chat_template_kwargs'",
         "prompt_logprobs": "/v1/completions reports them of a text, and /v1/score scores answers in a chat",
     }
     without_effect: ClassVar[frozenset[str]] = OpenAIRequest.without_effect - ToolFields.model_fields.keys()
@@ -179,12 +181,6 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
     )
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="if the model's chat template knows it; 'none' is always allowed"
-    )
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(as_bounded)] = Field(
-        default={}, description="given to the chat template, which must read them; not from OpenAI's API"
-    )
 
     @property
     def token_limit(self) -> int | None:

@@ -14,6 +14,7 @@ from softbatch.server.schemas.sampling import (
     MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
     OTHER_SAMPLERS,
+    SAMPLER_SETTINGS,
     BaseOrSoftPrompt,
     Milliseconds,
     ModelName,
@@ -28,6 +29,7 @@ from softbatch.server.schemas.structured import GrammarParameter
 class GenerateParameters(RequestModel):
     """How to continue the input. What text-generation-inference has and this server does not, is refused."""
 
+    without_effect: ClassVar[frozenset[str]] = SAMPLER_SETTINGS
     unsupported: ClassVar[Neutral] = {
         **OTHER_SAMPLERS,
         "n": (1,),
