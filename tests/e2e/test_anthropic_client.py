@@ -59,6 +59,17 @@ def test_blocks_and_turns_of_one_speaker(client: Anthropic, tiny_llama: Referenc
     assert reply.content[0].text == greedy_text(tiny_llama, ids, 8)
 
 
+def test_a_turn_of_the_assistant_is_the_beginning_of_the_answer(client: Anthropic, tiny_llama: Reference) -> None:
+    whole = greedy_text(tiny_llama, chat_ids(tiny_llama), 20)
+    text = tiny_llama.tokenizer.apply_chat_template([MESSAGES[0], *TURNS], add_generation_prompt=True, tokenize=False)
+    ids = tiny_llama.tokenizer(text + whole[:12], add_special_tokens=False)["input_ids"]
+    turns: Any = [*TURNS, {"role": "assistant", "content": whole[:12]}]
+    fields: Any = {"model": "tiny-llama", "system": SYSTEM, "messages": turns}
+    reply = client.messages.create(max_tokens=8, extra_body=GREEDY, **fields)
+    assert reply.content[0].text == greedy_text(tiny_llama, ids, 8)
+    assert client.messages.count_tokens(**fields).input_tokens == len(ids)
+
+
 def test_a_stream(client: Anthropic, tiny_llama: Reference) -> None:
     """Anthropic's events in their order, and the helper's text and final message."""
     fields: Any = {"model": "tiny-llama", "max_tokens": 60, "system": SYSTEM, "messages": TURNS, "extra_body": GREEDY}
@@ -174,6 +185,7 @@ def test_errors_are_the_clients_own(client: Anthropic) -> None:
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
 USER = {"role": "user", "content": "a"}
+CALL = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ USER = {"role": "user", "content": "a"}
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
-        ({"messages": [USER, {"role": "assistant", "content": "b"}]}, "messages.1.role"),
+        ({"messages": [USER, {"role": "assistant", "content": [CALL]}]}, "messages.1.role"),
         ({"system": [IMAGE]}, "system.0.type"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"stop_sequences": [""]}, "stop_sequences.0"),
