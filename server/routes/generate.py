@@ -69,6 +69,12 @@ async def generate_stream(request: Request, body: GenerateStreamRequest) -> Resp
 
 
 @router.post(
+    "/invocations",
+    response_model=list[GenerateReply],
+    responses=STREAM_REPLY,
+    summary="The same for platforms that call it so (SageMaker)",
+)
+@router.post(
     "/", response_model=list[GenerateReply], responses=STREAM_REPLY, summary="Either of both, by the field `stream`"
 )
 async def compat_generate(request: Request, body: CompatGenerateRequest) -> Response:

@@ -44,12 +44,25 @@ class TextPart(RequestModel):
     text: Text
 
 
+def _as_text_part(part: object) -> object:
+    """Parts of /v1/responses, and of turns that were refused, are texts too."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("input_text", "output_text"):
+        return {**part, "type": "text"}  # type: ignore[dict-item]
+    if kind == "refusal":
+        return {"type": "text", "text": part.get("refusal")}  # type: ignore[union-attr]
+    return part
+
+
 def _as_parts(value: object) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise refusal("content", "must be a text or a list of parts such as {'type': 'text', 'text': '...'}")
-    for index, part in enumerate(value[:MAX_PARTS]):
+    value = [_as_text_part(part) for part in value[: MAX_PARTS + 1]]
+    for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             message = f"parts of type {shown(kind)} are not supported, only 'text'"
@@ -81,7 +94,7 @@ class ChatMessage(RequestModel):
         Field(fail_fast=True),
         at_most_items(MAX_PARTS),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
-    ] = Field(default=[], description="a text, or a list of text parts; may be left out beside tool_calls")
+    ] = Field(default=[], description="a text, or a list of text parts; null if an assistant's turn has none")
     tool_calls: Annotated[list[CallMade], Field(fail_fast=True), at_most_items(MAX_CALLS)] = Field(
         default=[], description="the calls of an assistant's turn"
     )
@@ -91,6 +104,13 @@ class ChatMessage(RequestModel):
     reasoning: Text = Field(default="", description="another name of reasoning_content")
     prefix: bool = Field(default=False, description="the last message's: as continue_final_message; of Mistral's API")
     partial: bool = Field(default=False, description="another name of prefix; of Qwen's API")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_say_nothing(cls, data: object) -> object:
+        """An assistant's turn of nothing but thoughts comes back so."""
+        is_silent = isinstance(data, dict) and data.get("role") == "assistant" and data.get("content", "") is None
+        return {**data, "content": ""} if is_silent else data  # type: ignore[dict-item]
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> ChatMessage:
@@ -117,12 +137,18 @@ class ChatMessage(RequestModel):
         return turn
 
 
+def _unbounded(value: object) -> object:
+    """-1 is how some say that they name no limit."""
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
 def _not_empty(value: object) -> object:
     if isinstance(value, list) and not value:
         raise refusal("too_short", "at least one message is needed")
     return value
 
 
+Limit = Annotated[TokenCount | None, BeforeValidator(_unbounded, json_schema_input_type=int | None)]
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)]
 
 
@@ -169,10 +195,10 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
     without_effect: ClassVar[frozenset[str]] = OpenAIRequest.without_effect - ToolFields.model_fields.keys()
 
     messages: Messages
-    max_completion_tokens: TokenCount | None = Field(
-        default=None, description="left out: the server's --default-max-tokens, see /info"
+    max_completion_tokens: Limit = Field(
+        default=None, description="left out, or -1: the server's --default-max-tokens, see /info"
     )
-    max_tokens: TokenCount | None = Field(default=None, description="older name of max_completion_tokens")
+    max_tokens: Limit = Field(default=None, description="older name of max_completion_tokens")
     add_generation_prompt: bool | None = Field(
         default=None, description="false: no assistant's turn is begun; not from OpenAI's API"
     )

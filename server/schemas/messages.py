@@ -125,8 +125,18 @@ class ConversationFields(MessageToolFields, QueuedRequest):
 
 
 class CountTokensRequest(ConversationFields):
-    """A conversation whose tokens are to be counted."""
+    """A conversation whose tokens are to be counted. Some send what they would send to have it answered."""
 
+    without_effect: ClassVar[frozenset[str]] = ConversationFields.without_effect | {
+        "max_tokens",
+        "stream",
+        "stop_sequences",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "metadata",
+    }
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "What is the sea?"}]}]}
     )

@@ -47,11 +47,12 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 
 
 def _as_stop_list(value: object) -> object:
+    """Forms with a field that was left empty send an empty string."""
     if isinstance(value, str):
         return [value] if value else []
     if isinstance(value, list) and len(value) > MAX_STOP_STRINGS:
         raise refusal("too_long", f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(value)}")
-    return value
+    return [one for one in value if one not in ("", None)] if isinstance(value, list) else value
 
 
 def _as_biases(value: object) -> object:

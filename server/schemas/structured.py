@@ -73,16 +73,15 @@ class GrammarParameter(RequestModel):
         return self
 
     def as_format(self, param: str) -> OutputFormat:
-        value = self.value
-        if self.type == "json_schema":
-            if not isinstance(value, dict) or "schema" not in value:
-                raise refusal("json_schema", "must be an object with a 'schema'", "value")
-            value = value["schema"]
-        return _format_of(self.type, value, f"{param}.value")
+        return _format_of(self.type, self.value, f"{param}.value")
 
 
 def _format_of(kind: str, value: object, param: str) -> OutputFormat:
     """Of an expression or, for other kinds, a schema. Raises an error about the field `value`."""
+    if kind == "json_schema":
+        if not isinstance(value, dict) or "schema" not in value:
+            raise refusal("json_schema", "must be an object with a 'schema'", "value")
+        value = value["schema"]
     if kind != "regex":
         try:
             return OutputFormat("json_schema", str(_as_schema(value)), param)
@@ -108,7 +107,10 @@ class ResponseFormat(RequestModel):
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
-        places = {"json_schema": ("json_schema", "schema"), "json_object": ("schema", "value")}
+        places: dict[str, tuple[str, ...]] = {
+            "json_schema": ("json_schema", "schema", "value"),
+            "json_object": ("schema", "value"),
+        }
         places |= {"json": ("value",), "regex": ("value",)}
         allowed = places.get(self.type, ())
         sent = [name for name in ("json_schema", "schema", "value") if self._is_sent(name)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from softbatch.server.request_failures import InvalidGrammar
 from softbatch.server.requests.output_format import JSON_WHITESPACE, OutputFormat
+from softbatch.server.requests.schema_formats import without_other_formats
 from softbatch.server.tools.call_formats import CallFormat
 from softbatch.server.tools.message_reader import ReasoningFormat
 from softbatch.server.tools.tool import Tool, ToolUse
@@ -117,7 +118,7 @@ class _Grammar:
     def form(self, form: OutputFormat) -> str:
         self.parts.append(form)
         if form.kind == "json_schema":
-            schema = json.loads(form.text)
+            schema = without_other_formats(json.loads(form.text))
             return _json_of(schema if isinstance(schema, dict) else {} if schema else {"not": {}}, lenient=False)
         if form.kind == "choice":
             return "(" + " | ".join(map(_quoted, json.loads(form.text))) + ")"
@@ -174,7 +175,8 @@ class _Grammar:
 
 def _schema_of(tool: Tool) -> dict[str, object]:
     """Of the arguments: an object, and without keys of which the schema says nothing."""
-    schema: dict[str, object] = {"type": "object", **(tool.parameters or {"properties": {}})}
+    parameters = without_other_formats(tool.parameters or {"properties": {}})
+    schema: dict[str, object] = {"type": "object", **parameters}
     if "properties" in schema and not any(word in schema for word in ("additionalProperties", *_OPEN_ENDED)):
         schema["additionalProperties"] = False
     return schema

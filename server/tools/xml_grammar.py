@@ -27,7 +27,7 @@ class ElementRules:
         terms = []
         for index, (key, one) in enumerate((properties if isinstance(properties, dict) else {}).items()):
             name = f"{self._name}_{index}"
-            definitions = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
+            definitions: dict[str, Any] = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
             self.rules += self._element(name, key, one, definitions)
             terms.append(name if isinstance(required, list) and key in required else f"{name}?")
         if schema.get("additionalProperties") is not False:

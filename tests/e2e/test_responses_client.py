@@ -228,7 +228,7 @@ WEATHER: Any = {
 
 def test_a_tool_that_must_be_called(client: OpenAI) -> None:
     """Even by a random model: whole, in a stream, and with the result sent back."""
-    fields: Any = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    fields: Any = {"tools": [WEATHER], "tool_choice": "required"}
     fields |= {"max_output_tokens": 200, **ASK}
     reply = client.responses.create(**fields)
     (call,) = reply.output

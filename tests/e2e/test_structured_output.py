@@ -68,6 +68,11 @@ def test_every_finished_output_follows_its_schema(tiny_server: Server) -> None:
         ({"response_format": {"type": "regex", "value": "[ab]{4}"}}, "[ab]{4}"),
         ({"response_format": {"type": "json", "value": {"enum": ["x"]}}}, r'\s*"x"\s*'),
         ({"response_format": {"type": "json_object", "schema": {"enum": ["x"]}}}, r'\s*"x"\s*'),
+        # A format that is no part of JSON Schema says nothing; a property of this name says what it says.
+        (
+            {"guided_json": {"type": "object", "properties": {"format": {"const": "password", "format": "secret"}}}},
+            r'\{\s*("format"\s*:\s*"password")?\s*(,.*)?\}',
+        ),
     ],
 )
 def test_the_text_is_one_that_was_asked_for(tiny_server: Server, fields: dict[str, Any], pattern: str) -> None:
@@ -139,6 +144,8 @@ def test_tgi_takes_grammars(tiny_server: Server) -> None:
     [
         ({"guided_json": {"type": "strng"}}, "guided_json", "Invalid type"),
         ({"guided_json": {"$ref": "#/nowhere"}}, "guided_json", "does not exist"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "refers to itself"),
+        ({"guided_json": False}, "guided_json", "nothing at all"),
         ({"guided_json": {"not": {"type": "string"}}}, "guided_json", "not"),
         ({"guided_json": {"type": "integer", "minimum": 3, "maximum": 1}}, "guided_json", "Unsatisfiable"),
         (

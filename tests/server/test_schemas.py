@@ -22,6 +22,8 @@ from softbatch.server.schemas.generate import (
     GenerateRequest,
     GenerateStreamRequest,
 )
+from softbatch.server.schemas.messages import MessagesRequest
+from softbatch.server.schemas.responses import ResponsesRequest
 from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from softbatch.server.version import VERSION
 
@@ -165,6 +167,21 @@ def generate(**parameters: Any) -> dict[str, Any]:
         ),
         ("/chat", chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})),
         ("/chat", chat(enable_thinking=True, thinking={"type": "enabled", "budget_tokens": 100})),
+        ("/chat", chat(stop=["", None], max_tokens=-1, bad_words=[])),
+        ("/chat", chat(messages=[*HELLO, {"role": "assistant", "content": None}, *HELLO])),
+        (
+            "/chat",
+            chat(
+                messages=[
+                    {"role": "user", "content": ["Hello", {"type": "input_text", "text": "you"}]},
+                    {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+                ]
+            ),
+        ),
+        (
+            "/chat",
+            chat(response_format={"type": "json_schema", "value": {"name": "a", "schema": {"type": "object"}}}),
+        ),
         # What the web page of llama.cpp sends unasked, and what others have as their default.
         (
             "/chat",
@@ -327,7 +344,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
             "stream_options.include_usages",
             "did you mean 'include_usage'?",
         ),
-        ("/completions", completion(stop=[""]), "stop.0", "at least 1 character"),
+        ("/completions", completion(stop=["a", 3]), "stop.1", "valid string"),
         ("/completions", completion(stop=["x" * 257]), "stop.0", "at most 256 characters"),
         ("/completions", completion(stop=["x"] * 10_000), "stop", "at most 16 stop strings"),
         ("/completions", completion(stop=5), "stop", "list"),
@@ -720,6 +737,20 @@ def test_chat_token_limit_and_logprobs() -> None:
     assert request().num_logprobs is None
     assert request(logprobs=True).num_logprobs == 0
     assert request(logprobs=True, top_logprobs=3).num_logprobs == 3
+
+
+def test_only_who_asks_for_several_calls_gets_them_where_one_must_be_made() -> None:
+    chat_tools: Any = chat(tools=[tool("f")], tool_choice="required")
+    responses: Any = {"input": "x", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"}
+    messages: Any = {"messages": HELLO, "max_tokens": 1, "tools": [{"name": "f", "input_schema": {}}]}
+    for sent, parallel in ((None, False), (False, False), (True, True)):
+        switch = {"parallel_tool_calls": sent}
+        assert ChatCompletionRequest.model_validate(chat_tools | switch).tool_use.parallel == parallel
+        assert ResponsesRequest.model_validate(responses | switch).tool_use.parallel == parallel
+        choice = {"type": "any", "disable_parallel_tool_use": None if sent is None else not sent}
+        assert MessagesRequest.model_validate(messages | {"tool_choice": choice}).tool_use.parallel == parallel
+        free = MessagesRequest.model_validate(messages | {"tool_choice": choice | {"type": "auto"}}).tool_use
+        assert free.parallel == (sent is not False)
 
 
 @pytest.mark.parametrize(
