@@ -48,6 +48,7 @@ class Services:
     engine: EngineClient
     admission: Admission
     generator: Generator
+    recaller: Recaller
     scorer: Scorer
     embedder: Embedder
     store: SoftPromptStore
@@ -102,6 +103,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     engine=engine,
                     admission=admission,
                     generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
+                    recaller=recaller,
                     scorer=Scorer(admission, encoder, recaller, eos),
                     embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,

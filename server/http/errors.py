@@ -58,7 +58,7 @@ _DEFAULT_CODES = {
 
 
 # Whose clients expect text-generation-inference's shape of errors.
-TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/invocations"})
 # Whose clients expect Anthropic's.
 ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 # Anthropic's word for each status that has one of its own. What it says with 529 is 503 here.
