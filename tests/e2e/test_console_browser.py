@@ -88,6 +88,27 @@ def test_now_is_the_batch_live_and_whoever_looks_may_cancel(server: Server, visi
     server.wait_empty()
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "rate"),
+    [
+        ([(1, 0.4 + 0.0005 * i) for i in range(12)], None),  # all at once: the network's pace, not the model's
+        ([(2, 0.5), (1, 0.53)], None),
+        ([(1, 0.4 + i / 40) for i in range(20)], 40),
+        ([(6, 0.4), *((1, 0.4 + i / 40) for i in range(1, 20))], 40),
+    ],
+)
+def test_pace_is_told_where_it_can_be(visitor: Visitor, arrivals: list[tuple[int, float]], rate: float | None) -> None:
+    visitor.open("ask")
+    measure = """async (arrivals) => {
+        const { Pace } = await import("/console/assets/pace.js");
+        const pace = new Pace();
+        for (const [tokens, at] of arrivals) pace.take(tokens, at);
+        return pace.rate;
+    }"""
+    found = visitor.page.evaluate(measure, arrivals)
+    assert found == (rate and pytest.approx(rate))
+
+
 @pytest.mark.timeout(600)  # of which a compression on a busy machine takes most
 def test_a_text_becomes_a_soft_prompt_that_is_asked_and_deleted(
     server: Server, visitor: Visitor, tmp_path: Path
