@@ -58,8 +58,12 @@ def request_attributes(record: RequestRecord, operation: Operation, model_name: 
     if operation.id_prefix:
         found["gen_ai.response.id"] = operation.id_prefix + first.request_id
     found["gen_ai.usage.input_tokens"] = record.prompt_tokens
-    if cached := sum(active.num_cached for active in record.started):
+    # Of each prompt as its first choice found it; later ones find what that has computed.
+    prompts = {id(active.token_ids): active for active in reversed(record.started)}
+    if cached := sum(active.virtual_tokens + active.num_cached for active in prompts.values()):
         found["gen_ai.usage.cache_read.input_tokens"] = cached
+    if len(record.started) > len(prompts):
+        found["gen_ai.request.choice.count"] = len(record.started) // len(prompts)
     if operation.name not in ("embeddings", "score"):
         found |= _of_output(record)
     return found | _of_soft_prompt(first)
@@ -81,8 +85,6 @@ def _of_output(record: RequestRecord) -> dict[str, Value]:
         found["gen_ai.request.frequency_penalty"] = params.frequency_penalty
     if params.presence_penalty:
         found["gen_ai.request.presence_penalty"] = params.presence_penalty
-    if len(record.started) > 1:
-        found["gen_ai.request.choice.count"] = len(record.started)
     if record.is_streamed and first.first_token is not None:
         found["gen_ai.response.time_to_first_chunk"] = first.first_token - first.arrived
     return found

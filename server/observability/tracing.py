@@ -79,7 +79,9 @@ class Tracing:
         the one that was found, if any."""
         now = time.monotonic()
         operation = OPERATIONS.get(route or opened.path) if method == "POST" else None
-        error = record.error or (str(status) if status >= _FAILED else "client_gone" if status == CLIENT_GONE else None)
+        error = record.error or (
+            str(status) if status >= _FAILED else "client_closed_request" if status == CLIENT_GONE else None
+        )
         model = self._model
         if operation is not None:
             shared = {**self._server, "gen_ai.response.model": model} if record.started else self._server
