@@ -78,7 +78,7 @@ def _names(action: argparse.Action) -> str:
 
 def http_api() -> str:
     """Every route of the OpenAPI document, with what it takes and gives."""
-    services = SimpleNamespace(settings=Settings.model_construct())
+    services = SimpleNamespace(settings=Settings.model_construct(), tracing=None)
     document = create_app(cast(Services, services)).openapi()
     schemas: Mapping[str, Any] = document["components"]["schemas"]
     text = "# HTTP API\n\n" + _NOTE

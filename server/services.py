@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec
@@ -21,6 +23,7 @@ from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.otlp_target import otlp_target
 from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.embedding import Embedder
@@ -36,7 +39,11 @@ from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
 from softbatch.server.tools.dialect import Dialect
 
+if TYPE_CHECKING:
+    from softbatch.server.observability.tracing import Tracing
+
 logger = logging.getLogger(__name__)
+CLOSE_SECONDS = 5.0  # of the collector's connection
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Services:
     dialect: Dialect
     metrics: Metrics
     live: LiveFeed
+    tracing: Tracing | None
     temporary: Path
     spec: ModelSpec
     model_name: str
@@ -66,6 +74,17 @@ class Services:
 @contextlib.asynccontextmanager
 async def running_services(settings: Settings) -> AsyncIterator[Services]:
     """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
+    tracing = _tracing(settings)
+    try:
+        async with _running(settings, tracing) as services:
+            yield services
+    finally:
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close, CLOSE_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator[Services]:
     started = time.monotonic()
     store = _prompt_store(settings)
     metrics = Metrics()
@@ -78,6 +97,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
+            if tracing is not None:
+                tracing.describe(ready.model.name, lambda: supervisor.pid)
             text = await asyncio.to_thread(_text_processor, ready)
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
@@ -113,6 +134,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                     dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
                     live=live,
+                    tracing=tracing,
                     temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,
@@ -129,6 +151,25 @@ def _prompt_store(settings: Settings) -> PromptStore:
         return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
     except OSError as error:
         raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """Imports OpenTelemetry, unless tracing is off. Raises StartupError."""
+    try:
+        target = otlp_target(settings.otlp_endpoint, os.environ)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+    if target is None:
+        return None
+    try:
+        from softbatch.server.observability.tracing import Tracing
+    except ImportError as error:
+        what = f"traces and metrics need packages that are missing ({error.name}): pip install 'softbatch[otel]'"
+        if target.is_flag:
+            raise StartupError(f"--otlp-endpoint: {what}") from error
+        logger.warning("OTEL_EXPORTER_OTLP_ENDPOINT: %s", what)
+        return None
+    return Tracing(target, settings.host, settings.port)
 
 
 def _text_processor(ready: Ready) -> TextProcessor:

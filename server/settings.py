@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -182,10 +183,32 @@ class Settings(BaseSettings):
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
+    otlp_endpoint: str | None = Field(
+        None,
+        max_length=2048,
+        description="base address of an OpenTelemetry collector, such as http://localhost:4318, that gets traces and "
+        "metrics (OTLP over HTTP); the OTEL_* variables count too; default: OTEL_EXPORTER_OTLP_ENDPOINT, else off",
+    )
     vllm_metric_names: bool = Field(
         False, description="give queue, batch and KV use under vLLM's names too, for routers that know only those"
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_base_address(cls, value: str | None) -> str | None:
+        if value is None or not value.strip():
+            return None  # an environment variable that is empty counts as not set
+        try:
+            parts = urlsplit(value)
+            is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            is_usable = False
+        if not is_usable or parts.query or parts.fragment or value != value.strip():
+            raise ValueError("must be an address such as http://localhost:4318")
+        if parts.path.rstrip("/").endswith(("/v1/traces", "/v1/metrics")):
+            raise ValueError("must be the collector's base address; /v1/traces and /v1/metrics are put behind it")
+        return value.rstrip("/")
 
     @field_validator("allow_origin", mode="before")
     @classmethod

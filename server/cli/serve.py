@@ -63,8 +63,11 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         from softbatch.server.app import create_app
         from softbatch.server.draining import DrainingServer
         from softbatch.server.http.connections import ConnectionBounds, Connections
+        from softbatch.server.http.request_log import RequestFields
 
         _allow_open_files(settings.max_connections + SPARE_FILES)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(RequestFields())
         connections = Connections(ConnectionBounds.of(settings), services.metrics)
         config = uvicorn.Config(
             create_app(services),

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import (
     CompressionEnded,
     CompressionNameTaken,
@@ -185,8 +186,14 @@ def error_json(error: ApiError, path: str) -> str:
     return json.dumps(body, separators=(",", ":"))
 
 
+def note_error(error: ApiError) -> None:
+    """For the record of the request that gets it."""
+    current().error = error.code or _DEFAULT_CODES.get(error.status) or str(error.status)
+
+
 def error_response(error: ApiError, path: str) -> Response:
     """The error as an ASGI response, for handlers and middlewares alike."""
+    note_error(error)
     return Response(error_json(error, path), error.status, error.headers, media_type="application/json")
 
 

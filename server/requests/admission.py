@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from softbatch.scheduler.protocol import AddRequest, Pooling, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.observability.request_record import note_start, own_salt, share_owner
+from softbatch.server.observability.request_record import current, note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.requests.deadline import Deadline
@@ -71,6 +71,7 @@ class Places:
             score_from=score_from,
             score_top=score_top,
             pooling=pooling,
+            traced=current().is_traced,
         )
         return ActiveRequest.of(add, lease, route, self._arrived, self.deadline)
 

@@ -73,6 +73,7 @@ class EngineClient:
     def submit(self, request: ActiveRequest) -> None:
         """While the engine is away, or one request is on trial, it is held back; its deadline runs on."""
         self.active[request.request_id] = request
+        request.submitted = time.monotonic()
         if request.deadline is not None:
             left = request.deadline.at - time.monotonic()
             if left <= 0:
@@ -157,6 +158,9 @@ class EngineClient:
             if request := self._by_sequence.get(sequence_id):
                 request.state = "waiting"
                 request.num_computed = 0
+        for moment in output.moments:
+            if request := self._by_sequence.get(moment.request_id):
+                request.moments.append(moment)
         for sequence in output.outputs:
             if request := self._by_sequence.get(sequence.request_id):
                 self._deliver(request, sequence, now)
@@ -253,6 +257,7 @@ class EngineClient:
             request.changed.set()
 
     def _count_end(self, request: ActiveRequest, reason: str, now: float) -> None:
+        request.end_reason = reason
         self._metrics.requests_finished.labels(reason).inc()
         if reason not in ("cancelled", "error", "expired", "timeout"):
             self._metrics.whole_request.observe(now - request.arrived)

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from softbatch.prompt_store.manifest import Manifest, SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
+from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.requests.recall import Recalled
@@ -71,7 +72,9 @@ def _is_soft_prompt(services: Services, name: str) -> bool:
 
 
 def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | None) -> str | None:
-    """The soft prompt that both fields ask for together. Whether it exists shows when it is used."""
+    """The soft prompt that both fields ask for together. Whether it exists shows when it is used. Notes what was asked
+    for in the request's record."""
+    current().model = model or services.model_name
     if model is None or means_base_model(services, model):
         return soft_prompt
     if soft_prompt not in (None, model):
