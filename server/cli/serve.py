@@ -61,7 +61,10 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         from softbatch.server.app import create_app
         from softbatch.server.draining import DrainingServer
         from softbatch.server.http.connections import ConnectionBounds, Connections
+        from softbatch.server.http.inner_request import InnerApp
+        from softbatch.server.routes import BATCH_ROUTERS
 
+        services.batches.begin(InnerApp(services, BATCH_ROUTERS).ask)
         _allow_open_files(settings.max_connections + SPARE_FILES)
         connections = Connections(ConnectionBounds.of(settings), services.metrics)
         config = uvicorn.Config(
@@ -117,7 +120,8 @@ def _import_what_serves() -> None:
 
     import softbatch.server.app
     import softbatch.server.draining
-    import softbatch.server.http.connections  # noqa: F401
+    import softbatch.server.http.connections
+    import softbatch.server.http.inner_request  # noqa: F401
 
     # Imported when they are asked for; a config, whichever, brings what reading a tokenizer needs beside it.
     _ = transformers.AutoTokenizer, transformers.LlamaConfig

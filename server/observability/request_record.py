@@ -29,11 +29,13 @@ class Started(Protocol):
 @dataclass(eq=False)
 class RequestRecord:
     """`id` is the client's own X-Request-Id, or one made here; it goes back in the same header. `owner` tells the API
-    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything."""
+    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything. What is
+    asked in the background goes behind everything else, and nobody waits for it."""
 
     id: str
     owner: str = ""
     is_admin: bool = True
+    is_background: bool = False
     started: list[Started] = field(default_factory=list)
 
     @property

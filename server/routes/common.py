@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from softbatch.prompt_store.manifest import Manifest, SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
+from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.requests.recall import Recalled
@@ -178,6 +179,14 @@ class ChunkTemplate:
 
     def fill(self, text: str) -> bytes:
         return b"%b%b%b" % (self._before, msgspec.json.encode(text), self._behind)
+
+
+def visible_owner(services: Services) -> str | None:
+    """Whose requests, files and batches the client may see; None: everybody's. Keys without admins among them are
+    equals, each with its own."""
+    record = current()
+    sees_all = not record.owner or (record.is_admin and bool(services.settings.admin_key))
+    return None if sees_all else record.owner
 
 
 def json_reply(model: BaseModel, status: Literal[200, 201] = 200, headers: Mapping[str, str] | None = None) -> Response:
