@@ -41,7 +41,7 @@ class CheckedInput:
         with path.open("rb") as file:
             self._read(file)
         if not self.lines and not self.errors:
-            self._refuse("empty_file", "the file has no requests; each of its lines is one, as a JSON object")
+            self._add_error("empty_file", "the file has no requests; each of its lines is one, as a JSON object")
 
     def _read(self, file: BinaryIO) -> None:
         offset, number = 0, 0
@@ -51,11 +51,11 @@ class CheckedInput:
         while (text := file.readline(self._max_line_bytes + 1)) and len(self.errors) < MAX_ERRORS:
             number += 1
             if len(text) > self._max_line_bytes:
-                self._refuse("line_too_long", f"a line may have {self._max_line_bytes} bytes", line=number)
+                self._add_error("line_too_long", f"a line may have {self._max_line_bytes} bytes", line=number)
                 return
             if text.strip():
                 if len(self.lines) == self._max_lines:
-                    self._refuse("too_many_tasks", f"a batch may have {self._max_lines} requests, not more")
+                    self._add_error("too_many_tasks", f"a batch may have {self._max_lines} requests, not more")
                     return
                 self._read_line(text, number, offset)
             offset += len(text)
@@ -67,7 +67,7 @@ class CheckedInput:
             self._refuse_shape(text, number, error)
             return
         except msgspec.DecodeError:
-            self._refuse("invalid_json_line", "this line is not valid JSON", line=number)
+            self._add_error("invalid_json_line", "this line is not valid JSON", line=number)
             return
         if (error_ := self._error_in(line, number)) is not None:
             self.errors.append(error_)
@@ -78,17 +78,17 @@ class CheckedInput:
     def _error_in(self, line: InputLine, number: int) -> LineError | None:
         if not 1 <= len(line.custom_id) <= MAX_CUSTOM_ID_CHARS:
             message = f"custom_id: must have from 1 to {MAX_CUSTOM_ID_CHARS} characters"
-            return LineError("invalid_custom_id", message, "custom_id", number)
+            return LineError(code="invalid_custom_id", message=message, param="custom_id", line=number)
         if (before := self._numbers.get(line.custom_id)) is not None:
             message = f"custom_id: {shown(line.custom_id)} is that of line {before} too; each must be another"
-            return LineError("duplicate_custom_id", message, "custom_id", number)
+            return LineError(code="duplicate_custom_id", message=message, param="custom_id", line=number)
         if line.method != "POST":
-            return LineError("invalid_method", "method: must be POST", "method", number)
+            return LineError(code="invalid_method", message="method: must be POST", param="method", line=number)
         if line.url != self._endpoint:
             message = f"url: {shown(line.url)} is not the batch's endpoint, {self._endpoint}"
-            return LineError("url_mismatch", message, "url", number)
+            return LineError(code="url_mismatch", message=message, param="url", line=number)
         if bytes(line.body)[:1] != b"{":
-            return LineError("invalid_body", "body: must be a JSON object", "body", number)
+            return LineError(code="invalid_body", message="body: must be a JSON object", param="body", line=number)
         return None
 
     def _refuse_shape(self, text: bytes, number: int, error: Exception) -> None:
@@ -96,24 +96,26 @@ class CheckedInput:
         try:
             found = msgspec.json.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._refuse("invalid_json_line", "this line is not valid JSON", line=number)
+            self._add_error("invalid_json_line", "this line is not valid JSON", line=number)
             return
         if not isinstance(found, dict):
-            self._refuse("invalid_line", "a line must be a JSON object", line=number)
+            self._add_error("invalid_line", "a line must be a JSON object", line=number)
             return
         fields = InputLine.__struct_fields__
         missing = next((name for name in fields if name not in found), None)
         unknown = next((name for name in found if name not in fields), None)
         if missing is not None:
-            self._refuse("missing_required_parameter", f"{missing}: required, but missing", missing, number)
+            self._add_error("missing_required_parameter", f"{missing}: required, but missing", missing, number)
         elif unknown is not None:
             known = ", ".join(fields)
-            self._refuse("unknown_field", f"unknown field {shown(unknown)}; a line has {known}", unknown[:64], number)
+            self._add_error(
+                "unknown_field", f"unknown field {shown(unknown)}; a line has {known}", unknown[:64], number
+            )
         else:
             wrong = next((name for name in fields[:3] if not isinstance(found[name], str)), None)
-            self._refuse("invalid_type", f"{wrong}: must be a text" if wrong else str(error), wrong, number)
+            self._add_error("invalid_type", f"{wrong}: must be a text" if wrong else str(error), wrong, number)
 
-    def _refuse(self, code: str, message: str, param: str | None = None, line: int | None = None) -> None:
+    def _add_error(self, code: str, message: str, param: str | None = None, line: int | None = None) -> None:
         self.errors.append(LineError(code, message, param, line))
 
 
