@@ -20,6 +20,7 @@ from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
+from softbatch.server.batches.batch_queue import BatchLimits, BatchQueue
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
@@ -61,6 +62,7 @@ class Services:
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionJobs
+    batches: BatchQueue
     text: TextProcessor
     dialect: Dialect
     metrics: Metrics
@@ -117,7 +119,8 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
             feed = LiveFeed(metrics, lambda: admission.draining)
-            async with jobs.running() as compressions, feed.running() as live:
+            queue = _batch_queue(settings, metrics, admission)
+            async with jobs.running() as compressions, queue.running() as batches, feed.running() as live:
                 yield Services(
                     settings=settings,
                     supervisor=supervisor,
@@ -130,6 +133,7 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
                     store=store,
                     leases=leases,
                     compressions=compressions,
+                    batches=batches,
                     text=text,
                     dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
@@ -223,6 +227,16 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
+
+
+def _batch_queue(settings: Settings, metrics: Metrics, admission: Admission) -> BatchQueue:
+    limits = BatchLimits(
+        max_lines=settings.max_batch_lines,
+        max_file_bytes=settings.max_batch_file_bytes,
+        concurrency=settings.batch_concurrency or max(1, settings.max_batch_size // 4),
+    )
+    root = settings.batch_dir or settings.prompt_store / ".batches"
+    return BatchQueue(root, limits, metrics, lambda: admission.draining)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

@@ -146,6 +146,19 @@ class Settings(BaseSettings):
     keep_alive_timeout: int = Field(75, ge=1, le=3600, description="seconds that an idle connection is kept open")
     prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
+    batch_dir: Path | None = Field(
+        None,
+        description="directory of files and batches, /v1/files and /v1/batches; default: .batches in --prompt-store",
+    )
+    max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
+    max_batch_file_bytes: int = Field(200_000_000, ge=1, le=2**40, description="of a file that is uploaded for a batch")
+    batch_concurrency: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="requests of batches that are in the queue or the running batch at once, behind all others; "
+        "default: a quarter of --max-batch-size",
+    )
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
@@ -258,10 +271,10 @@ class Settings(BaseSettings):
         keys = (*self.api_key, *self.admin_key)
         return read_key_weights(self.key_weights, keys) if self.key_weights is not None else {}
 
-    @field_validator("prompt_store")
+    @field_validator("prompt_store", "batch_dir")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value is not None else None
 
 
 def absolute_model(model: str) -> str:

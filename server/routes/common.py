@@ -183,5 +183,13 @@ class ChunkTemplate:
         return b"%b%b%b" % (self._before, msgspec.json.encode(text), self._behind)
 
 
+def visible_owner(services: Services) -> str | None:
+    """Whose requests, files and batches the client may see; None: everybody's. Keys without admins among them are
+    equals, each with its own."""
+    record = current()
+    sees_all = not record.owner or (record.is_admin and bool(services.settings.admin_key))
+    return None if sees_all else record.owner
+
+
 def json_reply(model: BaseModel, status: Literal[200, 201] = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(model.model_dump_json(), status, headers, media_type="application/json")
