@@ -31,6 +31,7 @@ from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
+from softbatch.scheduler.model.llama.description import key_offsets_of
 
 CPU = torch.device("cpu")
 BLOCKS = 160
@@ -116,6 +117,7 @@ def make_cache(
         dtype=dtype,
         device=CPU,
         kv_format=kv_format,
+        key_offsets=key_offsets_of(model),
     )
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan") if kv_format is KvFormat.PLAIN else 255)
