@@ -90,7 +90,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2, windows": Qwen2Config(sliding_window=20, use_sliding_window=True, max_window_layers=1, **SMALL),
     "smollm3": SmolLM3Config(no_rope_layers=[1, 0, 1], **SMALL),
 }
-LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "phi3", "qwen2")  # what training kernels know
+LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "phi3", "qwen2")  # what training kernels know,
+WITH_WINDOWS = ("ministral", "mistral, window", "qwen2, windows")  # and these, whose attention is not theirs
 
 
 def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:

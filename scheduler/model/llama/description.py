@@ -83,17 +83,16 @@ def is_described(model: Any) -> bool:
 
 
 def is_plain(model: Any) -> bool:
-    """Whether all layers are alike and as Llama's: what the kernels for training know."""
+    """Whether all layers are alike and as Llama's, but for windows: what the kernels for training know, which leave
+    attention to others."""
     if not is_described(model):
         return False
-    shape, (frequencies, _), family = shape_of(model), rotary_of(model), Family.of(model.config)
-    layers = model.model.layers
+    shape, (frequencies, _), layers = shape_of(model), rotary_of(model), model.model.layers
     return bool(
         parts_of(model) == DecoderParts()
         and not shape["gelu"]
         and 2 * frequencies.shape[1] == shape["head_dim"]
         and all(scheme == 0 for scheme in rotary_of_layers(model))
-        and not any(family.windows_within(family.default_length))
         and not hasattr(layers[0].self_attn, "q_norm")
     )
 
