@@ -11,7 +11,7 @@ from softbatch.scheduler.model.source import resolve
 from tests.e2e.conftest import StartServer
 from tests.support.servers import PROJECT
 
-pytestmark = pytest.mark.checkpoint
+pytestmark = [pytest.mark.checkpoint, pytest.mark.timeout(900)]
 TOKENS, STEP = 2000, 250
 TEXTS = ("examples/manual/context.md", "examples/policy/context.md", "scheduler/scheduler.py")
 

@@ -16,7 +16,7 @@ from softbatch.scheduler.model.source import resolve
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.servers import PROJECT
 
-pytestmark = pytest.mark.checkpoint
+pytestmark = [pytest.mark.checkpoint, pytest.mark.timeout(900)]
 TEXT = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n"
 
 
