@@ -48,11 +48,13 @@ def _as_text_part(part: object) -> object:
     """Parts of /v1/responses, and of turns that were refused, are texts too."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
     if kind in ("input_text", "output_text"):
-        return {**part, "type": "text"}  # type: ignore[dict-item]
+        return {**part, "type": "text"}
     if kind == "refusal":
-        return {"type": "text", "text": part.get("refusal")}  # type: ignore[union-attr]
+        return {"type": "text", "text": part.get("refusal")}
     return part
 
 
