@@ -63,8 +63,14 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         from softbatch.server.app import create_app
         from softbatch.server.draining import DrainingServer
         from softbatch.server.http.connections import ConnectionBounds, Connections
+        from softbatch.server.http.request_log import RequestFields
+        from softbatch.server.http.inner_request import InnerApp
+        from softbatch.server.routes import BATCH_ROUTERS
 
+        services.batches.begin(InnerApp(services, BATCH_ROUTERS).ask)
         _allow_open_files(settings.max_connections + SPARE_FILES)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(RequestFields())
         connections = Connections(ConnectionBounds.of(settings), services.metrics)
         config = uvicorn.Config(
             create_app(services),
@@ -124,7 +130,8 @@ def _import_what_serves() -> None:
 
     import softbatch.server.app
     import softbatch.server.draining
-    import softbatch.server.http.connections  # noqa: F401
+    import softbatch.server.http.connections
+    import softbatch.server.http.inner_request  # noqa: F401
 
 
 @contextlib.contextmanager

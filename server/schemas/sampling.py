@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from softbatch.prompt_store.stores.kept_text import MAX_RECALL
-from softbatch.scheduler.protocol import SamplingParams
+from softbatch.scheduler.protocol import MAX_PRIORITY, SamplingParams
 from softbatch.server.request_failures import printable
 from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.structured import StructuredRequest
@@ -21,7 +21,6 @@ MAX_BIAS = 100
 MAX_ALLOWED_TOKENS = 1 << 16
 MAX_BAD_WORDS = 128
 MAX_CHOICES_PER_PROMPT = 16
-MAX_PRIORITY = 1000
 MAX_TIMEOUT_MS = 86_400_000
 SEED_MASK = 2**63 - 1
 
