@@ -112,9 +112,7 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
             recaller = Recaller(PassageIndexes(store), text, encoder)
             leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
             admission = _admission(settings, engine, leases, metrics)
-            _watch(metrics, engine, store)
-            if settings.vllm_metric_names:
-                metrics.registry.register(VllmNames(metrics, ready.model.name))
+            _watch(metrics, engine, store, ready.model.name if settings.vllm_metric_names else None)
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
             jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
@@ -194,13 +192,15 @@ def _leases(root: Path) -> Iterator[Path]:
         yield directory
 
 
-def _watch(metrics: Metrics, engine: EngineClient, store: SoftPromptStore) -> None:
-    """Levels that are looked up whenever they are asked for."""
+def _watch(metrics: Metrics, engine: EngineClient, store: SoftPromptStore, vllm_name: str | None) -> None:
+    """Levels that are looked up whenever they are asked for; with `vllm_name` also under vLLM's names."""
     metrics.watch(
         waiting=lambda: engine.num_waiting,
         running=lambda: engine.num_running,
         registered=lambda: _count(store),
     )
+    if vllm_name is not None:
+        metrics.registry.register(VllmNames(metrics, vllm_name))
 
 
 def _count(store: SoftPromptStore) -> float:

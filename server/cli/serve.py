@@ -63,8 +63,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         from softbatch.server.app import create_app
         from softbatch.server.draining import DrainingServer
         from softbatch.server.http.connections import ConnectionBounds, Connections
-        from softbatch.server.http.request_log import RequestFields
         from softbatch.server.http.inner_request import InnerApp
+        from softbatch.server.http.request_log import RequestFields
         from softbatch.server.routes import BATCH_ROUTERS
 
         services.batches.begin(InnerApp(services, BATCH_ROUTERS).ask)
