@@ -111,8 +111,9 @@ class ChatMessage(RequestModel):
     @classmethod
     def _may_say_nothing(cls, data: object) -> object:
         """An assistant's turn of nothing but thoughts comes back so."""
-        is_silent = isinstance(data, dict) and data.get("role") == "assistant" and data.get("content", "") is None
-        return {**data, "content": ""} if is_silent else data  # type: ignore[dict-item]
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content", "") is None:
+            return {**data, "content": ""}
+        return data
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> ChatMessage:
