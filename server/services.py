@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softbatch.prompt_store.atomic_files import process_directory
-from softbatch.prompt_store.manifest import ModelSpec
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
@@ -34,6 +33,7 @@ from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.store_of_settings import store_of
 from softbatch.server.tools.dialect import Dialect
 
 logger = logging.getLogger(__name__)
@@ -121,12 +121,16 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             engine.fail_all("the server is shutting down")
 
 
-def _prompt_store(settings: Settings) -> PromptStore:
+def _prompt_store(settings: Settings) -> SoftPromptStore:
     """Raises StartupError."""
     try:
-        return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+        store = store_of(settings)
+        store.sweep()
+    except SoftPromptError as error:
+        raise StartupError(f"--prompt-store {error}") from error
     except OSError as error:
-        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror or error}") from error
+    return store
 
 
 def _text_processor(ready: Ready) -> TextProcessor:

@@ -17,7 +17,7 @@ from prometheus_client import Gauge as PrometheusGauge
 
 from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
 from softbatch.server.compressions.request import DIRECTORY, LOCK, CompressionRequest
 from softbatch.server.compressions.result import find_finished, register
@@ -46,7 +46,7 @@ class CompressionJobs:
     another one takes over when that is gone."""
 
     def __init__(
-        self, store: PromptStore, spec: ModelSpec, registry: CollectorRegistry, is_draining: Callable[[], bool]
+        self, store: SoftPromptStore, spec: ModelSpec, registry: CollectorRegistry, is_draining: Callable[[], bool]
     ) -> None:
         self._store = store
         self._spec = spec

@@ -144,7 +144,7 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
     )
     # The window is the model's own, which --max-model-len may cut short for requests.
     files = ModelFiles.served(request.choice, services.text.tokenizer)
-    return PreparedRun.checked(request, files, settings.prompt_store, max_bytes).request
+    return PreparedRun.checked(request, files, settings.store_root, max_bytes).request
 
 
 def _served(services: Services) -> ModelChoice:
