@@ -17,7 +17,7 @@ from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
-from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.compressions.queues import CompressionQueue, running_queue, served_choice
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.vllm_names import VllmNames
@@ -52,7 +52,7 @@ class Services:
     embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
-    compressions: CompressionJobs
+    compressions: CompressionQueue
     text: TextProcessor
     dialect: Dialect
     metrics: Metrics
@@ -93,9 +93,11 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 metrics.registry.register(VllmNames(metrics, ready.model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
-            jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
+            jobs = running_queue(
+                store, spec, metrics.registry, lambda: admission.draining, lambda: served_choice(ready.model)
+            )
             feed = LiveFeed(metrics, lambda: admission.draining)
-            async with jobs.running() as compressions, feed.running() as live:
+            async with jobs as compressions, feed.running() as live:
                 yield Services(
                     settings=settings,
                     supervisor=supervisor,
