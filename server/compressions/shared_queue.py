@@ -38,7 +38,7 @@ from softbatch.server.request_failures import (
 )
 
 logger = logging.getLogger(__name__)
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
 
 
 @dataclass
