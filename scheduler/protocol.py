@@ -15,6 +15,12 @@ from softbatch.prompt_store.manifest import ModelSpec
 FinishReason = Literal["eos", "stop", "length", "timeout", "error", "cancelled"]
 
 
+# A request's own priority, which goes first the lower it is, lies between this number and its negative.
+MAX_PRIORITY = 1000
+# Added to the priority of what is asked in the background, so that it goes behind everything else.
+BACKGROUND = 2 * MAX_PRIORITY + 1
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How the next token of one sequence is chosen, and when the sequence ends.
 
@@ -71,7 +77,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     vector, their mean or the last of them. Virtual tokens are seen by the others, but are not part of it.
 
     Among requests of one priority, each `owner` has a share of the tokens by its `weight`; it is a word that stands
-    for somebody, never a key or a name.
+    for somebody, never a key or a name. The `Moment`s of a `traced` one are reported.
     """
 
     request_id: str
@@ -86,6 +92,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True, kw_
     score_from: int | None = None
     score_top: int = 0
     pooling: Pooling | None = None
+    traced: bool = False
 
 
 class CancelRequest(msgspec.Struct, frozen=True, tag="cancel"):
@@ -132,6 +139,19 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     scores: list[PromptLogprobs] | None = None
     num_cached: int = 0
     embedding: list[float] | None = None
+
+
+MomentKind = Literal["loaded", "admitted", "preempted", "first_token", "ended"]
+
+
+class Moment(msgspec.Struct, frozen=True, array_like=True):
+    """When something happened to a traced sequence, in monotonic seconds; of a load of its soft prompt, `at` is the end
+    and `since` the begin."""
+
+    request_id: str
+    kind: MomentKind
+    at: float
+    since: float | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,6 +216,7 @@ class StepOutput(msgspec.Struct, tag="step", kw_only=True):
     schedule_seconds: float = 0.0
     soft_prompt_load_seconds: list[float] = []
     resident: list[str] | None = None
+    moments: list[Moment] = []
 
     @property
     def has_news(self) -> bool:

@@ -41,6 +41,14 @@ class SoftPromptPrefill(NamedTuple):
         return self.start + self.num_tokens == self.prompt.ref.num_virtual_tokens
 
 
+class SoftPromptLoad(NamedTuple):
+    """From when a soft prompt was needed until it was resident, in monotonic seconds."""
+
+    sha256: str
+    since: float
+    until: float
+
+
 @dataclass(eq=False)
 class StepReport:
     """The news of one iteration for the front end. With async scheduling, `outputs` are those of the step before."""
@@ -48,7 +56,7 @@ class StepReport:
     outputs: list[SequenceOutput] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    soft_prompt_load_seconds: list[float] = field(default_factory=list)
+    soft_prompt_loads: list[SoftPromptLoad] = field(default_factory=list)
 
 
 @dataclass(eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.middleware.cors import CORSMiddleware
@@ -20,6 +22,9 @@ from softbatch.server.routes import ROUTERS, SERVING_PATHS
 from softbatch.server.services import Services
 from softbatch.server.settings import Settings
 from softbatch.server.version import VERSION
+
+if TYPE_CHECKING:
+    from softbatch.server.observability.tracing import Tracing
 
 
 def create_app(services: Services) -> FastAPI:
@@ -50,18 +55,22 @@ def create_app(services: Services) -> FastAPI:
     install_handlers(app)
     # Innermost, so that it looks at a request whose key and size are right.
     app.add_middleware(FullHouseMiddleware, check_room=lambda: services.admission.check_room(), paths=SERVING_PATHS)
-    add_middlewares(app, services.settings)
+    add_middlewares(app, services.settings, services.tracing)
     return app
 
 
-def add_middlewares(app: FastAPI, settings: Settings) -> None:
+def add_middlewares(app: FastAPI, settings: Settings, tracing: Tracing | None = None) -> None:
     """From the innermost to the outermost."""
     app.add_middleware(ContentEncodingMiddleware)
-    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=settings.max_prompt_mib << 20)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_upload_bytes=settings.max_prompt_mib << 20,
+        max_file_bytes=settings.max_batch_file_bytes,
+    )
     app.add_middleware(AuthMiddleware, api_keys=settings.api_key, admin_keys=settings.admin_key)
     app.add_middleware(HeadAndSlashesMiddleware)
     app.add_middleware(CutOffMiddleware)
-    app.add_middleware(RequestLogMiddleware)
+    app.add_middleware(RequestLogMiddleware, tracing=tracing)
     if settings.allow_origin:
         # Outside of the API keys: a browser's question whether it may ask carries none.
         app.add_middleware(

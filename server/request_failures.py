@@ -177,6 +177,51 @@ class CompressionsUnavailable(Failure):
         super().__init__(message, code=code, retry_after=5)
 
 
+class UnknownBatchFile(Failure):
+    """No file has this id, or it is another key's."""
+
+    def __init__(self, file_id: str, *, param: str = "id") -> None:
+        message = f"there is no file {shown(file_id)}; GET /v1/files lists them"
+        super().__init__(message, param=param, code="file_not_found")
+
+
+class UnknownBatch(Failure):
+    """No batch has this id, or it is another key's."""
+
+    def __init__(self, batch_id: str) -> None:
+        message = f"there is no batch {shown(batch_id)}; GET /v1/batches lists them"
+        super().__init__(message, param="id", code="batch_not_found")
+
+
+class BatchFileInUse(Failure):
+    """An unfinished batch reads the file."""
+
+    def __init__(self, file_id: str, batch_id: str) -> None:
+        message = f"batch {batch_id} still reads the file {shown(file_id)}; wait for its end, or cancel it"
+        super().__init__(message, param="id", code="file_in_use")
+
+
+class BatchNotRunning(Failure):
+    """The batch has ended, or is about to."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(f"the batch is {status}; it cannot be cancelled any more", param="id", code="already_finished")
+
+
+class TooManyBatches(Failure):
+    """As many batches are unfinished, or as many files kept, as there may be."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="rate_limit_exceeded", retry_after=60)
+
+
+class BatchesUnavailable(Failure):
+    """Files and batches cannot be read or taken here at the moment."""
+
+    def __init__(self, message: str, *, code: str = "unavailable") -> None:
+        super().__init__(message, code=code, retry_after=5)
+
+
 def shown(value: str) -> str:
     """A client's own word as it may stand in a message: quoted, printable, short."""
     clipped = value if len(value) <= MAX_ECHO_CHARS else value[:MAX_ECHO_CHARS] + "…"

@@ -6,20 +6,24 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
+from softbatch.server.batches.batch_queue import BatchLimits, BatchQueue
 from softbatch.server.compressions.queues import CompressionQueue, running_queue, served_choice
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
+from softbatch.server.observability.otlp_target import otlp_target
 from softbatch.server.observability.vllm_names import VllmNames
 from softbatch.server.requests.admission import Admission, AdmissionLimits
 from softbatch.server.requests.embedding import Embedder
@@ -36,7 +40,11 @@ from softbatch.server.settings import Settings, absolute_model
 from softbatch.server.store_of_settings import store_of
 from softbatch.server.tools.dialect import Dialect
 
+if TYPE_CHECKING:
+    from softbatch.server.observability.tracing import Tracing
+
 logger = logging.getLogger(__name__)
+CLOSE_SECONDS = 5.0  # of the collector's connection
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,18 @@ class Services:
     engine: EngineClient
     admission: Admission
     generator: Generator
+    recaller: Recaller
     scorer: Scorer
     embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
     compressions: CompressionQueue
+    batches: BatchQueue
     text: TextProcessor
     dialect: Dialect
     metrics: Metrics
     live: LiveFeed
+    tracing: Tracing | None
     temporary: Path
     spec: ModelSpec
     model_name: str
@@ -65,6 +76,17 @@ class Services:
 @contextlib.asynccontextmanager
 async def running_services(settings: Settings) -> AsyncIterator[Services]:
     """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
+    tracing = _tracing(settings)
+    try:
+        async with _running(settings, tracing) as services:
+            yield services
+    finally:
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close, CLOSE_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator[Services]:
     started = time.monotonic()
     store = _prompt_store(settings)
     metrics = Metrics()
@@ -77,6 +99,8 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
         engine = EngineClient(supervisor, metrics)
         try:
             ready = await supervisor.start(engine)
+            if tracing is not None:
+                tracing.describe(ready.model.name, lambda: supervisor.pid)
             text = await asyncio.to_thread(_text_processor, ready)
             encoder = PromptEncoder(
                 text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
@@ -97,22 +121,26 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
                 store, spec, metrics.registry, lambda: admission.draining, lambda: served_choice(ready.model)
             )
             feed = LiveFeed(metrics, lambda: admission.draining)
-            async with jobs as compressions, feed.running() as live:
+            queue = _batch_queue(settings, metrics, admission)
+            async with jobs as compressions, queue.running() as batches, feed.running() as live:
                 yield Services(
                     settings=settings,
                     supervisor=supervisor,
                     engine=engine,
                     admission=admission,
                     generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
+                    recaller=recaller,
                     scorer=Scorer(admission, encoder, recaller, eos),
                     embedder=Embedder(admission, encoder, settings.max_batch_size),
                     store=store,
                     leases=leases,
                     compressions=compressions,
+                    batches=batches,
                     text=text,
                     dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
                     metrics=metrics,
                     live=live,
+                    tracing=tracing,
                     temporary=temporary,
                     spec=spec,
                     model_name=ready.model.name,
@@ -133,6 +161,25 @@ def _prompt_store(settings: Settings) -> SoftPromptStore:
     except OSError as error:
         raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror or error}") from error
     return store
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """Imports OpenTelemetry, unless tracing is off. Raises StartupError."""
+    try:
+        target = otlp_target(settings.otlp_endpoint, os.environ)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+    if target is None:
+        return None
+    try:
+        from softbatch.server.observability.tracing import Tracing
+    except ImportError as error:
+        what = f"traces and metrics need packages that are missing ({error.name}): pip install 'softbatch[otel]'"
+        if target.is_flag:
+            raise StartupError(f"--otlp-endpoint: {what}") from error
+        logger.warning("OTEL_EXPORTER_OTLP_ENDPOINT: %s", what)
+        return None
+    return Tracing(target, settings.host, settings.port)
 
 
 def _text_processor(ready: Ready) -> TextProcessor:
@@ -186,6 +233,16 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
+
+
+def _batch_queue(settings: Settings, metrics: Metrics, admission: Admission) -> BatchQueue:
+    limits = BatchLimits(
+        max_lines=settings.max_batch_lines,
+        max_file_bytes=settings.max_batch_file_bytes,
+        concurrency=settings.batch_concurrency or max(1, settings.max_batch_size // 4),
+    )
+    root = settings.batch_dir or settings.store_root / ".batches"
+    return BatchQueue(root, limits, metrics, lambda: admission.draining)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -47,8 +48,9 @@ class Settings(BaseSettings):
     )
     kv_cache_dtype: Literal["auto", "int8", "k6v4"] = Field(
         "auto",
-        description="of the KV cache; auto: as --dtype; int8: 9 bits a number, nearly as exact; k6v4: 6 bits, about as "
-        "exact as int8 weights; both for Llama-like models on CPUs",
+        description="of the KV cache; auto: as --dtype; int8: 9 bits a number, 0.0001 to 0.0005 nats off float32 where "
+        "bfloat16 is 0.0001 to 0.0003; k6v4: 6 bits, 0.004 to 0.016 nats (three models, on text; the log says how far "
+        "yours is at each start); both for models that run in one call on CPUs",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")
@@ -155,6 +157,20 @@ class Settings(BaseSettings):
     )
     prompt_cache_gib: float = Field(10, gt=0, le=65_536, description="most that --prompt-cache holds, in GiB")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
+    batch_dir: Path | None = Field(
+        None,
+        description="directory of files and batches, /v1/files and /v1/batches; default: .batches in --prompt-store, "
+        "or beside a bucket's copies",
+    )
+    max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
+    max_batch_file_bytes: int = Field(200_000_000, ge=1, le=2**40, description="of a file that is uploaded for a batch")
+    batch_concurrency: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="requests of batches that are in the queue or the running batch at once, behind all others; "
+        "default: a quarter of --max-batch-size",
+    )
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
@@ -192,10 +208,32 @@ class Settings(BaseSettings):
         "info", description="least serious lines of the log that are written; info has a line for each request"
     )
     log_format: Literal["text", "json"] = Field("text", description="of the log; json: an object a line")
+    otlp_endpoint: str | None = Field(
+        None,
+        max_length=2048,
+        description="base address of an OpenTelemetry collector, such as http://localhost:4318, that gets traces and "
+        "metrics (OTLP over HTTP); the OTEL_* variables count too; default: OTEL_EXPORTER_OTLP_ENDPOINT, else off",
+    )
     vllm_metric_names: bool = Field(
         False, description="give queue, batch and KV use under vLLM's names too, for routers that know only those"
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="start of the random seeds given to requests that bring none")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_base_address(cls, value: str | None) -> str | None:
+        if value is None or not value.strip():
+            return None  # an environment variable that is empty counts as not set
+        try:
+            parts = urlsplit(value)
+            is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            is_usable = False
+        if not is_usable or parts.query or parts.fragment or value != value.strip():
+            raise ValueError("must be an address such as http://localhost:4318")
+        if parts.path.rstrip("/").endswith(("/v1/traces", "/v1/metrics")):
+            raise ValueError("must be the collector's base address; /v1/traces and /v1/metrics are put behind it")
+        return value.rstrip("/")
 
     @field_validator("allow_origin", mode="before")
     @classmethod
@@ -271,6 +309,11 @@ class Settings(BaseSettings):
     @property
     def prompt_cache_bytes(self) -> int:
         return int(self.prompt_cache_gib * GIB)
+
+    @field_validator("batch_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value is not None else None
 
 
 def absolute_model(model: str) -> str:

@@ -16,6 +16,8 @@ COLOURS = {
     "softbatch-int8": "#6aa7dc",
     "softbatch-kv-int8": "#7a5fb0",
     "softbatch-kv-k6v4": "#b59ad6",
+    "softbatch-traced": "#d9a521",
+    "softbatch-watched": "#8a8a8a",
     "llama.cpp-Q8_0": "#9cc48a",
 }
 

@@ -7,6 +7,7 @@ a ramp until every client has had its first token, then a window of fixed length
     make bench ARGS=--quick            one short round
     make bench ARGS="--servers softbatch,vllm --workloads hot,many"
     make bench ARGS="--servers softbatch --before ../main"      beside another checkout of softbatch
+    make bench ARGS="--servers softbatch,softbatch-traced,softbatch-watched --workloads short"   what looking on costs
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from benchmarks.flags import names_of
 from benchmarks.machine import machine
 from benchmarks.serving.peers import BENCH, Unavailable
 from benchmarks.serving.plot import draw
-from benchmarks.serving.servers import Launch, Server, llama, softbatch, softbatch_before, vllm
+from benchmarks.serving.servers import (
+    Launch,
+    Server,
+    llama,
+    softbatch,
+    softbatch_before,
+    softbatch_traced,
+    softbatch_watched,
+    vllm,
+)
 from benchmarks.serving.soft_prompts import register
 from benchmarks.serving.tables import BEFORE, Run, describe
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
@@ -44,6 +54,8 @@ SERVERS = (
     "softbatch-kv-int8",
     "softbatch-kv-k6v4",
 )
+# Only where they are asked for: one that sends traces, and one whose console is open.
+LOOKED_AT = ("softbatch-traced", "softbatch-watched")
 CONCURRENCY = {"plain": (1, 8, 32, 64), "short": (1, 8, 32, 64), "hot": (8, 32), "many": (8, 32)}
 # Seconds of a window. A peer computes 1,500 tokens for each request of *many*, so few end in a short one.
 WINDOWS = {"plain": 10.0, "short": 6.0, "hot": 8.0, "many": 10.0}
@@ -101,6 +113,8 @@ def launches(options: argparse.Namespace) -> Iterator[tuple[str, Launch | Unavai
     store = BENCH / "prompts"
     makers = {
         "softbatch": lambda port: softbatch(port, store),
+        "softbatch-traced": lambda port: softbatch_traced(port, store),
+        "softbatch-watched": lambda port: softbatch_watched(port, store),
         "vllm": vllm,
         "llama.cpp-BF16": lambda port: llama(port, "BF16"),
         "softbatch-int8": lambda port: softbatch(port, store, "int8"),
@@ -232,7 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round with windows half as long")
     parser.add_argument("--rounds", type=int, help="default: 3")
-    parser.add_argument("--servers", type=names_of(SERVERS), default=list(SERVERS))
+    parser.add_argument("--servers", type=names_of((*SERVERS, *LOOKED_AT)), default=list(SERVERS))
     parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout of softbatch, measured in turn")
     parser.add_argument("--workloads", type=names_of(CONCURRENCY), default=list(CONCURRENCY))
     parser.add_argument("--concurrency", type=lambda text: [int(part) for part in text.split(",")])

@@ -25,16 +25,19 @@ from softbatch.scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, res
 
 START_SECONDS = 600.0
 CORES = os.cpu_count() or 1
+COLLECTOR_PORTS = 100  # above the servers'
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a server is started. `soft_prompts`: it takes soft prompts in the place of contexts."""
+    """How a server is started. `soft_prompts`: it takes soft prompts in the place of contexts. `onlooker` runs beside
+    it from its first answer on."""
 
     name: str
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     soft_prompts: bool = False
+    onlooker: tuple[str, ...] = ()
 
 
 def softbatch(port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto") -> Launch:
@@ -59,6 +62,24 @@ def _softbatch(
     command += ["--quantization", quantization, "--kv-cache-dtype", kv_cache_dtype]
     formats = [quantization] * (quantization != "none") + [f"kv-{kv_cache_dtype}"] * (kv_cache_dtype != "auto")
     return Launch("-".join(["softbatch", *formats]), tuple(command), {"PYTHONPATH": str(checkout)}, soft_prompts=True)
+
+
+def softbatch_traced(port: int, store: Path) -> Launch:
+    """With a trace of each request, and the metrics beside it, sent to a collector."""
+    collector = port + COLLECTOR_PORTS
+    launch = softbatch(port, store)
+    command = (*launch.command, "--otlp-endpoint", f"http://127.0.0.1:{collector}")
+    return replace(launch, name="softbatch-traced", command=command, onlooker=_onlooker("collector", str(collector)))
+
+
+def softbatch_watched(port: int, store: Path) -> Launch:
+    """With the console open."""
+    onlooker = _onlooker("console", f"http://127.0.0.1:{port}")
+    return replace(softbatch(port, store), name="softbatch-watched", onlooker=onlooker)
+
+
+def _onlooker(*words: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "benchmarks.serving.onlookers", *words)
 
 
 def vllm(port: int) -> Launch:
@@ -93,6 +114,7 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.ready_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._onlooker: subprocess.Popen[bytes] | None = None
         # Not what the project is started in: a folder there may shadow a package of the peer's.
         self._directory = tempfile.TemporaryDirectory(prefix="bench-")
 
@@ -147,11 +169,17 @@ class Server:
             time.sleep(0.1)
         self.ready_seconds = time.monotonic() - started
         self._marker.touch()
+        if self.launch.onlooker:
+            self._onlooker = subprocess.Popen(self.launch.onlooker, cwd=PROJECT, stdin=subprocess.DEVNULL)
 
     def stop(self) -> None:
         if self._process is None:
             return
         self.resume()
+        if self._onlooker is not None:
+            self._onlooker.kill()
+            self._onlooker.wait(30)
+            self._onlooker = None
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)

@@ -80,6 +80,11 @@ TARGETS = (
     ),
     Target("softbatch", "vllm", ("hot",), "requests/s", requests_per_second, {8: 3.0, 32: 4.0}),
     Target("softbatch", "vllm", ("many",), "requests/s", requests_per_second, {8: 15.0, 32: 25.0}),
+    # What it may cost to be looked at.
+    *(
+        Target(ours, "softbatch", _PLAIN, "output tokens/s", tokens_per_second, dict.fromkeys((1, 8, 32, 64), 0.98))
+        for ours in ("softbatch-traced", "softbatch-watched")
+    ),
 )
 BEFORE = "softbatch-before"
 READY_SECONDS = 15.0

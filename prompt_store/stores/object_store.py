@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +23,13 @@ from softbatch.prompt_store.names import check_name, is_name
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.prompt_store.stores.bounded_copy import NO_LINK, copy_bounded
 from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketError, Offers
+from softbatch.prompt_store.stores.bucket_sweep import remove_stale, sweep, tell_of
 from softbatch.prompt_store.stores.kept_text import FORMAT_VERSION as TEXT_VERSION
 from softbatch.prompt_store.stores.kept_text import KeptText, check_kept
 from softbatch.prompt_store.stores.name_table import NameTable
 from softbatch.prompt_store.stores.prompt_record import (
     PromptRecord,
     content_key,
-    name_and_nonce,
     new_nonce,
     record_key,
     seal,
@@ -41,7 +40,6 @@ from softbatch.prompt_store.stores.verified_cache import VerifiedCache, WrongCon
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 2.0  # a name that came or went elsewhere is seen here by then
 DAMAGED_SECONDS = 60.0  # then a damaged object is asked for again
-STALE_SECONDS = 86_400.0
 _TRIES = 5
 
 
@@ -84,7 +82,7 @@ class ObjectStore(SoftPromptStore):
             offers = self.bucket.probe()
         except FileNotFoundError:
             raise BucketAddressError(f"{self.location}: there is no such bucket") from None
-        _tell(self.location, offers)
+        tell_of(self.location, offers)
         return offers
 
     def check_free(self, name: str) -> None:
@@ -291,27 +289,12 @@ class ObjectStore(SoftPromptStore):
         raise UnknownPrompt(stored.name)
 
     def remove_stale(self) -> None:
-        """Objects that no name leads to: what crashes have left, once no other machine can be at work on it."""
-        for prefix in ("objects/", "texts/"):
-            for found in self.bucket.list(prefix):
-                owner = name_and_nonce(found.key)
-                if owner is None or found.modified is None or time.time() - found.modified < STALE_SECONDS:
-                    continue
-                record = self._names.look_up(owner[0])
-                if record is None or (isinstance(record, PromptRecord) and record.nonce != owner[1]):
-                    self.bucket.delete(found.key)
+        remove_stale(self.bucket, self._names.look_up)
 
     def sweep(self) -> None:
-        """`remove_stale` beside everything else."""
-
-        def run() -> None:
-            try:
-                self.remove_stale()
-            except OSError as error:
-                logger.warning("what crashes have left in the bucket is not removed: %s", error.strerror)
-
+        """`remove_stale` beside everything else. Raises like `offers`."""
         if self.offers.write:
-            threading.Thread(target=run, daemon=True, name="sweep-bucket").start()
+            sweep(self.location, self.remove_stale)
 
     def describe(self, record: PromptRecord) -> StoredPrompt:
         """Raises SoftPromptError."""
@@ -329,14 +312,3 @@ class ObjectStore(SoftPromptStore):
 
 def _key_of(stored: StoredPrompt) -> str:
     return content_key(stored.name, stored.sha256, f"{stored.version[0]:014x}")
-
-
-def _tell(url: str, offers: Offers) -> None:
-    if not offers.write:
-        logger.warning("%s is read-only: none of its soft prompts can be added or deleted", url)
-    elif not offers.create:
-        logger.warning(
-            "%s offers no conditional writes (If-None-Match): of two that register one name at the same moment, the "
-            "later one may win, and the earlier one's soft prompt is lost",
-            url,
-        )

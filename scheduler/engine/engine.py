@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from softbatch.scheduler.engine.moments import Moments
 from softbatch.scheduler.engine.soft_prompt_loader import SoftPromptLoader, SoftPromptRunner
 from softbatch.scheduler.protocol import (
     AddRequest,
@@ -98,6 +99,7 @@ class Engine:
         self._told_changes = 0
         self.on_admit: Callable[[list[str]], None] = lambda request_ids: None
         self._refused: list[SequenceOutput] = []
+        self._moments = Moments()
 
     @property
     def has_work(self) -> bool:
@@ -124,12 +126,14 @@ class Engine:
 
     def handle(self, message: EngineInput) -> None:
         if isinstance(message, AddRequest):
+            self._moments.watch(message)
             refusal = self.scheduler.add(message)
             if refusal is not None:
                 self._refused.append(refusal)
         elif isinstance(message, CancelRequest):
             for request_id in message.request_ids:
                 self.scheduler.cancel(request_id)
+                self._moments.forget(request_id)
         else:
             self.scheduler.soft_prompts.evict_when_unused(message.sha256)
 
@@ -144,6 +148,7 @@ class Engine:
         if self.loader.place_read(report):
             self.scheduler.admit_late(step)
             self.loader.start(step)
+        self._moments.planned(report)
         if report.admitted:
             self.on_admit(report.admitted)
         ended = [self._in_flight] if self._in_flight else []
@@ -170,8 +175,9 @@ class Engine:
             num_tokens=num_tokens,
             step_seconds=step_seconds,
             schedule_seconds=scheduled - started,
-            soft_prompt_load_seconds=report.soft_prompt_load_seconds,
+            soft_prompt_load_seconds=[load.until - load.since for load in report.soft_prompt_loads],
             resident=self.resident_if_changed(),
+            moments=self._moments.of_step(report),
         )
 
     def resident_if_changed(self) -> list[str] | None:
@@ -231,7 +237,8 @@ def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | N
             max_batch_tokens=config.max_batch_tokens,
             step_target=_step_target(config, loaded.info),
             max_model_len=loaded.info.max_model_len,
-            max_queue_size=config.max_queue_size + config.max_batch_size,
+            # As many in the background beside all others.
+            max_queue_size=2 * (config.max_queue_size + config.max_batch_size),
             num_blocks=kv.num_blocks,
             block_size=kv.block_size,
             eos_token_ids=frozenset(loaded.info.eos_token_ids),

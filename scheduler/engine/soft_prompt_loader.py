@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.scheduler.scheduler import Scheduler
 from softbatch.scheduler.soft_prompt_cache import LoadState, ResidentSoftPrompt
-from softbatch.scheduler.step import TOO_LITTLE_MEMORY, DeviceLost, OutOfDeviceMemory, Step, StepReport
+from softbatch.scheduler.step import (
+    TOO_LITTLE_MEMORY,
+    DeviceLost,
+    OutOfDeviceMemory,
+    SoftPromptLoad,
+    Step,
+    StepReport,
+)
 
 if TYPE_CHECKING:
     from softbatch.scheduler.model.runner import StagedSoftPrompt
@@ -104,7 +111,7 @@ class SoftPromptLoader:
         """Report the load times of soft prompts whose keys and values have been computed by now."""
         for sha256, (resident, since) in list(self._prefilling.items()):
             if resident.state is LoadState.READY:
-                report.soft_prompt_load_seconds.append(time.monotonic() - since)
+                report.soft_prompt_loads.append(SoftPromptLoad(sha256, since, time.monotonic()))
             elif self._scheduler.soft_prompts.get(sha256) is resident:
                 continue
             del self._prefilling[sha256]
@@ -139,7 +146,7 @@ class SoftPromptLoader:
         else:
             if is_ready:
                 loads.finish(sha256)
-                report.soft_prompt_load_seconds.append(time.monotonic() - read.since)
+                report.soft_prompt_loads.append(SoftPromptLoad(sha256, read.since, time.monotonic()))
             else:
                 loads.start_prefill(sha256)
                 self._prefilling[sha256] = (resident, read.since)

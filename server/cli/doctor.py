@@ -19,7 +19,7 @@ from rich.text import Text
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.scheduler.model.cpu import build, ops
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.source import EMBEDDED_ALIAS, cache_directory, resolve
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, cache_directory, is_embedded_here, resolve
 from softbatch.scheduler.model.weight_files import num_stored
 from softbatch.server.cli.machine import GIB, Finding, State, gpu, memory, processor, threads
 from softbatch.server.cli.settings_flags import UsageError, settings_from
@@ -70,15 +70,19 @@ def _print(findings: list[Finding]) -> None:
 
 
 def _kernels() -> Finding:
-    if build.is_kept():
-        return Finding("kernels", "compiled for this processor, and kept")
+    found = build.find_prebuilt()
+    if found.library is not None:
+        return Finding("kernels", f"{found.told}: no compiler is needed")
+    why = f"; {found.told}" if found.told else ""
+    if build.is_compiled():
+        return Finding("kernels", f"compiled for this processor, and kept{why}")
     from torch.utils.cpp_extension import get_cxx_compiler
 
     compiler = str(get_cxx_compiler())
     if shutil.which(compiler) is None:
         advice = "models run in plain torch, several times slower; install g++ (Debian, Ubuntu) or gcc-c++ (Fedora)"
-        return Finding("kernels", f"no C++ compiler: {compiler} is not on the PATH", State.SLOW, advice)
-    return Finding("kernels", f"{compiler} compiles them at the first start, in about a minute")
+        return Finding("kernels", f"no C++ compiler: {compiler} is not on the PATH{why}", State.SLOW, advice)
+    return Finding("kernels", f"{compiler} compiles them at the first start, in about a minute{why}")
 
 
 def _prompt_store(settings: Settings) -> Finding:
@@ -114,7 +118,7 @@ def _pace(settings: Settings) -> Iterator[Finding]:
         return
     bandwidth = _read_bandwidth()
     yield Finding("memory bandwidth", f"{bandwidth / 1e9:.1f} GB/s read by {torch.get_num_threads()} threads")
-    known = settings.model == EMBEDDED_ALIAS or Path(settings.model).expanduser().exists()
+    known = is_embedded_here() if settings.model == EMBEDDED_ALIAS else Path(settings.model).expanduser().exists()
     if not known:
         yield Finding("model", f"{settings.model}: not looked at, as it may have to be downloaded")
         return
@@ -123,7 +127,7 @@ def _pace(settings: Settings) -> Iterator[Finding]:
     except ModelError as error:
         yield Finding("model", str(error), State.BROKEN, "softbatch serve would say the same")
         return
-    loaded = build.is_kept() and build.build()
+    loaded = build.needs_no_compiler() and build.build()
     width = 4.0 if settings.dtype == "float32" else 1.5 if loaded and ops.has_12_bits() else 2.0
     most = bandwidth / (count * width)
     found = f"{settings.model}: {count / 1e6:.0f} million parameters, at most {most:.0f} tokens/s for one request"

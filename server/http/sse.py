@@ -11,7 +11,7 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from softbatch.server.http.errors import ApiError, as_api_error, error_json, internal_error
+from softbatch.server.http.errors import ApiError, as_api_error, error_json, internal_error, note_error
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation
@@ -45,6 +45,7 @@ class EventStream(Response):
         self._generations = tuple(generations)
         self._route = route
         self._sending_since: float | None = None
+        current().is_streamed = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
@@ -76,10 +77,14 @@ class EventStream(Response):
                 async for event in source:
                     await self._write(send, event)
         except Failure as error:
-            await self._write(send, self.error_event(as_api_error(error)))
+            await self._fail(send, as_api_error(error))
         except Exception as error:
-            await self._write(send, self.error_event(internal_error(error, self._route, current().id)))
+            await self._fail(send, internal_error(error, self._route, current().id))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fail(self, send: Send, error: ApiError) -> None:
+        note_error(error)
+        await self._write(send, self.error_event(error))
 
     async def _write(self, send: Send, event: str | bytes) -> None:
         data = event if isinstance(event, bytes) else event.encode()

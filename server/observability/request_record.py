@@ -3,13 +3,55 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from softbatch.scheduler.protocol import Moment, SamplingParams
+
 
 class Started(Protocol):
-    """A request that the engine has been given."""
+    """A request that the engine has been given. Times are monotonic seconds; `moments` are the engine's, if traced."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def params(self) -> SamplingParams: ...
+
+    @property
+    def soft_prompt(self) -> str | None: ...
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def num_cached(self) -> int: ...
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def arrived(self) -> float: ...
+
+    @property
+    def submitted(self) -> float | None: ...
+
+    @property
+    def started(self) -> float | None: ...
+
+    @property
+    def first_token(self) -> float | None: ...
+
+    @property
+    def last_token(self) -> float | None: ...
+
+    @property
+    def moments(self) -> Sequence[Moment]: ...
+
+    @property
+    def end_reason(self) -> str | None: ...
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -29,11 +71,21 @@ class Started(Protocol):
 @dataclass(eq=False)
 class RequestRecord:
     """`id` is the client's own X-Request-Id, or one made here; it goes back in the same header. `owner` tells the API
-    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything."""
+    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything. What is
+    asked in the background goes behind everything else, and nobody waits for it.
+
+    `model` is what the client asked for, `error` the code of the error that it got, in a stream too. `trace_id` is that
+    of the trace it belongs to, the client's own or one made here; `is_traced` if somebody records it."""
 
     id: str
     owner: str = ""
     is_admin: bool = True
+    is_background: bool = False
+    trace_id: str | None = None
+    is_traced: bool = False
+    model: str | None = None
+    is_streamed: bool = False
+    error: str | None = None
     started: list[Started] = field(default_factory=list)
 
     @property

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from softbatch.scheduler.protocol import AddRequest, SequenceOutput
+from softbatch.scheduler.protocol import MAX_PRIORITY, AddRequest, Moment, SamplingParams, SequenceOutput
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.deadline import Deadline
@@ -22,7 +22,7 @@ class ActiveRequest:
     `add` and `received` are all that another engine needs to go on. The engine knows the request as `sequence_id`, a
     new one each time, so that nothing late from an earlier sequence counts; None while it is held back. `alive_since`
     is when that sequence brought its first token, `deaths` how many engines in a row have died on the request. `alarm`
-    rings at the deadline, if there is one.
+    rings at the deadline, if there is one. `moments` are the engine's, if the request is traced.
     """
 
     add: AddRequest
@@ -31,6 +31,7 @@ class ActiveRequest:
     context_tokens: int
     arrived: float
     owner: str = field(default_factory=lambda: current().owner)
+    submitted: float | None = None
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -47,6 +48,8 @@ class ActiveRequest:
     deaths: int = 0
     deadline: Deadline | None = None
     alarm: asyncio.TimerHandle | None = None
+    moments: list[Moment] = field(default_factory=list)
+    end_reason: str | None = None
 
     @classmethod
     def of(
@@ -107,5 +110,13 @@ class ActiveRequest:
         return self.add.params.max_tokens
 
     @property
+    def is_background(self) -> bool:
+        return self.add.priority > MAX_PRIORITY
+
+    @property
     def priority(self) -> int:
         return self.add.priority
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.add.params

@@ -115,6 +115,11 @@ class EngineSupervisor:
         self._inbox.send(self._encoder.encode(message), flags=zmq.NOBLOCK)
 
     @property
+    def pid(self) -> int:
+        """Of the engine process, 0 while there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
     def complaint(self) -> str | None:
         """Why an engine that is there counts as hung; it is about to be killed."""
         return self._watchdog.complaint

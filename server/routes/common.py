@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from softbatch.prompt_store.manifest import Manifest, SoftPromptError
 from softbatch.scheduler.protocol import Ready
 from softbatch.server.http.errors import invalid, unavailable, unknown_model
+from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.requests.recall import Recalled
@@ -63,7 +64,9 @@ def means_base_model(services: Services, name: str | None) -> bool:
 
 
 def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | None) -> str | None:
-    """The soft prompt that both fields ask for together. Whether it exists shows when it is used."""
+    """The soft prompt that both fields ask for together. Whether it exists shows when it is used. Notes what was asked
+    for in the request's record."""
+    current().model = model or services.model_name
     if model is None or means_base_model(services, model):
         return soft_prompt
     if soft_prompt not in (None, model):
@@ -170,6 +173,14 @@ class ChunkTemplate:
 
     def fill(self, text: str) -> bytes:
         return b"%b%b%b" % (self._before, msgspec.json.encode(text), self._behind)
+
+
+def visible_owner(services: Services) -> str | None:
+    """Whose requests, files and batches the client may see; None: everybody's. Keys without admins among them are
+    equals, each with its own."""
+    record = current()
+    sees_all = not record.owner or (record.is_admin and bool(services.settings.admin_key))
+    return None if sees_all else record.owner
 
 
 def json_reply(model: BaseModel, status: Literal[200, 201] = 200, headers: Mapping[str, str] | None = None) -> Response:

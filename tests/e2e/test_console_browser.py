@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def test_now_is_the_batch_live_and_whoever_looks_may_cancel(server: Server, visi
     page.get_by_text(MARKUP).wait_for()
     assert page.locator("img").count() == 0
     visitor.look("now")
+    visit_all_tabs(visitor)
+    assert events_within(server, 2) <= 11, "the first, and five a second"
 
     visitor.expected = 100  # one that has ended by itself meanwhile is not found any more
     while len(load.refusals) < 6:
@@ -86,6 +89,46 @@ def test_now_is_the_batch_live_and_whoever_looks_may_cancel(server: Server, visi
     page.get_by_text("0 of 4 slots are busy, nobody waits.").wait_for()
     page.wait_for_function("document.querySelector('.plot .figure').textContent !== '–'")
     server.wait_empty()
+
+
+def visit_all_tabs(visitor: Visitor) -> None:
+    """All of them on the one stream that there is."""
+    streams = visitor.streams
+    for tab, title in (("prompts", "Soft prompts"), ("compress", "Compress"), ("ask", "Ask"), ("now", "Now")):
+        visitor.open(tab)
+        visitor.page.get_by_role("heading", name=title, level=1).wait_for()
+    assert visitor.streams == streams
+
+
+def events_within(server: Server, seconds: float) -> int:
+    until, count = time.monotonic() + seconds, 0
+    with httpx.stream("GET", f"{server.url}/v1/queue/events", headers=server.headers) as reply:
+        for line in reply.iter_lines():
+            count += line.startswith("data:")
+            if time.monotonic() > until:
+                return count
+    return count
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "rate"),
+    [
+        ([(1, 0.4 + 0.0005 * i) for i in range(12)], None),  # all at once: the network's pace, not the model's
+        ([(2, 0.5), (1, 0.53)], None),
+        ([(1, 0.4 + i / 40) for i in range(20)], 40),
+        ([(6, 0.4), *((1, 0.4 + i / 40) for i in range(1, 20))], 40),
+    ],
+)
+def test_pace_is_told_where_it_can_be(visitor: Visitor, arrivals: list[tuple[int, float]], rate: float | None) -> None:
+    visitor.open("ask")
+    measure = """async (arrivals) => {
+        const { Pace } = await import("/console/assets/pace.js");
+        const pace = new Pace();
+        for (const [tokens, at] of arrivals) pace.take(tokens, at);
+        return pace.rate;
+    }"""
+    found = visitor.page.evaluate(measure, arrivals)
+    assert found == (rate and pytest.approx(rate))
 
 
 @pytest.mark.timeout(600)  # of which a compression on a busy machine takes most

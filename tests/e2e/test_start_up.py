@@ -37,6 +37,10 @@ WRONG_FLAGS = [
     (("--host", "0.0.0.0"), ("--host 0.0.0.0", "--api-key")),
     (("--api-key", ""), ("--api-key",)),
     (("--served-model-name", "a b"), ("--served-model-name",)),
+    (("--otlp-endpoint", "localhost:4318"), ("--otlp-endpoint", "http://localhost:4318")),
+    (("--otlp-endpoint", "http://"), ("--otlp-endpoint", "http://localhost:4318")),
+    (("--otlp-endpoint", "http://a:b"), ("--otlp-endpoint", "http://localhost:4318")),
+    (("--otlp-endpoint", "http://a:4318/v1/traces"), ("--otlp-endpoint", "base address")),
     (("--temperature", "1"), ("unrecognized arguments: --temperature",)),
     (("--model",), ("--model", "expected one argument")),
 ]

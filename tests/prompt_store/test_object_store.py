@@ -242,7 +242,7 @@ def test_what_crashes_left_goes_in_time(url: str, file: Path, tmp_path: Path, mo
     store.stage("a.b", file)
     store.remove_stale()
     assert len(store.bucket.list("")) == 6, "another machine may be about to give it a name"
-    monkeypatch.setattr("softbatch.prompt_store.stores.object_store.STALE_SECONDS", -60.0)
+    monkeypatch.setattr("softbatch.prompt_store.stores.bucket_sweep.STALE_SECONDS", -60.0)
     store.remove_stale()
     assert {found.key.split("/")[1].removesuffix(".json") for found in store.bucket.list("")} == {"a"}
     assert store.kept_text(store.get("a")) == KEPT

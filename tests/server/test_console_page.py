@@ -18,7 +18,7 @@ SCRIPTS = sorted(FILES.glob("*.js"))
 
 
 def client_with(*keys: str, root_path: str = "", **settings: object) -> TestClient:
-    services = SimpleNamespace(settings=Settings.model_construct(api_key=keys, **settings))
+    services = SimpleNamespace(tracing=None, settings=Settings.model_construct(api_key=keys, **settings))
     return TestClient(create_app(cast(Services, services)), root_path=root_path)
 
 

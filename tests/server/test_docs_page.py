@@ -15,7 +15,7 @@ from softbatch.server.settings import Settings
 
 
 def client_with(*keys: str) -> TestClient:
-    services = SimpleNamespace(settings=Settings.model_construct(api_key=keys))
+    services = SimpleNamespace(tracing=None, settings=Settings.model_construct(api_key=keys))
     return TestClient(create_app(cast(Services, services)))
 
 

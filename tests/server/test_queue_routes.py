@@ -31,6 +31,7 @@ class Words:
 
 def app_of(engine: InProcessEngine, **settings: Any) -> TestClient:
     services = SimpleNamespace(
+        tracing=None,
         settings=Settings.model_construct(max_batch_size=2, **settings),
         engine=engine.client,
         supervisor=engine,

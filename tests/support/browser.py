@@ -29,7 +29,8 @@ def chromium() -> str:
 
 
 class Visitor:
-    """One browser tab. `complaints` are errors of the console, of scripts, and requests to other hosts."""
+    """One browser tab. `complaints` are errors of the console, of scripts, and requests to other hosts; `streams` is
+    how often the live queue was asked for."""
 
     def __init__(self, browser: Any, url: str) -> None:
         self.url = url
@@ -42,6 +43,7 @@ class Visitor:
         self.page.on("dialog", lambda dialog: self.complaints.append(f"dialog {dialog.message}"))
         self.page.on("request", self._on_request)
         self.expected = 0
+        self.streams = 0
 
     def open(self, tab: str) -> None:
         self.page.goto(f"{self.url}/console#{tab}")
@@ -74,6 +76,7 @@ class Visitor:
                 self.complaints.append(message.text)
 
     def _on_request(self, request: Any) -> None:
+        self.streams += request.url.endswith("/v1/queue/events")
         own = urlsplit(self.url).netloc
         if urlsplit(request.url).scheme not in ("blob", "data") and urlsplit(request.url).netloc != own:
             self.complaints.append(f"request to {request.url}")

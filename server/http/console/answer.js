@@ -3,6 +3,7 @@
 import { events } from "./api.js";
 import { h, text } from "./dom.js";
 import { count, rate, seconds } from "./format.js";
+import { Pace } from "./pace.js";
 import { TokenText } from "./tokens.js";
 
 const ALTERNATIVES = 5;
@@ -49,6 +50,7 @@ export class Answer {
     this.problem.hidden = true;
     this.text.clear();
     for (const figure of Object.values(this.figures)) text(figure, "–");
+    this.figures.pace.classList.remove("words");
     text(this.detail, "");
     this.showShare(0);
   }
@@ -63,7 +65,7 @@ export class Answer {
     this.element.setAttribute("aria-busy", "true");
     const began = performance.now();
     const since = () => (performance.now() - began) / 1000;
-    let generated = 0;
+    const pace = new Pace();
     try {
       const body = this.request(question, context, max_tokens, temperature);
       for await (const event of events("v1/chat/completions", { body, signal })) {
@@ -71,15 +73,16 @@ export class Answer {
         const tokens = choice?.logprobs?.content || [];
         if (tokens.length) {
           this.first ??= since();
-          generated += tokens.length;
+          pace.take(tokens.length, since());
           this.text.push(tokens);
           text(this.figures.first, seconds(this.first));
-          const rest = since() - this.first;
-          if (generated > 1 && rest > 0) text(this.figures.pace, rate((generated - 1) / rest));
+          text(this.figures.pace, rate(pace.rate));
         }
         if (event.usage) this.showUsage(event.usage);
       }
       this.text.finish();
+      if (pace.rate === null) text(this.figures.pace, "too short to tell");
+      this.figures.pace.classList.toggle("words", pace.rate === null);
     } catch (error) {
       if (error.name === "AbortError") text(this.detail, "Stopped.");
       else {

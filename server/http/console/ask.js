@@ -24,6 +24,7 @@ export async function show(place, wanted) {
   const button = h("button.primary.large", { type: "submit" }, "Ask");
   const stop = h("button.quiet", { type: "button", hidden: true }, "Stop");
   const more = h("button.quiet", { type: "button" }, "One more beside");
+  const key = h("p.hint.key", {}, h("i.sure"), "sure", h("i.unsure"), "unsure of this token; point at one to see what else might have stood there");
   const saying = h("p.lead.saying", { role: "status" });
   const pasted = h(".field", {}, h("label", { htmlFor: "full-context" }, "Full context"), context,
     h("p.hint", {}, "Paste the text, or drop a file. It is sent in front of the question, as the system turn."));
@@ -63,7 +64,10 @@ export async function show(place, wanted) {
       h("label.inline", { htmlFor: "doubts" }, doubts, "Show doubts")));
   more.addEventListener("click", () => add(NONE));
   stop.addEventListener("click", () => asking?.abort());
-  doubts.addEventListener("change", () => row.classList.toggle("doubts", doubts.checked));
+  doubts.addEventListener("change", () => {
+    row.classList.toggle("doubts", doubts.checked);
+    key.hidden = !doubts.checked;
+  });
   row.classList.add("doubts");
   question.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) {
@@ -94,7 +98,7 @@ export async function show(place, wanted) {
   place.append(
     h("h1", {}, "Ask"),
     h("p.lead", {}, "The same question with a soft prompt, with the whole text, and with nothing in front. In turn, so that none slows another."),
-    form, saying, row,
+    form, saying, key, row,
   );
   return () => {
     asking?.abort();

@@ -31,6 +31,7 @@ export const percent = (value) => `${Math.round(value * 100)} %`;
 
 export function rate(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
   return value >= 100 ? count(Math.round(value)) : value.toFixed(1);
 }
 

@@ -26,6 +26,7 @@ export async function show(place, _, live) {
   const plots = Object.entries(PLOTS).map(([name, options]) => [name, new Plot(options)]);
   place.append(
     h("h1", {}, "Now"), lead, cells,
+    h("p.hint.key", { "aria-hidden": "true" }, h("i.prefill"), "reading its prompt", h("i.decode"), "writing its answer", h("i.free"), "free"),
     h("section.plots", { "aria-label": "The last ten minutes" }, plots.map(([, plot]) => plot.element)),
     running.element, waiting.element, others,
   );

@@ -50,7 +50,7 @@ export async function showPrompt(place, name) {
       ? `${count(length)} tokens of context in ${count(prompt.num_virtual_tokens)} virtual ones, ${ratio(length / prompt.num_virtual_tokens)} shorter.`
       : `${count(prompt.num_virtual_tokens)} virtual tokens; how long the context was is not known.`),
     problem,
-    prompt.verdict ? h("p.verdict", {}, prompt.verdict) : "",
+    prompt.verdict ? h(isPoor(prompt.verdict) ? "p.verdict.poor" : "p.verdict", {}, prompt.verdict) : "",
     figures(report),
     comparison(report),
     curve(report, plots),
@@ -84,7 +84,7 @@ function comparison(report) {
   const most = Math.max(1e-9, ...rows.map(([, scores]) => (isNumber(scores.kl) ? scores.kl : 0)));
   return h("section", {}, h("h2", {}, "Beside what else could stand there"),
     h(".scroll", { tabIndex: 0, role: "region", "aria-label": "Comparison" }, h("table", {},
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "In front of the question"), h("th", { scope: "col" }, "Distance"),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "In front of the question"), h("th.wide", { scope: "col" }, "Distance"),
         COLUMNS.map(([, label, words]) => h("th.number", { scope: "col", title: words }, label)))),
       h("tbody", {}, rows.map(([label, scores, own]) => {
         const bar = h(".bar", { "aria-hidden": "true" }, h("i"));
@@ -127,3 +127,6 @@ function facts({ manifest, sha256, bytes: size, created, resident, kind }) {
   return h("section", {}, h("h2", {}, "The file"), h("dl.facts", {},
     Object.entries(known).filter(([, value]) => value).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]).flat()));
 }
+
+/** A verdict begins with its word. */
+const isPoor = (verdict) => /^(too short|learned nothing|weak)\b/.test(verdict);

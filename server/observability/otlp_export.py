@@ -1,0 +1,142 @@
+"""The way of spans and metrics to a collector: bounded, and in threads of their own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.metrics import Meter, NoOpMeterProvider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.trace import NoOpTracerProvider, Tracer
+
+from softbatch.server.observability.otlp_target import OtlpTarget
+from softbatch.server.version import VERSION
+
+logger = logging.getLogger(__name__)
+# Of the SDK: they say at each attempt what is said once here.
+_NOISY = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal", "opentelemetry.sdk.metrics._internal.export")
+_GRPC_PORT = ":4317"
+
+
+class _Health(logging.Handler):
+    """Whether the collector takes what it is sent, said when that changes; takes the place of the SDK's own log."""
+
+    def __init__(self, collector: str) -> None:
+        super().__init__()
+        self._collector = collector
+        self._reason = ""
+        self.is_down = False
+        for name in _NOISY:
+            noisy = logging.getLogger(name)
+            noisy.handlers, noisy.propagate = [self], False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reason = record.getMessage()
+
+    def note(self, success: bool) -> None:
+        if success and self.is_down:
+            logger.info("the collector at %s takes traces and metrics again", self._collector)
+        elif not success and not self.is_down:
+            hint = "; port 4317 is usually for gRPC, 4318 for HTTP" if self._collector.endswith(_GRPC_PORT) else ""
+            logger.warning(
+                "the collector at %s does not take traces and metrics, which are dropped until it does (%s)%s",
+                self._collector,
+                self._reason or "no reason given",
+                hint,
+            )
+        self.is_down = not success
+
+
+class _SpanExporter(OTLPSpanExporter):
+    def __init__(self, endpoint: str, health: _Health) -> None:
+        super().__init__(endpoint)
+        self._health = health
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = super().export(spans)
+        self._health.note(result is SpanExportResult.SUCCESS)
+        return result
+
+
+class _MetricExporter(OTLPMetricExporter):
+    def __init__(self, endpoint: str, health: _Health) -> None:
+        super().__init__(endpoint)
+        self._health = health
+
+    def export(
+        self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: Any
+    ) -> MetricExportResult:
+        result = super().export(metrics_data, timeout_millis, **kwargs)
+        self._health.note(result is MetricExportResult.SUCCESS)
+        return result
+
+
+class OtlpExport:
+    """Owns exporters, their queue and their threads. Spans that find the queue full are dropped."""
+
+    def __init__(self, target: OtlpTarget) -> None:
+        self._health = _Health(target.shown)
+        self._instance = str(uuid.uuid4())
+        self._spans: BatchSpanProcessor | None = None
+        self._meters: MeterProvider | None = None
+        self._exporters: list[_SpanExporter | _MetricExporter] = []
+        if target.traces:
+            spans = _SpanExporter(target.traces, self._health)
+            self._spans = BatchSpanProcessor(spans)
+            self._exporters.append(spans)
+        if target.metrics:
+            metrics = _MetricExporter(target.metrics, self._health)
+            reader = PeriodicExportingMetricReader(metrics)
+            self._meters = MeterProvider(
+                [reader], self._resource({"softbatch.process": "server"}), shutdown_on_exit=False
+            )
+            self._exporters.append(metrics)
+        logger.info("traces and metrics go to %s", target.shown)
+
+    def tracer(self, scope: str, resource: Mapping[str, str | int]) -> Tracer:
+        """Of one process, which `resource` tells from the others."""
+        if self._spans is None:
+            return NoOpTracerProvider().get_tracer(scope)
+        provider = TracerProvider(resource=self._resource(resource), shutdown_on_exit=False)
+        provider.add_span_processor(self._spans)
+        return provider.get_tracer(scope, VERSION)
+
+    def meter(self, scope: str) -> Meter:
+        provider = self._meters or NoOpMeterProvider()
+        return provider.get_meter(scope, VERSION)
+
+    def close(self, seconds: float) -> None:
+        """Send what is left, for at most so long; a collector that is down is not waited for. Blocks."""
+        if self._health.is_down:
+            for exporter in self._exporters:
+                exporter.shutdown()
+        # A daemon: a collector that takes a connection and never answers must not keep the process alive.
+        sending = threading.Thread(target=self._shut_down, daemon=True, name="otlp-close")
+        sending.start()
+        sending.join(seconds)
+
+    def _shut_down(self) -> None:
+        if self._spans is not None:
+            self._spans.shutdown()  # type: ignore[no-untyped-call]
+        if self._meters is not None:
+            self._meters.shutdown()
+
+    def _resource(self, of_process: Mapping[str, str | int]) -> Resource:
+        """What the environment says goes before what is assumed here."""
+        named = OTELResourceDetector().detect().attributes
+        assumed: dict[str, str | int] = {
+            "service.name": "softbatch",
+            "service.version": VERSION,
+            "service.instance.id": f"{self._instance}/{of_process['softbatch.process']}",
+        }
+        kept = {name: value for name, value in assumed.items() if name not in named}
+        return Resource.create({**kept, **of_process})

@@ -1,0 +1,99 @@
+"""Where traces go, what is said if they cannot, and that a collector which is no good holds nobody up."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from softbatch.server.observability.otlp_target import OtlpTarget, otlp_target
+from softbatch.server.requests.engine_supervisor import StartupError
+from softbatch.server.services import _tracing
+from softbatch.server.settings import Settings
+
+BASE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+HTTP = {BASE: "http://c:4318"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "environ", "traces", "metrics"),
+    [
+        ("http://f", {}, "http://f/v1/traces", "http://f/v1/metrics"),
+        ("http://f", HTTP, "http://f/v1/traces", "http://f/v1/metrics"),
+        ("http://f", {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://t/x"}, "http://f/v1/traces", "http://f/v1/metrics"),
+        (None, HTTP, "http://c:4318/v1/traces", "http://c:4318/v1/metrics"),
+        (None, {BASE: "http://c:4318/"}, "http://c:4318/v1/traces", "http://c:4318/v1/metrics"),
+        (None, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://t/x"}, "http://t/x", None),
+        (None, HTTP | {"OTEL_METRICS_EXPORTER": "none"}, "http://c:4318/v1/traces", None),
+        ("http://f", {"OTEL_TRACES_EXPORTER": "none"}, None, "http://f/v1/metrics"),
+    ],
+)
+def test_flag_and_environment(
+    flag: str | None, environ: dict[str, str], traces: str | None, metrics: str | None
+) -> None:
+    assert otlp_target(flag, environ) == OtlpTarget(traces, metrics, is_flag=flag is not None)
+
+
+@pytest.mark.parametrize("environ", [{}, {BASE: " "}, HTTP | {"OTEL_SDK_DISABLED": "true"}])
+def test_off(environ: dict[str, str]) -> None:
+    assert otlp_target(None, environ) is None
+
+
+@pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL"])
+def test_grpc_is_refused(variable: str) -> None:
+    with pytest.raises(ValueError, match=rf"{variable}=grpc.*http/protobuf.*4318"):
+        otlp_target(None, HTTP | {variable: "grpc"})
+    assert otlp_target(None, HTTP | {variable: "http/protobuf"}) is not None
+
+
+class TestWithoutTheExtra:
+    @pytest.fixture(autouse=True)
+    def _is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("tracing", "otlp_export"):
+            monkeypatch.delitem(sys.modules, f"softbatch.server.observability.{name}", raising=False)
+        monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+
+    def test_the_flag_is_refused_with_what_to_install(self) -> None:
+        with pytest.raises(StartupError, match=r"--otlp-endpoint: .*pip install 'softbatch\[otel\]'"):
+            _tracing(Settings(otlp_endpoint="http://f"))
+
+    def test_a_variable_that_others_set_is_no_reason_not_to_start(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv(BASE, "http://c:4318")
+        assert _tracing(Settings()) is None
+        assert "softbatch[otel]" in caplog.text
+
+    def test_off_needs_nothing(self) -> None:
+        assert _tracing(Settings()) is None
+
+
+@pytest.fixture
+def black_hole() -> Iterator[str]:
+    """Takes connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_collector_that_never_answers_blocks_neither_spans_nor_the_end(
+    black_hole: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from softbatch.server.observability.otlp_export import OtlpExport
+
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+    export = OtlpExport(OtlpTarget(f"{black_hole}/v1/traces", f"{black_hole}/v1/metrics", is_flag=True))
+    tracer = export.tracer("test", {"softbatch.process": "server"})
+    began = time.monotonic()
+    for _ in range(1000):
+        tracer.start_span("x").end()
+    assert time.monotonic() - began < 2, "spans wait for nobody"
+    assert len(export._spans._batch_processor._queue) <= 16  # type: ignore[union-attr]
+    began = time.monotonic()
+    export.close(0.2)
+    assert time.monotonic() - began < 2
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "nothing for each span"
