@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -263,3 +265,37 @@ def test_a_directory_of_copies_is_private(url: str, file: Path, tmp_path: Path) 
     store = object_store(url, tmp_path / "one", MAX_BYTES)
     store.kept_text(store.add("a", file, kept=KEPT))
     assert os.stat(store.root).st_mode & 0o077 == 0
+
+
+class Killed(BaseException):
+    """As if the process were gone from here on."""
+
+
+def test_a_process_killed_at_any_call_leaves_a_name_whole_or_free(
+    url: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Bucket._ask
+    outcomes = set()
+    for last in range(12):
+        store = object_store(f"{url}/{last}", tmp_path / f"one{last}", MAX_BYTES)
+        assert store.offers.create
+        left = iter(range(last))
+
+        def until_killed(self: Bucket, *arguments: Any, left: Iterator[int] = left) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return ask(self, *arguments)
+
+        monkeypatch.setattr(Bucket, "_ask", until_killed)
+        with contextlib.suppress(Killed):
+            store.add("a", file, kept=KEPT)
+        monkeypatch.setattr(Bucket, "_ask", ask)
+        other = object_store(f"{url}/{last}", tmp_path / f"other{last}", MAX_BYTES)
+        assert other.broken() == []
+        outcomes.add(tuple(names(other)))
+        if not other.list():
+            other.add("a", file, kept=KEPT)
+        stored = other.get("a")
+        assert other.local_file(stored).read_bytes() == file.read_bytes()
+        assert other.kept_text(stored) == KEPT
+    assert outcomes == {(), ("a",)}
