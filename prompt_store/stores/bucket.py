@@ -30,6 +30,13 @@ class BucketError(OSError):
         super().__init__(errno.EIO, message)
 
 
+class BucketDenied(PermissionError):
+    """The credentials do not allow it. The text names the object."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EACCES, message)
+
+
 class BucketAddressError(SoftPromptError):
     """The address cannot be used at all; the message says what would be right."""
 
@@ -70,8 +77,7 @@ class Bucket:
         try:
             yield
         except PermissionError as error:
-            message = f"{self.url}/{key}: access denied ({error.strerror or error})"
-            raise PermissionError(errno.EACCES, message) from error
+            raise BucketDenied(f"{self.url}/{key}: access denied ({error.strerror or error})") from error
 
     def probe(self) -> Offers:
         """Write, write again and delete a small object. Raises BucketError, or FileNotFoundError without a bucket."""
@@ -185,4 +191,6 @@ def _files_of(url: str) -> BucketFiles:
     except ImportError as error:
         advice = f"pip install 'softbatch[{extra}]'" if extra else str(error)
         raise BucketAddressError(f"{url}: a package that reads {protocol}:// is missing: {advice}") from error
+    for library in ("aiobotocore", "botocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # each says at every start where it has found credentials
     return S3Files(made, path) if package == "s3fs" else PlainFiles(made, path)

@@ -167,6 +167,8 @@ class SharedCompressions:
             raise CompressionsUnavailable(self._unavailable(), code="compressions_unavailable")
 
     def _unavailable(self) -> str:
+        if not self._store.offers.write:
+            return f"{self._store.location} is read-only for this server"
         return (
             f"{self._store.location} offers no conditional writes (If-Match), without which two servers might run one "
             "job; compress with `softbatch compress`, which registers in the same store"

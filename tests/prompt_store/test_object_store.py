@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from softbatch.prompt_store.soft_prompt_file import SoftPromptError
-from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketError, Offers, Retries
+from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketDenied, BucketError, Offers, Retries
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.store import NameTaken, UnknownPrompt
@@ -299,3 +299,19 @@ def test_a_process_killed_at_any_call_leaves_a_name_whole_or_free(
         assert other.local_file(stored).read_bytes() == file.read_bytes()
         assert other.kept_text(stored) == KEPT
     assert outcomes == {(), ("a",)}
+
+
+def test_whoever_may_only_read_serves_and_is_told(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    object_store(url, tmp_path / "writer", MAX_BYTES).add("a", file)
+    proxy.choose = lambda method, path: "denied" if method in ("PUT", "DELETE") else None
+    store = object_store(url, tmp_path / "reader", MAX_BYTES)
+    with caplog.at_level(logging.WARNING):
+        store.sweep()
+    assert "is read-only" in caplog.text
+    assert store.local_file(store.get("a")).read_bytes() == file.read_bytes()
+    with pytest.raises(BucketDenied, match=r"objects/b/.*access denied"):
+        store.add("b", file)
+    with pytest.raises(BucketDenied, match="access denied"):
+        store.remove("a")

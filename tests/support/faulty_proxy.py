@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["slow", "500", "reset", "truncate", "flip", "garble", "lost"]
+Fault = Literal["slow", "500", "reset", "truncate", "flip", "garble", "lost", "denied"]
 SLOW_SECONDS = 0.3
 
 
@@ -54,6 +54,8 @@ def running_proxy(target: str) -> Iterator[FaultyProxy]:
                 return self.send(
                     500, [("Content-Type", "application/xml")], b"<Error><Code>InternalError</Code></Error>"
                 )
+            if fault == "denied":
+                return self.send(403, [], b"<Error><Code>AccessDenied</Code></Error>")
             if fault == "slow":
                 time.sleep(SLOW_SECONDS)
             if fault == "garble" and self.command == "PUT":
