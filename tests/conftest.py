@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
-from tests.support.bucket_server import BucketServer, running_bucket_server
+from tests.support.bucket_server import BucketServer, environment_of, running_bucket_server
+from tests.support.faulty_proxy import FaultyProxy, running_proxy
 from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
 
 FEW_TOKENS = 4096
@@ -57,6 +58,15 @@ def bucket_server() -> Iterator[BucketServer]:
     """One for all tests of a process; each takes a prefix of its own."""
     with running_bucket_server() as server:
         yield server
+
+
+@pytest.fixture
+def proxy(bucket_server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Stores that are opened behind it go through it."""
+    with running_proxy(bucket_server.endpoint) as found:
+        for name, value in environment_of(found.endpoint).items():
+            monkeypatch.setenv(name, value)
+        yield found
 
 
 @pytest.fixture(scope="session", params=sorted(TINY_CONFIGS))

@@ -18,8 +18,8 @@ from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, Buc
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.store import NameTaken, UnknownPrompt
-from tests.support.bucket_server import NAME, QUICK, BucketServer, environment_of, object_store
-from tests.support.faulty_proxy import Fault, FaultyProxy, running_proxy
+from tests.support.bucket_server import NAME, QUICK, BucketServer, object_store
+from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.soft_prompt_samples import MAX_BYTES, names, write
 
 KEPT = KeptText(text="The office opens at seven.", recall=3)
@@ -28,15 +28,6 @@ KEPT = KeptText(text="The office opens at seven.", recall=3)
 @pytest.fixture
 def url(bucket_server: BucketServer) -> str:
     return bucket_server.new_url()
-
-
-@pytest.fixture
-def proxy(bucket_server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """Stores that are opened behind it go through it."""
-    with running_proxy(bucket_server.endpoint) as found:
-        for name, value in environment_of(found.endpoint).items():
-            monkeypatch.setenv(name, value)
-        yield found
 
 
 def content_key(store: ObjectStore) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import threading
 from collections import Counter
 from pathlib import Path
@@ -9,14 +11,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from softbatch.prompt_store.stores.bucket import Bucket
+from softbatch.prompt_store.stores.bucket import Bucket, BucketError
 from softbatch.server.compressions.job_lease import JobLease, LeaseLost
 from softbatch.server.compressions.leased_run import LeasedRun
 from softbatch.server.compressions.record import JobRecord, new_id
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, record_key
 from softbatch.server.compressions.work_snapshot import WorkSnapshots, restore
-from softbatch.server.compressions.worker_messages import DoneMessage
+from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
 from tests.support.bucket_server import QUICK, BucketServer, object_store
+from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.models import make_soft_prompt, save_prompt
 from tests.support.soft_prompt_samples import MAX_BYTES, SPEC
 
@@ -150,3 +153,21 @@ def test_a_run_goes_on_from_the_files_of_one_moment(records: SharedRecords, tmp_
     assert (tmp_path / "two" / "model").read_text() == "0" * 64
     assert not restore(bucket, newer, tmp_path / "three"), "they are gone"
     assert not (tmp_path / "three" / "work").exists()
+
+
+@pytest.mark.parametrize("fault", ["lost", "flip", "garble", "reset"])
+def test_a_lease_outlasts_a_bad_line(url: str, proxy: FaultyProxy, fault: Fault) -> None:
+    """Its holder is not taken for another whose write came between, and what is read is what was written."""
+    draw = random.Random(fault)
+    records = SharedRecords(Bucket(url, QUICK))
+    lease = taken(records, queued(records), "one")
+    proxy.choose = lambda method, path: fault if draw.random() < 0.3 else None
+    for number in range(8):
+        with contextlib.suppress(BucketError):
+            lease.write(progress=ProgressMessage("training", number, 8))
+    assert proxy.done[fault]
+    proxy.choose = lambda method, path: None
+    shared = lease.write()
+    found = records.read(shared.record.id)
+    assert found is not None
+    assert (found.shared, found.shared.holder, found.shared.token) == (shared, "one", 1)
