@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softbatch.prompt_store.atomic_files import process_directory
-from softbatch.prompt_store.manifest import ModelSpec
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.batches.batch_queue import BatchLimits, BatchQueue
-from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.compressions.queues import CompressionQueue, running_queue, served_choice
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.otlp_target import otlp_target
@@ -38,6 +37,7 @@ from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.store_of_settings import store_of
 from softbatch.server.tools.dialect import Dialect
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Services:
     embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
-    compressions: CompressionJobs
+    compressions: CompressionQueue
     batches: BatchQueue
     text: TextProcessor
     dialect: Dialect
@@ -105,12 +105,14 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
                 metrics.registry.register(VllmNames(metrics, model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
-            jobs = CompressionJobs(store, model.spec, metrics.registry, lambda: admission.draining)
+            jobs = running_queue(
+                store, model.spec, metrics.registry, lambda: admission.draining, lambda: served_choice(model)
+            )
             feed = LiveFeed(metrics, lambda: admission.draining)
             queue = _batch_queue(settings, metrics, admission)
             eos = model.eos_token_ids
             with contextlib.closing(GrammarCompiler(text.backend, model.vocab_size, eos)) as grammars:
-                async with jobs.running() as compressions, queue.running() as batches, feed.running() as live:
+                async with jobs as compressions, queue.running() as batches, feed.running() as live:
                     yield Services(
                         settings=settings,
                         supervisor=supervisor,
@@ -153,12 +155,16 @@ async def _running_engine(
             engine.fail_all("the server is shutting down")
 
 
-def _prompt_store(settings: Settings) -> PromptStore:
+def _prompt_store(settings: Settings) -> SoftPromptStore:
     """Raises StartupError."""
     try:
-        return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+        store = store_of(settings)
+        store.sweep()
+    except SoftPromptError as error:
+        raise StartupError(f"--prompt-store {error}") from error
     except OSError as error:
-        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror or error}") from error
+    return store
 
 
 def _tracing(settings: Settings) -> Tracing | None:
@@ -239,7 +245,7 @@ def _batch_queue(settings: Settings, metrics: Metrics, admission: Admission) -> 
         max_file_bytes=settings.max_batch_file_bytes,
         concurrency=settings.batch_concurrency or max(1, settings.max_batch_size // 4),
     )
-    root = settings.batch_dir or settings.prompt_store / ".batches"
+    root = settings.batch_dir or settings.store_root / ".batches"
     return BatchQueue(root, limits, metrics, lambda: admission.draining)
 
 

@@ -104,7 +104,7 @@ def make_request(
     settings: CompressionSettings,
     questions: Sequence[Example],
     choice: Callable[[], ModelChoice],
-    store: Path,
+    store: Path | str,
     max_prompt_bytes: int,
     keep_text: bool = False,
     recall: int | None = None,
