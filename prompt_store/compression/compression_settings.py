@@ -10,6 +10,8 @@ from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
 
 Kind = Literal["embeddings", "kv"]
 Objective = Literal["kl", "nll", "mixed"]
+# Of the training questions, so many ask for facts as long as there are any.
+FACTS = 0.5
 # The manifest of a soft prompt keeps the instruction; longer texts do not fit there.
 MAX_INSTRUCTION_CHARS = 4096
 MAX_MINUTES = 30 * 24 * 60
@@ -26,6 +28,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-8, 10),
     "matching_steps": (0, 100_000),
     "seed": (0, 2**63 - 1),
+    "facts": (0, 1),
 }
 
 
@@ -58,7 +61,8 @@ class CompressionSettings:
     whole run is a function of the seed) applies: `steps` where it is given. `questions` bounds the training
     questions beside the user's own; under a budget fewer are used where time is short. `model_questions` of
     them are asked of the model itself. `held_out` questions are kept for the report, `free_answers` of those
-    are also answered freely. `learning_rate` None: the kind's default.
+    are also answered freely. `learning_rate` None: the kind's default. `facts` is the share of training questions
+    that ask for something that the text says exactly, as long as there are any.
     """
 
     kind: Kind = "kv"
@@ -77,6 +81,7 @@ class CompressionSettings:
     learning_rate: float | None = None
     matching_steps: int = MatchingSettings.steps
     seed: int = 0
+    facts: float = FACTS
 
     def __post_init__(self) -> None:
         if self.kind not in ("kv", "embeddings"):

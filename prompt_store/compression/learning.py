@@ -106,7 +106,7 @@ class Learning:
             late = pace.budget is not None and coming > TEACHER_SHARE * pace.budget
             if end > watched and (end <= len(states) or (start and late)):
                 continue
-            part = pairs[start:end]
+            part = [pair.of_teacher for pair in pairs[start:end]]
             watch = len(part) if end <= watched else 0
             found = hidden_states_of(decoder, self.context.full, part, TEACHER_BATCH, watch, settings.virtual_tokens)
             observed += found.observed
