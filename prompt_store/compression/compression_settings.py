@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES
 from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
+from softbatch.prompt_store.stores.kept_text import MAX_RECALL
 
 Kind = Literal["embeddings", "kv"]
 Objective = Literal["kl", "nll", "mixed"]
@@ -29,6 +30,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "matching_steps": (0, 100_000),
     "seed": (0, 2**63 - 1),
     "facts": (0, 1),
+    "recall": (0, MAX_RECALL),
 }
 
 
@@ -62,7 +64,8 @@ class CompressionSettings:
     questions beside the user's own; under a budget fewer are used where time is short. `model_questions` of
     them are asked of the model itself. `held_out` questions are kept for the report, `free_answers` of those
     are also answered freely. `learning_rate` None: the kind's default. `facts` is the share of training questions
-    that ask for something that the text says exactly, as long as there are any.
+    that ask for something that the text says exactly, as long as there are any. With `recall` passages σ is trained to
+    have them behind it.
     """
 
     kind: Kind = "kv"
@@ -82,6 +85,7 @@ class CompressionSettings:
     matching_steps: int = MatchingSettings.steps
     seed: int = 0
     facts: float = FACTS
+    recall: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("kv", "embeddings"):
