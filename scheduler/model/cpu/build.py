@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import threading
 import time
@@ -21,6 +22,8 @@ from softbatch.scheduler.model.source import cache_directory
 
 logger = logging.getLogger(__name__)
 _BUILDING = threading.Lock()
+_BUILDING_PREFIX = ".building-"
+_ABANDONED_SECONDS = 3600  # far more than the longest of compilations
 _LIBRARY = "softbatch_cpu.so"
 _FLAGS_OF_MACHINE = (("-march=native",), ())  # the second where a compiler lacks the first
 
@@ -123,7 +126,9 @@ def _compile(library: Path | None) -> None:
 
     Raises OSError, ImportError or RuntimeError, the last with the compiler's output.
     """
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent if library else None) as directory:
+    if library is not None:
+        _remove_leftovers(library.parent)
+    with tempfile.TemporaryDirectory(prefix=_BUILDING_PREFIX, dir=library.parent if library else None) as directory:
         for flags in _FLAGS_OF_MACHINE:
             try:
                 compiled = compile_library(Path(directory), _LIBRARY, flags)
@@ -135,6 +140,14 @@ def _compile(library: Path | None) -> None:
             if library is not None:
                 os.replace(compiled, library)
             return
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Of processes that were killed while they compiled."""
+    for path in directory.glob(f"{_BUILDING_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            if path.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _first_error(error: Exception) -> str:

@@ -515,14 +515,20 @@ def test_without_a_compiler_plain_torch_takes_over_with_one_warning(
 
 
 def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no compiler at hand the attempt shows in the warning."""
+    """With no compiler at hand the attempt shows in the warning. What killed processes left long ago goes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = _cached_library()
     assert library is not None
     library.write_bytes(b"damaged")
+    abandoned, at_work = library.parent / ".building-old", library.parent / ".building-new"
+    for directory in (abandoned, at_work):
+        directory.mkdir()
+        (directory / "decoder.o").touch()
+    os.utime(abandoned, (0, 0))
     output, log = finish(start(tmp_path, "/nonexistent"))
     assert output == ["reference"]
     assert "cannot be built (no C++ compiler" in log
+    assert sorted(library.parent.iterdir()) == [at_work, library]
 
 
 @needs_compiler
