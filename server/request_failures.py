@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from softbatch.prompt_store.stores.bucket import BucketDenied, BucketError
+
 MAX_ECHO_CHARS = 80
 
 
@@ -122,7 +124,11 @@ class StorageUnwritable(Failure):
 
 
 def storage_failure(error: OSError) -> Failure:
-    """What an error of the disk means to somebody who wants to store something."""
+    """What an error of the disk, or of the bucket, means to somebody who wants to store something."""
+    if isinstance(error, BucketError):
+        return StorageUnwritable(f"the prompt store does not answer: {error.strerror}", code="store_unreachable")
+    if isinstance(error, BucketDenied):
+        return StorageUnwritable(f"the server may not do this in its bucket: {error.strerror}", code="store_denied")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         message = (
             "the server's disk is full: nothing was stored; make room there, or delete soft prompts, and try again"

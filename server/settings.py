@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from softbatch.prompt_store.stores.open_store import GIB, cache_directory_of, is_url
 from softbatch.server.key_weights import read_key_weights
 from softbatch.server.tools.parser_names import CallParser, ReasoningParser
 
@@ -145,11 +147,20 @@ class Settings(BaseSettings):
         60, gt=0, le=3600, description="seconds in which its body must be there; a second more for each 16 KiB of it"
     )
     keep_alive_timeout: int = Field(75, ge=1, le=3600, description="seconds that an idle connection is kept open")
-    prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
+    prompt_store: Path | str = Field(
+        Path("prompts"),
+        description="where the registered soft prompts are: a directory, or a bucket such as s3://bucket/prefix",
+    )
+    prompt_cache: Path | None = Field(
+        None,
+        description="directory for this machine's copies of what lies in a bucket; default: in the user's cache",
+    )
+    prompt_cache_gib: float = Field(10, gt=0, le=65_536, description="most that --prompt-cache holds, in GiB")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
     batch_dir: Path | None = Field(
         None,
-        description="directory of files and batches, /v1/files and /v1/batches; default: .batches in --prompt-store",
+        description="directory of files and batches, /v1/files and /v1/batches; default: .batches in --prompt-store, "
+        "or beside a bucket's copies",
     )
     max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
     max_batch_file_bytes: int = Field(200_000_000, ge=1, le=2**40, description="of a file that is uploaded for a batch")
@@ -264,6 +275,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
             )
+        if isinstance(self.prompt_store, str) and self.prompt_cache_bytes < self.max_prompt_mib << 20:
+            raise ValueError(
+                f"--prompt-cache-gib {self.prompt_cache_gib:g} is less than one soft prompt may have: raise it, or "
+                f"lower --max-prompt-mib {self.max_prompt_mib}"
+            )
         self.weights_by_owner()
         return self
 
@@ -272,7 +288,29 @@ class Settings(BaseSettings):
         keys = (*self.api_key, *self.admin_key)
         return read_key_weights(self.key_weights, keys) if self.key_weights is not None else {}
 
-    @field_validator("prompt_store", "batch_dir")
+    @field_validator("prompt_store", mode="before")
+    @classmethod
+    def _place(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("file://"):
+            value = value.removeprefix("file://")
+        if isinstance(value, str) and is_url(value):
+            return value.rstrip("/")
+        return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+
+    @property
+    def store_root(self) -> Path:
+        """The directory that is the store, or of a bucket's copies."""
+        if isinstance(self.prompt_store, Path):
+            return self.prompt_store
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache = self.prompt_cache or Path(base) / "softbatch"
+        return cache_directory_of(self.prompt_store, cache.expanduser().absolute())
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        return int(self.prompt_cache_gib * GIB)
+
+    @field_validator("batch_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value.expanduser().absolute() if value is not None else None

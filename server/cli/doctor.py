@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.scheduler.model.cpu import build, ops
 from softbatch.scheduler.model.model_error import ModelError
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, cache_directory, is_embedded_here, resolve
@@ -23,6 +24,7 @@ from softbatch.scheduler.model.weight_files import num_stored
 from softbatch.server.cli.machine import GIB, Finding, State, gpu, memory, processor, threads
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.settings import Settings
+from softbatch.server.store_of_settings import store_of
 
 SPARE_DISK_GIB = 2.0
 PROBE_BYTES = 256 << 20  # far more than any cache holds
@@ -50,7 +52,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield memory()
     yield gpu()
     yield _kernels()
-    yield _directory("prompt store", Path(settings.prompt_store), "--prompt-store")
+    yield _prompt_store(settings)
     yield _directory("cache", cache_directory(), "XDG_CACHE_HOME")
     yield from _pace(settings)
 
@@ -81,6 +83,19 @@ def _kernels() -> Finding:
         advice = "models run in plain torch, several times slower; install g++ (Debian, Ubuntu) or gcc-c++ (Fedora)"
         return Finding("kernels", f"no C++ compiler: {compiler} is not on the PATH{why}", State.SLOW, advice)
     return Finding("kernels", f"{compiler} compiles them at the first start, in about a minute{why}")
+
+
+def _prompt_store(settings: Settings) -> Finding:
+    if isinstance(settings.prompt_store, Path):
+        return _directory("prompt store", settings.prompt_store, "--prompt-store")
+    try:
+        store = store_of(settings)
+        count = len(store.list())
+    except (SoftPromptError, OSError) as error:
+        advice = "see docs/guides/object-store.md for addresses, credentials and permissions"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return Finding("prompt store", f"{settings.prompt_store}: {reason}", State.BROKEN, advice)
+    return Finding("prompt store", f"{settings.prompt_store}: reached, {count} soft prompts; copies in {store.root}")
 
 
 def _directory(about: str, path: Path, setting: str) -> Finding:

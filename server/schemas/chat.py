@@ -50,9 +50,12 @@ def _as_text_part(part: object) -> object:
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
         return part
-    if part.get("type") in ("input_text", "output_text"):
+    kind = part.get("type")
+    if kind in ("input_text", "output_text"):
         return {**part, "type": "text"}
-    return {"type": "text", "text": part.get("refusal")} if part.get("type") == "refusal" else part
+    if kind == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
 
 
 def _as_parts(value: object) -> object:
