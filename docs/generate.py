@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from softbatch.prompt_store.compression.frozen.frozen_model import refuse_unsupported
+from softbatch.prompt_store.compression.frozen.layer_kinds import windows_of
 from softbatch.scheduler.model.cuda import fused
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.llama.description import is_described, is_plain
@@ -244,11 +244,12 @@ On a CPU, *one call* is the C++ decoder, with all of `--quantization` and `--kv-
 transformers' own code around our attention kernels, several times slower. On a GPU, *fused* kernels are for models
 without a window that some sequence reaches.
 
-Compression needs full attention: no sequence may reach the end of a window. It trains with *kernels* on a CPU, or
-through *torch*, after a check like the one above; *no* means that it refuses.
+Compression trains with *kernels* on a CPU, or through *torch*, after a check like the one above; *no* means that it
+refuses. [Compression](../internals/compression.md#windows) says what windows change.
 
-Blocks of the KV cache behind a window are not freed: a layer with a window takes as much memory as one without. A soft
-prompt is a prefix like any other: layers with a window see no more of it than of a text in its place.
+Blocks of the KV cache behind a window are not freed: a block holds all layers' keys, and in most of these models some
+layers see everything. A soft prompt is a prefix like any other: layers with a window see no more of it than of a text
+in its place.
 """
 
 
@@ -258,9 +259,9 @@ def _where_it_runs(kind: str, fields: Mapping[str, Any]) -> tuple[str, str, str,
     rest = {name: value for name, value in fields.items() if name not in ("sliding_window", "use_sliding_window")}
     wide = skeleton(kind, **rest, **({"sliding_window": 256} if "sliding_window" in fields else {}))
     try:
-        refuse_unsupported(wide.config)
-        has_sinks = any(name.endswith("sinks") for name, _ in wide.named_parameters())
-        compression = "no" if has_sinks else "kernels" if is_plain(wide) else "torch"
+        windows_of(model.config)
+        has_sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+        compression = "no" if has_sinks else "kernels" if is_plain(model) else "torch"
     except ValueError:
         compression = "no"
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable
 
+from softbatch.scheduler.protocol import MAX_PRIORITY
 from softbatch.scheduler.sequence import Sequence
 
 # A prompt may be overtaken by shorter ones that came later, until so many times its own tokens have passed it.
@@ -29,6 +30,11 @@ def precedence(sequence: Sequence) -> tuple[int, int, int]:
     A sequence keeps its precedence for life. One that was preempted therefore returns to its old place.
     """
     return (sequence.priority, sequence.turn, sequence.arrival)
+
+
+def is_background(sequence: Sequence) -> bool:
+    """Whether nobody waits for it: it runs when others leave room, and leaves the batch for them."""
+    return sequence.priority > MAX_PRIORITY
 
 
 def insert(running: list[Sequence], sequence: Sequence) -> None:

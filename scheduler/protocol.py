@@ -15,6 +15,12 @@ from softbatch.prompt_store.manifest import ModelSpec
 FinishReason = Literal["eos", "stop", "length", "timeout", "error", "cancelled"]
 
 
+# A request's own priority, which goes first the lower it is, lies between this number and its negative.
+MAX_PRIORITY = 1000
+# Added to the priority of what is asked in the background, so that it goes behind everything else.
+BACKGROUND = 2 * MAX_PRIORITY + 1
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """How the next token of one sequence is chosen, and when the sequence ends.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from softbatch.scheduler.block_pool import BlockPool
 from softbatch.scheduler.decode_shares import DecodeCost, who_decodes
-from softbatch.scheduler.policy import insert, must_preempt, precedence, preemption_victim, turn
+from softbatch.scheduler.policy import insert, is_background, must_preempt, precedence, preemption_victim, turn
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
@@ -16,6 +16,9 @@ from softbatch.scheduler.soft_prompt_loads import SoftPromptLoads
 from softbatch.scheduler.step import SoftPromptPrefill, Step, StepResult, StepRow
 from softbatch.scheduler.step_pace import StepPace
 from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
+
+# So many steps after the last one with somebody who waits for an answer, more are expected any moment.
+FOREGROUND_STEPS = 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Scheduler:
         self._admission_limit = config.max_batch_size
         self.decode_cost = DecodeCost()
         self._steps = 0
+        self._last_foreground = -FOREGROUND_STEPS  # the step that had a row of others than the background
         self._arrivals = 0
         self._prompts_begun = 0  # tokens
         self._preemptions = 0
@@ -128,30 +132,52 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Plan the next step: decodes, then prefills of soft prompts, then of sequences, waiting ones included, in
-        order of precedence."""
+        order of precedence. What runs in the background joins a step that has no prefills of others."""
         step = Step()
         self._steps += 1
         chosen = None
         if len({sequence.owner for sequence in self.running}) > 1:
-            chosen = who_decodes([s for s in self.running if s.is_decoding], self.decode_cost, self._steps)
-        left = self._continue_decodes(step, chosen)
-        decodes = self.config.max_batch_tokens - left
-        budget = min(left, self.pace.for_prefills(decodes, shared=chosen is not None))
+            decoding = [s for s in self.running if s.is_decoding and not is_background(s)]
+            chosen = who_decodes(decoding, self.decode_cost, self._steps)
+        self._continue_decodes(step, chosen)
+        decodes = len(step.rows)
+        budget = self.config.max_batch_tokens - decodes
+        budget = min(budget, self.pace.for_prefills(decodes, shared=chosen is not None))
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
+            if is_background(sequence):
+                break
             budget = self._admit(step, budget, before=sequence)
             if budget > 0:
                 budget -= self._add_row(step, sequence, budget)
         self._admit(step, budget)
+        if step.rows:
+            self._last_foreground = self._steps
+        if step.num_tokens == decodes:
+            self._schedule_background(step)
         return step
+
+    def _schedule_background(self, step: Step) -> None:
+        """Whoever arrives waits for the end of a step: while others than these come, their prefills are cut short."""
+        following = self.waiting.peek()
+        if not (self.running and is_background(self.running[-1])) and not (following and is_background(following)):
+            return
+        self._continue_decodes(step, None, background=True)
+        budget = self.config.max_batch_tokens - step.num_tokens
+        is_alone = self._steps - self._last_foreground > FOREGROUND_STEPS
+        budget = min(budget, self.pace.for_prefills(step.num_tokens, background=not is_alone))
+        for sequence in [s for s in self.running if is_background(s) and s.length - s.num_computed > 1]:
+            if budget > 0:
+                budget -= self._add_row(step, sequence, budget)
+        self._admit(step, budget, background=True)
 
     def admit_late(self, step: Step) -> None:
         """Add soft prompts that were read after `schedule()`, and sequences that waited for them, within the token
         budget."""
         decodes = sum(1 for row in step.rows if row.num_tokens == 1)
         budget = self.pace.for_prefills(decodes) - (step.num_tokens - decodes)
-        self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False))
+        self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False), displacing=False)
 
     def mark_in_flight(self, step: Step) -> None:
         """Count the step's positions as computed and the tokens it will sample as in flight."""
@@ -244,25 +270,24 @@ class Scheduler:
         if step.num_tokens == len(step.rows):
             self.decode_cost.observe(len(step.rows), seconds)
 
-    def _continue_decodes(self, step: Step, chosen: Collection[Sequence] | None) -> int:
-        """Schedule one token for each decoding sequence, or each of those chosen. If blocks run out, preempt. Returns
-        the remaining token budget."""
-        budget = self.config.max_batch_tokens
+    def _continue_decodes(self, step: Step, chosen: Collection[Sequence] | None, *, background: bool = False) -> None:
+        """Schedule one token for each decoding sequence, or each of those chosen. If blocks run out, preempt."""
+        budget = self.config.max_batch_tokens - len(step.rows)
         index = 0
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            if (chosen is None or sequence in chosen) and sequence.is_decoding:
+            is_asked = is_background(sequence) is background and (chosen is None or sequence in chosen)
+            if is_asked and sequence.is_decoding:
                 while not self._blocks.grow(sequence):
                     if not must_preempt(self.running):
                         break
                     victim = preemption_victim(self.running)
                     self._preempt(victim, step)
                     if victim is sequence:
-                        return budget
+                        return
                 else:
                     budget -= self._add_row(step, sequence, 1)
             index += 1
-        return budget
 
     def _prefill_soft_prompts(self, step: Step, budget: int, *, others: bool) -> int:
         """Schedule prefills of soft prompts that are not in the step yet. Returns how many tokens they take, at most
@@ -276,14 +301,27 @@ class Scheduler:
                 left -= count
         return share - left
 
-    def _admit(self, step: Step, budget: int, *, before: Sequence | None = None) -> int:
+    def _admit(
+        self,
+        step: Step,
+        budget: int,
+        *,
+        before: Sequence | None = None,
+        background: bool = False,
+        displacing: bool = True,
+    ) -> int:
         """Admit waiting sequences while slots, blocks and token budget last, or only those that precede `before`. Park
-        those whose soft prompt loads. Returns the remaining token budget."""
+        those whose soft prompt loads. Returns the remaining token budget. Those of the background are admitted only if
+        that is asked for, and with `displacing` they leave the batch for others that find no room."""
         if step.report.preempted:
             return budget  # a sequence that this step preempted would be admitted only to be preempted again
-        while budget > 0 and len(self.running) < self._admission_limit:
+        while budget > 0:
             sequence = self.waiting.peek()
             if sequence is None or (before is not None and precedence(before) < precedence(sequence)):
+                break
+            if is_background(sequence) and not background:
+                break
+            if len(self.running) >= self._admission_limit and not (displacing and self._displace(sequence, step)):
                 break
             prompt = None
             if sequence.soft_prompt is not None:
@@ -300,6 +338,8 @@ class Scheduler:
             # Keep one free block per running sequence. Otherwise a sequence that is admitted into the last block would
             # be preempted a few steps later.
             if not self._blocks.take(sequence, prompt, spare=len(self.running)):
+                if displacing and self._displace(sequence, step):
+                    continue  # from the start, for a deleted soft prompt goes with its last user
                 break
             self.waiting.pop()
             if prompt is not None and (copy := self._blocks.copy_of_last(sequence, prompt)) is not None:
@@ -310,6 +350,14 @@ class Scheduler:
             step.report.admitted.append(sequence.request_id)
             budget -= self._add_row(step, sequence, budget)
         return budget
+
+    def _displace(self, sequence: Sequence, step: Step) -> bool:
+        """Preempt a sequence of the background, which has no row yet, for one that is not; False if there is none."""
+        victim = self.running[-1] if self.running else None
+        if victim is None or is_background(sequence) or not is_background(victim):
+            return False
+        self._preempt(victim, step)
+        return True
 
     def _count_admission(self, sequence: Sequence) -> None:
         """Count hits and misses once per request, not again after a preemption."""

@@ -62,7 +62,11 @@ def create_app(services: Services) -> FastAPI:
 def add_middlewares(app: FastAPI, settings: Settings, tracing: Tracing | None = None) -> None:
     """From the innermost to the outermost."""
     app.add_middleware(ContentEncodingMiddleware)
-    app.add_middleware(BodyLimitMiddleware, max_upload_bytes=settings.max_prompt_mib << 20)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_upload_bytes=settings.max_prompt_mib << 20,
+        max_file_bytes=settings.max_batch_file_bytes,
+    )
     app.add_middleware(AuthMiddleware, api_keys=settings.api_key, admin_keys=settings.admin_key)
     app.add_middleware(HeadAndSlashesMiddleware)
     app.add_middleware(CutOffMiddleware)

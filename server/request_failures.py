@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from softbatch.prompt_store.stores.bucket import BucketDenied, BucketError
+
 MAX_ECHO_CHARS = 80
 
 
@@ -122,7 +124,11 @@ class StorageUnwritable(Failure):
 
 
 def storage_failure(error: OSError) -> Failure:
-    """What an error of the disk means to somebody who wants to store something."""
+    """What an error of the disk, or of the bucket, means to somebody who wants to store something."""
+    if isinstance(error, BucketError):
+        return StorageUnwritable(f"the prompt store does not answer: {error.strerror}", code="store_unreachable")
+    if isinstance(error, BucketDenied):
+        return StorageUnwritable(f"the server may not do this in its bucket: {error.strerror}", code="store_denied")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         message = (
             "the server's disk is full: nothing was stored; make room there, or delete soft prompts, and try again"
@@ -168,6 +174,51 @@ class TooManyCompressions(Failure):
 
 class CompressionsUnavailable(Failure):
     """Compressions cannot be read or queued here at the moment."""
+
+    def __init__(self, message: str, *, code: str = "unavailable") -> None:
+        super().__init__(message, code=code, retry_after=5)
+
+
+class UnknownBatchFile(Failure):
+    """No file has this id, or it is another key's."""
+
+    def __init__(self, file_id: str, *, param: str = "id") -> None:
+        message = f"there is no file {shown(file_id)}; GET /v1/files lists them"
+        super().__init__(message, param=param, code="file_not_found")
+
+
+class UnknownBatch(Failure):
+    """No batch has this id, or it is another key's."""
+
+    def __init__(self, batch_id: str) -> None:
+        message = f"there is no batch {shown(batch_id)}; GET /v1/batches lists them"
+        super().__init__(message, param="id", code="batch_not_found")
+
+
+class BatchFileInUse(Failure):
+    """An unfinished batch reads the file."""
+
+    def __init__(self, file_id: str, batch_id: str) -> None:
+        message = f"batch {batch_id} still reads the file {shown(file_id)}; wait for its end, or cancel it"
+        super().__init__(message, param="id", code="file_in_use")
+
+
+class BatchNotRunning(Failure):
+    """The batch has ended, or is about to."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(f"the batch is {status}; it cannot be cancelled any more", param="id", code="already_finished")
+
+
+class TooManyBatches(Failure):
+    """As many batches are unfinished, or as many files kept, as there may be."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="rate_limit_exceeded", retry_after=60)
+
+
+class BatchesUnavailable(Failure):
+    """Files and batches cannot be read or taken here at the moment."""
 
     def __init__(self, message: str, *, code: str = "unavailable") -> None:
         super().__init__(message, code=code, retry_after=5)

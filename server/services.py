@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softbatch.prompt_store.atomic_files import process_directory
-from softbatch.prompt_store.manifest import ModelSpec
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
-from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.batches.batch_queue import BatchLimits, BatchQueue
+from softbatch.server.compressions.queues import CompressionQueue, running_queue, served_choice
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.otlp_target import otlp_target
@@ -37,6 +37,7 @@ from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
 from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.store_of_settings import store_of
 from softbatch.server.tools.dialect import Dialect
 
 if TYPE_CHECKING:
@@ -55,11 +56,13 @@ class Services:
     engine: EngineClient
     admission: Admission
     generator: Generator
+    recaller: Recaller
     scorer: Scorer
     embedder: Embedder
     store: SoftPromptStore
     leases: SoftPromptLeases
-    compressions: CompressionJobs
+    compressions: CompressionQueue
+    batches: BatchQueue
     text: TextProcessor
     dialect: Dialect
     metrics: Metrics
@@ -87,68 +90,81 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
     started = time.monotonic()
     store = _prompt_store(settings)
     metrics = Metrics()
-    with contextlib.ExitStack() as exits:
-        leased = exits.enter_context(_leases(store.root))
-        # The sockets' paths are short, for ipc:// allows about 100 characters.
-        temporary = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-serve-"))
+    with _leases(store.root) as leased:
+        async with _running_engine(settings, metrics) as (temporary, supervisor, engine, ready):
+            model = ready.model
+            if tracing is not None:
+                tracing.describe(model.name, lambda: supervisor.pid)
+            text = await asyncio.to_thread(_text_processor, ready)
+            encoder = PromptEncoder(text, model.vocab_size, model.max_model_len, settings.default_max_tokens)
+            recaller = Recaller(PassageIndexes(store), text, encoder)
+            leases = SoftPromptLeases(store, model.spec, leased, engine.forget_soft_prompt)
+            admission = _admission(settings, engine, leases, metrics)
+            _watch(metrics, engine, store)
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, model.name))
+            checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
+            logger.info("ready after %.2f s", time.monotonic() - started)
+            jobs = running_queue(
+                store, model.spec, metrics.registry, lambda: admission.draining, lambda: served_choice(model)
+            )
+            feed = LiveFeed(metrics, lambda: admission.draining)
+            queue = _batch_queue(settings, metrics, admission)
+            eos = model.eos_token_ids
+            with contextlib.closing(GrammarCompiler(text.backend, model.vocab_size, eos)) as grammars:
+                async with jobs as compressions, queue.running() as batches, feed.running() as live:
+                    yield Services(
+                        settings=settings,
+                        supervisor=supervisor,
+                        engine=engine,
+                        admission=admission,
+                        generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
+                        recaller=recaller,
+                        scorer=Scorer(admission, encoder, recaller, eos),
+                        embedder=Embedder(admission, encoder, settings.max_batch_size),
+                        store=store,
+                        leases=leases,
+                        compressions=compressions,
+                        batches=batches,
+                        text=text,
+                        dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
+                        metrics=metrics,
+                        live=live,
+                        tracing=tracing,
+                        temporary=temporary,
+                        spec=model.spec,
+                        model_name=model.name,
+                    )
+                await checking
+
+
+@contextlib.asynccontextmanager
+async def _running_engine(
+    settings: Settings, metrics: Metrics
+) -> AsyncIterator[tuple[Path, EngineSupervisor, EngineClient, Ready]]:
+    """And the directory for temporary files, which the engine's sockets are in."""
+    # Their paths are short, for ipc:// allows about 100 characters.
+    with process_directory(Path(tempfile.gettempdir()), "softbatch-serve-") as temporary:
         patience = Patience(settings.step_timeout, settings.max_engine_deaths, settings.engine_death_window)
         supervisor = EngineSupervisor(_engine_config(settings), temporary, patience)
         engine = EngineClient(supervisor, metrics)
         try:
-            ready = await supervisor.start(engine)
-            if tracing is not None:
-                tracing.describe(ready.model.name, lambda: supervisor.pid)
-            text = await asyncio.to_thread(_text_processor, ready)
-            encoder = PromptEncoder(
-                text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
-            )
-            eos = ready.model.eos_token_ids
-            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, eos)
-            exits.callback(grammars.close)
-            spec = ready.model.spec
-            recaller = Recaller(PassageIndexes(store), text, encoder)
-            leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
-            admission = _admission(settings, engine, leases, metrics)
-            _watch(metrics, engine, store)
-            if settings.vllm_metric_names:
-                metrics.registry.register(VllmNames(metrics, ready.model.name))
-            checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
-            logger.info("ready after %.2f s", time.monotonic() - started)
-            jobs = CompressionJobs(store, spec, metrics.registry, lambda: admission.draining)
-            feed = LiveFeed(metrics, lambda: admission.draining)
-            async with jobs.running() as compressions, feed.running() as live:
-                yield Services(
-                    settings=settings,
-                    supervisor=supervisor,
-                    engine=engine,
-                    admission=admission,
-                    generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
-                    scorer=Scorer(admission, encoder, recaller, eos),
-                    embedder=Embedder(admission, encoder, settings.max_batch_size),
-                    store=store,
-                    leases=leases,
-                    compressions=compressions,
-                    text=text,
-                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
-                    metrics=metrics,
-                    live=live,
-                    tracing=tracing,
-                    temporary=temporary,
-                    spec=spec,
-                    model_name=ready.model.name,
-                )
-            await checking
+            yield temporary, supervisor, engine, await supervisor.start(engine)
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")
 
 
-def _prompt_store(settings: Settings) -> PromptStore:
+def _prompt_store(settings: Settings) -> SoftPromptStore:
     """Raises StartupError."""
     try:
-        return PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+        store = store_of(settings)
+        store.sweep()
+    except SoftPromptError as error:
+        raise StartupError(f"--prompt-store {error}") from error
     except OSError as error:
-        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror}") from error
+        raise StartupError(f"--prompt-store {settings.prompt_store}: {error.strerror or error}") from error
+    return store
 
 
 def _tracing(settings: Settings) -> Tracing | None:
@@ -221,6 +237,16 @@ def _admission(settings: Settings, engine: EngineClient, leases: SoftPromptLease
         weights=settings.weights_by_owner(),
     )
     return Admission(engine, leases, metrics, limits)
+
+
+def _batch_queue(settings: Settings, metrics: Metrics, admission: Admission) -> BatchQueue:
+    limits = BatchLimits(
+        max_lines=settings.max_batch_lines,
+        max_file_bytes=settings.max_batch_file_bytes,
+        concurrency=settings.batch_concurrency or max(1, settings.max_batch_size // 4),
+    )
+    root = settings.batch_dir or settings.store_root / ".batches"
+    return BatchQueue(root, limits, metrics, lambda: admission.draining)
 
 
 def _engine_config(settings: Settings) -> EngineConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from softbatch.prompt_store.stores.open_store import GIB, cache_directory_of, is_url
 from softbatch.server.key_weights import read_key_weights
 from softbatch.server.tools.parser_names import CallParser, ReasoningParser
 
@@ -46,8 +48,9 @@ class Settings(BaseSettings):
     )
     kv_cache_dtype: Literal["auto", "int8", "k6v4"] = Field(
         "auto",
-        description="of the KV cache; auto: as --dtype; int8: 9 bits a number, nearly as exact; k6v4: 6 bits, about as "
-        "exact as int8 weights; both for Llama-like models on CPUs",
+        description="of the KV cache; auto: as --dtype; int8: 9 bits a number, 0.0001 to 0.0005 nats off float32 where "
+        "bfloat16 is 0.0001 to 0.0003; k6v4: 6 bits, 0.004 to 0.016 nats (three models, on text; the log says how far "
+        "yours is at each start); both for models that run in one call on CPUs",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     max_batch_size: int = Field(32, ge=1, le=4096, description="slots: sequences that run at once")
@@ -144,8 +147,30 @@ class Settings(BaseSettings):
         60, gt=0, le=3600, description="seconds in which its body must be there; a second more for each 16 KiB of it"
     )
     keep_alive_timeout: int = Field(75, ge=1, le=3600, description="seconds that an idle connection is kept open")
-    prompt_store: Path = Field(Path("prompts"), description="directory of the registered soft prompts")
+    prompt_store: Path | str = Field(
+        Path("prompts"),
+        description="where the registered soft prompts are: a directory, or a bucket such as s3://bucket/prefix",
+    )
+    prompt_cache: Path | None = Field(
+        None,
+        description="directory for this machine's copies of what lies in a bucket; default: in the user's cache",
+    )
+    prompt_cache_gib: float = Field(10, gt=0, le=65_536, description="most that --prompt-cache holds, in GiB")
     max_prompt_mib: int = Field(256, ge=1, le=65_536, description="largest soft prompt upload, in MiB")
+    batch_dir: Path | None = Field(
+        None,
+        description="directory of files and batches, /v1/files and /v1/batches; default: .batches in --prompt-store, "
+        "or beside a bucket's copies",
+    )
+    max_batch_lines: int = Field(50_000, ge=1, le=1_000_000, description="requests of one batch")
+    max_batch_file_bytes: int = Field(200_000_000, ge=1, le=2**40, description="of a file that is uploaded for a batch")
+    batch_concurrency: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="requests of batches that are in the queue or the running batch at once, behind all others; "
+        "default: a quarter of --max-batch-size",
+    )
     api_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         validation_alias=AliasChoices("api_key", "SOFTBATCH_API_KEY", "SOFTBATCH_API_KEYS"),
@@ -250,6 +275,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: set --api-key, or listen on 127.0.0.1"
             )
+        if isinstance(self.prompt_store, str) and self.prompt_cache_bytes < self.max_prompt_mib << 20:
+            raise ValueError(
+                f"--prompt-cache-gib {self.prompt_cache_gib:g} is less than one soft prompt may have: raise it, or "
+                f"lower --max-prompt-mib {self.max_prompt_mib}"
+            )
         self.weights_by_owner()
         return self
 
@@ -258,10 +288,32 @@ class Settings(BaseSettings):
         keys = (*self.api_key, *self.admin_key)
         return read_key_weights(self.key_weights, keys) if self.key_weights is not None else {}
 
-    @field_validator("prompt_store")
+    @field_validator("prompt_store", mode="before")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _place(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("file://"):
+            value = value.removeprefix("file://")
+        if isinstance(value, str) and is_url(value):
+            return value.rstrip("/")
+        return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+
+    @property
+    def store_root(self) -> Path:
+        """The directory that is the store, or of a bucket's copies."""
+        if isinstance(self.prompt_store, Path):
+            return self.prompt_store
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache = self.prompt_cache or Path(base) / "softbatch"
+        return cache_directory_of(self.prompt_store, cache.expanduser().absolute())
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        return int(self.prompt_cache_gib * GIB)
+
+    @field_validator("batch_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value is not None else None
 
 
 def absolute_model(model: str) -> str:

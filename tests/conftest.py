@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded; tests often share their cores
 
@@ -17,6 +18,8 @@ from transformers import AutoTokenizer
 
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
+from tests.support.bucket_server import BucketServer, environment_of, running_bucket_server
+from tests.support.faulty_proxy import FaultyProxy, running_proxy
 from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
 
 FEW_TOKENS = 4096
@@ -48,6 +51,22 @@ def tiny_compressible(tmp_path_factory: pytest.TempPathFactory) -> str:
     save_tiny(config, AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path), path)
     keep_first_tokens(path, FEW_TOKENS)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[BucketServer]:
+    """One for all tests of a process; each takes a prefix of its own."""
+    with running_bucket_server() as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(bucket_server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """Stores that are opened behind it go through it."""
+    with running_proxy(bucket_server.endpoint) as found:
+        for name, value in environment_of(found.endpoint).items():
+            monkeypatch.setenv(name, value)
+        yield found
 
 
 @pytest.fixture(scope="session", params=sorted(TINY_CONFIGS))

@@ -48,6 +48,14 @@ def test_reference_names_what_a_client_meets(generator: ModuleType) -> None:
     assert codes <= generator.error_codes()
 
 
+def test_the_guide_shows_every_client() -> None:
+    """As lines that mkdocs takes for the names of files, which a formatter may have spoilt."""
+    shown = re.findall(
+        r'^--8<-- "tests/clients/(.+)"$', (ROOT / "docs" / "guides" / "clients.md").read_text(), re.MULTILINE
+    )
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "tests" / "clients").glob("test_*.py"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_paths_exist(page: Path) -> None:
     for path in NAMED_PATH.findall(page.read_text()):

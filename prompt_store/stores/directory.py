@@ -25,6 +25,7 @@ from softbatch.prompt_store.soft_prompt_file import (
     load,
     read_manifest,
 )
+from softbatch.prompt_store.stores.bounded_copy import NO_LINK, copy_bounded
 from softbatch.prompt_store.stores.kept_text import DIRECTORY as TEXTS
 from softbatch.prompt_store.stores.kept_text import KeptText, KeptTexts
 from softbatch.prompt_store.stores.store import NameTaken as NameTaken
@@ -37,9 +38,7 @@ _SUFFIX = ".safetensors"
 _TEMP = re.compile(r"\.add-(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,7})-[0-9a-f]{16}")
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _STALE_SECONDS = 3600
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP}
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-_CHUNK = 1 << 20
 _TRIES = 5  # to open a file whose name others give away meanwhile
 
 
@@ -50,8 +49,10 @@ class PromptStore(SoftPromptStore):
     hard links.
     """
 
+    keeps_leases = True
+
     def __init__(self, root: Path, max_bytes: int) -> None:
-        self.root = root
+        self.root, self.location = root, str(root)
         self.max_bytes = max_bytes
         self._cache: dict[str, tuple[Version, StoredPrompt | SoftPromptError]] = {}
         root.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ class PromptStore(SoftPromptStore):
         try:
             # Read-only, because leases share the file's content.
             with file.open("rb") as source, open(os.open(temp, _CREATE, 0o444), "wb") as target:
-                sha256 = _copy(source, target, self.max_bytes)
+                sha256 = copy_bounded(source, target, self.max_bytes)
             prompt = load(temp, self.max_bytes)
             if spec is not None:
                 check_fits(prompt, spec)
@@ -163,6 +164,15 @@ class PromptStore(SoftPromptStore):
             self._copy_content(stored, temp)
         sync(path.parent)
 
+    def local_file(self, stored: StoredPrompt) -> Path:
+        return stored.path
+
+    def sweep(self) -> None:
+        """Done when it was opened: there is little to look through."""
+
+    def is_known(self, name: str) -> bool:
+        return is_name(name) and os.path.lexists(self._path(name))
+
     def lease(self, stored: StoredPrompt, directory: Path) -> Path:
         """A hard link if possible, otherwise a copy, named `<sha256>.safetensors`."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -175,7 +185,7 @@ class PromptStore(SoftPromptStore):
             except FileNotFoundError:
                 raise UnknownPrompt(stored.name) from None
             except OSError as error:
-                if error.errno not in _NO_LINK:
+                if error.errno not in NO_LINK:
                     raise
                 self._copy_content(stored, temp)
             else:
@@ -227,7 +237,7 @@ class PromptStore(SoftPromptStore):
     def _copy_content(self, stored: StoredPrompt, target: Path) -> None:
         try:
             with stored.path.open("rb") as source, target.open("xb") as copy:
-                sha256 = _copy(source, copy, self.max_bytes)
+                sha256 = copy_bounded(source, copy, self.max_bytes)
         except FileNotFoundError:
             raise UnknownPrompt(stored.name) from None
         if sha256 != stored.sha256:
@@ -239,23 +249,6 @@ class PromptStore(SoftPromptStore):
             with contextlib.suppress(OSError):
                 if owner and (_is_dead(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS):
                     path.unlink()
-
-
-def _copy(source: BinaryIO, target: BinaryIO, max_bytes: int) -> str:
-    """Returns the SHA-256 of what is then on disk. The source may grow meanwhile: the bound is kept here."""
-    digest = hashlib.sha256()
-    num_bytes = 0
-    while chunk := source.read(_CHUNK):
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise SoftPromptError(
-                f"the file has more than the allowed {max_bytes} bytes", param="file", code="too_large"
-            )
-        digest.update(chunk)
-        target.write(chunk)
-    target.flush()
-    os.fsync(target.fileno())
-    return digest.hexdigest()
 
 
 def _version_of(found: os.stat_result) -> Version:

@@ -31,7 +31,8 @@ class UnknownPrompt(SoftPromptError):
 class StoredPrompt:
     """A registered soft prompt. `sha256` is over the file's bytes and is its identity in every cache.
 
-    `created_at` is when it was registered, in Unix seconds. `path` is where the file can be read on this machine.
+    `created_at` is when it was registered, in Unix seconds. `path` is where the file lies on this machine once
+    `local_file` was called.
     `version` differs between any two files that ever had the name. `recall` is how many passages of its kept text a
     request gets that does not say; None: no text is kept.
     """
@@ -53,6 +54,9 @@ class SoftPromptStore(Protocol):
     """
 
     max_bytes: int  # the size of the largest file that can be added
+    root: Path  # on this machine's disk, where leases and work lie
+    location: str  # what users call the store
+    keeps_leases: bool  # a lease that nobody uses costs nothing, as the store has the file anyway
 
     def check_free(self, name: str) -> None:
         """A cheap check before an upload; `add` decides. Raises SoftPromptError invalid_name, or NameTaken."""
@@ -66,6 +70,18 @@ class SoftPromptStore(Protocol):
 
     def get(self, name: str) -> StoredPrompt:
         """Cheap for a prompt that was asked for before. Raises UnknownPrompt, or SoftPromptError if it is broken."""
+        ...
+
+    def is_known(self, name: str) -> bool:
+        """Whether the name is given away, as far as this process can tell without waiting. Never raises."""
+        ...
+
+    def local_file(self, stored: StoredPrompt) -> Path:
+        """Where its content can be read on this machine now. Raises like `lease`."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove, in time, what crashes have left behind. Returns at once."""
         ...
 
     def kept_text(self, stored: StoredPrompt) -> KeptText | None:

@@ -237,7 +237,8 @@ def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | N
             max_batch_tokens=config.max_batch_tokens,
             step_target=_step_target(config, loaded.info),
             max_model_len=loaded.info.max_model_len,
-            max_queue_size=config.max_queue_size + config.max_batch_size,
+            # As many in the background beside all others.
+            max_queue_size=2 * (config.max_queue_size + config.max_batch_size),
             num_blocks=kv.num_blocks,
             block_size=kv.block_size,
             eos_token_ids=frozenset(loaded.info.eos_token_ids),

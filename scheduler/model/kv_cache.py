@@ -8,6 +8,7 @@ import torch
 
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.formats import KvFormat
+from softbatch.scheduler.model.key_offsets import KeyOffsets
 from softbatch.scheduler.model.staging import small_tensor
 
 
@@ -72,12 +73,15 @@ class KVCache:
         device: torch.device,
         scratch_block: bool = False,
         kv_format: KvFormat = KvFormat.PLAIN,
+        key_offsets: KeyOffsets | None = None,
     ) -> None:
+        """`key_offsets` are what keys lack in a packed cache."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
         self.format = RowFormat(dtype, head_dim, kv_format)
+        self.key_offsets = None if kv_format is KvFormat.PLAIN else key_offsets
         shape = (num_layers, num_blocks + scratch_block, num_kv_heads, block_size)
         self._keys, self._values = (
             torch.zeros((*shape, size), dtype=self.format.stored_as, device=device) for size in self.format.sizes
@@ -105,6 +109,8 @@ class KVCache:
 
         Thread-safe, for it touches no block of the cache. For a GPU the blocks are pinned, so that `write` need not
         wait."""
+        if self.key_offsets is not None:
+            keys = keys.float() - self.key_offsets.turned(keys.shape[1])
         return StagedBlocks(
             self._in_blocks(self.format.rows(keys, are_keys=True)),
             self._in_blocks(self.format.rows(values, are_keys=False)),

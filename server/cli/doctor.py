@@ -16,13 +16,15 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.scheduler.model.cpu import build, ops
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.source import EMBEDDED_ALIAS, cache_directory, resolve
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, cache_directory, is_embedded_here, resolve
 from softbatch.scheduler.model.weight_files import num_stored
 from softbatch.server.cli.machine import GIB, Finding, State, gpu, memory, processor, threads
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.settings import Settings
+from softbatch.server.store_of_settings import store_of
 
 SPARE_DISK_GIB = 2.0
 PROBE_BYTES = 256 << 20  # far more than any cache holds
@@ -50,7 +52,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield memory()
     yield gpu()
     yield _kernels()
-    yield _directory("prompt store", Path(settings.prompt_store), "--prompt-store")
+    yield _prompt_store(settings)
     yield _directory("cache", cache_directory(), "XDG_CACHE_HOME")
     yield from _pace(settings)
 
@@ -68,15 +70,32 @@ def _print(findings: list[Finding]) -> None:
 
 
 def _kernels() -> Finding:
-    if build.is_kept():
-        return Finding("kernels", "compiled for this processor, and kept")
+    found = build.find_prebuilt()
+    if found.library is not None:
+        return Finding("kernels", f"{found.told}: no compiler is needed")
+    why = f"; {found.told}" if found.told else ""
+    if build.is_compiled():
+        return Finding("kernels", f"compiled for this processor, and kept{why}")
     from torch.utils.cpp_extension import get_cxx_compiler
 
     compiler = str(get_cxx_compiler())
     if shutil.which(compiler) is None:
         advice = "models run in plain torch, several times slower; install g++ (Debian, Ubuntu) or gcc-c++ (Fedora)"
-        return Finding("kernels", f"no C++ compiler: {compiler} is not on the PATH", State.SLOW, advice)
-    return Finding("kernels", f"{compiler} compiles them at the first start, in about a minute")
+        return Finding("kernels", f"no C++ compiler: {compiler} is not on the PATH{why}", State.SLOW, advice)
+    return Finding("kernels", f"{compiler} compiles them at the first start, in about a minute{why}")
+
+
+def _prompt_store(settings: Settings) -> Finding:
+    if isinstance(settings.prompt_store, Path):
+        return _directory("prompt store", settings.prompt_store, "--prompt-store")
+    try:
+        store = store_of(settings)
+        count = len(store.list())
+    except (SoftPromptError, OSError) as error:
+        advice = "see docs/guides/object-store.md for addresses, credentials and permissions"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return Finding("prompt store", f"{settings.prompt_store}: {reason}", State.BROKEN, advice)
+    return Finding("prompt store", f"{settings.prompt_store}: reached, {count} soft prompts; copies in {store.root}")
 
 
 def _directory(about: str, path: Path, setting: str) -> Finding:
@@ -99,7 +118,7 @@ def _pace(settings: Settings) -> Iterator[Finding]:
         return
     bandwidth = _read_bandwidth()
     yield Finding("memory bandwidth", f"{bandwidth / 1e9:.1f} GB/s read by {torch.get_num_threads()} threads")
-    known = settings.model == EMBEDDED_ALIAS or Path(settings.model).expanduser().exists()
+    known = is_embedded_here() if settings.model == EMBEDDED_ALIAS else Path(settings.model).expanduser().exists()
     if not known:
         yield Finding("model", f"{settings.model}: not looked at, as it may have to be downloaded")
         return
@@ -108,7 +127,7 @@ def _pace(settings: Settings) -> Iterator[Finding]:
     except ModelError as error:
         yield Finding("model", str(error), State.BROKEN, "softbatch serve would say the same")
         return
-    loaded = build.is_kept() and build.build()
+    loaded = build.needs_no_compiler() and build.build()
     width = 4.0 if settings.dtype == "float32" else 1.5 if loaded and ops.has_12_bits() else 2.0
     most = bandwidth / (count * width)
     found = f"{settings.model}: {count / 1e6:.0f} million parameters, at most {most:.0f} tokens/s for one request"

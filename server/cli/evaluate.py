@@ -11,7 +11,6 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from softbatch.prompt_store.compression.evaluation.report import write_report
 from softbatch.prompt_store.compression.frozen.tokenized_context import sha256_of
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table, right_answers_table
 from softbatch.server.cli.model_flags import check_report, choice_of
@@ -19,6 +18,7 @@ from softbatch.server.cli.progress_bars import ProgressView
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.compressions.evaluation_run import evaluate
 from softbatch.server.compressions.request import InputError, read_context, read_questions
+from softbatch.server.store_of_settings import store_of
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     settings = settings_from(options)
     context, questions = read_context(options.context), read_questions(options.questions)
     check_report(options.report)
-    store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+    store = store_of(settings)
     made_of = store.get(options.name).manifest.context
     disable_progress_bar()
     set_verbosity_error()

@@ -18,7 +18,7 @@ _METAVARS = {
     "served_model_name": "TEXT",
     "dtype": "{auto,float32,bfloat16,float16}",
     "device": "{auto,cpu,cuda}",
-    "prompt_store": "DIR",
+    "prompt_store": "PLACE",
     "max_prompt_mib": "N",
 }
 

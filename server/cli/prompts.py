@@ -13,11 +13,12 @@ from pathlib import Path
 
 from softbatch.prompt_store.compression.data.context_text import ContextTextError, decode_context
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, KeptText, check_kept
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.request_failures import printable
 from softbatch.server.settings import Settings
+from softbatch.server.store_of_settings import store_of
 
 # Of a manifest's figures, those that say how far the soft prompt can be trusted.
 _FIDELITY = {
@@ -32,7 +33,7 @@ _MAX_VERDICT_CHARS = 80
 def run(options: argparse.Namespace) -> int:
     try:
         settings = settings_from(options)
-        store = PromptStore(settings.prompt_store, settings.max_prompt_mib << 20)
+        store = store_of(settings)
         _ACTIONS[options.action](store, settings, options)
     except (UsageError, SoftPromptError) as error:
         return _fail(str(error))
@@ -46,7 +47,7 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _list(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
+def _list(store: SoftPromptStore, settings: Settings, options: argparse.Namespace) -> None:
     rows = [_row(stored) for stored in store.list()]
     if not rows:
         print(f"no soft prompts in {settings.prompt_store}; `softbatch prompts import` adds one")
@@ -81,7 +82,7 @@ def _verdict(found: object) -> str:
     return said if len(said) <= _MAX_VERDICT_CHARS else said[:_MAX_VERDICT_CHARS] + "…"
 
 
-def _show(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
+def _show(store: SoftPromptStore, settings: Settings, options: argparse.Namespace) -> None:
     stored = store.get(options.name)
     if options.json:
         shown = {"name": stored.name, "sha256": stored.sha256, "bytes": stored.num_bytes}
@@ -130,7 +131,7 @@ def _local_time(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def _import(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
+def _import(store: SoftPromptStore, settings: Settings, options: argparse.Namespace) -> None:
     from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
     from softbatch.prompt_store.soft_prompt_file import save
     from softbatch.scheduler.model.source import resolve
@@ -166,13 +167,13 @@ def _kept(options: argparse.Namespace) -> KeptText | None:
     return kept
 
 
-def _export(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
+def _export(store: SoftPromptStore, settings: Settings, options: argparse.Namespace) -> None:
     if options.file.exists():
         raise UsageError(f"{options.file} exists already; name a file that does not")
     store.export(options.name, options.file)
 
 
-def _remove(store: PromptStore, settings: Settings, options: argparse.Namespace) -> None:
+def _remove(store: SoftPromptStore, settings: Settings, options: argparse.Namespace) -> None:
     store.remove(options.name)
 
 
@@ -190,7 +191,7 @@ def _spec_of(model: str) -> ModelSpec:
     return spec_of(source.name, loaded, tokenizer)
 
 
-_ACTIONS: Mapping[str, Callable[[PromptStore, Settings, argparse.Namespace], None]] = {
+_ACTIONS: Mapping[str, Callable[[SoftPromptStore, Settings, argparse.Namespace], None]] = {
     "list": _list,
     "show": _show,
     "import": _import,

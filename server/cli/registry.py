@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.names import is_name
-from softbatch.prompt_store.stores.directory import NameTaken, PromptStore
+from softbatch.prompt_store.stores.store import NameTaken, SoftPromptStore
 from softbatch.server.cli.server_client import ServerClient
 from softbatch.server.cli.settings_flags import UsageError
 
@@ -32,7 +32,7 @@ class Registry(Protocol):
 
 
 class LocalRegistry:
-    def __init__(self, store: PromptStore) -> None:
+    def __init__(self, store: SoftPromptStore) -> None:
         self._store = store
 
     def max_bytes(self) -> int:

@@ -17,7 +17,6 @@ from rich.table import Table
 from softbatch.prompt_store.control_tokens import ControlTokens
 from softbatch.prompt_store.manifest import Replaces, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import check_fits
-from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.template import render_chat
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import SoftPromptRef
@@ -26,6 +25,7 @@ from softbatch.server.cli.server_client import ServerClient
 from softbatch.server.cli.settings_flags import UsageError, settings_from
 from softbatch.server.schemas.score import MAX_CANDIDATES
 from softbatch.server.settings import Settings
+from softbatch.server.store_of_settings import store_of
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,16 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
     choice, max_bytes = choice_of(settings), settings.max_prompt_mib << 20
     files = ModelFiles.open(choice)
     tokenizer = files.tokenizer
-    stored = PromptStore(settings.prompt_store, max_bytes).get(options.soft_prompt) if options.soft_prompt else None
+    store = store_of(settings) if options.soft_prompt else None
+    stored = store.get(options.soft_prompt) if store is not None else None
     control = ControlTokens(tokenizer)
     shared = _prompt(tokenizer, control, options.input, context, stored.manifest.replaces if stored else "nothing")
     engine = LocalEngine(files, len(shared), 64, max_bytes)
     try:
         ref = None
-        if stored is not None:
+        if store is not None and stored is not None:
             check_fits(stored.manifest, engine.ready.model.spec)
-            ref = SoftPromptRef(stored.sha256, str(stored.path), stored.manifest.num_virtual_tokens)
+            ref = SoftPromptRef(stored.sha256, str(store.local_file(stored)), stored.manifest.num_virtual_tokens)
         ending = engine.ready.model.eos_token_ids[:1]
         candidates = [[*control.encode(control.quote(text)), *ending] for text in options.candidate]
         logprobs = engine.score(shared, candidates, ref)

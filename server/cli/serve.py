@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
@@ -61,8 +63,11 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         from softbatch.server.app import create_app
         from softbatch.server.draining import DrainingServer
         from softbatch.server.http.connections import ConnectionBounds, Connections
+        from softbatch.server.http.inner_request import InnerApp
         from softbatch.server.http.request_log import RequestFields
+        from softbatch.server.routes import BATCH_ROUTERS
 
+        services.batches.begin(InnerApp(services, BATCH_ROUTERS).ask)
         _allow_open_files(settings.max_connections + SPARE_FILES)
         for handler in logging.getLogger().handlers:
             handler.addFilter(RequestFields())
@@ -115,15 +120,39 @@ def _say_what_next(model: str, settings: Settings, port: int) -> None:
 
 def _import_what_serves() -> None:
     """Takes seconds, which the engine needs too until it has loaded its model."""
-    import transformers
+    with _tokenizers_without_models():
+        import transformers
+
+        # Imported when they are asked for; a config, whichever, brings what reading a tokenizer needs beside it.
+        _ = transformers.AutoTokenizer, transformers.LlamaConfig
+    import torch  # noqa: F401  # checks soft prompts that are uploaded
     import uvicorn  # noqa: F401
 
     import softbatch.server.app
     import softbatch.server.draining
-    import softbatch.server.http.connections  # noqa: F401
+    import softbatch.server.http.connections
+    import softbatch.server.http.inner_request  # noqa: F401
 
-    # Imported when they are asked for; a config, whichever, brings what reading a tokenizer needs beside it.
-    _ = transformers.AutoTokenizer, transformers.LlamaConfig
+
+@contextlib.contextmanager
+def _tokenizers_without_models() -> Iterator[None]:
+    """Imported in here, transformers leaves out what its models need: this process has tokenizers and no model.
+
+    It looks once for torch and imports half of it and of itself if that is there. Nothing else of this process may
+    import torch meanwhile: what runs beside it waits for the engine."""
+    if "torch" in sys.modules:  # as in a test
+        yield
+        return
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    sys.modules["torch"] = None  # type: ignore[assignment]  # to importlib: there is no such module
+    os.environ[quiet] = "1"
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[quiet]
 
 
 def _allow_open_files(count: int) -> None:

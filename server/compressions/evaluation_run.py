@@ -10,7 +10,7 @@ from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.evaluation.baselines import evaluate_prompt
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.server.compressions.other_prompts import other_prefix
 from softbatch.server.compressions.prepare import ModelFiles
 from softbatch.server.compressions.request import ModelChoice
@@ -20,7 +20,7 @@ LONGEST_ANSWER = CompressionSettings.max_answer_tokens
 
 
 def evaluate(
-    store: PromptStore,
+    store: SoftPromptStore,
     name: str,
     context: str,
     questions: Sequence[Example],
@@ -29,7 +29,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report, with the keys that a compression's has. A question's own output is the gold answer where it has
     one, else what the model answers with the full context. Raises ValueError, SoftPromptError or ModelError."""
-    prompt = load(store.get(name).path, store.max_bytes)
+    prompt = load(store.local_file(store.get(name)), store.max_bytes)
     manifest = prompt.manifest
     training = manifest.training
     instruction, longest = training.get("instruction"), training.get("max_answer_tokens")

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
@@ -17,7 +18,8 @@ from prometheus_client import Gauge as PrometheusGauge
 
 from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.server.compressions.job_watch import SECONDS_BETWEEN_LOOKS, watch
 from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
 from softbatch.server.compressions.request import DIRECTORY, LOCK, CompressionRequest
 from softbatch.server.compressions.result import find_finished, register
@@ -37,7 +39,6 @@ MAX_QUEUED = 8
 MAX_FINISHED = 100
 # A job that took the server down with it this often is not tried again.
 MAX_ATTEMPTS = 3
-SECONDS_BETWEEN_LOOKS = 1.0
 STATUSES: tuple[Status, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
 
 
@@ -46,9 +47,9 @@ class CompressionJobs:
     another one takes over when that is gone."""
 
     def __init__(
-        self, store: PromptStore, spec: ModelSpec, registry: CollectorRegistry, is_draining: Callable[[], bool]
+        self, store: SoftPromptStore, spec: ModelSpec, registry: CollectorRegistry, is_draining: Callable[[], bool]
     ) -> None:
-        self._store = store
+        self._store: SoftPromptStore = store
         self._spec = spec
         self._is_draining = is_draining
         self._root = store.root / DIRECTORY
@@ -140,18 +141,11 @@ class CompressionJobs:
         if job.record.status != "cancelled":
             raise CompressionEnded(job.record.status)
 
-    async def watch(self, job: Job) -> AsyncGenerator[Job, None]:
-        """The job whenever it has changed, up to its final state; ends early only when the server stops."""
-        seen = -1
-        while True:
-            if job.version != seen:
-                seen = job.version
-                yield job
-            if job.is_final or self._is_draining():
-                return
-            if job.version == seen:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(job.changed.wait(), SECONDS_BETWEEN_LOOKS)
+    def watch(self, job: Job) -> AsyncGenerator[Job, None]:
+        return watch(job, self._is_draining)
+
+    async def report(self, job: Job) -> Path | None:
+        return job.report if await asyncio.to_thread(job.report.is_file) else None
 
     # --- the queue ------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from softbatch.prompt_store.compression.compression_settings import Kind, Objective
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
@@ -28,7 +28,7 @@ from softbatch.server.compressions.run_directory import discard, has_work, locke
 def compress(
     context: str | Path,
     name: str,
-    store: PromptStore,
+    store: SoftPromptStore,
     model: str = EMBEDDED_ALIAS,
     *,
     dtype: str = "auto",
@@ -71,7 +71,7 @@ def compress(
         ),
         questions=as_users(questions),
         choice=lambda: ModelChoice(model, dtype=dtype, device=device),
-        store=store.root,
+        store=store.location,
         max_prompt_bytes=store.max_bytes,
         keep_text=keep_text,
         recall=recall,
@@ -84,7 +84,7 @@ def compress(
 
 def _registered(
     prepared: PreparedRun,
-    store: PromptStore,
+    store: SoftPromptStore,
     resume: bool,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],

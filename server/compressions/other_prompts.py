@@ -11,19 +11,20 @@ from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
 from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, load
-from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.open_store import open_store
+from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.server.compressions.prepare import PreparedRun
 
 
-def another_prefix(prepared: PreparedRun, decoder: Decoder, spec: ModelSpec) -> Prefix | None:
-    """That of the run's own store, model and length."""
+def another_prefix(prepared: PreparedRun, decoder: Decoder, spec: ModelSpec, root: Path) -> Prefix | None:
+    """That of the run's own store, model and length. `root` is where the store's copies are, if it is a bucket."""
     request = prepared.request
-    store = PromptStore(Path(request.store), request.max_prompt_bytes)
+    store = open_store(request.store, request.max_prompt_bytes, root)
     return other_prefix(store, decoder, spec, prepared.context.sha256, request.settings.virtual_tokens)
 
 
 def other_prefix(
-    store: PromptStore, decoder: Decoder, spec: ModelSpec, sha256: str, length: int, besides: str = ""
+    store: SoftPromptStore, decoder: Decoder, spec: ModelSpec, sha256: str, length: int, besides: str = ""
 ) -> Prefix | None:
     """A soft prompt of this model and `length`, made of another context than `sha256` names; not the one named
     `besides`."""
@@ -37,7 +38,7 @@ def other_prefix(
             and manifest.replaces == "system"
         ):
             with contextlib.suppress(SoftPromptError, OSError):  # damaged or gone: another will do
-                return prefix_of(decoder, load(stored.path, store.max_bytes))
+                return prefix_of(decoder, load(store.local_file(stored), store.max_bytes))
     return None
 
 

@@ -104,7 +104,7 @@ def make_request(
     settings: CompressionSettings,
     questions: Sequence[Example],
     choice: Callable[[], ModelChoice],
-    store: Path,
+    store: Path | str,
     max_prompt_bytes: int,
     keep_text: bool = False,
     recall: int | None = None,
@@ -140,7 +140,7 @@ def make_request(
     return CompressionRequest(
         name=name,
         context=context,
-        settings=settings,
+        settings=replace(settings, recall=passages or 0),  # σ is trained to have them behind it
         questions=tuple(questions),
         choice=choice(),
         store=str(store),

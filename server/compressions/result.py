@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -15,8 +16,8 @@ from softbatch.prompt_store.compression.compression_settings import Kind, Object
 from softbatch.prompt_store.compression.work_directory import identity_of, seconds_spent
 from softbatch.prompt_store.manifest import ContextRef, Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, read_manifest, save
-from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, StoredPrompt
 from softbatch.prompt_store.stores.kept_text import KeptText, read_kept, write_kept
+from softbatch.prompt_store.stores.store import NameTaken, SoftPromptStore, StoredPrompt
 from softbatch.server.compressions.request import CompressionRequest, InputError
 from softbatch.server.compressions.run_directory import DATA, KEPT, RESULT
 
@@ -97,13 +98,13 @@ def _manifest(outcome: Outcome, request: CompressionRequest, spec: ModelSpec) ->
             del report[longest]
 
 
-def register(store: PromptStore, name: str, finished: Finished) -> StoredPrompt:
+def register(store: SoftPromptStore, name: str, finished: Finished) -> StoredPrompt:
     """Add the result to the store; once more does no harm. Raises SoftPromptError."""
     try:
         return store.add(name, finished.prompt, kept=finished.kept)
     except NameTaken:
         stored = store.get(name)
-        if stored.path.read_bytes() != finished.prompt.read_bytes():
+        if stored.sha256 != hashlib.sha256(finished.prompt.read_bytes()).hexdigest():
             raise
         return stored
 

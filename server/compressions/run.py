@@ -72,7 +72,7 @@ def run_compression(
             session.respond,
             directory / "work",
             prepared.request.questions,
-            another_prefix(prepared, session.decoder, session.spec),
+            another_prefix(prepared, session.decoder, session.spec, directory.parents[1]),
             report_progress,
             should_stop,
             opening=time.monotonic() - began,

@@ -95,7 +95,7 @@ def _needs_admin(scope: Scope) -> bool:
 
 def is_probe(path: str) -> bool:
     """Whether the path is one that probes ask, every few seconds and without a key."""
-    return path == "/health" or path.startswith("/health/")
+    return path in ("/health", "/ping") or path.startswith("/health/")
 
 
 def _is_public(scope: Scope) -> bool:

@@ -12,7 +12,8 @@ MIB = 1 << 20
 MAX_JSON_BYTES = 8 * MIB
 # Boundaries, part headers and an adapter_config.json beside the soft prompt itself.
 MULTIPART_OVERHEAD_BYTES = MIB
-UPLOAD_PATH = "/v1/soft_prompts"
+SOFT_PROMPTS_PATH = "/v1/soft_prompts"
+FILES_PATH = "/v1/files"
 
 
 class BodyLimitMiddleware:
@@ -22,17 +23,26 @@ class BodyLimitMiddleware:
     the app makes of its broken-off body, the client gets the 413.
     """
 
-    def __init__(self, app: ASGIApp, *, max_upload_bytes: int, max_json_bytes: int = MAX_JSON_BYTES) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_upload_bytes: int,
+        max_file_bytes: int = 0,
+        max_json_bytes: int = MAX_JSON_BYTES,
+    ) -> None:
         self.app = app
-        self._max_upload_bytes = max_upload_bytes + MULTIPART_OVERHEAD_BYTES
+        self._max_upload_bytes = {
+            SOFT_PROMPTS_PATH: max_upload_bytes + MULTIPART_OVERHEAD_BYTES,
+            FILES_PATH: max_file_bytes + MULTIPART_OVERHEAD_BYTES,
+        }
         self._max_json_bytes = max_json_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        is_upload = scope["path"].rstrip("/") == UPLOAD_PATH
-        limit = self._max_upload_bytes if is_upload else self._max_json_bytes
+        limit = self._max_upload_bytes.get(scope["path"].rstrip("/"), self._max_json_bytes)
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > limit:
             await error_response(_too_large(limit), scope["path"])(scope, receive, send)

@@ -15,6 +15,9 @@ from starlette.routing import Match
 
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import (
+    BatchesUnavailable,
+    BatchFileInUse,
+    BatchNotRunning,
     CompressionEnded,
     CompressionNameTaken,
     CompressionNotFound,
@@ -34,8 +37,11 @@ from softbatch.server.request_failures import (
     SoftPromptOfAnotherModel,
     StorageFull,
     StorageUnwritable,
+    TooManyBatches,
     TooManyCompressions,
     TooManySequences,
+    UnknownBatch,
+    UnknownBatchFile,
     UnknownSoftPrompt,
     UnusableSoftPrompt,
     shown,
@@ -59,7 +65,7 @@ _DEFAULT_CODES = {
 
 
 # Whose clients expect text-generation-inference's shape of errors.
-TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream", "/invocations"})
 # Whose clients expect Anthropic's.
 ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 # Anthropic's word for each status that has one of its own. What it says with 529 is 503 here.
@@ -79,17 +85,23 @@ STATUS: Mapping[type[Failure], int] = {
     PromptTooLong: 400,
     TooManySequences: 400,
     CompressionNotFound: 404,
+    UnknownBatch: 404,
+    UnknownBatchFile: 404,
     UnknownSoftPrompt: 404,
+    BatchFileInUse: 409,
+    BatchNotRunning: 409,
     CompressionEnded: 409,
     CompressionNameTaken: 409,
     SoftPromptOfAnotherModel: 409,
     UnusableSoftPrompt: 422,
     QueueFull: 429,
+    TooManyBatches: 429,
     TooManyCompressions: 429,
     # No status that clients retry by themselves.
     RequestCancelled: 499,
     RequestFailed: 500,
     RequestKillsEngine: 500,
+    BatchesUnavailable: 503,
     CompressionsUnavailable: 503,
     EngineAway: 503,
     GrammarsUnavailable: 503,

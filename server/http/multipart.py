@@ -18,7 +18,6 @@ from starlette.requests import ClientDisconnect
 from softbatch.prompt_store.compression.data.context_text import ContextTextError, clean_context
 from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
 from softbatch.prompt_store.soft_prompt_file import save
-from softbatch.prompt_store.stores.directory import StoredPrompt
 from softbatch.prompt_store.stores.kept_text import (
     DEFAULT_RECALL,
     MAX_KEPT_BYTES,
@@ -26,6 +25,7 @@ from softbatch.prompt_store.stores.kept_text import (
     KeptText,
     check_kept,
 )
+from softbatch.prompt_store.stores.store import StoredPrompt
 from softbatch.server.http.errors import ApiError, invalid
 from softbatch.server.request_failures import shown
 from softbatch.server.services import Services

@@ -106,6 +106,9 @@ class Metrics:
             "connections_refused_total", "Connections ended before their request was there.", "reason"
         )
         self.generation_tokens = self._counter("generation_tokens_total", "Tokens generated.")
+        self.batches_unfinished = self._gauge("batches_unfinished", "Batches that have not ended.")
+        self.batch_lines_left = self._gauge("batch_lines_left", "Lines of theirs that have no answer yet.")
+        self.batch_lines = self._counter("batch_lines_total", "Lines of batches answered.", "outcome")
 
     def _make_soft_prompt_metrics(self) -> None:
         self.soft_prompts_registered = self._gauge("soft_prompts_registered", "Soft prompts in the store.")

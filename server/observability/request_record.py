@@ -71,7 +71,8 @@ class Started(Protocol):
 @dataclass(eq=False)
 class RequestRecord:
     """`id` is the client's own X-Request-Id, or one made here; it goes back in the same header. `owner` tells the API
-    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything.
+    keys of a server apart, and is empty where there is at most one. An admin is whoever may do everything. What is
+    asked in the background goes behind everything else, and nobody waits for it.
 
     `model` is what the client asked for, `error` the code of the error that it got, in a stream too. `trace_id` is that
     of the trace it belongs to, the client's own or one made here; `is_traced` if somebody records it."""
@@ -79,6 +80,7 @@ class RequestRecord:
     id: str
     owner: str = ""
     is_admin: bool = True
+    is_background: bool = False
     trace_id: str | None = None
     is_traced: bool = False
     model: str | None = None

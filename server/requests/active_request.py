@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from softbatch.scheduler.protocol import AddRequest, Moment, SamplingParams, SequenceOutput
+from softbatch.scheduler.protocol import MAX_PRIORITY, AddRequest, Moment, SamplingParams, SequenceOutput
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.deadline import Deadline
@@ -108,6 +108,10 @@ class ActiveRequest:
     @property
     def max_tokens(self) -> int:
         return self.add.params.max_tokens
+
+    @property
+    def is_background(self) -> bool:
+        return self.add.priority > MAX_PRIORITY
 
     @property
     def priority(self) -> int:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from softbatch.scheduler.protocol import AddRequest, Pooling, SamplingParams, SequenceOutput
+from softbatch.scheduler.protocol import BACKGROUND, AddRequest, Pooling, SamplingParams, SequenceOutput
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.request_record import current, note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
@@ -64,7 +64,7 @@ class Places:
             token_ids=token_ids,
             params=params,
             soft_prompt=lease.ref if lease else None,
-            priority=priority,
+            priority=priority + BACKGROUND if current().is_background else priority,
             owner=self._owner,
             weight=self._weight,
             cache_salt=own_salt(cache_salt),
@@ -94,6 +94,7 @@ class Admission:
 
     At most `slots` + `max_waiting` requests are inside at any moment: those that are being prepared hold places, before
     any work is spent on them, and the others are active. That another engine is being started makes no difference.
+    What is asked in the background has places of its own, as many as there are slots, and takes nobody's.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Admission:
         self._limits = limits
         self._capacity = limits.slots + limits.max_waiting
         self._reserved: Counter[str] = Counter()  # by owner
+        self._reserved_background = 0
         self.draining = False
 
     @contextlib.contextmanager
@@ -114,40 +116,56 @@ class Admission:
         """Hold `count` places, one for each `submit` after the block. `timeout` None: the server's own, which may be
         none. Whoever goes on with what has a deadline already brings that instead. Raises QueueFull, EngineAway or
         TooManySequences."""
-        owner = share_owner(user)
-        self._take(count, owner)
+        owner, is_background = share_owner(user), current().is_background
+        self._take(count, owner, is_background)
         now = time.monotonic()
-        seconds = self._limits.request_timeout if timeout is None else timeout
+        default = None if is_background else self._limits.request_timeout
+        seconds = default if timeout is None else timeout
         if deadline is None and seconds is not None:
             deadline = Deadline(now + seconds, seconds)
         places = Places(self._leases, now, deadline, owner, self._limits.weights.get(owner, 1.0))
         try:
             yield places
-            self._check_tokens(count, places.prompt_tokens)
+            if not is_background:
+                self._check_tokens(count, places.prompt_tokens)
         except BaseException:
-            self._give_back(count, owner)
+            self._give_back(count, owner, is_background)
             for lease in places.leased:
                 self._leases.release(lease)
             raise
 
     def check_room(self, count: int = 1) -> None:
         """Whether so many places are left, whosever. Raises QueueFull or EngineAway."""
+        self._check_engine(count)
+        if len(self._engine.active) - self._engine.num_background + self._reserved.total() + count > self._capacity:
+            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
+
+    def _check_engine(self, count: int) -> None:
         if self.draining or self._engine.has_ended:
             self._metrics.requests_rejected.labels("draining" if self.draining else "engine_away").inc(count)
             reason = "the server is shutting down" if self.draining else "the engine cannot be kept alive"
             raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
-        if len(self._engine.active) + self._reserved.total() + count > self._capacity:
-            raise self._full(count, "queue_full", f"the waiting queue is full ({self._limits.max_waiting} requests)")
 
-    def _take(self, count: int, owner: str) -> None:
+    def _check_background_room(self, count: int) -> None:
+        """Whoever finds nothing else in the background is let in."""
+        self._check_engine(count)
+        others = self._engine.num_background + self._reserved_background
+        if others and others + count > self._limits.slots:
+            raise QueueFull("there is no room in the background; try again later", retry_after=1)
+
+    def _take(self, count: int, owner: str, is_background: bool) -> None:
         if count > self._capacity:
             raise TooManySequences(
                 f"this asks for {count} sequences at once; the server takes {self._capacity} at the most"
             )
+        if is_background:
+            self._check_background_room(count)
+            self._reserved_background += count
+            return
         self.check_room(count)
         most = self._limits.max_waiting_per_owner
         if most is not None:
-            own = sum(1 for request in self._engine.waiting() if request.add.owner == owner) + self._reserved[owner]
+            own = sum(1 for request in self._waiting() if request.add.owner == owner) + self._reserved[owner]
             if own + count - self._free_slots > most:
                 raise self._full(count, "key_queue_full", f"of this key or user {most} requests may wait, not more")
         self._check_tokens(count)
@@ -158,7 +176,7 @@ class Admission:
         for a prompt longer than the limit would otherwise never be."""
         most = self._limits.max_waiting_tokens
         if most is not None:
-            behind = list(self._engine.waiting())[self._free_slots :]
+            behind = list(self._waiting())[self._free_slots :]
             waiting = sum(request.prompt_tokens for request in behind)
             if waiting and waiting + prompt_tokens > most:
                 raise self._full(count, "queue_tokens", f"the waiting queue is full ({most} prompt tokens)")
@@ -168,18 +186,26 @@ class Admission:
         seconds = math.ceil(self._engine.seconds_to_drain)
         return QueueFull(f"{message}; try again later", retry_after=min(max(seconds, 1), 60))
 
+    def _waiting(self) -> Iterator[ActiveRequest]:
+        return (request for request in self._engine.waiting() if not request.is_background)
+
     @property
     def _free_slots(self) -> int:
-        return max(0, self._limits.slots - self._engine.num_running)
+        """Those of the background are left to whoever comes."""
+        active = len(self._engine.active) - self._engine.num_background
+        return max(0, self._limits.slots - active + sum(1 for _ in self._waiting()))
 
-    def _give_back(self, count: int, owner: str) -> None:
+    def _give_back(self, count: int, owner: str, is_background: bool) -> None:
+        if is_background:
+            self._reserved_background -= count
+            return
         self._reserved[owner] -= count
         if not self._reserved[owner]:
             del self._reserved[owner]
 
     def submit(self, request: ActiveRequest) -> None:
         """Its reserved place becomes that of an active request."""
-        self._give_back(1, request.add.owner)
+        self._give_back(1, request.add.owner, request.is_background)
         self._engine.submit(request)
         note_start(request)
 

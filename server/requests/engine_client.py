@@ -45,6 +45,7 @@ class EngineClient:
         self._seconds_per_request = 1.0
         self._last_finish = time.monotonic()
         self.active: dict[str, ActiveRequest] = {}
+        self.num_background = 0  # of the active ones
         self.resident: frozenset[str] = frozenset()  # content hashes of the soft prompts in the engine's KV blocks
         self.on_give_up: Callable[[], None] = lambda: None
 
@@ -67,13 +68,14 @@ class EngineClient:
 
     @property
     def seconds_to_drain(self) -> float:
-        """How long those who wait will take to be served, at the pace of the last ones."""
-        return self._seconds_per_request * max(1, self.num_waiting)
+        """How long those who wait will take to be served, at the pace of the last ones; not those in the background."""
+        return self._seconds_per_request * max(1, sum(1 for request in self.waiting() if not request.is_background))
 
     def submit(self, request: ActiveRequest) -> None:
         """While the engine is away, or one request is on trial, it is held back; its deadline runs on."""
         self.active[request.request_id] = request
         request.submitted = time.monotonic()
+        self.num_background += request.is_background
         if request.deadline is not None:
             left = request.deadline.at - time.monotonic()
             if left <= 0:
@@ -211,6 +213,7 @@ class EngineClient:
 
     def _remove(self, request: ActiveRequest, reason: str, now: float) -> None:
         del self.active[request.request_id]
+        self.num_background -= request.is_background
         if request.alarm is not None:
             request.alarm.cancel()
         if request.sequence_id is not None:
@@ -224,7 +227,8 @@ class EngineClient:
         self._quarantine.admitted(request)
         if request.started is None:
             request.started = now
-            self._metrics.queue_time.observe(now - request.arrived)
+            if not request.is_background:
+                self._metrics.queue_time.observe(now - request.arrived)
             self._metrics.prompt_tokens.inc(request.prompt_tokens)
             if request.virtual_tokens:
                 self._metrics.virtual_tokens.inc(request.virtual_tokens)
@@ -243,8 +247,9 @@ class EngineClient:
             self._metrics.generation_tokens.inc(len(output.token_ids))
             if request.last_token is None:
                 request.first_token = now
-                self._metrics.first_token.observe(now - request.arrived)
-            else:
+                if not request.is_background:
+                    self._metrics.first_token.observe(now - request.arrived)
+            elif not request.is_background:
                 self._metrics.between_tokens.observe((now - request.last_token) / len(output.token_ids))
             request.last_token = now
             request.received += output.token_ids
@@ -259,6 +264,8 @@ class EngineClient:
     def _count_end(self, request: ActiveRequest, reason: str, now: float) -> None:
         request.end_reason = reason
         self._metrics.requests_finished.labels(reason).inc()
+        if request.is_background:
+            return  # nobody waits for it: neither latency nor pace of those who do is told by it
         if reason not in ("cancelled", "error", "expired", "timeout"):
             self._metrics.whole_request.observe(now - request.arrived)
         if request.started is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 from llguidance import LLMatcher, LLTokenizer, grammar_from
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from softbatch.scheduler.model.sampling.grammar import GrammarError, compile_grammar, grammar_tokenizer
 from softbatch.server.requests.output_format import JSON_WHITESPACE, CheckerSettings, CheckReply, FormatKind
+from softbatch.server.requests.schema_formats import without_other_formats
 
 # What one grammar may need beside the tokenizer.
 MAX_BYTES = 2 << 30
@@ -46,14 +48,26 @@ def main() -> None:
 def check(tokens: LLTokenizer, vocab_size: int, kind: FormatKind, text: str) -> CheckReply:
     """The grammar, if it can be followed at all."""
     try:
-        if kind == "json_schema":
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_WHITESPACE})
-        else:
-            grammar = grammar_from(kind, text)
+        grammar = _grammar_of(json.loads(text)) if kind == "json_schema" else grammar_from(kind, text)
         compile_grammar(tokens, grammar, vocab_size)
+    except RecursionError:
+        return CheckReply(reason="it is nested too deeply")
     except (GrammarError, ValueError) as error:
-        return CheckReply(reason=" ".join(str(error).split()) or "it cannot be read")
+        return CheckReply(reason=_reason(" ".join(str(error).split())))
     return CheckReply(grammar)
+
+
+def _grammar_of(schema: Any) -> str:
+    if schema is False:
+        raise GrammarError("false allows nothing at all")
+    schema = json.dumps({} if schema is True else without_other_formats(schema))
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITESPACE})
+
+
+def _reason(said: str) -> str:
+    if "NoExtensionBias" in said:  # what the library says of rules without an end
+        return "it refers to itself without end, so that nothing can follow it"
+    return said.replace("Unimplemented keys", "these words are not enforced here") or "it cannot be read"
 
 
 def _read(inbox: BinaryIO) -> bytes:

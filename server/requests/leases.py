@@ -70,6 +70,7 @@ class SoftPromptLeases:
         self._on_unused = on_unused
         self._users: Counter[str] = Counter()
         self._leased: dict[str, Path] = {}
+        self._seen: set[str] = set()  # what the engine may hold
         self._names: dict[str, str] = {}  # as they were last used -> content hash
         self._seen_change = 0
         self._retired: set[str] = set()  # deleted from the store, but still in use
@@ -106,7 +107,7 @@ class SoftPromptLeases:
         Others change the store too, so this runs whenever it is seen to have changed.
         """
         self._seen_change = self._store.changed_at()
-        leased = set(self._leased)
+        leased = set(self._seen)
         registered = {stored.sha256 for stored in await asyncio.to_thread(self._store.list)}
         for sha256 in leased - registered:
             self._retired.add(sha256)
@@ -121,7 +122,8 @@ class SoftPromptLeases:
             if stored.sha256 not in self._leased:
                 check_fits(stored.manifest, self._spec)
                 self._leased[stored.sha256] = await asyncio.to_thread(self._store.lease, stored, self._directory)
-                if self._may_have_changed(name):
+                self._seen.add(stored.sha256)
+                if self._may_have_changed(name, stored.sha256):
                     await self.release_deleted()
             self._names[name] = stored.sha256
         except BaseException:
@@ -129,12 +131,12 @@ class SoftPromptLeases:
             raise
         return stored
 
-    def _may_have_changed(self, name: str) -> bool:
+    def _may_have_changed(self, name: str, sha256: str) -> bool:
         """Whether names may have come or gone since the last `release_deleted`, which reads the whole store: a server
         that gets to know its soft prompts one after the other should not do that each time."""
         changed = self._store.changed_at()
         fresh = time.time_ns() - changed < DIRECTORY_TIME_NS
-        return name in self._names or changed != self._seen_change or fresh
+        return self._names.get(name, sha256) != sha256 or changed != self._seen_change or fresh
 
     def _release_held(self, holding: asyncio.Future[StoredPrompt]) -> None:
         if not holding.cancelled() and holding.exception() is None:
@@ -148,9 +150,11 @@ class SoftPromptLeases:
         if self._users[sha256]:
             return
         del self._users[sha256]
-        if sha256 in self._retired:
-            self._retired.discard(sha256)
+        if sha256 in self._retired or not self._store.keeps_leases:
             path = self._leased.pop(sha256, None)
             if path is not None:
                 path.unlink(missing_ok=True)
+        if sha256 in self._retired:
+            self._retired.discard(sha256)
+            self._seen.discard(sha256)
             self._on_unused(sha256)

@@ -95,6 +95,12 @@ class Recaller:
         tokens = await self._encoder.encode_quoted(before_question(found, ""))
         return Recalled(tuple(found), len(tokens))
 
+    async def count(self, prompt: Prompt, lease: Lease | None, wanted: int | None, chat_end: ChatEnd) -> int:
+        """All tokens of a prompt with its passages, a soft prompt's virtual ones included. Raises InvalidPrompt."""
+        recalled = await self.find(prompt, lease, wanted)
+        token_ids = await self.token_ids(prompt, recalled, lease, chat_end=chat_end)
+        return len(token_ids) + (0 if lease is None else lease.ref.num_virtual_tokens)
+
     async def token_ids(
         self,
         prompt: Prompt,

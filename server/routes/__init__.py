@@ -6,10 +6,12 @@ from fastapi import APIRouter
 
 from softbatch.server.http.errors import TGI_PATHS
 from softbatch.server.routes import (
+    batches,
     chat,
     completions,
     compressions,
     embeddings,
+    files,
     generate,
     health,
     info,
@@ -26,6 +28,9 @@ from softbatch.server.routes import (
 # Whose requests go to the engine.
 SERVING_PATHS = TGI_PATHS | {route.ROUTE for route in (chat, completions, embeddings, messages, response_stream, score)}
 
+# Those that the lines of a batch may ask.
+BATCH_ROUTERS: tuple[APIRouter, ...] = (chat.router, completions.router, embeddings.router, responses.router)
+
 ROUTERS: tuple[APIRouter, ...] = (
     generate.router,
     completions.router,
@@ -37,6 +42,8 @@ ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     soft_prompts.router,
     compressions.router,
+    files.router,
+    batches.router,
     tokenize.router,
     queue.router,
     info.router,

@@ -13,6 +13,7 @@ from softbatch.server.requests.choices import Choice, gather
 from softbatch.server.requests.generation import Generation, GenerationRequest
 from softbatch.server.routes.chat_stream import ChatStream, finish_reason_of, logprobs_of
 from softbatch.server.routes.common import (
+    fields_named,
     json_reply,
     named_soft_prompt,
     recalled_of,
@@ -73,13 +74,14 @@ def _names(body: ChatCompletionRequest) -> dict[str, str]:
 
 def _plan(services: Services, body: ChatCompletionRequest) -> ChatPlan:
     soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
-    return services.dialect.plan(
-        [message.as_turn() for message in body.messages],
-        body.tool_use,
-        fields=services.dialect.template_fields(body.chat_template_kwargs, body.reasoning_effort),
-        output_format=body.output_format,
-        has_soft_prompt=soft_prompt is not None,
-    )
+    with fields_named(body.names_of_thinking):
+        return services.dialect.plan(
+            [message.as_turn() for message in body.messages],
+            body.tool_use,
+            fields=services.dialect.template_fields(body.template_fields, body.effort),
+            output_format=body.output_format,
+            has_soft_prompt=soft_prompt is not None,
+        )
 
 
 def _requests(services: Services, body: ChatCompletionRequest, plan: ChatPlan) -> list[GenerationRequest]:

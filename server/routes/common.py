@@ -60,15 +60,7 @@ def means_base_model(services: Services, name: str | None) -> bool:
     """Whether `model` names the base model, or nothing: some clients have to send a name and know none."""
     if name is None or is_base_model(services, name):
         return True
-    return name in PLACEHOLDERS and not services.settings.strict_model_names and not _is_soft_prompt(services, name)
-
-
-def _is_soft_prompt(services: Services, name: str) -> bool:
-    try:
-        services.store.check_free(name)
-    except SoftPromptError as error:
-        return error.code == "name_taken"
-    return False
+    return name in PLACEHOLDERS and not services.settings.strict_model_names and not services.store.is_known(name)
 
 
 def named_soft_prompt(services: Services, model: str | None, soft_prompt: str | None) -> str | None:
@@ -181,6 +173,14 @@ class ChunkTemplate:
 
     def fill(self, text: str) -> bytes:
         return b"%b%b%b" % (self._before, msgspec.json.encode(text), self._behind)
+
+
+def visible_owner(services: Services) -> str | None:
+    """Whose requests, files and batches the client may see; None: everybody's. Keys without admins among them are
+    equals, each with its own."""
+    record = current()
+    sees_all = not record.owner or (record.is_admin and bool(services.settings.admin_key))
+    return None if sees_all else record.owner
 
 
 def json_reply(model: BaseModel, status: Literal[200, 201] = 200, headers: Mapping[str, str] | None = None) -> Response:

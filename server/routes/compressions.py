@@ -12,6 +12,7 @@ from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.template import TemplateError
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
+from softbatch.server.compressions.queues import served_choice
 from softbatch.server.compressions.record import Job
 from softbatch.server.compressions.request import (
     CompressionRequest,
@@ -22,7 +23,7 @@ from softbatch.server.compressions.request import (
 )
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.sse import EventStream
-from softbatch.server.request_failures import shown
+from softbatch.server.request_failures import shown, storage_failure
 from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.compressions import (
@@ -100,11 +101,16 @@ async def cancel_compression(request: Request, id: str) -> Response:
 
 @router.get("/{id}/report", response_class=FileResponse, summary="Its fidelity report, as a page")
 async def get_compression_report(request: Request, id: str) -> Response:
-    job = services_of(request).compressions.get(id)
-    if not await asyncio.to_thread(job.report.is_file):
+    compressions = services_of(request).compressions
+    job = compressions.get(id)
+    try:
+        report = await compressions.report(job)
+    except OSError as error:
+        raise storage_failure(error) from error
+    if report is None:
         message = f"the compression {shown(id)} has no report: it is {job.record.status}"
         raise ApiError(404, message, param="id", code="no_report")
-    return FileResponse(job.report, media_type="text/html; charset=utf-8", headers=_REPORT_HEADERS)
+    return FileResponse(report, media_type="text/html; charset=utf-8", headers=_REPORT_HEADERS)
 
 
 def _checked(services: Services, body: CompressionRequestBody) -> CompressionRequest:
@@ -144,13 +150,12 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
     )
     # The window is the model's own, which --max-model-len may cut short for requests.
     files = ModelFiles.served(request.choice, services.text.tokenizer)
-    return PreparedRun.checked(request, files, settings.prompt_store, max_bytes).request
+    return PreparedRun.checked(request, files, settings.store_root, max_bytes).request
 
 
 def _served(services: Services) -> ModelChoice:
     """Raises ApiError 503 while the engine is starting."""
-    model = engine_info(services).model
-    return ModelChoice(model.tokenizer_path, model.name, model.dtype, model.device)
+    return served_choice(engine_info(services).model)
 
 
 def _object(job: Job) -> CompressionJob:

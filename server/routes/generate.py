@@ -69,6 +69,12 @@ async def generate_stream(request: Request, body: GenerateStreamRequest) -> Resp
 
 
 @router.post(
+    "/invocations",
+    response_model=list[GenerateReply],
+    responses=STREAM_REPLY,
+    summary="The same for platforms that call it so (SageMaker)",
+)
+@router.post(
     "/", response_model=list[GenerateReply], responses=STREAM_REPLY, summary="Either of both, by the field `stream`"
 )
 async def compat_generate(request: Request, body: CompatGenerateRequest) -> Response:
@@ -110,7 +116,7 @@ def _request(services: Services, body: GenerateRequest, with_logprobs: bool, rou
     return GenerationRequest(
         prompt=body.inputs,
         params=parameters.sampling_params(parameters.top_n_tokens if with_logprobs else None),
-        seed=parameters.seed,
+        seed=None if parameters.seed is None else parameters.seed & SEED_MASK,
         max_tokens=parameters.max_new_tokens,
         stop=tuple(parameters.stop),
         include_stop=True,

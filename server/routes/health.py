@@ -1,4 +1,4 @@
-"""`/health*`: the only routes that need no API key."""
+"""`/health*` and `/ping`: the only routes that need no API key."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.info import Health
 
-router = APIRouter(prefix="/health", tags=["health"], responses=ERROR_REPLIES)
+router = APIRouter(tags=["health"], responses=ERROR_REPLIES)
 
 
-@router.get("", response_model=Health, summary="Is a step being made?")
+@router.get("/ping", response_model=Health, summary="The same for platforms that call it so (SageMaker)")
+@router.get("/health", response_model=Health, summary="Is a step being made?")
 async def health(request: Request) -> Response:
     """200 only if the engine is there and was heard of lately: it reports every step, and each second a heartbeat."""
     engine = services_of(request).supervisor
@@ -25,13 +26,13 @@ async def health(request: Request) -> Response:
     return json_reply(Health())
 
 
-@router.get("/live", response_model=Health, summary="Does the process answer?")
+@router.get("/health/live", response_model=Health, summary="Does the process answer?")
 async def live() -> Response:
     """200 as soon as the server listens, whatever the engine does."""
     return json_reply(Health())
 
 
-@router.get("/ready", response_model=Health, summary="Should it get requests?")
+@router.get("/health/ready", response_model=Health, summary="Should it get requests?")
 async def ready(request: Request) -> Response:
     """503 while starting, while another engine is started, or while the last requests are finished before the end.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request, Response
 
 from softbatch.server.http.disconnect import until_disconnect
@@ -13,7 +11,6 @@ from softbatch.server.requests.generation import GenerationRequest
 from softbatch.server.routes.common import (
     fields_named,
     json_reply,
-    manifest_of,
     named_soft_prompt,
     services_of,
     start_all,
@@ -65,26 +62,24 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     f"{ROUTE}/count_tokens", response_model=TokenCountReply, summary="Count a conversation's tokens (Anthropic)"
 )
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
-    """As many as `usage` counts of the same request, apart from passages that are recalled for it."""
+    """As many as `usage` counts of the same request."""
     services = services_of(request)
     soft_prompt = named_soft_prompt(services, body.model, body.soft_prompt)
-
-    def work() -> int:
-        manifest = manifest_of(services, soft_prompt)
-        replaces = "nothing" if manifest is None else manifest.replaces
-        text = services.text.render(_plan(services, body).conversation, replaces)
-        token_ids = services.text.encode(text, add_special_tokens=False)
-        return len(token_ids) + (0 if manifest is None else manifest.num_virtual_tokens)
-
-    with fields_named(_names(body)):
-        return json_reply(TokenCountReply(input_tokens=await asyncio.to_thread(work)))
+    conversation = _plan(services, body).conversation
+    with fields_named(_names(body), model=body.model if body.model == soft_prompt else None):
+        lease = await services.leases.acquire(soft_prompt) if soft_prompt is not None else None
+        try:
+            counted = await services.recaller.count(conversation, lease, body.recall, body.chat_end)
+        finally:
+            services.admission.release(lease)
+    return json_reply(TokenCountReply(input_tokens=counted))
 
 
 def _names(body: ConversationFields) -> dict[str, str]:
     """What the fields of a generation are called here."""
     schemas = {f"tools.{index}.parameters": f"tools.{index}.input_schema" for index in range(len(body.tools))}
     effort = "thinking" if body.output_config.effort is None else "output_config.effort"
-    return {"prompt": "messages", "reasoning_effort": effort, **schemas}
+    return {"prompt": "messages", "continue_final_message": "messages", "reasoning_effort": effort, **schemas}
 
 
 def _plan(services: Services, body: ConversationFields) -> ChatPlan:
@@ -101,6 +96,7 @@ def _plan(services: Services, body: ConversationFields) -> ChatPlan:
 def _request(services: Services, body: MessagesRequest, plan: ChatPlan) -> GenerationRequest:
     return GenerationRequest(
         prompt=plan.conversation,
+        chat_end=body.chat_end,
         params=body.sampling_params,
         seed=body.sampler_seed,
         max_tokens=body.max_tokens,

@@ -14,9 +14,8 @@ from fastapi import APIRouter, Request, Response
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.sse import EventStream
 from softbatch.server.observability.history import HistorySample
-from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import shown
-from softbatch.server.routes.common import json_reply, services_of
+from softbatch.server.routes.common import json_reply, services_of, visible_owner
 from softbatch.server.schemas.base import ERROR_REPLIES
 from softbatch.server.schemas.queue import (
     LiveHistory,
@@ -52,7 +51,7 @@ _ERRORS_IN_JSON: dict[int | str, dict[str, Any]] = {
 async def get_queue(request: Request) -> Response:
     """With its age, its soft prompt and how far it has come; `waiting` is in order of priority and arrival."""
     services = services_of(request)
-    return json_reply(_queue(services, *_sorted(services, _visible_owner(services))))
+    return json_reply(_queue(services, *_sorted(services, visible_owner(services))))
 
 
 @router.get(
@@ -66,7 +65,7 @@ async def get_queue_events(request: Request) -> Response:
     """Server-sent events: one at once, with the figures of the last ten minutes, then one whenever something has
     changed, five a second at most. However many watch, the server looks once, and never asks the engine."""
     services = services_of(request)
-    owner = _visible_owner(services)
+    owner = visible_owner(services)
 
     async def events() -> AsyncGenerator[str | bytes, None]:
         shown_until, last = 0.0, b""
@@ -100,18 +99,10 @@ async def cancel_queued_request(request: Request, id: str) -> Response:
     return json_reply(QueueCancelled(id=id))
 
 
-def _visible_owner(services: Services) -> str | None:
-    """Whose requests the client may see; None: everybody's. Keys without admins among them are equals, each with
-    requests of its own."""
-    record = current()
-    sees_all = not record.owner or (record.is_admin and bool(services.settings.admin_key))
-    return None if sees_all else record.owner
-
-
 def _find(services: Services, request_id: str) -> ActiveRequest:
     """Raises ApiError 404, also for another key's request."""
     active = services.engine.active.get(request_id)
-    owner = _visible_owner(services)
+    owner = visible_owner(services)
     if active is None or owner not in (None, active.owner):
         message = f"no request {shown(request_id)} runs or waits; GET /v1/queue lists those that do"
         raise ApiError(404, message, param="id", code="request_not_found")

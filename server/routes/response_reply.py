@@ -37,7 +37,7 @@ def begun_response(body: ResponsesRequest, model: str, generation: Generation) -
         metadata=body.metadata,
         model=model,
         output=[],
-        parallel_tool_calls=body.parallel_tool_calls,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
         reasoning={"effort": body.effort, "summary": None},
         temperature=body.temperature,
         text={"format": form},

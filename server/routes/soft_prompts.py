@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from starlette.types import Receive, Scope, Send
 
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.store import StoredPrompt
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.multipart import UPLOAD_BODY, read_upload, register
+from softbatch.server.http.open_file import OpenFile
 from softbatch.server.request_failures import UnknownSoftPrompt, shown, storage_failure
 from softbatch.server.routes.common import json_reply, services_of
 from softbatch.server.schemas.base import ERROR_REPLIES
@@ -27,24 +25,6 @@ logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/soft_prompts", tags=["soft prompts"], responses=ERROR_REPLIES)
 # Anything else that is wrong with a soft prompt is 422.
 STATUS = {"unknown_prompt": 404, "name_taken": 409, "too_large": 413}
-
-
-class _OpenFile(FileResponse):
-    """Sends a file that is open already: its name may be given away meanwhile. Owns it."""
-
-    def __init__(self, file: BinaryIO, filename: str, sha256: str) -> None:
-        super().__init__(
-            f"/dev/fd/{file.fileno()}",
-            stat_result=os.fstat(file.fileno()),
-            media_type="application/octet-stream",
-            filename=filename,
-            headers={"ETag": f'"{sha256}"'},
-        )
-        self._file = file
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._file:
-            await super().__call__(scope, receive, send)
 
 
 @router.post(
@@ -89,7 +69,8 @@ async def get_soft_prompt_content(request: Request, name: str) -> Response:
     """The `.safetensors` file, which any other softbatch server of the same model can register."""
     with _store_errors(name):
         stored, file = await asyncio.to_thread(services_of(request).store.open, name)
-    return _OpenFile(file, f"{stored.name}.safetensors", stored.sha256)
+    headers = {"ETag": f'"{stored.sha256}"'}
+    return OpenFile(file, f"{stored.name}.safetensors", "application/octet-stream", headers)
 
 
 @router.delete("/{name}", response_model=SoftPromptDeleted, summary="Delete a soft prompt")

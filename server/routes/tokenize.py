@@ -16,20 +16,33 @@ from softbatch.server.routes.common import (
     services_of,
 )
 from softbatch.server.schemas.base import ERROR_REPLIES
-from softbatch.server.schemas.tokenize import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
+from softbatch.server.schemas.tokenize import (
+    DetokenizeReply,
+    DetokenizeRequest,
+    PlacedToken,
+    PlacedTokens,
+    TokenizeReply,
+    TokenizeRequest,
+)
 from softbatch.server.services import Services
 
 router = APIRouter(tags=["tokens"], responses=ERROR_REPLIES)
 
 
-@router.post("/tokenize", response_model=TokenizeReply, summary="Text or messages to token ids (vLLM)")
+@router.post(
+    "/tokenize",
+    response_model=TokenizeReply | PlacedTokens,
+    summary="Text or messages to token ids (vLLM, text-generation-inference)",
+)
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """With `messages` and a soft prompt as `model`: the tokens that follow the soft prompt."""
     services = services_of(request)
     max_model_len = engine_info(services).model.max_model_len
     replaces = await asyncio.to_thread(_replaces, services, body.model)
 
-    def work() -> TokenizeReply:
+    def work() -> TokenizeReply | PlacedTokens:
+        if body.inputs is not None:
+            return _placed(services, body.inputs, body.add_special_tokens is not False and replaces == "nothing")
         if body.messages is not None:
             turns = services.dialect.history([message.as_turn() for message in body.messages])
             text, special = (
@@ -46,6 +59,12 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         return TokenizeReply(count=len(ids), max_model_len=max_model_len, tokens=ids, token_strs=strings)
 
     return json_reply(await asyncio.to_thread(work))
+
+
+def _placed(services: Services, text: str, add_special_tokens: bool) -> PlacedTokens:
+    encoding = services.text.backend.encode(text, add_special_tokens=add_special_tokens)
+    tokens = zip(encoding.ids, encoding.offsets, strict=True)
+    return PlacedTokens([PlacedToken(id=i, text=text[at:end], start=at, stop=end) for i, (at, end) in tokens])
 
 
 @router.post("/detokenize", response_model=DetokenizeReply, summary="Token ids to text (vLLM)")

@@ -34,14 +34,16 @@ class RequestModel(BaseModel):
     """A JSON object sent by a client. A field that is null counts as not sent.
 
     Fields are known, or in `without_effect` (accepted because clients send them and nothing depends on them),
-    or in `unsupported` with a value that asks for nothing; any other field is refused by name unless it is empty or
-    false. With `is_open` a field that nobody knows has no effect, unless it looks like a known one misspelt.
+    or in `unsupported` with a value that asks for nothing (`instead` says what to send); any other field is refused by
+    name unless it is empty or false. With `is_open` a field that nobody knows has no effect, unless it looks like a
+    known one misspelt.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Neutral] = {}
+    instead: ClassVar[Mapping[str, str]] = {}
     is_open: ClassVar[bool] = False
 
     @model_validator(mode="before")
@@ -54,11 +56,13 @@ class RequestModel(BaseModel):
             if value is None or name in cls.without_effect:
                 continue
             if name in _fields_of(cls):
-                known[name] = value
+                # JSON has one kind of number, and some languages write all of theirs with a point.
+                known[name] = int(value) if isinstance(value, float) and value.is_integer() else value
             elif name in cls.unsupported:
                 neutral = cls.unsupported[name]
                 if not any(_is_same(value, one) for one in neutral):
                     allowed = f"; leave it out or send {_json_like(neutral)}" if neutral else "; leave it out"
+                    allowed = f"; {cls.instead[name]}" if name in cls.instead else allowed
                     raise refusal("unsupported_field", f"not supported by this server{allowed}", name)
             elif not _asks_for_nothing(value) and not (cls.is_open and not _close_to(name, cls, 0.85)):
                 raise refusal("unknown_field", _unknown_field(name, cls), printable(name)[:MAX_NAME_CHARS])

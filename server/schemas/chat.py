@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -20,7 +21,8 @@ from softbatch.server.schemas.sampling import (
     TokenCount,
     at_most_items,
 )
-from softbatch.server.schemas.tools import MAX_CALLS, CallMade, Identifier, ToolFields, as_bounded
+from softbatch.server.schemas.thinking import ThinkingFields
+from softbatch.server.schemas.tools import MAX_CALLS, CallMade, Identifier, ToolFields
 
 ChatFinishReason = FinishReason | Literal["tool_calls"]
 MAX_MESSAGES = 1024
@@ -42,12 +44,27 @@ class TextPart(RequestModel):
     text: Text
 
 
+def _as_text_part(part: object) -> object:
+    """Parts of /v1/responses, and of turns that were refused, are texts too."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind in ("input_text", "output_text"):
+        return {**part, "type": "text"}
+    if kind == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
+
+
 def _as_parts(value: object) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise refusal("content", "must be a text or a list of parts such as {'type': 'text', 'text': '...'}")
-    for index, part in enumerate(value[:MAX_PARTS]):
+    value = [_as_text_part(part) for part in value[: MAX_PARTS + 1]]
+    for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             message = f"parts of type {shown(kind)} are not supported, only 'text'"
@@ -68,8 +85,9 @@ class ChatMessage(RequestModel):
         "function_call": ({},),
         "reasoning_details": ([],),
         "thinking": ("",),
-        "prefix": (False,),
-        "partial": (False,),
+    }
+    instead: ClassVar[Mapping[str, str]] = {
+        "function_call": "a call is sent back in 'tool_calls', and its result in a turn of the role 'tool'"
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -78,7 +96,7 @@ class ChatMessage(RequestModel):
         Field(fail_fast=True),
         at_most_items(MAX_PARTS),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
-    ] = Field(default=[], description="a text, or a list of text parts; may be left out beside tool_calls")
+    ] = Field(default=[], description="a text, or a list of text parts; null if an assistant's turn has none")
     tool_calls: Annotated[list[CallMade], Field(fail_fast=True), at_most_items(MAX_CALLS)] = Field(
         default=[], description="the calls of an assistant's turn"
     )
@@ -86,13 +104,23 @@ class ChatMessage(RequestModel):
     name: Text = Field(default="", description="only of tools: which of them it was")
     reasoning_content: Text = Field(default="", description="of an assistant's turn; templates leave most of it out")
     reasoning: Text = Field(default="", description="another name of reasoning_content")
+    prefix: bool = Field(default=False, description="the last message's: as continue_final_message; of Mistral's API")
+    partial: bool = Field(default=False, description="another name of prefix; of Qwen's API")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_say_nothing(cls, data: object) -> object:
+        """An assistant's turn of nothing but thoughts comes back so."""
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content", "") is None:
+            return {**data, "content": ""}
+        return data
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> ChatMessage:
         if "content" not in self.model_fields_set and self.role != "tool" and not self.tool_calls:
             raise PydanticCustomError("missing", "field required", {"param": "content"})
         if self.role != "assistant":
-            for field in ("tool_calls", "reasoning_content", "reasoning"):
+            for field in ("tool_calls", "reasoning_content", "reasoning", "prefix", "partial"):
                 if getattr(self, field):
                     raise refusal("role", "only an assistant's turn has it", field)
         if self.role != "tool" and self.tool_call_id:
@@ -112,16 +140,22 @@ class ChatMessage(RequestModel):
         return turn
 
 
+def _unbounded(value: object) -> object:
+    """-1 is how some say that they name no limit."""
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
 def _not_empty(value: object) -> object:
     if isinstance(value, list) and not value:
         raise refusal("too_short", "at least one message is needed")
     return value
 
 
+Limit = Annotated[TokenCount | None, BeforeValidator(_unbounded, json_schema_input_type=int | None)]
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)]
 
 
-class ChatCompletionRequest(ToolFields, OpenAIRequest):
+class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
     """Answer a conversation. Fields of OpenAI's API that this server does not support are refused."""
 
     model_config = ConfigDict(
@@ -145,21 +179,29 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
         "prediction": (),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "enable_thinking": (),
-        "thinking": (),
+        "include_reasoning": (True,),
+        "separate_reasoning": (True,),
+        "stream_reasoning": (True,),
+        "reasoning_format": ("auto", "deepseek", "parsed"),
+        "parse_tool_calls": (True,),
         "best_of": (1,),
         "echo": (False,),
         "add_special_tokens": (False,),
         "documents": ([],),
         "chat_template": (),
     }
+    instead: ClassVar[Mapping[str, str]] = {
+        "functions": "what replaced it is: 'tools': [{'type': 'function', 'function': {...}}]",
+        "function_call": "what replaced it is 'tool_choice'",
+        "prompt_logprobs": "/v1/completions reports them of a text, and /v1/score scores answers in a chat",
+    }
     without_effect: ClassVar[frozenset[str]] = OpenAIRequest.without_effect - ToolFields.model_fields.keys()
 
     messages: Messages
-    max_completion_tokens: TokenCount | None = Field(
-        default=None, description="left out: the server's --default-max-tokens, see /info"
+    max_completion_tokens: Limit = Field(
+        default=None, description="left out, or -1: the server's --default-max-tokens, see /info"
     )
-    max_tokens: TokenCount | None = Field(default=None, description="older name of max_completion_tokens")
+    max_tokens: Limit = Field(default=None, description="older name of max_completion_tokens")
     add_generation_prompt: bool | None = Field(
         default=None, description="false: no assistant's turn is begun; not from OpenAI's API"
     )
@@ -168,12 +210,6 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
     )
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives per token")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="if the model's chat template knows it; 'none' is always allowed"
-    )
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(as_bounded)] = Field(
-        default={}, description="given to the chat template, which must read them; not from OpenAI's API"
-    )
 
     @property
     def token_limit(self) -> int | None:
@@ -185,14 +221,15 @@ class ChatCompletionRequest(ToolFields, OpenAIRequest):
 
     @property
     def chat_end(self) -> ChatEnd:
-        if self.continue_final_message:
+        last = self.messages[-1]
+        if self.continue_final_message or last.prefix or last.partial:
             return "open turn"
         return "turn" if self.add_generation_prompt is False else "answer"
 
     @model_validator(mode="after")
     def _is_consistent(self) -> ChatCompletionRequest:
         self.check_stream_options()
-        if self.continue_final_message and self.add_generation_prompt:
+        if self.chat_end == "open turn" and self.add_generation_prompt:
             message = "not together with 'add_generation_prompt': true, which begins a new turn"
             raise refusal("continue_final_message", message, "continue_final_message")
         self.check_lengths(

@@ -14,7 +14,7 @@ from softbatch.server.schemas.sampling import (
     MAX_CHOICES_PER_PROMPT,
     MAX_TOP_LOGPROBS,
     OTHER_SAMPLERS,
-    SEED_MASK,
+    SAMPLER_SETTINGS,
     BaseOrSoftPrompt,
     Milliseconds,
     ModelName,
@@ -29,6 +29,7 @@ from softbatch.server.schemas.structured import GrammarParameter
 class GenerateParameters(RequestModel):
     """How to continue the input. What text-generation-inference has and this server does not, is refused."""
 
+    without_effect: ClassVar[frozenset[str]] = SAMPLER_SETTINGS
     unsupported: ClassVar[Neutral] = {
         **OTHER_SAMPLERS,
         "n": (1,),
@@ -55,7 +56,7 @@ class GenerateParameters(RequestModel):
     top_p: float = Field(default=1.0, ge=0, le=1, description="0 always takes the most likely token")
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=0, le=SEED_MASK)
+    seed: int | None = Field(default=None, ge=0, le=2**64 - 1)
     best_of: int = Field(
         default=1,
         ge=1,

@@ -44,7 +44,9 @@ class MessageToolChoice(RequestModel):
 
     type: Literal["auto", "any", "tool", "none"]
     name: ToolName | None = None
-    disable_parallel_tool_use: bool = Field(default=False, description="at most one call")
+    disable_parallel_tool_use: bool | None = Field(
+        default=None, description="true: at most one call; left out: several only if none must be made"
+    )
 
     @model_validator(mode="after")
     def _is_whole(self) -> MessageToolChoice:
@@ -87,7 +89,9 @@ class MessageToolFields(RequestModel):
         if choice.type == "none":
             return ToolUse()
         required = {tool.name for tool in tools if choice.type == "any" or tool.name == choice.name}
-        return ToolUse(tools, frozenset(required), not choice.disable_parallel_tool_use)
+        # A model that must call goes on calling if it is unsure of itself: only whoever asks for several gets them.
+        wanted = choice.disable_parallel_tool_use
+        return ToolUse(tools, frozenset(required), wanted is False if required else wanted is not True)
 
     @property
     def thinking_effort(self) -> str | None:

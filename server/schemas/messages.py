@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from softbatch.scheduler.protocol import SamplingParams
 from softbatch.server.requests.output_format import OutputFormat
+from softbatch.server.requests.text import ChatEnd
 from softbatch.server.schemas.base import MAX_INT32, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.chat import MAX_MESSAGES
 from softbatch.server.schemas.joined_turns import joined_turns
@@ -74,12 +75,19 @@ class ConversationFields(MessageToolFields, QueuedRequest):
     ] = Field(description="turns of one speaker that follow each other are one turn")
     system: Texts = Field(default=[], description="what the model is to know and do: a text, or a list of blocks")
     output_config: OutputConfig = Field(default=OutputConfig())
+    recall: Recall = None
 
     @model_validator(mode="after")
-    def _asks_for_a_turn(self) -> ConversationFields:
-        if self.messages[-1].role == "assistant":
-            message = "the last turn is the assistant's, and going on with it is not supported; end with the user's"
-            raise refusal("unsupported_role", message, f"messages.{len(self.messages) - 1}.role")
+    def _can_go_on(self) -> ConversationFields:
+        if self.chat_end == "answer":
+            return self
+        last = f"messages.{len(self.messages) - 1}"
+        if any(block.type != "text" for block in self.messages[-1].content):
+            message = "only a text can be gone on with; end with the user's turn"
+            raise refusal("unsupported_role", message, f"{last}.role")
+        if self.output_format is not None:
+            message = "a begun answer cannot be held to a format: what is written of it is not looked at"
+            raise refusal("output_format", message, "output_config.format")
         return self
 
     @model_validator(mode="after")
@@ -91,6 +99,11 @@ class ConversationFields(MessageToolFields, QueuedRequest):
                 message = f"at most {MAX_CALLS} calls are allowed in one turn, and in turns that follow each other"
                 raise refusal("too_long", message, f"messages.{index}.content")
         return self
+
+    @property
+    def chat_end(self) -> ChatEnd:
+        """A last turn of the assistant is the beginning of the answer."""
+        return "open turn" if self.messages[-1].role == "assistant" else "answer"
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -112,8 +125,18 @@ class ConversationFields(MessageToolFields, QueuedRequest):
 
 
 class CountTokensRequest(ConversationFields):
-    """A conversation whose tokens are to be counted."""
+    """A conversation whose tokens are to be counted. Some send what they would send to have it answered."""
 
+    without_effect: ClassVar[frozenset[str]] = ConversationFields.without_effect | {
+        "max_tokens",
+        "stream",
+        "stop_sequences",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "metadata",
+    }
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "What is the sea?"}]}]}
     )
@@ -144,7 +167,6 @@ class MessagesRequest(ConversationFields):
     top_k: int = Field(default=0, ge=-1, le=MAX_INT32, description="0 or -1: off")
     seed: Seed | None = Field(default=None, description="only this server's")
     metadata: MessageMetadata = Field(default=MessageMetadata())
-    recall: Recall = None
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -75,7 +75,9 @@ class ResponseToolFields(RequestModel):
         default=ResponseToolChoice(type="auto"),
         description="'auto', 'none', 'required', or a function that must be called",
     )
-    parallel_tool_calls: bool = Field(default=True, description="false: at most one call")
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="false: at most one call; left out: several only if none is required"
+    )
 
     @property
     def tool_use(self) -> ToolUse:
@@ -89,7 +91,9 @@ class ResponseToolFields(RequestModel):
         )
         must_call = choice.type == "required" or (choice.type == "allowed_tools" and choice.mode == "required")
         required = {tool.name for tool in tools if must_call or tool.name == choice.name}
-        return ToolUse(tools, frozenset(required), self.parallel_tool_calls)
+        # A model that must call goes on calling if it is unsure of itself: only whoever asks for several gets them.
+        parallel = self.parallel_tool_calls is not False if not required else self.parallel_tool_calls is True
+        return ToolUse(tools, frozenset(required), parallel)
 
     @model_validator(mode="after")
     def _choice_is_among_tools(self) -> ResponseToolFields:

@@ -120,9 +120,6 @@ class ResponsesRequest(ResponseToolFields, QueuedRequest):
     def _is_consistent(self) -> ResponsesRequest:
         if self.top_logprobs and LOGPROBS not in self.include:
             raise refusal("top_logprobs", f"only allowed with {LOGPROBS!r} in 'include'", "top_logprobs")
-        if self.input[-1].type == "message" and self.input[-1].role == "assistant":
-            message = "the last turn is the assistant's, and going on with it is not supported; end with the user's"
-            raise refusal("unsupported_role", message, f"input.{len(self.input) - 1}.role")
         return self
 
     @property

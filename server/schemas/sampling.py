@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from softbatch.prompt_store.stores.kept_text import MAX_RECALL
-from softbatch.scheduler.protocol import SamplingParams
+from softbatch.scheduler.protocol import MAX_PRIORITY, SamplingParams
 from softbatch.server.request_failures import printable
 from softbatch.server.schemas.base import MAX_INT32, MAX_NAME_CHARS, Neutral, RequestModel, Text, refusal
 from softbatch.server.schemas.structured import StructuredRequest
@@ -21,7 +21,6 @@ MAX_BIAS = 100
 MAX_ALLOWED_TOKENS = 1 << 16
 MAX_BAD_WORDS = 128
 MAX_CHOICES_PER_PROMPT = 16
-MAX_PRIORITY = 1000
 MAX_TIMEOUT_MS = 86_400_000
 SEED_MASK = 2**63 - 1
 
@@ -47,11 +46,12 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 
 
 def _as_stop_list(value: object) -> object:
+    """Forms with a field that was left empty send an empty string."""
     if isinstance(value, str):
         return [value] if value else []
     if isinstance(value, list) and len(value) > MAX_STOP_STRINGS:
         raise refusal("too_long", f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(value)}")
-    return value
+    return [one for one in value if one not in ("", None)] if isinstance(value, list) else value
 
 
 def _as_biases(value: object) -> object:
@@ -83,6 +83,49 @@ def at_most_items(limit: int) -> BeforeValidator:
 
     return BeforeValidator(check)
 
+
+# What other servers' samplers know, with the values that switch it off.
+OTHER_SAMPLERS: Neutral = {
+    "typical_p": (1.0,),
+    "typical": (1.0,),
+    "top_a": (0.0,),
+    "tfs_z": (1.0,),
+    "tfs": (1.0,),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "guidance_scale": (1.0,),
+    "penalty_alpha": (0.0,),
+    "xtc_probability": (0.0,),
+    "dry_multiplier": (0.0,),
+    "dynatemp_range": (0.0,),
+    "smoothing_factor": (0.0,),
+    "repeat_penalty": (1.0,),
+    "typ_p": (1.0,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "n_keep": (0,),
+    "n_probs": (0,),
+}
+
+# Numbers of those samplers, which mean nothing while they are off.
+SAMPLER_SETTINGS = frozenset(
+    {
+        "mirostat_tau",
+        "mirostat_eta",
+        "xtc_threshold",
+        "dry_base",
+        "dry_allowed_length",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "smoothing_curve",
+        "repeat_last_n",
+    }
+)
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Biases = Annotated[
@@ -145,8 +188,14 @@ class OpenAIRequest(StructuredRequest, QueuedRequest):
             "request_id",
             "guided_decoding_backend",
             "cache_prompt",
+            "keep_alive",
+            "ttl",
+            "id_slot",
+            "slot_id",
+            "timings_per_token",
+            "return_progress",
         }
-    )
+    ).union(SAMPLER_SETTINGS)
 
     recall: Recall = None
     return_recalled: ReturnRecalled = False
@@ -249,29 +298,6 @@ class OpenAIRequest(StructuredRequest, QueuedRequest):
         if max_tokens is not None and self.min_tokens > max_tokens:
             raise refusal("min_tokens", f"must not be more than {name} ({max_tokens})", "min_tokens")
 
-
-# What other servers' samplers know, with the values that switch it off.
-OTHER_SAMPLERS: Neutral = {
-    "typical_p": (1.0,),
-    "typical": (1.0,),
-    "top_a": (0.0,),
-    "tfs_z": (1.0,),
-    "tfs": (1.0,),
-    "mirostat": (0,),
-    "mirostat_mode": (0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "num_beams": (1,),
-    "no_repeat_ngram_size": (0,),
-    "guidance_scale": (1.0,),
-    "penalty_alpha": (0.0,),
-    "xtc_probability": (0.0,),
-    "dry_multiplier": (0.0,),
-    "dynatemp_range": (0.0,),
-    "smoothing_factor": (0.0,),
-    "repeat_penalty": (1.0,),
-    "n_probs": (0,),
-}
 
 # Asked for by OpenAI's or vLLM's clients, done by neither route yet.
 UNSUPPORTED: Neutral = {

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from softbatch.server.requests.output_format import OutputFormat
 from softbatch.server.schemas.base import MAX_NAME_CHARS, Neutral, RequestModel, refusal
@@ -60,26 +61,82 @@ class NamedSchema(RequestModel):
     strict: bool = False
 
 
-class ResponseFormat(RequestModel):
-    """OpenAI's `response_format`."""
+class GrammarParameter(RequestModel):
+    """text-generation-inference's `grammar`."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["json", "regex", "json_schema"]
+    value: Any
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> GrammarParameter:
+        self.as_format("")
+        return self
+
+    def as_format(self, param: str) -> OutputFormat:
+        return _format_of(self.type, self.value, f"{param}.value")
+
+
+def _format_of(kind: str, value: object, param: str) -> OutputFormat:
+    """Of an expression or, for other kinds, a schema. Raises an error about the field `value`."""
+    if kind == "json_schema":
+        if not isinstance(value, dict) or "schema" not in value:
+            raise refusal("json_schema", "must be an object with a 'schema'", "value")
+        value = value["schema"]
+    if kind != "regex":
+        try:
+            return OutputFormat("json_schema", str(_as_schema(value)), param)
+        except PydanticCustomError as error:
+            raise refusal(error.type, error.message(), "value") from None
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_GRAMMAR_CHARS:
+        raise refusal("regex", f"must be a regular expression of at most {MAX_GRAMMAR_CHARS} characters", "value")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise refusal("regex", "must be valid Unicode, without lone surrogates", "value")
+    return OutputFormat("regex", value, param)
+
+
+class ResponseFormat(RequestModel):
+    """OpenAI's `response_format`, with a `schema` beside the type as llama.cpp has it, and text-generation-inference's
+    'json' and 'regex', which have a `value`."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"name", "description", "strict"})
+
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
     json_schema: NamedSchema | None = None
+    schema_text: SchemaText | None = Field(default=None, alias="schema", description="not from OpenAI's API")
+    value: Any = Field(default=None, description="a schema or an expression; not from OpenAI's API")
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            needed = "is needed" if self.json_schema is None else "is only allowed"
-            raise refusal("json_schema", f"{needed} with type 'json_schema'", "json_schema")
+        places: dict[str, tuple[str, ...]] = {
+            "json_schema": ("json_schema", "schema", "value"),
+            "json_object": ("schema", "value"),
+        }
+        places |= {"json": ("value",), "regex": ("value",)}
+        allowed = places.get(self.type, ())
+        sent = [name for name in ("json_schema", "schema", "value") if self._is_sent(name)]
+        for name in sent:
+            if name not in allowed or len(sent) > 1:
+                message = f"is not allowed with type {self.type!r}" if name not in allowed else "is there twice"
+                raise refusal("json_schema", message, name)
+        if not sent and self.type not in ("text", "json_object"):
+            raise refusal("json_schema", f"is needed with type {self.type!r}", allowed[0])
+        self.as_format("")
         return self
+
+    def _is_sent(self, name: str) -> bool:
+        return getattr(self, "schema_text" if name == "schema" else name) is not None
 
     def as_format(self, param: str) -> OutputFormat | None:
         if self.type == "text":
             return None
-        if self.json_schema is None:
-            return OutputFormat("json_schema", ANY_OBJECT, param)
-        schema = self.json_schema.schema_text
-        return OutputFormat("json_schema", "true" if schema is None else schema, f"{param}.json_schema.schema")
+        if self.value is not None:
+            return _format_of(self.type, self.value, f"{param}.value")
+        if self.json_schema is not None:
+            schema = self.json_schema.schema_text
+            return OutputFormat("json_schema", "true" if schema is None else schema, f"{param}.json_schema.schema")
+        if self.schema_text is not None:
+            return OutputFormat("json_schema", self.schema_text, f"{param}.schema")
+        return OutputFormat("json_schema", ANY_OBJECT, param)
 
 
 class StructuredOutputs(RequestModel):
@@ -151,30 +208,3 @@ class StructuredRequest(RequestModel):
             formats += self.structured_outputs.formats("structured_outputs", ".")
         wanted = self.response_format.as_format("response_format") if self.response_format is not None else None
         return formats + ([wanted] if wanted is not None else [])
-
-
-class GrammarParameter(RequestModel):
-    """text-generation-inference's `grammar`."""
-
-    type: Literal["json", "regex", "json_schema"]
-    value: Any
-
-    @model_validator(mode="after")
-    def _is_readable(self) -> GrammarParameter:
-        self.as_format("")
-        return self
-
-    def as_format(self, param: str) -> OutputFormat:
-        if self.type == "regex":
-            if not isinstance(self.value, str) or not 1 <= len(self.value) <= MAX_GRAMMAR_CHARS:
-                message = f"must be a regular expression of at most {MAX_GRAMMAR_CHARS} characters"
-                raise refusal("regex", message, "value")
-            if any("\ud800" <= character <= "\udfff" for character in self.value):
-                raise refusal("regex", "must be valid Unicode, without lone surrogates", "value")
-            return OutputFormat("regex", self.value, f"{param}.value")
-        value = self.value
-        if self.type == "json_schema":
-            if not isinstance(value, dict) or "schema" not in value:
-                raise refusal("json_schema", "must be an object with a 'schema'", "value")
-            value = value["schema"]
-        return OutputFormat("json_schema", str(_as_schema(value)), f"{param}.value")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, RootModel, StringConstraints, model_validator
 
 from softbatch.server.schemas.base import Neutral, RequestModel, refusal
 from softbatch.server.schemas.chat import Messages
@@ -16,9 +16,11 @@ MAX_TOKENS = 1 << 18
 
 
 class TokenizeRequest(RequestModel):
-    """A text or a conversation, exactly one of them."""
+    """A text or a conversation, exactly one of them. `inputs` is text-generation-inference's name of a text, and gets
+    its reply: a list."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The capital of France is"}]})
+    without_effect: ClassVar[frozenset[str]] = frozenset({"parameters"})
     unsupported: ClassVar[Neutral] = {
         "continue_final_message": (False,),
         "chat_template": (),
@@ -27,6 +29,7 @@ class TokenizeRequest(RequestModel):
 
     model: BaseOrSoftPrompt | None = None
     prompt: Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)] | None = None
+    inputs: Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)] | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         default=None,
@@ -37,7 +40,7 @@ class TokenizeRequest(RequestModel):
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
+        if [self.prompt, self.inputs, self.messages].count(None) != 2:
             raise refusal("prompt", "send either 'prompt' or 'messages'", "prompt")
         return self
 
@@ -47,6 +50,19 @@ class TokenizeReply(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
+
+
+class PlacedToken(BaseModel):
+    """A token, and where its text stands in the input, in characters."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class PlacedTokens(RootModel[list[PlacedToken]]):
+    """text-generation-inference's reply."""
 
 
 class DetokenizeRequest(RequestModel):

@@ -107,7 +107,8 @@ class AllowedTools(RequestModel):
 
 
 def _as_choice(value: object) -> object:
-    return {"type": value} if isinstance(value, str) else value
+    """Mistral's word for what must be called is 'any'."""
+    return {"type": "required" if value == "any" else value} if isinstance(value, str) else value
 
 
 class ToolChoice(RequestModel):

@@ -16,6 +16,7 @@ from softbatch.server.tools.json_calls import JsonCalls, JsonLayout
 from softbatch.server.tools.message_parts import PartSink
 from softbatch.server.tools.parser_names import CallFormatName
 from softbatch.server.tools.whole_calls import BracketedCalls, MarkedCalls, Signatures, calls_in_code
+from softbatch.server.tools.xml_calls import OPENING, XmlCalls, xml_arguments
 
 MISTRAL_ID_LENGTH = 9  # the templates of Mistral's models refuse any other
 
@@ -36,7 +37,7 @@ class CallReader(Protocol):
 class CallFormat:
     """Calls stand behind any of `marks`, or, if a text begins with `bare`, without a mark. `tokens` are the words of
     the format that may be special tokens. `before`, `between` and `behind` enclose calls that are written as
-    `head`, JSON arguments, `tail`."""
+    `head`, JSON arguments, `tail`; with `in_elements` each argument is an element of XML instead."""
 
     name: CallFormatName
     marks: tuple[str, ...]
@@ -49,6 +50,7 @@ class CallFormat:
     bare: str = ""
     tokens: tuple[str, ...] = ()
     new_id: Callable[[], str] = lambda: f"call_{uuid.uuid4().hex[:24]}"
+    in_elements: bool = False
 
     @property
     def is_marked(self) -> bool:
@@ -57,7 +59,8 @@ class CallFormat:
 
     def write(self, calls: list[tuple[str, str]]) -> str:
         """Calls, each a name and its arguments in JSON, as the model would write them."""
-        written = [self.head.replace("NAME", name) + arguments + self.tail for name, arguments in calls]
+        inner = xml_arguments if self.in_elements else str
+        written = [self.head.replace("NAME", name) + inner(arguments) + self.tail for name, arguments in calls]
         return self.before + self.between.join(written) + self.behind
 
 
@@ -75,6 +78,10 @@ def _json(layout: JsonLayout) -> Callable[[PartSink, Signatures, bool], CallRead
 
 def _bracketed(sink: PartSink, signatures: Signatures, is_marked: bool) -> CallReader:
     return BracketedCalls(sink, signatures)
+
+
+def _elements(sink: PartSink, signatures: Signatures, is_marked: bool) -> CallReader:
+    return XmlCalls(sink, signatures)
 
 
 def _code(sink: PartSink, signatures: Signatures, is_marked: bool) -> CallReader:
@@ -183,6 +190,18 @@ CALL_FORMATS: dict[CallFormatName, CallFormat] = {
             between=", ",
             bare="[",
             tokens=("<|python_start|>", "<|python_end|>"),
+        ),
+        CallFormat(
+            "qwen3_coder",
+            ("<tool_call>", OPENING),
+            _elements,
+            head="<function=NAME>\n",
+            tail="</function>",
+            before="<tool_call>\n",
+            behind="\n</tool_call>",
+            between="\n</tool_call>\n<tool_call>\n",
+            tokens=("<tool_call>", "</tool_call>"),
+            in_elements=True,
         ),
     )
 }

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from softbatch.server.request_failures import InvalidGrammar
 from softbatch.server.requests.output_format import JSON_WHITESPACE, OutputFormat
+from softbatch.server.requests.schema_formats import without_other_formats
 from softbatch.server.tools.call_formats import CallFormat
 from softbatch.server.tools.message_reader import ReasoningFormat
 from softbatch.server.tools.tool import Tool, ToolUse
+from softbatch.server.tools.xml_grammar import ElementRules
 
 # The id of a token that the tokenizer never makes of several others; None for other words.
 TokenId = Callable[[str], int | None]
@@ -92,11 +94,14 @@ class _Grammar:
         first = "" if not self._calls.bare else f"[ \\n]*[^ \\n{re.escape(self._calls.bare)}]"
         token = self._token_id(mark)
         if token is not None:
-            self.rules += [f"FIRST: /{first}(?s:.*)/", "TEXT: /(?s:.+)/"]
+            # What reads as a call without the token in front is none that could be followed.
+            others = "".join(f" & ~/(?s:.*){_escaped(other)}(?s:.*)/" for other in self._calls.marks[1:])
+            self.rules += [f"FIRST: /{first}(?s:.*)/{others}", f"TEXT: /(?s:.+)/{others}"]
             bare = f"{self._call(self._use.tools)} | " if self._calls.bare else ""
             return f"({bare}FIRST? (<[{token}]> {call} TEXT?){times})"
         self.rules.append(f"marked[suffix={json.dumps(mark)}]: {_ANY_TEXT}")
-        self.rules.append(f"REST: /(?s:.+)/ & ~/(?s:.*){_escaped(mark)}(?s:.*)/")
+        others = "|".join(map(_escaped, self._calls.marks))
+        self.rules.append(f"REST: /(?s:.+)/ & ~/(?s:.*)({others})(?s:.*)/")
         return f"(marked {call}){times} REST?"
 
     def reasoning(self, reasoning: ReasoningFormat, is_thinking: bool) -> str:
@@ -113,7 +118,7 @@ class _Grammar:
     def form(self, form: OutputFormat) -> str:
         self.parts.append(form)
         if form.kind == "json_schema":
-            schema = json.loads(form.text)
+            schema = without_other_formats(json.loads(form.text))
             return _json_of(schema if isinstance(schema, dict) else {} if schema else {"not": {}}, lenient=False)
         if form.kind == "choice":
             return "(" + " | ".join(map(_quoted, json.loads(form.text))) + ")"
@@ -133,7 +138,7 @@ class _Grammar:
             if mark and not self._calls.before:
                 head = head.removeprefix(mark)
             schema = _schema_of(tool)
-            arguments = _json_of(schema, lenient=not tool.strict)
+            arguments = self._arguments(name, schema, lenient=not tool.strict)
             rule = f"{name}: {self._words(head)} {arguments} {self._words(self._calls.tail)}".rstrip()
             if rule in self.rules:
                 continue
@@ -141,6 +146,15 @@ class _Grammar:
             part = OutputFormat("json_schema", json.dumps(_guided(schema, not tool.strict)), f"{tool.param}.parameters")
             self.parts.append(part)
         return names[0] if len(names) == 1 else f"({' | '.join(names)})"
+
+    def _arguments(self, name: str, schema: dict[str, object], *, lenient: bool) -> str:
+        assert self._calls is not None
+        if not self._calls.in_elements:
+            return _json_of(schema, lenient=lenient)
+        elements = ElementRules(name, lambda one: _json_of(one, lenient=lenient))
+        term = elements.arguments(schema)
+        self.rules += [rule for rule in elements.rules if rule not in self.rules]
+        return term
 
     def _words(self, text: str, tokens: Sequence[str] | None = None) -> str:
         """A text in which tokens of the format stand for themselves."""
@@ -161,7 +175,8 @@ class _Grammar:
 
 def _schema_of(tool: Tool) -> dict[str, object]:
     """Of the arguments: an object, and without keys of which the schema says nothing."""
-    schema: dict[str, object] = {"type": "object", **(tool.parameters or {"properties": {}})}
+    parameters = without_other_formats(tool.parameters or {"properties": {}})
+    schema: dict[str, object] = {"type": "object", **parameters}
     if "properties" in schema and not any(word in schema for word in ("additionalProperties", *_OPEN_ENDED)):
         schema["additionalProperties"] = False
     return schema

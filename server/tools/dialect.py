@@ -29,6 +29,7 @@ REASONING_FORMATS: dict[ReasoningName, ReasoningFormat] = {
 # What only the template writes of a form, or tells the model to write; the first that is there decides. Those without
 # a name are forms that are not read: such models are told to write another one.
 _SIGNS: tuple[tuple[str, CallFormatName | None], ...] = (
+    ("<parameter=", "qwen3_coder"),
     ("<function=", None),
     ("<arg_key>", None),
     ("[ARGS]", "mistral"),

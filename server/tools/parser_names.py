@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 CallFormatName = Literal[
-    "hermes", "llama3_json", "mistral", "mistral_list", "gemma", "functiongemma", "gemma4", "pythonic"
+    "hermes", "llama3_json", "mistral", "mistral_list", "gemma", "functiongemma", "gemma4", "pythonic", "qwen3_coder"
 ]
 ReasoningName = Literal["think", "mistral", "gemma4"]
 CallParser = Literal["auto", "none"] | CallFormatName

@@ -35,9 +35,9 @@ class ToolUse:
     parallel: bool = True
 
     @property
-    def signatures(self) -> dict[str, tuple[str, ...]]:
-        """The names of the tools, with those of their parameters."""
-        return {tool.name: tuple(_properties(tool)) for tool in self.tools}
+    def signatures(self) -> dict[str, dict[str, Any]]:
+        """The names of the tools, with their parameters and what is said of these."""
+        return {tool.name: _properties(tool) for tool in self.tools}
 
 
 def _properties(tool: Tool) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class ToolPrompt:
             rendered = self._render([_user("x"), calls, answer], {"tools": [Tool(name).as_json()]})
             # A dict written as it is shows in Python's quotes, a text that is encoded once more in escaped ones.
             is_written = rendered is not None and name in rendered and result in rendered
-            if is_written and rendered is not None and re.search(f'(?<![\\\\\'])"?{key}"?\\s*[:=]', rendered):
+            if is_written and rendered is not None and re.search(f'(?<![\\\\\'])"?{key}"?\\s*[:=>]', rendered):
                 return dict if isinstance(arguments, dict) else str
         return None
 

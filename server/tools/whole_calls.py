@@ -5,15 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import regex
 
 from softbatch.server.tools.message_parts import PartSink
 
-# The name of each tool, with the names of its parameters in order.
-Signatures = Mapping[str, Sequence[str]]
+# The name of each tool, with the names of its parameters in order, which may lead to their schemas.
+Signatures = Mapping[str, Collection[str]]
 Found = list[tuple[str, str]]
 MAX_CHARS = 1 << 17
 _SHOULD_BE_CALLS = regex.compile(r"\[\s*([A-Za-z_][\w.]{0,255})\s*\(")

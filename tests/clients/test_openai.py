@@ -57,3 +57,21 @@ def test_tools(client: "openai.OpenAI") -> None:
         model="smollm2-135m", messages=messages, tools=[weather], tool_choice="none", max_tokens=20, temperature=0
     )
     assert answer.choices[0].message.content
+
+
+def test_responses(client: "openai.OpenAI") -> None:
+    fields = {"model": "smollm2-135m", "temperature": 0, "store": False}
+    reply = client.responses.create(input=QUESTION, instructions="You are a helpful assistant.", **fields)
+    assert "Paris" in reply.output_text
+    parsed = client.responses.parse(input=QUESTION, text_format=Town, max_output_tokens=200, **fields)
+    assert isinstance(parsed.output_parsed, Town)
+    with client.responses.stream(input=QUESTION, max_output_tokens=20, **fields) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert text == stream.get_final_response().output_text
+
+
+def test_embeddings(client: "openai.OpenAI") -> None:
+    reply = client.embeddings.create(model="smollm2-135m", input=["The harbour", "A port", "Nine bananas"])
+    one, two, three = (item.embedding for item in reply.data)
+    near, far = (sum(a * b for a, b in zip(one, other, strict=True)) for other in (two, three))
+    assert near > far

@@ -1,4 +1,4 @@
-"""OpenAI's agents SDK, over chat completions."""
+"""OpenAI's agents SDK, over responses, which is its default, and over chat completions."""
 
 import pytest
 
@@ -6,9 +6,10 @@ agents = pytest.importorskip("agents")
 openai = pytest.importorskip("openai")
 
 
-def test_agent_with_instructions(url: str) -> None:
+@pytest.mark.parametrize("api", ["OpenAIResponsesModel", "OpenAIChatCompletionsModel"])
+def test_agent_with_instructions(url: str, api: str) -> None:
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused")
-    model = agents.OpenAIChatCompletionsModel("smollm2-135m", openai_client=client)
+    model = getattr(agents, api)("smollm2-135m", openai_client=client)
     agent = agents.Agent("guide", instructions="You are a helpful assistant.", model=model)
     agent.model_settings = agents.ModelSettings(temperature=0, max_tokens=40)
     agents.set_tracing_disabled(True)

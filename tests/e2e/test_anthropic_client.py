@@ -40,7 +40,8 @@ def test_a_message(client: Anthropic, tiny_llama: Reference) -> None:
     assert (reply.stop_reason, reply.stop_sequence) == ("max_tokens", None)
     whole = reply.usage.input_tokens + (reply.usage.cache_read_input_tokens or 0)
     assert (whole, reply.usage.output_tokens) == (len(ids), 20)
-    counted = client.messages.count_tokens(model="tiny-llama", system=SYSTEM, messages=TURNS)
+    whole_body: Any = {"max_tokens": 20, "stream": True, "temperature": 0}  # as proxies send it
+    counted = client.messages.count_tokens(model="tiny-llama", system=SYSTEM, messages=TURNS, extra_body=whole_body)
     assert counted.input_tokens == len(ids)
 
 
@@ -57,6 +58,17 @@ def test_blocks_and_turns_of_one_speaker(client: Anthropic, tiny_llama: Referenc
     ids = tiny_llama.tokenizer(text, add_special_tokens=False)["input_ids"]
     reply = client.messages.create(model="tiny-llama", max_tokens=8, system=system, messages=turns, extra_body=GREEDY)
     assert reply.content[0].text == greedy_text(tiny_llama, ids, 8)
+
+
+def test_a_turn_of_the_assistant_is_the_beginning_of_the_answer(client: Anthropic, tiny_llama: Reference) -> None:
+    whole = greedy_text(tiny_llama, chat_ids(tiny_llama), 20)
+    text = tiny_llama.tokenizer.apply_chat_template([MESSAGES[0], *TURNS], add_generation_prompt=True, tokenize=False)
+    ids = tiny_llama.tokenizer(text + whole[:12], add_special_tokens=False)["input_ids"]
+    turns: Any = [*TURNS, {"role": "assistant", "content": whole[:12]}]
+    fields: Any = {"model": "tiny-llama", "system": SYSTEM, "messages": turns}
+    reply = client.messages.create(max_tokens=8, extra_body=GREEDY, **fields)
+    assert reply.content[0].text == greedy_text(tiny_llama, ids, 8)
+    assert client.messages.count_tokens(**fields).input_tokens == len(ids)
 
 
 def test_a_stream(client: Anthropic, tiny_llama: Reference) -> None:
@@ -174,6 +186,7 @@ def test_errors_are_the_clients_own(client: Anthropic) -> None:
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
 USER = {"role": "user", "content": "a"}
+CALL = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
 
 
 @pytest.mark.parametrize(
@@ -186,10 +199,10 @@ USER = {"role": "user", "content": "a"}
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
-        ({"messages": [USER, {"role": "assistant", "content": "b"}]}, "messages.1.role"),
+        ({"messages": [USER, {"role": "assistant", "content": [CALL]}]}, "messages.1.role"),
         ({"system": [IMAGE]}, "system.0.type"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
-        ({"stop_sequences": [""]}, "stop_sequences.0"),
+        ({"stop_sequences": [3]}, "stop_sequences.0"),
         ({"stop": ["x"]}, "stop"),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
         ({"output_config": {"effort": "high"}}, "output_config.effort"),
@@ -246,9 +259,8 @@ WEATHER: Any = {
 
 def test_a_tool_that_must_be_called(client: Anthropic) -> None:
     """Even by a random model: whole, in a stream, and with the result sent back."""
-    one = {"type": "any", "disable_parallel_tool_use": True}
     fields: Any = {"model": "tiny-llama", "max_tokens": 200, "messages": TURNS, "extra_body": GREEDY}
-    fields |= {"tools": [WEATHER], "tool_choice": one}
+    fields |= {"tools": [WEATHER], "tool_choice": {"type": "any"}}
     reply = client.messages.create(**fields)
     (call,) = reply.content
     assert (call.type, call.name, reply.stop_reason) == ("tool_use", "get_weather", "tool_use")

@@ -114,11 +114,11 @@ BAD_FIELDS: dict[str, tuple[tuple[str, Any], str | None, str]] = {
     "10,000 stop strings": (completion(stop=["x"] * 10_000), "stop", "at most 16"),
     "10,000 stop sequences": (generate(stop=["x"] * 10_000), "parameters.stop", "at most 16"),
     "stop string of 100,000 characters": (completion(stop="x" * 100_000), "stop.0", "at most 256"),
-    "empty stop string": (completion(stop=["ok", ""]), "stop.1", "at least 1"),
+    "a number as a stop string": (completion(stop=["ok", 5]), "stop.1", "valid string"),
     "10,000 stop tokens": (completion(stop_token_ids=[1] * 10_000), "stop_token_ids", "at most 64"),
     # not supported, by name
     "tools": (chat(tools=[{"type": "mcp"}]), "tools.0.type", "only 'function'"),
-    "JSON mode misspelt": (chat(response_format={"type": "json"}), "response_format.type", "'json_object'"),
+    "JSON mode misspelt": (chat(response_format={"type": "jsonobject"}), "response_format.type", "'json_object'"),
     "JSON schema without an end": (
         chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/x"}}}),
         "response_format.json_schema.schema",

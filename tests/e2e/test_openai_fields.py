@@ -164,8 +164,11 @@ def test_the_last_message_is_continued(tiny_server: Server, tiny_llama: Referenc
     with_prompt = ask(tiny_server, CHAT, **fields)["prompt_token_ids"]
     assert with_prompt[: len(whole)] == whole
     assert tokenizer.decode(with_prompt[len(whole) :]) == "<|im_start|>assistant\n"
-    for extra in ({}, {"add_generation_prompt": False}):
-        reply = ask(tiny_server, CHAT, **fields, **extra, continue_final_message=True)
+    # As vLLM, Mistral and Qwen ask for it.
+    goes_on: dict[str, Any] = {"continue_final_message": True}
+    marked = [{"messages": [begun[0], begun[1] | {name: True}]} for name in ("prefix", "partial")]
+    for extra in (goes_on, goes_on | {"add_generation_prompt": False}, *marked):
+        reply = ask(tiny_server, CHAT, **(fields | extra))
         ids = reply["prompt_token_ids"]
         assert tokenizer.decode(ids).endswith("<|im_start|>assistant\nThe sea is <|im_end|> a ")
         assert ids.count(tokenizer.eos_token_id) == whole.count(tokenizer.eos_token_id) - 1

@@ -115,6 +115,11 @@ def test_every_route_recalls(server: Server, tiny_llama: Reference) -> None:
         ]
         totals = [one["input_tokens"] + one.get("cache_read_input_tokens", 0) for one in counts]
         assert totals == sorted(set(totals)), "more passages are more tokens"
+        if route == "messages":
+            fields = {"model": NAME, "messages": turns}
+            asked: list[dict[str, Any]] = [{"recall": 0}, {"recall": 1}, {"recall": 2}, {}]
+            told = [server.http.post("/v1/messages/count_tokens", json=fields | one).json() for one in asked]
+            assert [one["input_tokens"] for one in told] == [*totals, totals[1]]
         refused = server.http.post(f"/v1/{route}", json=body | {"recall": 17})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "recall")
     scored = {"input": QUESTION, "candidates": ["34", "20"], "soft_prompt": NAME, "return_recalled": True}

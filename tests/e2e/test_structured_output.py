@@ -55,6 +55,14 @@ def test_every_finished_output_follows_its_schema(tiny_server: Server) -> None:
     assert finished > 0.8 * len(SCHEMAS)  # random weights may write the longest string that fits
 
 
+SECRET = {
+    "type": "object",
+    "properties": {"format": {"const": "password", "format": "secret"}},
+    "required": ["format"],
+    "additionalProperties": False,
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "pattern"),
     [
@@ -64,6 +72,12 @@ def test_every_finished_output_follows_its_schema(tiny_server: Server) -> None:
         ({"structured_outputs": {"choice": ["été", "日本"]}}, "été|日本"),
         ({"guided_grammar": 'start: "x" start "y" | "."'}, r"x{0,400}\.y{0,400}"),
         ({"structured_outputs": {"grammar": 'root ::= "a" [0-9]+ ";"'}}, r"a[0-9]+;"),
+        # As text-generation-inference and llama.cpp have it.
+        ({"response_format": {"type": "regex", "value": "[ab]{4}"}}, "[ab]{4}"),
+        ({"response_format": {"type": "json", "value": {"enum": ["x"]}}}, r'\s*"x"\s*'),
+        ({"response_format": {"type": "json_object", "schema": {"enum": ["x"]}}}, r'\s*"x"\s*'),
+        # A format that is no part of JSON Schema says nothing; a property of this name says what it says.
+        ({"guided_json": SECRET}, r'\{\s*"format"\s*:\s*"password"\s*\}'),
     ],
 )
 def test_the_text_is_one_that_was_asked_for(tiny_server: Server, fields: dict[str, Any], pattern: str) -> None:
@@ -135,6 +149,8 @@ def test_tgi_takes_grammars(tiny_server: Server) -> None:
     [
         ({"guided_json": {"type": "strng"}}, "guided_json", "Invalid type"),
         ({"guided_json": {"$ref": "#/nowhere"}}, "guided_json", "does not exist"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "refers to itself"),
+        ({"guided_json": False}, "guided_json", "nothing at all"),
         ({"guided_json": {"not": {"type": "string"}}}, "guided_json", "not"),
         ({"guided_json": {"type": "integer", "minimum": 3, "maximum": 1}}, "guided_json", "Unsatisfiable"),
         (

@@ -39,6 +39,24 @@ def test_without_details_there_is_only_the_text(tiny_server: Server, text: str) 
     assert generate(tiny_server, max_new_tokens=12, return_full_text=True) == {"generated_text": INPUTS + text}
 
 
+def test_platforms_have_other_names_for_the_routes(tiny_server: Server, text: str) -> None:
+    assert tiny_server.http.get("/ping").json() == {"status": "ok"}
+    reply = tiny_server.post("/invocations", {"inputs": INPUTS, "parameters": {"max_new_tokens": 12}})
+    assert reply.json() == [{"generated_text": text}]
+    refused = tiny_server.post("/invocations", {"inputs": 5})
+    assert (refused.status_code, refused.json()["error_type"]) == (400, "validation")
+
+
+def test_tokens_and_their_places(tiny_server: Server, tiny_llama: Reference) -> None:
+    words = "Café 日本"
+    tokens = tiny_server.post("/tokenize", {"inputs": words, "parameters": {"max_new_tokens": 1}}).json()
+    assert [token["id"] for token in tokens] == tiny_llama.tokenizer(words)["input_ids"]
+    assert all(token["text"] == words[token["start"] : token["stop"]] for token in tokens)
+    assert "".join(dict.fromkeys(token["text"] for token in tokens)) == words
+    both = tiny_server.post("/tokenize", {"inputs": words, "prompt": words})
+    assert (both.status_code, error_of(both)["param"]) == (400, "prompt")
+
+
 def test_do_sample_false_is_greedy_whatever_the_temperature(tiny_server: Server, text: str) -> None:
     reply = generate(tiny_server, max_new_tokens=12, do_sample=False, temperature=5.0, seed=3)
     assert reply == {"generated_text": text}

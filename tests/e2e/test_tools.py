@@ -170,6 +170,8 @@ def test_calls_in_a_history_are_tokenised_and_scored(tiny_server: Server) -> Non
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format", "must be called"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "knows no effort"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs", "'enable_thinking'"),
+        ({"enable_thinking": True}, "enable_thinking", "reads no"),
+        ({"thinking": {"type": "enabled"}}, "thinking", "no effort"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tiny_server: Server, fields: dict[str, Any], param: str, says: str) -> None:

@@ -19,35 +19,40 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from softbatch.prompt_store.soft_prompt_file import load, read_manifest
 from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
+from softbatch.prompt_store.stores.store import SoftPromptStore
+from tests.prompt_store.conftest import BucketPlace, Place
+from tests.support.bucket_server import object_store
 from tests.support.soft_prompt_samples import MAX_BYTES, names, soft_prompt, write
 
 
-def test_a_lease_outlives_the_name(store: PromptStore, file: Path, tmp_path: Path) -> None:
-    stored = store.add("a", file)
+def test_a_lease_outlives_the_name(any_store: SoftPromptStore, file: Path, tmp_path: Path) -> None:
+    stored = any_store.add("a", file)
     leases = tmp_path / "run" / "leases"
-    leased = store.lease(stored, leases)
+    leased = any_store.lease(stored, leases)
     assert leased == leases / f"{stored.sha256}.safetensors"
-    assert leased.stat().st_ino == stored.path.stat().st_ino, "a link, not a copy"
-    assert store.lease(stored, leases) == leased
-    store.remove("a")
-    assert store.lease(stored, leases) == leased
+    assert leased.stat().st_ino == any_store.local_file(stored).stat().st_ino, "a link, not a copy"
+    assert any_store.lease(stored, leases) == leased
+    any_store.remove("a")
+    assert any_store.lease(stored, leases) == leased
     assert torch.equal(load(leased, MAX_BYTES).tensors["embeddings"], soft_prompt().tensors["embeddings"])
     assert os.listdir(leases) == [leased.name]
 
 
-def test_two_names_with_one_content_share_a_lease(store: PromptStore, file: Path, tmp_path: Path) -> None:
+def test_two_names_with_one_content_share_a_lease(any_store: SoftPromptStore, file: Path, tmp_path: Path) -> None:
     leases = tmp_path / "leases"
-    assert store.lease(store.add("a", file), leases) == store.lease(store.add("b", file), leases)
+    assert any_store.lease(any_store.add("a", file), leases) == any_store.lease(any_store.add("b", file), leases)
 
 
-def test_a_lease_never_holds_what_took_the_name_meanwhile(store: PromptStore, file: Path, tmp_path: Path) -> None:
-    stored = store.add("a", file)
-    store.remove("a")
+def test_a_lease_never_holds_what_took_the_name_meanwhile(place: Place, file: Path, tmp_path: Path) -> None:
+    one, other = place.open(), place.open()
+    one.add("a", file)
+    stored = other.get("a")
+    one.remove("a")
     with pytest.raises(UnknownPrompt):
-        store.lease(stored, tmp_path / "leases")
-    store.add("a", write(tmp_path / "other", seed=1))
+        other.lease(stored, tmp_path / "leases")
+    one.add("a", write(tmp_path / "other", seed=1))
     with pytest.raises(UnknownPrompt):
-        store.lease(stored, tmp_path / "leases")
+        other.lease(stored, tmp_path / "leases")
     assert os.listdir(tmp_path / "leases") == []
 
 
@@ -107,27 +112,27 @@ def _own_temp_name(store: PromptStore, file: Path) -> str:
     return seen[0]
 
 
-def test_of_many_adding_one_name_at_once_one_wins(store: PromptStore, tmp_path: Path) -> None:
+def test_of_many_adding_one_name_at_once_one_wins(place: Place, any_store: SoftPromptStore, tmp_path: Path) -> None:
     uploads = [write(tmp_path / f"upload{i}", seed=i) for i in range(8)]
     start = threading.Barrier(len(uploads))
     outcomes: Counter[str] = Counter()
 
-    def add(upload: Path) -> None:
+    def add(upload: Path, handle: SoftPromptStore) -> None:
         start.wait()
         try:
-            PromptStore(store.root, MAX_BYTES).add("a", upload)
+            handle.add("a", upload)
             outcomes["added"] += 1
         except NameTaken:
             outcomes["taken"] += 1
 
-    threads = [threading.Thread(target=add, args=(upload,)) for upload in uploads]
+    threads = [threading.Thread(target=add, args=(upload, place.open())) for upload in uploads]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert outcomes == {"added": 1, "taken": 7}
-    assert os.listdir(store.root) == ["a.safetensors"]
-    load(store.get("a").path, MAX_BYTES)
+    assert place.traces() == ["a"]
+    load(any_store.local_file(any_store.get("a")), MAX_BYTES)
 
 
 def test_a_file_that_vanishes_while_it_is_opened_is_missing_not_broken(tmp_path: Path) -> None:
@@ -161,14 +166,21 @@ def test_a_file_that_vanishes_while_it_is_opened_is_missing_not_broken(tmp_path:
 class RegistryMachine(RuleBasedStateMachine):
     """Two handles on one directory behave like one dictionary, whatever the order of calls."""
 
+    url: str | None = None  # of a bucket, below which each run has a prefix of its own
     some_name = st.sampled_from(["a", "b", "c.d"])
     which = st.integers(0, 1)
 
     @initialize()
     def begin(self) -> None:
         self.base = Path(tempfile.mkdtemp(dir=os.environ["SOFT_PROMPT_TEST_DIR"]))
-        self.stores = [PromptStore(self.base / "store", MAX_BYTES) for _ in range(2)]
+        self.stores = self.open_two(self.base / "store")
         self.expected: dict[str, str] = {}
+
+    def open_two(self, root: Path) -> list[SoftPromptStore]:
+        if self.url is None:
+            return [PromptStore(root, MAX_BYTES) for _ in range(2)]
+        url = f"{self.url}/{self.base.name}"
+        return [object_store(url, root / str(number), MAX_BYTES) for number in range(2)]
 
     @rule(name=some_name, seed=st.integers(0, 3), which=which)
     def add(self, name: str, seed: int, which: int) -> None:
@@ -201,12 +213,22 @@ class RegistryMachine(RuleBasedStateMachine):
             assert store.broken() == []
 
 
-def test_two_handles_on_one_directory_behave_like_one_dictionary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class BucketRegistryMachine(RegistryMachine):
+    """The same of one bucket."""
+
+
+def test_two_handles_on_one_store_behave_like_one_dictionary(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOFT_PROMPT_TEST_DIR", str(tmp_path))
-    RegistryMachine.TestCase.settings = settings(
-        max_examples=25, stateful_step_count=20, derandomize=True, deadline=None
+    is_bucket = isinstance(place, BucketPlace)
+    machine = BucketRegistryMachine if is_bucket else RegistryMachine
+    machine.url = place.url if isinstance(place, BucketPlace) else None
+    machine.TestCase.settings = settings(
+        max_examples=6 if is_bucket else 25,
+        stateful_step_count=12 if is_bucket else 20,
+        derandomize=True,
+        deadline=None,
     )
-    case = RegistryMachine.TestCase("runTest")
+    case = machine.TestCase("runTest")
     case.runTest()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softbatch.scheduler.block_pool import BlockPool, OutOfBlocks
-from softbatch.scheduler.protocol import AddRequest, SequenceOutput
+from softbatch.scheduler.protocol import BACKGROUND, AddRequest, SequenceOutput
 from softbatch.scheduler.scheduler import Scheduler
 from softbatch.scheduler.soft_prompt_cache import LoadState
 from softbatch.scheduler.step import Step, StepResult
@@ -81,7 +81,7 @@ def test_random_traffic_keeps_every_invariant(
                 tokens=tokens,
                 max_tokens=rng.randint(1, 15),
                 soft_prompt=rng.choice([None, *prompts]),
-                priority=rng.choice([0, 0, 1]),
+                priority=rng.choice([0, 0, 1, BACKGROUND]),
                 ignore_eos=rng.random() < 0.5,
             )
             added[name] = req

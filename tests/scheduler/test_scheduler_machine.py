@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
+from softbatch.scheduler.protocol import BACKGROUND, AddRequest, SamplingParams, SequenceOutput
 from tests.support.fake_runner import EOS, FakeRunner, make_scheduler, next_token, prompt_ref
 
 PROMPTS = [prompt_ref(f"p{length}", length) for length in (1, 4, 7)]
@@ -81,7 +81,7 @@ class EngineMachine(RuleBasedStateMachine):
         tokens=st.lists(st.sampled_from([5, 6]), min_size=1, max_size=20),
         max_tokens=st.integers(1, 12),
         soft_prompt=st.sampled_from([None, None, *PROMPTS]),
-        priority=st.sampled_from([0, 0, 1]),
+        priority=st.sampled_from([0, 0, 1, BACKGROUND]),
         owner=st.sampled_from(["", "a", "b"]),
         ignore_eos=st.booleans(),
     )

@@ -116,3 +116,35 @@ def test_who_leaves_the_queue_unserved_does_not_make_the_server_look_fast() -> N
         admission.cancel(request, "cancelled")
     ask(admission)
     assert engine.client.seconds_to_drain == 1.0
+
+
+def test_the_background_takes_no_places_of_others_and_counts_to_no_latency() -> None:
+    contextvars.copy_context().run(_ask_beside_the_background)
+
+
+def _ask_beside_the_background() -> None:
+    engine = InProcessEngine(slots=2)
+    begin(RequestRecord("", is_background=True))
+    admission = admission_of(engine, request_timeout=60.0)
+    behind = [ask(admission, tokens=8) for _ in range(2)]
+    with pytest.raises(QueueFull, match="background"):
+        ask(admission)
+    assert [(each.is_background, each.deadline) for each in behind] == [(True, None)] * 2
+    engine.step()
+    assert [each.state for each in behind] == ["running"] * 2
+    begin(RequestRecord(""))
+    admission = admission_of(engine, max_waiting=1, max_waiting_tokens=30, max_waiting_per_owner=1)
+    others = [ask(admission, tokens=8) for _ in range(3)]
+    with pytest.raises(QueueFull, match="1 requests"):
+        ask(admission)
+    engine.step()
+    assert [other.state for other in others] == ["running", "running", "waiting"]
+    assert [each.state for each in behind] == ["waiting"] * 2
+    while engine.client.active:
+        engine.step()
+    assert engine.client.num_background == 0
+    assert [each.generated for each in behind] == [5, 5]
+    counted = engine.metrics.registry.get_sample_value
+    assert counted("softbatch_time_to_first_token_seconds_count") == counted("softbatch_queue_time_seconds_count") == 3
+    assert counted("softbatch_e2e_request_latency_seconds_count") == 3
+    assert counted("softbatch_requests_finished_total", {"reason": "length"}) == 5

@@ -9,6 +9,7 @@ import pytest
 from softbatch.server.request_failures import InvalidGrammar
 from softbatch.server.requests import output_format
 from softbatch.server.requests.output_format import CheckReply, GrammarCompiler, Key, OutputFormat
+from softbatch.server.requests.schema_formats import without_other_formats
 from tests.support.tokenizers_of_bytes import byte_level
 
 
@@ -43,3 +44,19 @@ def test_what_is_known_is_bounded_in_characters(monkeypatch: pytest.MonkeyPatch)
         compiler._remember(("regex", f"{number:100}"), CheckReply(grammar="x" * 100), 1.0)
     assert [key[1].strip() for key in compiler._known] == ["15", "16", "17", "18", "19"]
     assert compiler._known_chars == 1000
+
+
+def test_formats_that_bind_nothing_are_left_out_where_they_are_formats() -> None:
+    date, password = {"type": "string", "format": "date"}, {"type": "string", "format": "password"}
+    schema = {
+        "properties": {"format": password, "a": {"anyOf": [date, {"items": password}]}},
+        "$defs": {"format": {"format": "no format"}},
+        "enum": [{"format": "no format"}],
+        "additionalProperties": password,
+    }
+    assert without_other_formats(schema) == {
+        "properties": {"format": {"type": "string"}, "a": {"anyOf": [date, {"items": {"type": "string"}}]}},
+        "$defs": {"format": {}},
+        "enum": [{"format": "no format"}],
+        "additionalProperties": {"type": "string"},
+    }

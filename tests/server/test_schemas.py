@@ -22,6 +22,8 @@ from softbatch.server.schemas.generate import (
     GenerateRequest,
     GenerateStreamRequest,
 )
+from softbatch.server.schemas.messages import MessagesRequest
+from softbatch.server.schemas.responses import ResponsesRequest
 from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from softbatch.server.version import VERSION
 
@@ -128,8 +130,13 @@ def generate(**parameters: Any) -> dict[str, Any]:
             chat(messages=[{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO]),
         ),
         ("/chat", chat(logprobs=True, top_logprobs=20, max_tokens=5, max_completion_tokens=5)),
+        # Numbers of languages that have but one kind.
+        ("/chat", chat(max_tokens=5.0, n=1.0, seed=-7.0, top_k=40.0, temperature=1, logit_bias={"5": 1})),
+        ("/generate", generate(max_new_tokens=5.0, seed=2**64 - 1, top_n_tokens=0.0)),
         ("/chat", chat(tools=[tool("f", strict=None, parameters=None)], tool_choice="auto", parallel_tool_calls=None)),
         ("/chat", chat(tools=[tool("a-b.c"), tool("g")], tool_choice=named("g"))),
+        ("/chat", chat(tools=[tool("g")], tool_choice="any")),
+        ("/chat", chat(response_format={"type": "json_schema", "name": "a", "strict": True, "schema": {}})),
         (
             "/chat",
             chat(
@@ -159,6 +166,46 @@ def generate(**parameters: Any) -> dict[str, Any]:
             ),
         ),
         ("/chat", chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})),
+        ("/chat", chat(enable_thinking=True, thinking={"type": "enabled", "budget_tokens": 100})),
+        ("/chat", chat(stop=["", None], max_tokens=-1, bad_words=[])),
+        ("/chat", chat(messages=[*HELLO, {"role": "assistant", "content": None}, *HELLO])),
+        (
+            "/chat",
+            chat(
+                messages=[
+                    {"role": "user", "content": ["Hello", {"type": "input_text", "text": "you"}]},
+                    {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+                ]
+            ),
+        ),
+        (
+            "/chat",
+            chat(response_format={"type": "json_schema", "value": {"name": "a", "schema": {"type": "object"}}}),
+        ),
+        # What the web page of llama.cpp sends unasked, and what others have as their default.
+        (
+            "/chat",
+            chat(
+                cache_prompt=True,
+                reasoning_format="auto",
+                dynatemp_range=0,
+                dynatemp_exponent=1,
+                typ_p=1,
+                xtc_probability=0,
+                xtc_threshold=0.1,
+                repeat_last_n=64,
+                repeat_penalty=1,
+                dry_multiplier=0,
+                dry_base=1.75,
+                dry_allowed_length=2,
+                dry_penalty_last_n=-1,
+                timings_per_token=True,
+                keep_alive="5m",
+                include_reasoning=True,
+                separate_reasoning=True,
+                stream_reasoning=True,
+            ),
+        ),
         ("/chat", chat(tools=[], tool_choice="none", functions=None, response_format={"type": "text"})),
         ("/chat", chat(modalities=["text"], audio=None, parallel_tool_calls=True, reasoning_effort=None)),
         (
@@ -297,7 +344,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
             "stream_options.include_usages",
             "did you mean 'include_usage'?",
         ),
-        ("/completions", completion(stop=[""]), "stop.0", "at least 1 character"),
+        ("/completions", completion(stop=["a", 3]), "stop.1", "valid string"),
         ("/completions", completion(stop=["x" * 257]), "stop.0", "at most 256 characters"),
         ("/completions", completion(stop=["x"] * 10_000), "stop", "at most 16 stop strings"),
         ("/completions", completion(stop=5), "stop", "list"),
@@ -396,7 +443,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
             "'assistant'",
         ),
         ("/chat", chat(messages=[{**HELLO[0], "type": "image"}]), "messages.0.type", "not supported"),
-        ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "send false"),
+        ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "only an assistant's"),
         (
             "/chat",
             chat(messages=[{**HELLO[0], "tool_calls": [{"id": "1"}]}]),
@@ -462,10 +509,28 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
             "tool_choice.function",
             "name of a function",
         ),
-        ("/chat", chat(functions=[{"name": "f"}]), "functions", "not supported"),
-        ("/chat", chat(enable_thinking=False), "enable_thinking", "not supported"),
+        ("/chat", chat(functions=[{"name": "f"}]), "functions", "'tools': [{'type': 'function'"),
+        ("/chat", chat(function_call={"name": "f"}), "function_call", "'tool_choice'"),
+        (
+            "/chat",
+            chat(messages=[{"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]),
+            "messages.0.function_call",
+            "'tool_calls'",
+        ),
+        ("/chat", chat(enable_thinking="no"), "enable_thinking", "valid boolean"),
+        ("/chat", chat(thinking={"type": "maybe"}), "thinking.type", "'disabled'"),
+        ("/chat", chat(xtc_probability=0.5, xtc_threshold=0.1), "xtc_probability", "send 0.0"),
         ("/chat", chat(response_format={"type": "jsn"}), "response_format.type", "json_object"),
         ("/chat", chat(response_format={"type": "json_schema"}), "response_format.json_schema", "is needed"),
+        ("/chat", chat(response_format={"type": "regex"}), "response_format.value", "is needed"),
+        ("/chat", chat(response_format={"type": "json", "value": 3}), "response_format.value", "JSON schema"),
+        ("/chat", chat(response_format={"type": "text", "schema": {}}), "response_format.schema", "not allowed"),
+        (
+            "/chat",
+            chat(response_format={"type": "json_schema", "schema": {}, "json_schema": {"name": "a", "schema": {}}}),
+            "response_format.json_schema",
+            "twice",
+        ),
         ("/chat", chat(guided_json=3), "guided_json", "must be a JSON schema"),
         ("/chat", chat(guided_json="{"), "guided_json", "must be a JSON schema"),
         ("/chat", chat(guided_json={}, guided_regex="a"), "guided_regex", "send only one"),
@@ -672,6 +737,20 @@ def test_chat_token_limit_and_logprobs() -> None:
     assert request().num_logprobs is None
     assert request(logprobs=True).num_logprobs == 0
     assert request(logprobs=True, top_logprobs=3).num_logprobs == 3
+
+
+def test_only_who_asks_for_several_calls_gets_them_where_one_must_be_made() -> None:
+    chat_tools: Any = chat(tools=[tool("f")], tool_choice="required")
+    responses: Any = {"input": "x", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"}
+    messages: Any = {"messages": HELLO, "max_tokens": 1, "tools": [{"name": "f", "input_schema": {}}]}
+    for sent, parallel in ((None, False), (False, False), (True, True)):
+        switch = {"parallel_tool_calls": sent}
+        assert ChatCompletionRequest.model_validate(chat_tools | switch).tool_use.parallel == parallel
+        assert ResponsesRequest.model_validate(responses | switch).tool_use.parallel == parallel
+        choice = {"type": "any", "disable_parallel_tool_use": None if sent is None else not sent}
+        assert MessagesRequest.model_validate(messages | {"tool_choice": choice}).tool_use.parallel == parallel
+        free = MessagesRequest.model_validate(messages | {"tool_choice": choice | {"type": "auto"}}).tool_use
+        assert free.parallel == (sent is not False)
 
 
 @pytest.mark.parametrize(

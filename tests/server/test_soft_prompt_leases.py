@@ -12,6 +12,7 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.server.request_failures import UnknownSoftPrompt
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
+from tests.support.bucket_server import BucketServer, object_store
 from tests.support.models import make_soft_prompt, save_prompt
 
 SPEC = ModelSpec(name="tiny", fingerprint="ab" * 32, hidden_size=8, num_layers=2, num_kv_heads=1, head_dim=4)
@@ -92,3 +93,26 @@ def test_a_store_that_is_read_only_has_its_leases_elsewhere() -> None:
         assert directory.is_dir()
         assert Path("/sys") not in directory.parents
     assert not directory.exists()
+
+
+def test_a_bucket_has_no_file_leased_that_nobody_uses(bucket_server: BucketServer, tmp_path: Path) -> None:
+    """Its copies are bounded; the engine is told when a soft prompt is deleted all the same."""
+    url, unused = bucket_server.new_url(), list[str]()
+    store = object_store(url, tmp_path / "copies", 1 << 20)
+    stored = store.add("manual", save_prompt(make_soft_prompt("kv", 4, SPEC), tmp_path, "manual"))
+
+    async def scenario() -> None:
+        leases = SoftPromptLeases(store, SPEC, tmp_path / "leases", unused.append)
+        first, second = await leases.acquire("manual"), await leases.acquire("manual")
+        leases.release(first)
+        assert len(files(tmp_path)) == 1
+        object_store(url, tmp_path / "elsewhere", 1 << 20).remove("manual")
+        assert len(files(tmp_path)) == 1, "it is served to its end"
+        leases.release(second)
+        assert files(tmp_path) == []
+        assert unused == []
+        with pytest.raises(UnknownSoftPrompt):
+            await leases.acquire("manual")
+        assert unused == [stored.sha256]
+
+    asyncio.run(scenario())

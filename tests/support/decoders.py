@@ -31,6 +31,7 @@ from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
+from softbatch.scheduler.model.llama.description import key_offsets_of
 
 CPU = torch.device("cpu")
 BLOCKS = 160
@@ -89,7 +90,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2, windows": Qwen2Config(sliding_window=20, use_sliding_window=True, max_window_layers=1, **SMALL),
     "smollm3": SmolLM3Config(no_rope_layers=[1, 0, 1], **SMALL),
 }
-LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "phi3", "qwen2")  # what training kernels know
+LIKE_LLAMA = ("llama", "llama3 rope, biases", "mistral", "phi3", "qwen2")  # what training kernels know,
+WITH_WINDOWS = ("ministral", "mistral, window", "qwen2, windows")  # and these, whose attention is not theirs
 
 
 def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
@@ -116,6 +118,7 @@ def make_cache(
         dtype=dtype,
         device=CPU,
         kv_format=kv_format,
+        key_offsets=key_offsets_of(model),
     )
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan") if kv_format is KvFormat.PLAIN else 255)

@@ -16,6 +16,10 @@ from tests.support.servers import Server
 CHAT, COMPLETE, STREAM, SCORE = "/v1/chat/completions", "/v1/completions", "/generate_stream", "/v1/score"
 # Names of soft prompts that have to be registered before.
 EMBEDDINGS, KEYS_AND_VALUES = "mixed-embeddings", "mixed-kv"
+# Of texts that are not whole at the end of their tokens.
+LONG = {"type": "array", "items": {"enum": ["sea", "tide", 7, None]}, "minItems": 100}
+CALLED = {"type": "object", "properties": {"place": {"type": "string", "minLength": 1000}}, "required": ["place"]}
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": CALLED}}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class MixedRequest:
 
 def mixed_requests(count: int, max_tokens: int) -> list[MixedRequest]:
     """Streams and whole replies; chats, completions and scores; soft prompts of both kinds; greedy and seeded;
-    log-probabilities, penalties, stop strings, several choices. All of a length that the request decides."""
+    log-probabilities, penalties, stop strings, several choices; held to a schema, or to a call of a tool. All of a
+    length that the request decides."""
     made = []
     for index, text in enumerate(sample_texts(count)):
         common = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
@@ -39,6 +44,7 @@ def mixed_requests(count: int, max_tokens: int) -> list[MixedRequest]:
         turns = {"messages": [{"role": "user", "content": text}]}
         prompt = {"prompt": text}
         details = {"max_new_tokens": max_tokens, "top_n_tokens": 2, "do_sample": True, "seed": index}
+        schema = {"type": "json_schema", "json_schema": {"name": "long", "schema": LONG}}
         candidates = ["The sea.", "Nobody knows.", "It is a long story that begins with a clock."]
         kinds: list[tuple[str, dict[str, Any]]] = [
             (CHAT, common | turns | streamed),
@@ -50,6 +56,8 @@ def mixed_requests(count: int, max_tokens: int) -> list[MixedRequest]:
             (COMPLETE, drawn | prompt | {"stop": ["zq"], "repetition_penalty": 1.2, "soft_prompt": KEYS_AND_VALUES}),
             (CHAT, drawn | turns | streamed | {"logprobs": True, "top_logprobs": 2, "n": 2}),
             (SCORE, {"input": text, "candidates": candidates}),
+            (CHAT, drawn | turns | streamed | {"response_format": schema}),
+            (CHAT, drawn | turns | streamed | {"tools": [TOOL], "tool_choice": "required"}),
         ]
         made.append(MixedRequest(*kinds[index % len(kinds)]))
     return made
@@ -125,7 +133,10 @@ def _joined(events: Sequence[Any]) -> Any:
         usage = event.get("usage") or usage
         for part in event["choices"]:
             choice = choices.setdefault(part["index"], {"text": "", "logprobs": [], "finish_reason": None})
-            choice["text"] += part.get("text") or part.get("delta", {}).get("content") or ""
+            delta = part.get("delta", {})
+            choice["text"] += part.get("text") or delta.get("content") or ""
+            for call in delta.get("tool_calls") or ():
+                choice["text"] += call["function"].get("name", "") + call["function"]["arguments"]
             choice["logprobs"] += (part.get("logprobs") or {}).get("content") or []
             choice["finish_reason"] = part["finish_reason"] or choice["finish_reason"]
     return {"choices": {str(index): choice for index, choice in sorted(choices.items())}, **_usage(usage)}

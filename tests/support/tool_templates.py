@@ -31,6 +31,22 @@ QWEN3 = QWEN.replace(
 )
 OPENS_THINKING = QWEN.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 KNOWS_EFFORT = "{{ '<effort>' + reasoning_effort | default('medium') }}" + QWEN
+# Calls are elements of XML, and so are the tools; arguments are written as they are or, if they are no texts, as JSON.
+QWEN3_CODER = (
+    _CHATML_SYSTEM.replace(
+        "Answer with <tool_call></tool_call>.",
+        "Answer with <tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>\n</function>\n</tool_call>.",
+    )
+    + _CHATML_TURNS.replace(
+        '{{ \'\n<tool_call>\n{"name": "\' + call.name + \'", "arguments": \' }}{{ call.arguments | tojson }}'
+        "{{ '}\n</tool_call>' }}",
+        "{{ '\n<tool_call>\n<function=' + call.name + '>\n' }}"
+        "{% for key, value in call.arguments | items %}{{ '<parameter=' + key + '>\n' }}"
+        "{{ value if value is string else value | tojson }}{{ '\n</parameter>\n' }}{% endfor %}"
+        "{{ '</function>\n</tool_call>' }}",
+    )
+    + _CHATML_END
+)
 # Tools stand in the first user's turn, the system turn changes with them, and a turn has one call.
 LLAMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
@@ -126,6 +142,7 @@ CHATML = (
 TOOL_TEMPLATES = {
     "qwen": QWEN,
     "qwen3": QWEN3,
+    "qwen3_coder": QWEN3_CODER,
     "opens thinking": OPENS_THINKING,
     "llama3": LLAMA3,
     "pythonic": PYTHONIC,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softbatch.prompt_store.compression.frozen.layer_kinds import narrow_windows, rotary_kinds_of, windows_of
 from softbatch.prompt_store.compression.frozen.prefix import (
     ATTENTION_NAME,
     Attend,
@@ -90,35 +91,12 @@ class Geometry:
     vocab: int
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Raises ValueError for attention that is not full in every layer."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    longest = getattr(config, "max_position_embeddings", None)
-    # A window of the longest sequence hides nothing.
-    slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
-    hides = slides and window is not None and (longest is None or window < longest)
-    if hides:
-        raise ValueError(
-            f"the model's attention is not full in every layer: some see no further back than {window} tokens "
-            "(sliding_window), and compression needs all of them to see the whole context"
-        )
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        found = ", ".join(sorted(kinds))
-        raise ValueError(
-            f"the model's attention is not full in every layer (layer_types has {found}): compression needs it to be"
-        )
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(
-            "the model caps its attention scores (attn_logit_softcapping): compression does not support it"
-        )
-
-
 class Decoder:
     """A transformers causal LM with frozen weights; owns the model (its attention function is replaced).
 
     Raises ValueError for a model whose logits are not `lm_head(last hidden state)`, which does not pass its
-    attention through the attention interface, or whose attention is not full.
+    attention through the attention interface, or whose attention is neither full nor full within windows. σ is a real
+    prefix: its n slots are the positions 0 to n − 1, which a layer with a window sees no longer than others.
     """
 
     def __init__(
@@ -134,12 +112,20 @@ class Decoder:
         self.head = self.model.get_output_embeddings()
         self.embedding = self.model.get_input_embeddings()
         config = self.model.config.get_text_config()
-        refuse_unsupported(config)
+        windows = windows_of(config)
+        self.rotary_kinds = rotary_kinds_of(self.body, config)
         # Ordinary tokens: bf16 is far less exact on a run of special ones.
         probe = config.vocab_size // 2 + torch.arange(12, device=self.device)[None] * (config.vocab_size // 32)
         self.kernels = Kernels()
         self._model_kernels: ModelKernels = ThroughTransformers(self.body, self.head)
         self.dtype: torch.dtype = torch.promote_types(self.model.dtype, torch.float32)
+        with narrow_windows(config, windows) as self.windows:
+            self._check(config, probe, kernels)
+        self.windows = windows
+        self.window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+
+    def _check(self, config: Any, probe: Tensor, kernels: Kernels | None) -> None:
+        """Measure the model, and take what computes it. Raises ValueError where that is not as transformers does."""
         with computing_in_float32(self.model):
             expected = self._own_logits(probe)
             self.geometry, self.scale = self._measure(config, probe, expected)
@@ -149,7 +135,6 @@ class Decoder:
         self.kernels = kernels or self.kernels
         self._model_kernels = self.kernels.of_model(self.model) or self._model_kernels
         self._refuse_difference(self._error_behind_prefix(probe, expected), allowed_error(rounding, self.dtype))
-        self.window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
 
     @torch.no_grad()
     def _own_logits(self, probe: Tensor) -> Tensor:
@@ -233,6 +218,7 @@ class Decoder:
             on_layer,
             cache,
             int(cache.lengths.max()) + 1 if cache is not None else 0,  # a device is asked once, not in every layer
+            self.windows,
         )
         return self._model_kernels.run_layers(embeds, positions, partial(attend_in_layer, call))
 

@@ -56,23 +56,32 @@ def moved_prefix(decoder: Decoder, prefixes: Sequence[Prefix], positions: Sequen
 
 
 def has_rotary(decoder: Decoder) -> bool:
-    return getattr(decoder.body, "rotary_emb", None) is not None
+    return any(kind is not None for kind in decoder.rotary_kinds)
 
 
 def moved(decoder: Decoder, states: Tensor, shift: int) -> Tensor:
-    """Queries or keys [..., tokens, head_dim] as they would be `shift` positions further on."""
+    """Queries or keys [layers, ..., tokens, head_dim] as they would be `shift` positions further on."""
     if not has_rotary(decoder) or shift == 0:
         return states
     return rotated(decoder, states, torch.full((states.shape[-2],), shift, device=states.device))
 
 
 def rotated(decoder: Decoder, states: Tensor, shift: Tensor) -> Tensor:
-    """Rotary queries or keys [..., tokens, head_dim] turned by `shift` [tokens] positions (rotate-half
-    form)."""
+    """Rotary queries or keys [layers, ..., tokens, head_dim] turned by `shift` [tokens] positions (rotate-half form),
+    in each layer as it turns its own."""
+    kinds = decoder.rotary_kinds
+    if len(set(kinds)) == 1:
+        return _turned(decoder, states, shift, kinds[0])
+    return torch.stack([_turned(decoder, of_layer, shift, kind) for of_layer, kind in zip(states, kinds, strict=True)])
+
+
+def _turned(decoder: Decoder, states: Tensor, shift: Tensor, kind: str | None) -> Tensor:
+    if kind is None:
+        return states
     rotary: Any = decoder.body.rotary_emb
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
-    cos, sin = rotary(wide, position_ids=shift[None])
-    scale = float(getattr(rotary, "attention_scaling", 1.0))
+    cos, sin = rotary(wide, shift[None], kind) if kind else rotary(wide, shift[None])
+    scale = float(getattr(rotary, f"{kind}_attention_scaling" if kind else "attention_scaling", 1.0))
     cos, sin = cos[0] / scale, sin[0] / scale
     size = cos.shape[-1]
     turned, rest = wide[..., :size], wide[..., size:]

@@ -27,7 +27,14 @@ from torch import Tensor
 from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.compression_settings import MatchingSettings
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
-from softbatch.prompt_store.compression.frozen.prefix import Attend, Prefix, attend, attention_weights, weighted_values
+from softbatch.prompt_store.compression.frozen.prefix import (
+    Attend,
+    Prefix,
+    attend,
+    attend_within,
+    attention_weights,
+    weighted_values,
+)
 from softbatch.prompt_store.compression.frozen.untrained_start import moved
 from softbatch.prompt_store.compression.training.hidden_states import Observed
 from softbatch.prompt_store.compression.training.schedule import learning_rate_factor
@@ -66,7 +73,8 @@ class LayerView:
 
 @torch.no_grad()
 def selected(decoder: Decoder, contexts: Sequence[Prefix], observed: Sequence[Observed], length: int) -> Prefix:
-    """In every layer and kv head the context's first slot and the `length` − 1 others that get the most attention.
+    """In every layer and kv head the `length` slots that get the most attention, the context's first among them if the
+    layer sees it.
 
     Keys keep their distance to the question: they are turned as if the context ended right before slot `length`, so
     that attention over them is the teacher's, with the rest left out.
@@ -81,9 +89,12 @@ def selected(decoder: Decoder, contexts: Sequence[Prefix], observed: Sequence[Ob
         for seen in looked_at:
             for layer in range(layers):
                 view = LayerView.of(seen, layer, master)
-                before, _ = attention_weights(view.query, view.key, keys[group][layer], decoder.scale)
+                window = decoder.windows[layer]
+                before, _ = attention_weights(view.query, view.key, keys[group][layer], decoder.scale, window)
                 part[layer] += view.rows(kv_heads).to(master) @ before / rows
-    mass[0][:, :, 0] = torch.inf
+    for layer, window in enumerate(decoder.windows):
+        if window is None or window > contexts[0].length:  # elsewhere no question sees the context's first slot
+            mass[0][layer, :, 0] = torch.inf
     chosen = torch.cat(mass, dim=-1).topk(length, dim=-1).indices.sort(-1).values[..., None]
     chosen = chosen.expand(-1, -1, -1, keys[0].shape[-1])
     values = torch.cat([part.values.to(master).transpose(1, 2) for part in contexts], dim=2)
@@ -93,7 +104,9 @@ def selected(decoder: Decoder, contexts: Sequence[Prefix], observed: Sequence[Ob
 
 
 @torch.no_grad()
-def with_best_values(start: Prefix, observed: Sequence[Observed], scale: float) -> Prefix:
+def with_best_values(
+    start: Prefix, observed: Sequence[Observed], scale: float, windows: Sequence[int | None] = ()
+) -> Prefix:
     """The values that minimise the squared error for these keys: ridge regression on the attention weights, layer by
     layer, which draws towards the values there are. Slot 0 is kept."""
     keys = start.keys.transpose(1, 2)
@@ -105,7 +118,8 @@ def with_best_values(start: Prefix, observed: Sequence[Observed], scale: float) 
         rows = 0
         for seen in observed:
             view = LayerView.of(seen, layer, keys.dtype)
-            before, after = attention_weights(view.query, view.key, keys[layer], scale)
+            window = windows[layer] if windows else None
+            before, after = attention_weights(view.query, view.key, keys[layer], scale, window)
             missing = view.output - weighted_values(before, after, view.value, values[layer])
             missing = missing.reshape(missing.shape[0], kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
             weights = (before * view.rows(kv_heads)[:, None]).transpose(1, 2)
@@ -119,11 +133,18 @@ def with_best_values(start: Prefix, observed: Sequence[Observed], scale: float) 
     return Prefix(start.keys, values.transpose(1, 2))
 
 
-def matching_error(seen: LayerView, keys: Tensor, values: Tensor, scale: float, attention: Attend = attend) -> Tensor:
+def matching_error(
+    seen: LayerView,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    attention: Attend = attend,
+    window: int | None = None,
+) -> Tensor:
     """The relative squared error of one layer, a scalar."""
     valid = seen.valid[:, None, :, None]
     target = seen.output * valid
-    found = attention(seen.query, seen.key, seen.value, keys, values, scale)
+    found = attend_within(window, attention, seen.query, seen.key, seen.value, keys, values, scale)
     error = (found * valid - target).square().sum()
     return error / target.square().sum().clamp_min(1e-12)
 
@@ -180,7 +201,8 @@ def fit(
 def _solve(student: Student, observed: Sequence[Observed]) -> None:
     """Only values that are free, and not what a model makes of embeddings, can be solved for."""
     if student.kind == "kv":
-        best = with_best_values(student.fixed_prefix(), observed, student.decoder.scale)
+        decoder = student.decoder
+        best = with_best_values(student.fixed_prefix(), observed, decoder.scale, decoder.windows)
         student.load({"keys": best.keys, "values": best.values})
 
 
@@ -193,10 +215,11 @@ def _fill_gradients(observed: Observed, student: Student) -> float:
     master = torch.promote_types(prefix.keys.dtype, torch.float32)
     keys, values = prefix.keys.detach().to(master).transpose(1, 2), prefix.values.detach().to(master).transpose(1, 2)
     gradients = torch.empty_like(keys), torch.empty_like(values)
-    total, attention = 0.0, student.decoder.kernels.attend
+    decoder, total = student.decoder, 0.0
     for layer in range(keys.shape[0]):
         own = keys[layer].clone().requires_grad_(), values[layer].clone().requires_grad_()
-        error = matching_error(LayerView.of(observed, layer, master), *own, student.decoder.scale, attention)
+        view = LayerView.of(observed, layer, master)
+        error = matching_error(view, *own, decoder.scale, decoder.kernels.attend, decoder.windows[layer])
         gradients[0][layer], gradients[1][layer] = torch.autograd.grad(error, own)
         total += float(error.detach())
     towards = [gradient.transpose(1, 2).to(prefix.keys.dtype) for gradient in gradients]

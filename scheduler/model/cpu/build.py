@@ -1,4 +1,4 @@
-"""The CPU kernels: C++ compiled for this machine at the first start, then kept in the user's cache."""
+"""The CPU kernels: those that the wheel brings, or else compiled for this machine at the first start and then kept."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
-import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from softbatch.scheduler.model.cpu import ops
+from softbatch.scheduler.model.cpu import ops, prebuilt
+from softbatch.scheduler.model.cpu.compiler import compile_library
 from softbatch.scheduler.model.source import cache_directory
 
 logger = logging.getLogger(__name__)
-_FOLDER = Path(__file__).parent / "csrc"
-_SOURCES = sorted(_FOLDER.rglob("*.cpp"))
+_BUILDING = threading.Lock()
 _LIBRARY = "softbatch_cpu.so"
-_FLAGS = ("-O3", "-fopenmp")
-_FLAGS_OF_MACHINE = {"native": ("-march=native",), "portable": ()}  # the second where a compiler lacks the first
+_FLAGS_OF_MACHINE = (("-march=native",), ())  # the second where a compiler lacks the first
 
 
 def build(log: logging.Logger = logger) -> bool:
@@ -33,12 +31,26 @@ def build(log: logging.Logger = logger) -> bool:
 
     Processes that start at the same time each compile their own copy; the last to finish leaves its in the cache.
     """
-    if not is_loaded():
+    with _BUILDING:
+        return _build(log)
+
+
+def begin_to_build(log: logging.Logger = logger) -> None:
+    """If the kernels have to be compiled, that begins in a thread, and `build` waits for it."""
+    if not needs_no_compiler() and not _BUILDING.locked():
+        threading.Thread(target=build, args=(log,), daemon=True, name="kernels").start()
+
+
+@cache
+def _build(log: logging.Logger) -> bool:
+    """Once: what could not be compiled cannot be compiled a moment later."""
+    if not is_loaded() and not _load_prebuilt(log):
         try:
             library = _cached_library()
             with contextlib.suppress(OSError):  # not there yet, or damaged
                 if library is not None:
                     torch.ops.load_library(library)
+                    log.info("CPU kernels: compiled for this processor at an earlier start")
             if not is_loaded():
                 log.info("compiling the CPU kernels: about a minute, only at the first start")
                 started = time.monotonic()
@@ -47,7 +59,7 @@ def build(log: logging.Logger = logger) -> bool:
         except (OSError, RuntimeError, ImportError) as error:
             log.warning(
                 "the CPU kernels cannot be built (%s): the model runs in plain torch, several times slower. "
-                "Install a C++ compiler (Debian, Ubuntu: g++; Fedora: gcc-c++), ninja and setuptools, and restart.",
+                "Install a C++ compiler (Debian, Ubuntu: g++; Fedora: gcc-c++), and restart.",
                 _first_error(error),
             )
             return False
@@ -58,17 +70,41 @@ def is_loaded() -> bool:
     return ops.are_loaded()
 
 
-def is_kept() -> bool:
-    """Whether `build` need not compile."""
+def find_prebuilt() -> prebuilt.Found:
+    """Those that the wheel brings for this machine and this torch."""
+    key = prebuilt.Key.of(torch.__version__, torch.compiled_with_cxx11_abi())
+    return prebuilt.find(key, prebuilt.processor_flags())
+
+
+def is_compiled() -> bool:
+    """Whether an earlier start has left kernels for this machine."""
     library = _cached_library()
-    return is_loaded() or (library is not None and library.exists())
+    return library is not None and library.exists()
+
+
+def needs_no_compiler() -> bool:
+    return is_loaded() or find_prebuilt().library is not None or is_compiled()
+
+
+def _load_prebuilt(log: logging.Logger) -> bool:
+    """False where there are none that can be loaded; then the log says why, if the wheel has any."""
+    found = find_prebuilt()
+    if found.library is not None:
+        try:
+            torch.ops.load_library(found.library)
+        except OSError as error:  # an older C library than where they were compiled
+            log.info("the prebuilt kernels cannot be loaded: %s", error)
+        else:
+            log.info("CPU kernels: %s", found.told)
+            return True
+    elif found.told:
+        log.info(found.told)
+    return False
 
 
 def _cached_library() -> Path | None:
     """Where the compiled library is kept; None where no directory can be made for it."""
-    digest = hashlib.sha256(f"{torch.__version__} {_FLAGS} {_cpu()}".encode())
-    for source in sorted([*_SOURCES, *_FOLDER.rglob("*.h")]):
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256(f"{torch.__version__} {prebuilt.FLAGS} {_cpu()}".encode() + prebuilt.content_of_sources())
     with contextlib.suppress(OSError, RuntimeError):  # no right to write there; no home directory
         directory = cache_directory() / "kernels" / digest.hexdigest()[:16]
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,12 +115,7 @@ def _cached_library() -> Path | None:
 
 def _cpu() -> str:
     """The processor's instruction sets: a cache that several machines share must not mix them up."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {' '.join(sorted(flags.split()))}"
+    return f"{platform.machine()} {' '.join(sorted(prebuilt.processor_flags())) or platform.processor()}"
 
 
 def _compile(library: Path | None) -> None:
@@ -92,44 +123,18 @@ def _compile(library: Path | None) -> None:
 
     Raises OSError, ImportError or RuntimeError, the last with the compiler's output.
     """
-    from torch.utils import cpp_extension
-
-    compiler: str = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        raise FileNotFoundError(f"no C++ compiler: {compiler} is not on the PATH")
-    with (
-        tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent if library else None) as directory,
-        _ninja_on_path(),
-    ):
-        for name, flags in _FLAGS_OF_MACHINE.items():
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=library.parent if library else None) as directory:
+        for flags in _FLAGS_OF_MACHINE:
             try:
-                cpp_extension.load(
-                    name=name,
-                    sources=[str(source) for source in _SOURCES],
-                    extra_cflags=[*_FLAGS, *flags],
-                    extra_ldflags=["-fopenmp"],
-                    extra_include_paths=[str(_FOLDER)],
-                    build_directory=directory,
-                    is_python_module=False,
-                )
+                compiled = compile_library(Path(directory), _LIBRARY, flags)
             except RuntimeError:
-                if name == list(_FLAGS_OF_MACHINE)[-1]:
+                if flags == _FLAGS_OF_MACHINE[-1]:
                     raise
                 continue
+            torch.ops.load_library(compiled)
             if library is not None:
-                os.replace(Path(directory, name + cpp_extension.LIB_EXT), library)
+                os.replace(compiled, library)
             return
-
-
-@contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """Lets torch find the ninja installed beside this Python, even where its environment is not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([before, sysconfig.get_path("scripts")])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
 
 
 def _first_error(error: Exception) -> str:

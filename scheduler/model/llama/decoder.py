@@ -115,9 +115,12 @@ class DecoderForward:
         family, parts = Family.of(model.config), FAMILIES[type(model).__name__]
         windows = family.windows if longest is None else family.windows_within(longest)
         layers = zip(model.model.layers, kv_cache.keys, kv_cache.values, windows, rotary_of_layers(model), strict=True)
-        for layer, keys, values, window, rotary in layers:
+        for index, (layer, keys, values, window, rotary) in enumerate(layers):
             for decoder in decoders.values():
-                decoder.add_layer(layer_weights(layer, parts), keys, values, window or 0, rotary)
+                weights_of_layer = layer_weights(layer, parts)
+                if kv_cache.key_offsets is not None:
+                    weights_of_layer["key_offset"] = kv_cache.key_offsets.offsets[index]
+                decoder.add_layer(weights_of_layer, keys, values, window or 0, rotary)
             if release:
                 release_linears(layer)
         for decoder in decoders.values():

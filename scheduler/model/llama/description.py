@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from softbatch.scheduler.model.family import Family
+from softbatch.scheduler.model.key_offsets import KeyOffsets
 
 # Norms by their names in csrc/llama/layer_weights.h, and the modules of a layer that they are.
 BEFORE = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -82,17 +83,16 @@ def is_described(model: Any) -> bool:
 
 
 def is_plain(model: Any) -> bool:
-    """Whether all layers are alike and as Llama's: what the kernels for training know."""
+    """Whether all layers are alike and as Llama's, but for windows: what the kernels for training know, which leave
+    attention to others."""
     if not is_described(model):
         return False
-    shape, (frequencies, _), family = shape_of(model), rotary_of(model), Family.of(model.config)
-    layers = model.model.layers
+    shape, (frequencies, _), layers = shape_of(model), rotary_of(model), model.model.layers
     return bool(
         parts_of(model) == DecoderParts()
         and not shape["gelu"]
         and 2 * frequencies.shape[1] == shape["head_dim"]
         and all(scheme == 0 for scheme in rotary_of_layers(model))
-        and not any(family.windows_within(family.default_length))
         and not hasattr(layers[0].self_attn, "q_norm")
     )
 
@@ -131,6 +131,21 @@ def rotary_of_layers(model: Any) -> list[int]:
         (names.index(f"{kind}_") if names != [""] else 0) if getattr(layer.self_attn, "use_rope", True) else -1
         for layer, kind in zip(model.model.layers, _kinds(model), strict=True)
     ]
+
+
+def key_offsets_of(model: Any) -> KeyOffsets | None:
+    """The biases of keys, which some families have many times as large as the rest of a key; None where there are none,
+    or where a norm behind them makes them differ from key to key."""
+    layers, parts, shape = model.model.layers, FAMILIES[type(model).__name__], shape_of(model)
+    weights = [layer_weights(layer, parts) for layer in layers]
+    if not all("key_bias" in each and "key_norm" not in each for each in weights):
+        return None
+    offsets = torch.stack([each["key_bias"].float() for each in weights])
+    return KeyOffsets(
+        offsets.view(len(layers), int(shape["kv_heads"]), int(shape["head_dim"])),
+        *rotary_of(model),
+        tuple(rotary_of_layers(model)),
+    )
 
 
 def norm_of(parts: DecoderParts, norm: Any) -> torch.Tensor:

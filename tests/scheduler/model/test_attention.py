@@ -420,6 +420,8 @@ import logging, sys
 logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
 import torch
 from softbatch.scheduler.model.attention import choose
+from softbatch.scheduler.model.cpu.build import begin_to_build
+begin_to_build()
 name, backend = choose(torch.device("cpu"), torch.float32)
 print(name)
 if name == "cpu" and "check" in sys.argv:

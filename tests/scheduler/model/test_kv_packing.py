@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,10 @@ from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.forward import TransformersForward
+from softbatch.scheduler.model.key_offsets import KeyOffsets
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
+from softbatch.scheduler.model.llama.description import key_offsets_of
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig, SoftPromptRef
 from tests.support import decoders
@@ -89,8 +91,14 @@ def unpack(packed: torch.Tensor, packing: KvFormat, *, are_keys: bool) -> torch.
     return turned(rows) if are_keys else rows
 
 
-def through(packing: KvFormat) -> AttentionBackend:
-    """The reference over keys and values as a packed cache has them, in a cache that is not packed."""
+def positions_of(batch: PagedBatch) -> list[int]:
+    counts = batch.query_start.diff().tolist()
+    ends = batch.context_len.tolist()
+    return [position for end, count in zip(ends, counts, strict=True) for position in range(end - count, end)]
+
+
+def through(packing: KvFormat, plain: KVCache | None = None, offsets: KeyOffsets | None = None) -> AttentionBackend:
+    """The reference over keys and values as a packed cache has them, in the cache `plain`, which is not packed."""
 
     def backend(
         query: torch.Tensor,
@@ -102,7 +110,11 @@ def through(packing: KvFormat) -> AttentionBackend:
         scale: float,
         kind: AttentionKind = CAUSAL,
     ) -> torch.Tensor:
-        key = unpack(pack(key, packing, are_keys=True), packing, are_keys=True).to(key.dtype)
+        common: Any = 0
+        if plain is not None and offsets is not None:
+            layer = next(index for index, keys in enumerate(plain.keys) if keys is key_cache)
+            common = offsets.turned(int(batch.context_len.max()))[layer, positions_of(batch)]
+        key = (unpack(pack(key - common, packing, are_keys=True), packing, are_keys=True) + common).to(key.dtype)
         value = unpack(pack(value, packing, are_keys=False), packing, are_keys=False).to(value.dtype)
         return reference(query, key, value, key_cache, value_cache, batch, scale, kind)
 
@@ -210,10 +222,97 @@ def test_windows_and_softcaps_over_packed_rows(packing: KvFormat, name: str) -> 
     assert sorted(shares)[1] < 0.02
 
 
+BIASED = {
+    "qwen2": {},
+    "qwen2, windows": {},
+    "phi3, partial rotary": {},
+    "llama3 rope, biases": {},
+    "smollm3": {"attention_bias": True},
+}
+
+
+def biased_model(dtype: torch.dtype, name: str = "qwen2", heads: int = 8) -> Any:
+    """With biases of keys many times as large as the rest of a key, as Qwen2.5 has them."""
+    config = decoders.CONFIGS[name]
+    changed = {"hidden_size": 16 * heads, "head_dim": 32, "num_attention_heads": heads, "num_key_value_heads": 2}
+    model = make_model(config.__class__(**{**config.to_dict(), **changed, **BIASED[name]}), torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        bias = torch.randn(64, generator=generator) * 3
+        bias[torch.randperm(64, generator=generator)[:6]] *= 10
+        if hasattr(attention, "qkv_proj"):
+            attention.qkv_proj.bias = torch.nn.Parameter(torch.zeros(attention.qkv_proj.out_features))
+            attention.qkv_proj.bias.data[-128:-64] = bias
+        else:
+            attention.k_proj.bias.data = bias
+        for product in (attention.qkv_proj,) if hasattr(attention, "qkv_proj") else (attention.q_proj,):
+            product.weight.data[: 32 * heads] *= 0.1  # or each query would see a single key
+    return model.to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_of_keys_are_not_packed(packing: KvFormat, name: str) -> None:
+    """What is left of keys is packed as if there were none, and scores are those of whole keys."""
+    model = biased_model(torch.float32, name)
+    offsets = key_offsets_of(model)
+    assert offsets is not None
+    steps = [(40, 1), (0, 37), (5, 12), (100, 1), (16, 16), (600, 1)]
+    plain = make_cache(model, torch.float32, KvFormat.PLAIN)
+    shares, packed, packed_whole = [], 0.0, 0.0
+    for seed in range(3):
+        decoder = DecoderForward(model, make_cache(model, torch.float32, packing), WeightFormat.FLOAT32)
+        found = decoders.run(decoder, steps, seed)
+        expected, whole, exact = (
+            decoders.run(TransformersForward(model, plain, backend), steps, seed)
+            for backend in (through(packing, plain, offsets), through(packing), reference)
+        )
+        packed += distance(expected, exact)
+        packed_whole += distance(whole, exact)
+        shares.append(distance(found, expected) / distance(exact, expected))
+    assert sorted(shares)[1] < 0.05
+    assert packed < packed_whole * 0.95 or packing is KvFormat.K6V4  # whose values are packed in 4 bits, and cost more
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_large_biases_cost_nothing_in_bfloat16(packing: KvFormat) -> None:
+    """The products of queries with what keys lack are rounded as those with whole keys are."""
+    model = biased_model(torch.bfloat16)
+    steps = [(40, 1), (0, 37), (100, 1), (600, 1)]
+    plain = make_cache(model.float(), torch.float32, KvFormat.PLAIN)
+    exact = decoders.run(TransformersForward(model, plain, reference), steps)
+    model = model.to(torch.bfloat16)
+    rounded, found = (
+        distance(decoders.run(DecoderForward(model, make_cache(model, torch.bfloat16, each)), steps), exact)
+        for each in (KvFormat.PLAIN, packing)
+    )
+    assert found < rounded + {KvFormat.INT8: 0.01, KvFormat.K6V4: 0.1}[packing]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3, partial rotary"])
+def test_a_soft_prompt_lacks_what_computed_keys_lack(name: str) -> None:
+    model = biased_model(torch.float32, name)
+    plain, packed = (make_cache(model, torch.float32, each) for each in (KvFormat.PLAIN, KvFormat.INT8))
+    batch = build_batch([Row(0, list(range(40)), [4, 2, 7], range(0))], 16, CPU)
+    with torch.inference_mode():
+        for cache in (plain, packed):
+            DecoderForward(model, cache, WeightFormat.FLOAT32)(batch)
+    keys, values = (
+        torch.stack([rows[[4, 2, 7]].transpose(1, 2).flatten(0, 1)[:40] for rows in each])
+        for each in (plain.keys, plain.values)
+    )
+    staged = packed.stage(keys, values)
+    computed = torch.stack(packed.keys)[:, [4, 2, 7]]
+    same = (staged.keys == computed)[0, :, :, :8]  # what other layers are given, packed rows have changed
+    assert same.float().mean() > 0.98  # the odd number lies at the border between two codes, now and then a scale
+
+
 @pytest.mark.parametrize("packing", KvFormat, ids=str)
-def test_rows_behind_one_context_attend_as_they_do_alone(packing: KvFormat) -> None:
+@pytest.mark.parametrize("make", [wide_model, biased_model])
+def test_rows_behind_one_context_attend_as_they_do_alone(packing: KvFormat, make: Callable[..., Any]) -> None:
     """Whatever the cache holds, keys that sequences share are walked once for all."""
-    model = wide_model(torch.float32)
+    model = make(torch.float32)
     decoder = DecoderForward(model, make_cache(model, torch.float32, packing), WeightFormat.FLOAT32)
     rows = make_rows([(330 + s, 1) for s in range(6)], seed=1)
     shared, tokens = rows[0].block_table[:20], torch.randint(decoders.VOCAB, (340,)).tolist()
@@ -229,8 +328,11 @@ def test_rows_behind_one_context_attend_as_they_do_alone(packing: KvFormat) -> N
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 @pytest.mark.parametrize("heads", [2, 6, 10])
-def test_a_row_does_not_depend_on_its_company_or_the_threads(packing: KvFormat, heads: int) -> None:
-    model = wide_model(torch.bfloat16, heads=heads)
+@pytest.mark.parametrize("make", [wide_model, biased_model])
+def test_a_row_does_not_depend_on_its_company_or_the_threads(
+    packing: KvFormat, heads: int, make: Callable[..., Any]
+) -> None:
+    model = make(torch.bfloat16, heads=heads)
     decoder = DecoderForward(model, make_cache(model, torch.bfloat16, packing))
     rows = make_rows([(0, 20), (0, 3), *[(0, 1)] * 20])
     with torch.inference_mode():

@@ -57,11 +57,6 @@ def refusal(path: Path, **options: Any) -> str:
 @pytest.mark.parametrize(("kind", "dtype"), [(kind, dtype) for kind in FAMILIES for dtype in ("float32", "bfloat16")])
 def test_every_family_starts(kind: str, dtype: str, tokenizer: str, tmp_path: Path) -> None:
     """None of their files lacks a weight that has to be there, ties a head that differs, or fails the self-check."""
-    if (kind, dtype) == ("mixtral", "bfloat16"):
-        # Its experts are chosen by random numbers that are nearly equal: rounded, others are chosen.
-        with pytest.raises(ModelError, match="off transformers' own in float32"):
-            start(save_family(tmp_path / kind, tokenizer, kind), dtype=dtype)
-        return
     # Positions of ministral3 and gpt_oss reach further by yarn.
     assert start(save_family(tmp_path / kind, tokenizer, kind), dtype=dtype).info.max_model_len >= 256
 

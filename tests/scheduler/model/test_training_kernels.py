@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
+from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
 from softbatch.prompt_store.compression.frozen.prefix import attend as attend_in_torch
 from softbatch.prompt_store.compression.objectives import mixed, objective_from_hidden
 from softbatch.scheduler.model.cpu import ops
@@ -27,7 +28,7 @@ from softbatch.scheduler.model.llama.training import (
     kernels_of,
     objective,
 )
-from tests.support.decoders import CONFIGS, LIKE_LLAMA, make_model
+from tests.support.decoders import CONFIGS, LIKE_LLAMA, WITH_WINDOWS, make_model
 from tests.support.models import in_threads
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -106,8 +107,15 @@ def test_without_gradients_they_are_the_same_states() -> None:
     assert torch.equal(states, twice), "positions of every row"
 
 
+@pytest.mark.parametrize("name", WITH_WINDOWS)
+def test_attention_with_windows_is_the_callers(name: str) -> None:
+    decoder = Decoder(make_model(CONFIGS[name], torch.float32), kernels=Kernels(of_model=kernels_of))
+    assert isinstance(decoder._model_kernels, CpuModelKernels)  # and they passed the decoder's own check
+    assert any(decoder.windows)
+
+
 def test_models_that_they_do_not_compute() -> None:
-    for name in CONFIGS.keys() - set(LIKE_LLAMA):
+    for name in CONFIGS.keys() - set(LIKE_LLAMA) - set(WITH_WINDOWS):
         assert kernels_of(make_model(CONFIGS[name], torch.float32)) is None, name
     odd = make_model(LlamaConfig(**{**CONFIGS["llama"].to_dict(), "vocab_size": 151}), torch.bfloat16)
     assert kernels_of(odd) is None

@@ -19,7 +19,7 @@ from softbatch.server.tools.dialect import Dialect
 from softbatch.server.tools.message_parts import ReadMessage
 from softbatch.server.tools.tool import Tool, ToolUse
 from tests.support.tokenizers_of_bytes import as_transformers, byte_level
-from tests.support.tool_templates import KNOWS_EFFORT, QWEN, TOOL_TEMPLATES
+from tests.support.tool_templates import KNOWS_EFFORT, QWEN, QWEN3_CODER, TOOL_TEMPLATES
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
 WEATHER = Tool("get_weather", "Tells the weather.", CITY, param="tools.0.function")
@@ -81,6 +81,7 @@ def test_each_template_has_its_form() -> None:
     assert {name: one.calls.name for name, one in forms.items() if one.calls} == {
         "qwen": "hermes",
         "qwen3": "hermes",
+        "qwen3_coder": "qwen3_coder",
         "opens thinking": "hermes",
         "llama3": "llama3_json",
         "pythonic": "pythonic",
@@ -125,7 +126,7 @@ def test_a_result_and_more_words_may_follow_one_another(dialect: Dialect) -> Non
 
 def test_broken_arguments_may_come_back(dialect: Dialect) -> None:
     turns = [*ASK, {"role": "assistant", "content": "", "tool_calls": [call("1", "get_weather", '{"city": "Pa')]}]
-    if family(dialect) not in ("functiongemma", "pythonic"):  # which go through the arguments one by one
+    if family(dialect) not in ("functiongemma", "pythonic", "qwen3_coder"):  # which go through the arguments one by one
         assert "Pa" in rendered(dialect, [*turns, result("1", "No JSON!")])
 
 
@@ -167,7 +168,9 @@ def test_required_calls_are_enforced_in_the_form_that_is_read(dialect: Dialect) 
     one = thought + dialect.calls.write([("get_weather", ARGUMENTS)])
     assert takes(dialect, plan.output_format, both)
     assert takes(dialect, plan.output_format, one)
-    assert not takes(dialect, plan.output_format, thought + dialect.calls.write([("get_weather", '{"city": 3}')]))
+    # What stands in an element is a text.
+    wrong = '{"city": 3}' if not dialect.calls.in_elements else '{"town": "Paris"}'
+    assert not takes(dialect, plan.output_format, thought + dialect.calls.write([("get_weather", wrong)]))
     assert not takes(dialect, plan.output_format, thought + dialect.calls.write([("get_taxi", "{}")]))
     assert not takes(dialect, plan.output_format, thought + "Yes.")
     reader = plan.reader(dialect._text.encode(dialect._text.render(plan.conversation), add_special_tokens=False))
@@ -181,6 +184,44 @@ def test_required_calls_are_enforced_in_the_form_that_is_read(dialect: Dialect) 
     assert takes(dialect, named, one)
     assert not takes(dialect, named, both)
     assert not takes(dialect, named, thought + dialect.calls.write([("get_time", "{}")]))
+
+
+def test_arguments_in_elements_are_held_to_their_schemas_and_read_by_them() -> None:
+    properties = {
+        "code": {"type": "string", "pattern": "^[0-9]{3}$"},
+        "text": {"type": "string"},
+        "kind": {"enum": ["a b", "c"]},
+        "count": {"type": "integer", "minimum": 2},
+        "more": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/pair"}]},
+        "short": {"type": "string", "maxLength": 3},
+    }
+    pair = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
+    schema = {"properties": properties, "required": ["code", "text", "count"], "$defs": {"pair": pair}}
+    good: dict[str, Any] = {"code": "007", "text": "True\n\tif a < b:\n</p>\n", "kind": "a b", "count": 12}
+    good |= {"more": [True, False], "short": "12"}
+    wrong: list[dict[str, Any]] = [
+        {"code": "07"},
+        {"count": 1},
+        {"kind": "d"},
+        {"more": [True]},
+        {"short": "1234"},
+        {"zz": 1},
+    ]
+    dialect = Dialect(text_of(QWEN3_CODER))
+    assert dialect.calls is not None
+    for strict in (True, False):
+        use = ToolUse((Tool("f", parameters=schema, strict=strict),), frozenset({"f"}))
+        plan = dialect.plan(ASK, use)
+        text = dialect.calls.write([("f", json.dumps(good))])
+        assert takes(dialect, plan.output_format, text)
+        for change in wrong:
+            assert not takes(dialect, plan.output_format, dialect.calls.write([("f", json.dumps(good | change))]))
+        reader = plan.reader([])
+        (call,) = ReadMessage.of([*reader.push(text), *reader.finish()]).calls
+        assert json.loads(call.arguments) == good
+    for free in ({"type": "object"}, {"type": "object", "additionalProperties": True, "properties": {}}):
+        plan = dialect.plan(ASK, ToolUse((Tool("f", parameters=free),), frozenset({"f"})))
+        assert takes(dialect, plan.output_format, dialect.calls.write([("f", '{"a": "x\\ny", "b": [1]}')]))
 
 
 def test_tools_whose_schemas_are_large_together_are_refused() -> None:

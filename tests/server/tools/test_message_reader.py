@@ -114,6 +114,21 @@ def read(name: CallFormatName | None, text: str) -> tuple[str, str, list[tuple[s
             "",
             [("f", '{"a": true, "b": {"k": [null, [1]]}, "a-b": 1}')],
         ),
+        (
+            "qwen3_coder",
+            "See:\n<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx\n\ny\n</parameter>\n"
+            "</function>\n</tool_call>\n<tool_call><function=g></function></tool_call>",
+            "See:",
+            [("f", '{"a": 1, "b": "x\\n\\ny"}'), ("g", "{}")],
+        ),
+        # Marks that models forget.
+        ("qwen3_coder", "<function=f>\n<parameter=a>\nTrue\n</function> ok", "ok", [("f", '{"a": true}')]),
+        (
+            "qwen3_coder",
+            "A.<function=f><parameter=a>[1]<parameter=b>{</parameter></function></tool_call>",
+            "A.",
+            [("f", '{"a": [1], "b": "{"}')],
+        ),
     ],
 )
 def test_each_form_is_read(name: CallFormatName, text: str, content: str, calls: list[tuple[str, str]]) -> None:
@@ -150,6 +165,9 @@ def test_what_a_form_writes_it_reads(name: CallFormatName) -> None:
         ("gemma", "```python\nf(a=1)\n```"),
         ("functiongemma", "<start_function_call>call:f{a<end_function_call>"),
         ("functiongemma", "<start_function_call>call:f{a:" + "[" * 500 + "<end_function_call>"),
+        ("qwen3_coder", "<tool_call>\n<function=f>\nno parameter\n</function>\n</tool_call>"),
+        ("qwen3_coder", "<function=f>\n<parameter=a>"),
+        ("qwen3_coder", "<function= >x</function>"),
         ("pythonic", "[1, 2, 3]"),
         ("pythonic", "[unknown(a=1)]"),
         ("pythonic", "[f(a=x)]"),

@@ -104,10 +104,11 @@ void attend(const Plan& plan, const Problem<T>& p, const F& each) {
     const Group& g = plan.groups[item.group];
     if (!g.dots) return tile_item(p, g, item.split);
     const Item* next = after < count && plan.groups[plan.items[after].group].dots ? &plan.items[after] : nullptr;
-    auto dot = dot_item<T, 0>;
+    auto dot = dot_item<T, 0, 0>;
     if constexpr (FormatOf<T>::kDepth == 2) {  // decoding is so short that loops of unknown length would be felt
-      if (p.dim == 64) dot = dot_item<T, 64>;
-      if (p.dim == 128) dot = dot_item<T, 128>;
+      const bool is_longer = p.key_dim > p.dim;
+      if (p.dim == 64) dot = is_longer ? dot_item<T, 64, 128> : dot_item<T, 64, 64>;
+      if (p.dim == 128) dot = is_longer ? dot_item<T, 128, 256> : dot_item<T, 128, 128>;
     }
     dot(p, g, item.split, next ? &plan.groups[next->group] : nullptr, next ? next->split : 0);
   });

@@ -20,14 +20,15 @@ struct DotMemory {
   Element *weights, *query;
 
   INLINE DotMemory(const Problem<T>& p, const Group& g) : bundles((p.group + kHeads - 1) / kHeads) {
-    const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group;
-    const int64_t unpacked = p.keys.packed() ? kKeyTile * stride : 0;
+    const int64_t stride = p.padded_dim, key_stride = p.padded_key_dim, kv_heads = g.heads / p.group;
+    const int64_t unpacked_keys = p.keys.packed() ? kKeyTile * key_stride : 0;
+    const int64_t unpacked = unpacked_keys + (p.keys.packed() ? kKeyTile * stride : 0);
     const int64_t bundle_floats = kv_heads * bundles * int64_t(sizeof(Bundle) / sizeof(float));
-    float* memory = scratch(2 * unpacked + bundle_floats + 2 * g.rows * stride + 2 * kBlock + kHeads * kFour);
+    float* memory = scratch(unpacked + bundle_floats + g.rows * (stride + key_stride) + 2 * kBlock + kHeads * kFour);
     keys = reinterpret_cast<T*>(memory);  // first, so that rows begin at cache lines
-    values = reinterpret_cast<T*>(memory + unpacked);
-    softmax = reinterpret_cast<Bundle*>(memory + 2 * unpacked);
-    acc = memory + 2 * unpacked + bundle_floats;
+    values = reinterpret_cast<T*>(memory + unpacked_keys);
+    softmax = reinterpret_cast<Bundle*>(memory + unpacked);
+    acc = memory + unpacked + bundle_floats;
     scores = acc + g.rows * stride;
     decay = scores + kBlock;
     weights = reinterpret_cast<Element*>(decay + kHeads * kFour);
@@ -36,9 +37,9 @@ struct DotMemory {
       for (int v = 0; v < kFourVecs; ++v)
         softmax[i].top[v] = fill(kLowest), softmax[i].total[v] = Vec{};
     std::fill(acc, scores, 0.0f);
-    std::memset(query, 0, g.rows * stride / F::kDepth * sizeof *query);
+    std::memset(query, 0, g.rows * key_stride / F::kDepth * sizeof *query);
     for (int64_t row = 0; row < g.rows; ++row)
-      p.template take_query<F>(g, row, query + row * stride / F::kDepth);
+      p.template take_query<F>(g, row, query + row * key_stride / F::kDepth);
   }
 
   INLINE void finish(const Problem<T>& p, const Group& g, int64_t split) const {
@@ -65,22 +66,24 @@ INLINE int64_t locate_tile(const Problem<T>& p, const Group& g, int64_t begin, i
 }
 
 // `next` is this thread's next item, or null: its first keys and values are fetched at the end. D is the dimension of
-// the heads, or 0 for any.
-template <typename T, int D>
+// the heads, or 0 for any; KD is then 0 too, or what a score is a product of.
+template <typename T, int D, int KD>
 void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* next, int64_t next_split) {
   using F = FormatOf<T>;
   const DotMemory<T> my(p, g);
   const int64_t stride = p.padded_dim, kv_heads = g.heads / p.group, dim = D ? D : p.dim;
+  const int64_t key_stride = p.padded_key_dim, key_dim = KD ? KD : p.key_dim;
   const int64_t first = g.key_begin + split * kDotSplit, end = std::min<int64_t>(g.key_end, first + kDotSplit);
-  int64_t buffers[2][kKeyTile], in_order[kKeyTile];
+  int64_t buffers[2][kKeyTile], keys_in_order[kKeyTile], values_in_order[kKeyTile];
   for (int64_t i = 0; i < kKeyTile; ++i)
-    in_order[i] = i * stride;
+    keys_in_order[i] = i * key_stride, values_in_order[i] = i * stride;
   int64_t *offsets = buffers[0], *next_offsets = buffers[1];
   int64_t count = locate_tile(p, g, first, end, offsets), next_count = 0;
   for (int64_t begin = first; begin < end; begin += kKeyTile, count = next_count) {
     const int64_t fours = round_up(count, kFour);
     const bool is_last_tile = begin + kKeyTile >= end;
     int64_t next_kv_head = g.kv_head;
+    p.put_position_keys(begin, fours, key_stride, my.keys);  // unpacking leaves them as they are
     if (!is_last_tile) {
       next_count = locate_tile(p, g, begin + kKeyTile, end, next_offsets);
     } else if (next) {
@@ -93,26 +96,26 @@ void dot_item(const Problem<T>& p, const Group& g, int64_t split, const Group* n
       const int64_t next_head = (is_last_head ? next_kv_head : g.kv_head + n + 1) * p.head_stride;
       const int64_t* ahead_offsets = !is_last_head ? offsets : !is_last_tile || next ? next_offsets : nullptr;
       const T *keys = my.keys, *values = my.values;
-      const int64_t* places = in_order;
+      const int64_t *key_places = keys_in_order, *value_places = values_in_order;
       NextTile<T> tile{};
       if (p.keys.packed()) {
-        p.keys.unpack(head, offsets, fours, dim, stride, my.keys, next_head, ahead_offsets);
+        p.keys.unpack(head, offsets, fours, dim, key_stride, my.keys, next_head, ahead_offsets);
         p.values.unpack(head, offsets, count, dim, stride, my.values, next_head, ahead_offsets);
       } else {
         keys = p.keys.numbers + head;
         values = p.values.numbers + head;
-        places = offsets;
+        key_places = value_places = offsets;
         tile = {p.keys.numbers + next_head, p.values.numbers + next_head, ahead_offsets};
       }
       by_heads(p.group, [&](auto H, int64_t h) ALWAYS_INLINE {
         const int64_t row = n * p.group + h, bundle = n * my.bundles + h / kHeads;
         const NextTile<T>* ahead = h == 0 && tile.offsets ? &tile : nullptr;
-        const auto* query = my.query + row * stride / F::kDepth;
-        dot_keys<H.value, D, F>(query, stride, keys, places, fours, dim, p.scale, ahead, my.scores);
+        const auto* query = my.query + row * key_stride / F::kDepth;
+        dot_keys<H.value, KD, F>(query, key_stride, keys, key_places, fours, key_dim, p.scale, ahead, my.scores);
         if (p.softcap > 0) cap_scores(my.scores, fours * kHeads, 1.0f, p.softcap);
         softmax_update<H.value, F>(my.scores, count, my.softmax[bundle], my.decay, my.weights);
-        accumulate_values<H.value, D, F>(my.weights, my.decay, values, places, count, dim, ahead, my.acc + row * stride,
-                                         stride);
+        accumulate_values<H.value, D, F>(my.weights, my.decay, values, value_places, count, dim, ahead,
+                                         my.acc + row * stride, stride);
       });
     }
     std::swap(offsets, next_offsets);

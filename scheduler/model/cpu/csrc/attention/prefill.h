@@ -16,7 +16,7 @@ struct TileMemory {
   using Element = typename F::Element;
   static_assert(sizeof(Element) == sizeof(float));
 
-  int64_t stride, square, panel_size, padded_rows;
+  int64_t stride, key_stride, panel_size, padded_rows;
   int64_t together;  // rows whose products follow each other, as vectors and matrix tiles wait for each other's stores
   Element *keys, *values;
   float *scores, *panels;
@@ -24,23 +24,23 @@ struct TileMemory {
   T* unpacked;
 
   INLINE TileMemory(const Problem<T>& p, const Group& g)
-      : stride(p.padded_dim), square(stride * kPanel), panel_size(2 * square + 3 * kPanel),
+      : stride(p.padded_dim), key_stride(p.padded_key_dim), panel_size((key_stride + stride + 3) * kPanel),
         padded_rows(round_up(g.rows, kPanel)), together(uses_matrix_tiles<T>() ? kMaxRows : kPanel) {
-    float* memory = scratch(2 * kKeyTile * stride + kKeyTile * together + padded_rows / kPanel * panel_size +
-                            (kLanes + (p.keys.packed() ? kKeyTile : 0)) * stride);
+    float* memory = scratch(kKeyTile * (key_stride + stride) + kKeyTile * together + padded_rows / kPanel * panel_size +
+                            (kLanes + (p.keys.packed() ? kKeyTile : 0)) * key_stride);
     keys = reinterpret_cast<Element*>(memory);
-    values = keys + kKeyTile * stride;
-    scores = memory + 2 * kKeyTile * stride;
+    values = keys + kKeyTile * key_stride;
+    scores = memory + kKeyTile * (key_stride + stride);
     panels = scores + kKeyTile * together;
     rows = panels + padded_rows / kPanel * panel_size;
-    unpacked = reinterpret_cast<T*>(rows + kLanes * stride);
-    std::fill(panels, rows + kLanes * stride, 0.0f);
+    unpacked = reinterpret_cast<T*>(rows + kLanes * key_stride);
+    std::fill(panels, rows + kLanes * key_stride, 0.0f);
   }
 
   INLINE Panel panel(int64_t row) const {
     float* base = panels + row / kPanel * panel_size;
-    float* tail = base + 2 * square;
-    return Panel{base, base + square, tail, tail + kPanel, tail + 2 * kPanel};
+    float *acc = base + key_stride * kPanel, *tail = acc + stride * kPanel;
+    return Panel{base, acc, tail, tail + kPanel, tail + 2 * kPanel};
   }
 
   void take_queries(const Problem<T>& p, const Group& g) const {
@@ -54,12 +54,12 @@ struct TileMemory {
         // What several sequences share lies before all of their tokens.
         to.last_key[row % kPanel] =
             static_cast<float>(g.members ? g.key_end - 1 : first_position + (g.first + row) / g.heads);
-        p.template take_query<F>(g, row, elements + (row - first) * stride / F::kDepth);
+        p.template take_query<F>(g, row, elements + (row - first) * key_stride / F::kDepth);
       }
-      for (int64_t k = 0; k < stride / F::kDepth; k += kLanes) {
+      for (int64_t k = 0; k < key_stride / F::kDepth; k += kLanes) {
         Vec lanes[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          std::memcpy(&lanes[i], elements + i * stride / F::kDepth + k, sizeof(Vec));
+          std::memcpy(&lanes[i], elements + i * key_stride / F::kDepth + k, sizeof(Vec));
         transpose(lanes);
         for (int i = 0; i < kLanes; ++i)
           store(to.query + (k + i) * kPanel + lane, lanes[i]);
@@ -69,21 +69,22 @@ struct TileMemory {
 
   // Keys begin ... begin + count - 1, and their values.
   Keys<T> take_tile(const Problem<T>& p, const Group& g, int64_t begin, int64_t count) const {
-    int64_t offsets[kKeyTile], in_order[kKeyTile];
+    int64_t offsets[kKeyTile], keys_in_order[kKeyTile], values_in_order[kKeyTile];
     p.locate(g.sequence, begin, count, offsets);
     const int64_t head = g.kv_head * p.head_stride;
     if (p.keys.packed()) {
       for (int64_t i = 0; i < kKeyTile; ++i)
-        in_order[i] = i * stride;
-      p.keys.unpack(head, offsets, count, p.dim, stride, unpacked);
-      take_keys<F>(unpacked, in_order, count, p.dim, stride, keys);
+        keys_in_order[i] = i * key_stride, values_in_order[i] = i * stride;
+      p.keys.unpack(head, offsets, count, p.dim, key_stride, unpacked);
+      p.put_position_keys(begin, count, key_stride, unpacked);
+      take_keys<F>(unpacked, keys_in_order, count, p.key_dim, key_stride, keys);
       p.values.unpack(head, offsets, count, p.dim, stride, unpacked);
-      take_value_rows(unpacked, in_order, count, p.dim);
+      take_value_rows(unpacked, values_in_order, count, p.dim);
     } else {
       take_keys<F>(p.keys.numbers + head, offsets, count, p.dim, stride, keys);
       take_value_rows(p.values.numbers + head, offsets, count, p.dim);
     }
-    return {keys, values, stride, begin, p.dim, round_up(count, key_rows<T>())};
+    return {keys, values, stride, key_stride, begin, p.dim, p.key_dim, round_up(count, key_rows<T>())};
   }
 
   void finish(const Problem<T>& p, const Group& g, int64_t split) const {

@@ -100,7 +100,7 @@ INLINE void take_values_across(const at::BFloat16* cache, const int64_t* offsets
 
 // A panel of query rows, stored lane by lane.
 struct Panel {
-  float* query;     // [padded_dim / kDepth][kPanel], in the products' format
+  float* query;     // [padded_key_dim / kDepth][kPanel], in the products' format
   float* acc;       // [padded_dim][kPanel]
   float* last_key;  // position of the last key that each row sees
   float* top;
@@ -113,19 +113,19 @@ template <typename T>
 struct Keys {
   using F = FormatOf<T>;
   const typename F::Element *keys, *values;
-  int64_t stride, position, dim;
+  int64_t stride, key_stride, position, dim, key_dim;
   int64_t padded;  // keys, the rows of zeros among them
 
   // scores[key][row of the panel]
   INLINE void score(const Panel& panel, float* scores) const {
     if (uses_matrix_tiles<T>()) {
       for (int64_t i = 0; i < padded; i += 2 * kMatrixRows)
-        multiply_tiles<false>(keys + i * (stride / F::kDepth), stride / F::kDepth, panel.query, stride,
+        multiply_tiles<false>(keys + i * (key_stride / F::kDepth), key_stride / F::kDepth, panel.query, key_stride,
                               scores + i * kPanel);
     } else {
       for (int64_t i = 0; i < padded; i += kTileRows)
-        multiply<F>(keys + i * (stride / F::kDepth), stride / F::kDepth, 1, panel.query,
-                    (dim + F::kDepth - 1) / F::kDepth, nullptr, scores + i * kPanel);
+        multiply<F>(keys + i * (key_stride / F::kDepth), key_stride / F::kDepth, 1, panel.query,
+                    (key_dim + F::kDepth - 1) / F::kDepth, nullptr, scores + i * kPanel);
     }
   }
 

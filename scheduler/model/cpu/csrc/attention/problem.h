@@ -89,6 +89,10 @@ struct Problem {
   float* partials;  // of each row: running maximum, sum of weights, weighted values
   int64_t heads, group, dim;
   int64_t padded_dim;  // rounded up to whole panels, and so to whole vectors of any format
+  // What scores are products of. Keys of a packed cache may lack what is the same in all of them before they are turned
+  // by their positions. A row of `position_keys` [position, dim] then stands behind each, and makes up for it.
+  int64_t key_dim, padded_key_dim;
+  const T* position_keys;  // null: key_dim is dim
   float scale;         // times log2(e), as scores are exponents of 2
   int64_t window;      // how many tokens each sees, itself among them; 0: all
   float softcap;       // scores x become softcap * tanh(x / softcap), times log2(e); 0: they stay
@@ -96,6 +100,11 @@ struct Problem {
 
   int64_t first_key_of(int64_t position) const {
     return window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+  }
+  // Behind each of the `count` keys from `position` on, `apart` numbers from one to the next.
+  INLINE void put_position_keys(int64_t position, int64_t count, int64_t apart, T* keys) const {
+    for (int64_t i = 0; position_keys && i < count; ++i)
+      std::memcpy(keys + i * apart + dim, position_keys + (position + i) * dim, dim * sizeof(T));
   }
   int64_t query_length(int64_t s) const { return query_start[s + 1] - query_start[s]; }
   // A prompt's chunk of one token is computed as longer ones are: what a prompt leaves does not depend on its cuts.
@@ -111,9 +120,9 @@ struct Problem {
   void take_query(const Group& g, int64_t row, typename F::Element* to) const {
     const T* from = query + token(g, row) * query_stride + head(g, row) * query_head_stride;
     if constexpr (F::kDepth == 2) {
-      std::memcpy(to, from, dim * sizeof(T));
+      std::memcpy(to, from, key_dim * sizeof(T));
     } else {
-      widen_row(from, dim, to);
+      widen_row(from, key_dim, to);
     }
   }
 

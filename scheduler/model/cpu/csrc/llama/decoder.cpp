@@ -20,6 +20,7 @@
 #include "llama/decoder_shape.h"
 #include "llama/decoder_step.h"
 #include "llama/layer_weights.h"
+#include "llama/position_keys.h"
 #include "matmul/matmul.h"
 #include "matmul/row_ops.h"
 
@@ -51,6 +52,9 @@ class Decoder final : public DecoderBase {
         rotary_scales_(floats(rotary_scales)) {
     TORCH_CHECK(int64_t(rotary_scales_.size()) == frequencies.size(0), "each rotary scheme must have its scale");
     TORCH_CHECK(2 * half_ <= dim_, "no more than one frequency for every two dimensions of a head");
+    for (size_t i = 0; i < rotary_scales_.size(); ++i)
+      position_keys_.emplace_back(scheme(i), dim_);
+    position_keys_.emplace_back(RotaryScheme{}, dim_);  // of layers without positions
   }
 
   // `window` is how many tokens each sees, or 0; `rotary` the scheme of its positions, or -1 for none.
@@ -62,6 +66,7 @@ class Decoder final : public DecoderBase {
     weights.check(heads_, kv_heads_, dim_);
     TORCH_CHECK(layers_.empty() || (weights.hidden_size() == size_ && weights.intermediate_size() == inner_),
                 "layers must be alike");
+    TORCH_CHECK(kv_packing_ || !weights.key_offset, "a key offset is for a packed cache");
     check_cache(key_cache, kv_packing_.keys.bytes);
     check_cache(value_cache, kv_packing_.values.bytes);
     TORCH_CHECK(key_cache.size(0) == value_cache.size(0) && key_cache.size(2) == value_cache.size(2),
@@ -69,6 +74,7 @@ class Decoder final : public DecoderBase {
     const std::vector<float> sinks = weights.sinks ? floats(*weights.sinks) : std::vector<float>();
     layers_.push_back(std::make_unique<Layer>(Layer{{arena_, weights}, key_cache, value_cache, sinks, window, rotary}));
     branches_ |= weights.attended_norm || weights.mlp_output_norm;
+    has_offsets_ |= weights.key_offset.has_value();
     size_ = weights.hidden_size();
     inner_ = weights.intermediate_size();
   }
@@ -106,13 +112,14 @@ class Decoder final : public DecoderBase {
     step.problem = problem_of(step, query_start, context_len, block_table);
     step.problem.decodes = check_decodes(decodes, context_len.size(0));
     step.problem.joins_ranges = joins_ranges;
+    if (has_offsets_) cover_positions(step.problem, context_len.size(0));
     const Plans plans = plans_of(step.problem, context_len.size(0));
     int64_t partials = 0;
     for (const auto& [window, plan] : plans)
       partials = std::max(partials, plan->partials);
     step.problem.partials = partials_.resize(partials * (step.problem.padded_dim + 2));
     Team::run([&](Team& team) {
-      std::vector<float> row(std::max({size_, heads_ * dim_, inner_}));
+      std::vector<float> row(std::max({size_, heads_ * dim_, inner_, 2 * dim_}));
       run_layers({team, row.data()}, step, plans);
     });
     return out;
@@ -147,13 +154,15 @@ class Decoder final : public DecoderBase {
     for (const Selection<W>* rows : {&step.all, &step.wanted})
       rows->inputs->resize(rows->count, size_, width, inner_);
     step.qkv = {qkv_.resize(tokens * qkv_width), qkv_width};
-    step.query = query_.resize(tokens * width);
+    step.query = query_.resize(tokens * width * (has_offsets_ ? 2 : 1));
     step.attended = attended_.resize(tokens * width);
     step.gated = kTakesParts ? nullptr : gated_.resize(std::max(tokens, wanted) * inner_);
     step.cosines = rotary_.resize(2 * turns);
     step.sines = step.cosines + turns;
     return step;
   }
+
+  RotaryScheme scheme(int64_t i) const { return {frequencies_.data() + i * half_, rotary_scales_[i], half_}; }
 
   int64_t window_of(const Layer& layer) const {
     return most_window_ > 0 ? std::min(layer.window, most_window_) : layer.window;
@@ -175,8 +184,6 @@ class Decoder final : public DecoderBase {
                         const at::Tensor& block_table) const {
     Problem<T> p{};
     p.query = step.query;
-    p.query_stride = heads_ * dim_;
-    p.query_head_stride = dim_;
     p.slot_stride = kv_packing_ ? 1 : dim_;
     p.block_size = layers_.front()->key_cache.size(2);
     p.head_stride = p.block_size * p.slot_stride;
@@ -190,9 +197,24 @@ class Decoder final : public DecoderBase {
     p.group = heads_ / kv_heads_;
     p.dim = dim_;
     p.padded_dim = round_up(dim_, kPanel);
+    set_key_dim(p, dim_);
     p.scale = shape_.attention_scale * kLog2e;
     p.softcap = shape_.softcap * kLog2e;
     return p;
+  }
+
+  // Tiles may be filled up with keys behind the last.
+  void cover_positions(const Problem<T>& p, int64_t sequences) {
+    const int64_t longest = sequences > 0 ? *std::max_element(p.context_len, p.context_len + sequences) : 0;
+    for (PositionKeys<T>& keys : position_keys_)
+      keys.cover(longest + kKeyTile);
+  }
+
+  void set_key_dim(Problem<T>& p, int64_t key_dim) const {
+    p.key_dim = key_dim;
+    p.padded_key_dim = round_up(key_dim, kPanel);
+    p.query_head_stride = key_dim;
+    p.query_stride = heads_ * key_dim;
   }
 
   // The members of a team run this together, and meet behind every loop.
@@ -204,6 +226,10 @@ class Decoder final : public DecoderBase {
       problem.values = KvRows<T>(layer->value_cache.data_ptr(), kv_packing_.values);
       problem.window = window_of(*layer);
       problem.sinks = layer->sinks.empty() ? nullptr : layer->sinks.data();
+      if (!layer->key_offset.empty()) {
+        set_key_dim(problem, 2 * dim_);
+        problem.position_keys = (layer->rotary < 0 ? position_keys_.back() : position_keys_[layer->rotary]).rows();
+      }
       into_attention(worker, step, *layer, problem);
       const bool is_last = layer == layers_.back();
       if (is_last && step.wanted.count == 0) return;
@@ -239,13 +265,10 @@ class Decoder final : public DecoderBase {
       if (shape_.embedding_scale != 1.0f)
         for (int64_t i = 0; i < size_; ++i)
           row[i] *= shape_.embedding_scale;
-      for (size_t scheme = 0; scheme < rotary_scales_.size(); ++scheme)
-        for (int64_t i = 0; i < half_; ++i) {
-          const float angle = static_cast<float>(step.positions[t]) * frequencies_[scheme * half_ + i];
-          const int64_t at = (scheme * step.all.count + t) * half_ + i;
-          step.cosines[at] = std::cos(angle) * rotary_scales_[scheme];
-          step.sines[at] = std::sin(angle) * rotary_scales_[scheme];
-        }
+      for (size_t i = 0; i < rotary_scales_.size(); ++i) {
+        const int64_t at = (i * step.all.count + t) * half_;
+        scheme(i).turn(static_cast<float>(step.positions[t]), step.cosines + at, step.sines + at);
+      }
     });
   }
 
@@ -279,6 +302,7 @@ class Decoder final : public DecoderBase {
   void into_attention(const Worker& worker, const Step<W, T>& step, const Layer& layer, const Problem<T>& p) const {
     const int64_t width = heads_ * dim_, kv_width = kv_heads_ * dim_, half = layer.rotary < 0 ? 0 : half_;
     const int64_t turns = std::max<int64_t>(layer.rotary, 0) * step.all.count * half_;
+    const bool has_offset = !layer.key_offset.empty();
     const bool norms_all = !layer.query_norm.empty() && int64_t(layer.query_norm.size()) != dim_;
     const std::vector<float> none, &query_norm = norms_all ? none : layer.query_norm,
                                    &key_norm = norms_all ? none : layer.key_norm;
@@ -295,11 +319,18 @@ class Decoder final : public DecoderBase {
       }
       for (int64_t h = 0; h < heads_; ++h) {
         rotate(from + h * dim_, query_norm, epsilon_, cosine, sine, half, dim_, row);
+        if (has_offset) offset_factors(row, layer.key_offset.data() + h / p.group * dim_, half, dim_, row + dim_);
         if (kv_packing_) hadamard_rotate(row, dim_);
-        narrow_row(row, dim_, step.query + t * width + h * dim_);
+        narrow_row(row, p.key_dim, step.query + t * p.query_stride + h * p.key_dim);
       }
       for (int64_t h = 0; h < kv_heads_; ++h) {
-        rotate(from + width + h * dim_, key_norm, epsilon_, cosine, sine, half, dim_, row);
+        float* key = from + width + h * dim_;
+        if (has_offset) {
+          if (!key_norm.empty()) rms_norm(key, key_norm, epsilon_, key);
+          for (int64_t i = 0; i < dim_; ++i)
+            key[i] -= layer.key_offset[h * dim_ + i];
+        }
+        rotate(key, has_offset ? none : key_norm, epsilon_, cosine, sine, half, dim_, row);
         if (kv_packing_) hadamard_rotate(row, dim_);
         p.keys.put(row, dim_, first + h * p.head_stride);
         p.values.put(from + width + kv_width + h * dim_, dim_, first + h * p.head_stride);
@@ -351,6 +382,8 @@ class Decoder final : public DecoderBase {
   const std::vector<float> frequencies_, rotary_scales_;
   int64_t most_window_ = 0;
   bool branches_ = false;         // some layer has a norm behind attention or the MLP
+  bool has_offsets_ = false;      // some layer's keys have one
+  std::vector<PositionKeys<T>> position_keys_;  // of each rotary scheme, and of none
   int64_t size_ = 0, inner_ = 0;  // hidden and intermediate
   Arena arena_;                   // of all packed weights
   std::vector<std::unique_ptr<Layer>> layers_;

@@ -20,6 +20,7 @@ struct LayerWeights {
   // Of what enters attention and the MLP, of what leaves them, and of queries and keys: of each head, or of all together.
   OptionalTensor input_norm, mlp_norm, attended_norm, mlp_output_norm, query_norm, key_norm;
   OptionalTensor sinks;
+  OptionalTensor key_offset;  // what a packed cache's keys lack (position_keys.h)
 
   explicit LayerWeights(const Named& named) {
     size_t known = 0;
@@ -50,6 +51,7 @@ struct LayerWeights {
     attended_norm = optional("attended_norm");
     mlp_output_norm = optional("mlp_output_norm");
     sinks = optional("sinks");
+    key_offset = optional("key_offset");
     query_norm = optional("query_norm");
     key_norm = optional("key_norm");
     TORCH_CHECK(known == named.size(), "a layer has tensors that these kernels do not know");
@@ -70,6 +72,8 @@ struct LayerWeights {
     check_shape(gate, inner, size);
     check_shape(up, inner, size);
     check_shape(down, size, inner);
+    TORCH_CHECK(!key_offset || key_offset->numel() == kv_heads * head_dim,
+                "a key offset must have the dimensions of all keys");
     TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "queries and keys have norms, or neither has");
     const bool of_heads = query_norm && query_norm->numel() == head_dim && key_norm->numel() == head_dim;
     const bool of_all = query_norm && query_norm->numel() == query.size(0) && key_norm->numel() == key.size(0);
@@ -80,13 +84,14 @@ struct LayerWeights {
 // The weights of a layer's four products, in the order in which a step reads them, and its norms.
 template <typename W>
 struct PackedLayer {
-  std::vector<float> input_norm, mlp_norm, attended_norm, mlp_output_norm, query_norm, key_norm;  // empty: none
+  // Empty: none.
+  std::vector<float> input_norm, mlp_norm, attended_norm, mlp_output_norm, query_norm, key_norm, key_offset;
   Packed<W> qkv, out, gate_up, down;
 
   PackedLayer(Arena& arena, const LayerWeights& weights)
       : input_norm(of(weights.input_norm)), mlp_norm(of(weights.mlp_norm)), attended_norm(of(weights.attended_norm)),
         mlp_output_norm(of(weights.mlp_output_norm)), query_norm(of(weights.query_norm)),
-        key_norm(of(weights.key_norm)) {
+        key_norm(of(weights.key_norm)), key_offset(of(weights.key_offset)) {
     stack(arena, qkv, {weights.query, weights.key, weights.value},
           {weights.query_bias, weights.key_bias, weights.value_bias});
     stack(arena, out, {weights.output}, {weights.output_bias});
@@ -95,7 +100,7 @@ struct PackedLayer {
   }
 
  private:
-  static std::vector<float> of(const OptionalTensor& norm) { return norm ? floats(*norm) : std::vector<float>(); }
+  static std::vector<float> of(const OptionalTensor& row) { return row ? floats(*row) : std::vector<float>(); }
 };
 
 }  // namespace softbatch

@@ -105,7 +105,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     p.heads = q.size(1);
     p.group = q.size(1) / k.size(1);
     p.dim = q.size(2);
-    p.padded_dim = round_up(p.dim, kPanel);
+    p.key_dim = p.dim;
+    p.padded_dim = p.padded_key_dim = round_up(p.dim, kPanel);
     p.scale = static_cast<float>(scale) * kLog2e;
     p.window = window;
     p.softcap = static_cast<float>(softcap) * kLog2e;

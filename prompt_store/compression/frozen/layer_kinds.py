@@ -1,0 +1,58 @@
+"""How the layers of a model differ: how far back each sees, and how it turns positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Of every window, while a dozen tokens are to meet it.
+NARROW = 5
+
+
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """How many tokens each sees in each layer, itself among them; None where all, or more than any sequence has.
+
+    Raises ValueError for attention of another kind.
+    """
+    layers = config.num_hidden_layers
+    kinds = list(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    longest = getattr(config, "max_position_embeddings", None)
+    if window is not None and longest is not None and window >= longest:
+        window = None
+    if not set(kinds) <= {"full_attention", "sliding_attention"}:
+        found = ", ".join(sorted(set(kinds)))
+        raise ValueError(
+            f"the model's attention is neither full nor full within a window in every layer (layer_types has {found})"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(
+            "the model caps its attention scores (attn_logit_softcapping): compression does not support it"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds) or (window,) * layers
+
+
+def rotary_kinds_of(body: Any, config: Any) -> tuple[str | None, ...]:
+    """What the rotary module calls each layer's positions, "" where it has one kind; None where there are none."""
+    layers: int = config.num_hidden_layers
+    rotary = getattr(body, "rotary_emb", None)
+    if rotary is None:
+        return (None,) * layers
+    kinds: list[str] = [""] * layers if hasattr(rotary, "inv_freq") else list(config.layer_types)
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(body, "layers", [None] * layers)]
+    turns = [bool(getattr(attention, "use_rope", True)) for attention in attentions]
+    return tuple(kind if turn else None for kind, turn in zip(kinds, turns, strict=True))
+
+
+@contextmanager
+def narrow_windows(config: Any, windows: tuple[int | None, ...]) -> Iterator[tuple[int | None, ...]]:
+    """The windows as they are meanwhile, in the masks that transformers makes as well: NARROW tokens each."""
+    if not any(windows):
+        yield windows
+        return
+    window, config.sliding_window = config.sliding_window, NARROW
+    try:
+        yield tuple(each and NARROW for each in windows)
+    finally:
+        config.sliding_window = window

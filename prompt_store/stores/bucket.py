@@ -1,0 +1,196 @@
+"""Objects below one address of an object store, by fsspec: every call bounded in time and tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.stores.bucket_files import BucketFiles, Etag, ObjectInfo, PlainFiles, S3Files
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
+_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)  # which asking again does not change
+
+
+class BucketError(OSError):
+    """The object store gave no right answer, however often it was asked. The text names object and reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+
+class BucketDenied(PermissionError):
+    """The credentials do not allow it. The text names the object."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EACCES, message)
+
+
+class BucketAddressError(SoftPromptError):
+    """The address cannot be used at all; the message says what would be right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="prompt_store", code="invalid_store")
+
+
+@dataclass(frozen=True)
+class Retries:
+    """`seconds` for one call; pauses double from `first_pause` up to `longest_pause`."""
+
+    tries: int = 6
+    seconds: float = 10.0
+    first_pause: float = 0.1
+    longest_pause: float = 2.0
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What the object store was seen to do: to create only, to replace only what is known, to write at all."""
+
+    create: bool
+    replace: bool
+    write: bool = True
+
+
+class Bucket:
+    """Thread-safe, and without a state of its own. A key is a path below the address."""
+
+    def __init__(self, url: str, retries: Retries | None = None) -> None:
+        """Raises BucketAddressError."""
+        self.url = url.rstrip("/")
+        self.retries = retries or Retries()
+        self._files = _files_of(url)
+
+    @contextlib.contextmanager
+    def _named(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as error:
+            raise BucketDenied(f"{self.url}/{key}: access denied ({error.strerror or error})") from error
+
+    def probe(self) -> Offers:
+        """Write, write again and delete a small object. Raises BucketError, or FileNotFoundError without a bucket."""
+        key = f".probe-{secrets.token_hex(8)}"
+        try:
+            self.create(key, b"1")
+        except PermissionError:
+            self.list(key)  # raises where not even this may be done
+            return Offers(create=False, replace=False, write=False)
+        try:
+            creates = not self.create(key, b"2")
+            found = self.read(key)
+            etag = found[1] if found is not None else ""
+            replaces = self._files.can_replace and self._replaces(key, etag)
+            return Offers(creates, replaces)
+        finally:
+            with contextlib.suppress(OSError):
+                self.delete(key)
+
+    def _replaces(self, key: str, etag: Etag) -> bool:
+        changed = self.replace(key, b"3", etag)
+        return changed is not None and self.replace(key, b"4", etag) is None
+
+    def read(self, key: str) -> tuple[bytes, Etag] | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self._ask("read", key, lambda seconds: self._files.read(key, seconds))
+        return None
+
+    def etag(self, key: str, retries: Retries | None = None) -> Etag | None:
+        """None where there is no such object."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._ask("look at", key, lambda seconds: self._files.etag(key, seconds), retries)
+        return None
+
+    def list(self, prefix: str) -> Sequence[ObjectInfo]:
+        """All objects whose keys begin so."""
+        return self._ask("list", prefix, lambda seconds: self._files.list(prefix, seconds))
+
+    def write(self, key: str, content: bytes) -> None:
+        self._ask("write", key, lambda seconds: self._files.write(key, content, seconds))
+
+    def create(self, key: str, content: bytes) -> bool:
+        """False where there is such an object, with other content. Only where the store offers it is it no race."""
+        try:
+            self._ask("create", key, lambda seconds: self._files.create(key, content, seconds))
+        except FileExistsError:
+            # An earlier try may have got through, and only its answer been lost.
+            return (found := self.read(key)) is not None and found[0] == content
+        return True
+
+    def replace(self, key: str, content: bytes, etag: Etag) -> Etag | None:
+        """None, and nothing is written, unless the object is still the one with this ETag."""
+        try:
+            return self._ask("replace", key, lambda seconds: self._files.replace(key, content, etag, seconds))
+        except (FileExistsError, FileNotFoundError):
+            found = self.read(key)
+            return found[1] if found is not None and found[0] == content else None
+
+    def delete(self, key: str) -> None:
+        """Does nothing where there is no such object."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ask("delete", key, lambda seconds: self._files.delete(key, seconds))
+
+    def download(self, key: str, path: Path) -> None:
+        """Whatever arrives: the caller checks it. Raises FileNotFoundError."""
+        self._ask("read", key, lambda seconds: self._files.download(key, path, 20 * seconds))
+
+    def upload(self, path: Path, key: str) -> None:
+        self._ask("write", key, lambda seconds: self._files.upload(path, key, 20 * seconds))
+
+    def _ask(self, what: str, key: str, call: Callable[[float], T], retries: Retries | None = None) -> T:
+        retries = retries or self.retries
+        reason: Exception | None = None
+        for attempt in range(retries.tries):
+            if attempt:
+                pause = min(retries.longest_pause, retries.first_pause * 2 ** (attempt - 1))
+                time.sleep(pause * random.uniform(0.5, 1))
+            try:
+                with self._named(key):
+                    return call(retries.seconds)
+            except _ANSWERS:
+                raise
+            except Exception as error:  # each library has its own for what goes wrong on the way
+                reason = error
+                logger.debug("%s %s/%s, try %d: %r", what, self.url, key, attempt + 1, error)
+        said = f"{type(reason).__name__}: {reason}".strip(": ")
+        raise BucketError(f"cannot {what} {self.url}/{key} ({retries.tries} tries): {said[:300]}") from reason
+
+    def hasty(self, tries: int = 1) -> Bucket:
+        """The same objects, for requests that wait."""
+        other = object.__new__(Bucket)
+        other.url, other._files = self.url, self._files
+        other.retries = replace(self.retries, tries=tries, seconds=min(2.0, self.retries.seconds))
+        return other
+
+
+def _files_of(url: str) -> BucketFiles:
+    import fsspec
+
+    protocol, _, path = url.partition("://")
+    path = path.strip("/")
+    if protocol not in fsspec.available_protocols():
+        raise BucketAddressError(f"{url}: {protocol} is no kind of object store; give a directory, s3://… or gs://…")
+    if not path:
+        raise BucketAddressError(f"{url}: name a bucket, as in {protocol}://bucket/prefix")
+    package, extra = EXTRAS.get(protocol, (None, None))
+    try:
+        if package is not None:
+            importlib.import_module(package)
+        made = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        advice = f"pip install 'softbatch[{extra}]'" if extra else str(error)
+        raise BucketAddressError(f"{url}: a package that reads {protocol}:// is missing: {advice}") from error
+    for library in ("aiobotocore", "botocore"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # each says at every start where it has found credentials
+    return S3Files(made, path) if package == "s3fs" else PlainFiles(made, path)

@@ -1,0 +1,314 @@
+"""The store that is a bucket: content first, under its hash, then one small record that gives it a name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from softbatch.prompt_store.atomic_files import replacing, sync
+from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
+from softbatch.prompt_store.names import check_name, is_name
+from softbatch.prompt_store.soft_prompt_file import check_fits, load
+from softbatch.prompt_store.stores.bounded_copy import NO_LINK, copy_bounded
+from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketError, Offers
+from softbatch.prompt_store.stores.bucket_sweep import remove_stale, sweep, tell_of
+from softbatch.prompt_store.stores.kept_text import FORMAT_VERSION as TEXT_VERSION
+from softbatch.prompt_store.stores.kept_text import KeptText, check_kept
+from softbatch.prompt_store.stores.name_table import NameTable
+from softbatch.prompt_store.stores.prompt_record import (
+    PromptRecord,
+    content_key,
+    new_nonce,
+    record_key,
+    seal,
+)
+from softbatch.prompt_store.stores.store import NameTaken, SoftPromptStore, StoredPrompt, UnknownPrompt
+from softbatch.prompt_store.stores.verified_cache import VerifiedCache, WrongContent
+
+logger = logging.getLogger(__name__)
+REFRESH_SECONDS = 2.0  # a name that came or went elsewhere is seen here by then
+DAMAGED_SECONDS = 60.0  # then a damaged object is asked for again
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class StagedPrompt:
+    """Objects that no name leads to yet. `record`, written under the name's key, registers them."""
+
+    stored: StoredPrompt
+    record: PromptRecord
+
+    @property
+    def sealed(self) -> bytes:
+        return seal(msgspec.json.encode(self.record))
+
+
+class ObjectStore(SoftPromptStore):
+    """The bucket is the only state, so any number of machines may share it; `root` holds copies alone.
+
+    A name comes with its record, in one write, and goes with it. Every registration has objects of its own, so that
+    deleting them takes nothing from another. What is read was hashed on this machine.
+    """
+
+    keeps_leases = False
+
+    def __init__(
+        self, bucket: Bucket, root: Path, max_bytes: int, cache_bytes: int, refresh: float = REFRESH_SECONDS
+    ) -> None:
+        """Raises OSError of the disk; the bucket itself is not asked for anything yet."""
+        self.root, self.max_bytes, self.location = root, max_bytes, bucket.url
+        self.bucket = bucket
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._cache = VerifiedCache(root / "objects", cache_bytes)
+        self._names = NameTable(bucket, self.describe, refresh)
+        self._damaged: dict[str, tuple[float, str]] = {}  # by key
+
+    @cached_property
+    def offers(self) -> Offers:
+        """Found out once. Raises BucketError, or BucketAddressError without a bucket."""
+        try:
+            offers = self.bucket.probe()
+        except FileNotFoundError:
+            raise BucketAddressError(f"{self.location}: there is no such bucket") from None
+        tell_of(self.location, offers)
+        return offers
+
+    def check_free(self, name: str) -> None:
+        check_name(name)
+        if self.bucket.etag(record_key(name)) is not None:
+            raise NameTaken(name)
+
+    def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
+        return self.publish(self.stage(name, file, spec, kept))
+
+    def stage(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StagedPrompt:
+        """Check all of it and put its objects into the bucket. Raises like `add`."""
+        self.check_free(name)
+        if kept is not None:
+            check_kept(kept)
+        descriptor, path = tempfile.mkstemp(prefix=".add-", dir=self._cache.directory)
+        temp = Path(path)
+        try:
+            with file.open("rb") as source, open(descriptor, "wb") as target:
+                sha256 = copy_bounded(source, target, self.max_bytes)
+            prompt = load(temp, self.max_bytes)
+            if spec is not None:
+                check_fits(prompt, spec)
+            text = None if kept is None else msgspec.json.encode(kept)
+            record = PromptRecord(
+                name=name,
+                sha256=sha256,
+                num_bytes=temp.stat().st_size,
+                manifest=prompt.manifest.model_dump(mode="json"),
+                created_at=int(time.time()),
+                nonce=new_nonce(),
+                text_sha256=None if text is None else hashlib.sha256(text).hexdigest(),
+                text_bytes=0 if text is None else len(text),
+                recall=None if kept is None else kept.recall,
+            )
+            if text is not None:
+                self.bucket.write(record.text_key, text)
+            self._upload(temp, record)
+            temp.chmod(0o400)
+            self._cache.put(sha256, temp)
+        finally:
+            temp.unlink(missing_ok=True)
+        return StagedPrompt(self.describe(record), record)
+
+    def publish(self, staged: StagedPrompt) -> StoredPrompt:
+        """Give what was staged its name; once more does no harm. Raises NameTaken."""
+        record = staged.record
+        key = record_key(record.name)
+        if not self.offers.create and self.bucket.etag(key) is not None:
+            taken = self.bucket.read(key)
+            is_free = taken is None or taken[0] == staged.sealed
+        else:
+            is_free = True
+        if not is_free or not self._create(key, staged.sealed):
+            self.discard(record)
+            raise NameTaken(record.name)
+        self._names.forget(record.name)
+        return self.get(record.name)
+
+    def _create(self, key: str, sealed: bytes) -> bool:
+        if self.offers.create:
+            return self.bucket.create(key, sealed)
+        self.bucket.write(key, sealed)
+        found = self.bucket.read(key)
+        return found is not None and found[0] == sealed
+
+    def _upload(self, file: Path, record: PromptRecord) -> None:
+        """Read back, as a name must never lead to what was damaged on its way there. Raises BucketError."""
+        for _ in range(_TRIES):
+            self.bucket.upload(file, record.key)
+            with tempfile.NamedTemporaryFile(prefix=".check-", dir=self._cache.directory) as arrived:
+                with contextlib.suppress(BucketError):  # among them that the store's own checksum is another
+                    self.bucket.hasty(2).download(record.key, Path(arrived.name))
+                if hashlib.file_digest(arrived, "sha256").hexdigest() == record.sha256:
+                    return
+        raise BucketError(f"{self.location}/{record.key} arrives damaged in the bucket ({_TRIES} tries)")
+
+    def get(self, name: str) -> StoredPrompt:
+        if not is_name(name):
+            raise UnknownPrompt(name)
+        return self._usable(name, self._names.get(name))
+
+    def _usable(self, name: str, found: StoredPrompt | SoftPromptError | None) -> StoredPrompt:
+        if found is None:
+            raise UnknownPrompt(name)
+        if isinstance(found, SoftPromptError):
+            raise SoftPromptError(str(found), param=found.param, code=found.code)
+        if reason := self._known_damage(found):
+            raise SoftPromptError(reason, param="file", code="invalid_file")
+        if found.num_bytes > self.max_bytes:
+            message = f"the file has {found.num_bytes} bytes; at most {self.max_bytes} are allowed"
+            raise SoftPromptError(message, param="file", code="too_large")
+        return found
+
+    def is_known(self, name: str) -> bool:
+        return is_name(name) and self._names.is_known(name)
+
+    def kept_text(self, stored: StoredPrompt) -> KeptText | None:
+        record = self._names.record(stored)
+        if record is None or record.text_sha256 is None:
+            return None
+        key = record.text_key
+        with contextlib.suppress(FileNotFoundError, WrongContent, msgspec.MsgspecError, SoftPromptError):
+            path = self._cache.get(
+                record.text_sha256, record.text_bytes, lambda target: self.bucket.download(key, target)
+            )
+            kept = msgspec.json.decode(path.read_bytes(), type=KeptText)
+            check_kept(kept)
+            return kept if kept.format_version == TEXT_VERSION else None
+        logger.warning("the text kept in %s/%s is gone or damaged", self.location, key)
+        return None
+
+    def local_file(self, stored: StoredPrompt) -> Path:
+        """Raises SoftPromptError where the object is damaged, by its name."""
+        if reason := self._known_damage(stored):
+            raise SoftPromptError(reason, param="file", code="invalid_file")
+        key = _key_of(stored)
+        try:
+            return self._cache.get(stored.sha256, stored.num_bytes, lambda path: self.bucket.download(key, path))
+        except FileNotFoundError:
+            self._names.forget(stored.name)
+            if self._names.get(stored.name) != stored:
+                raise UnknownPrompt(stored.name) from None
+            reason = "it is missing"
+        except WrongContent as error:
+            reason = str(error)
+        said = f"the object {self.location}/{key} is damaged: {reason}"
+        self._damaged[key] = (time.monotonic(), said)
+        logger.error("soft prompt %s cannot be used: %s", stored.name, said)
+        raise SoftPromptError(said, param="file", code="invalid_file")
+
+    def _known_damage(self, stored: StoredPrompt) -> str | None:
+        since, reason = self._damaged.get(_key_of(stored), (0.0, ""))
+        return reason if reason and time.monotonic() - since < DAMAGED_SECONDS else None
+
+    def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:
+        for _ in range(_TRIES):
+            stored = self.get(name)
+            with contextlib.suppress(FileNotFoundError):  # others needed its place on the disk
+                return stored, self.local_file(stored).open("rb")
+        raise UnknownPrompt(name)
+
+    def list(self) -> Sequence[StoredPrompt]:
+        return [prompt for _, prompt in self._scan() if isinstance(prompt, StoredPrompt)]
+
+    def broken(self) -> Sequence[tuple[str, str]]:
+        return [(name, str(found)) for name, found in self._scan() if isinstance(found, SoftPromptError)]
+
+    def _scan(self) -> Sequence[tuple[str, StoredPrompt | SoftPromptError]]:
+        scanned: list[tuple[str, StoredPrompt | SoftPromptError]] = []
+        for name, found in self._names.all():
+            try:
+                check_name(name)
+                scanned.append((name, self._usable(name, found)))
+            except SoftPromptError as error:
+                scanned.append((name, error))
+        return scanned
+
+    def changed_at(self) -> int:
+        return self._names.changed_at
+
+    def remove(self, name: str) -> None:
+        if not is_name(name):
+            raise UnknownPrompt(name)
+        self._names.forget(name)
+        record = self._names.look_up(name)
+        if record is None:
+            raise UnknownPrompt(name)
+        self.bucket.delete(record_key(name))
+        self._names.forget(name)
+        if isinstance(record, PromptRecord):
+            self.discard(record)
+
+    def discard(self, record: PromptRecord) -> None:
+        """Delete objects that no name leads to any more, or never did."""
+        for key in (record.key, record.text_key if record.text_sha256 else None):
+            if key is not None:
+                try:
+                    self.bucket.delete(key)
+                except OSError as error:  # `remove_stale` finds them later
+                    logger.warning("%s", error.strerror)
+
+    def export(self, name: str, path: Path) -> None:
+        _, file = self.open(name)
+        with file, replacing(path) as temp, temp.open("xb") as target:
+            copy_bounded(file, target, self.max_bytes)
+        sync(path.parent)
+
+    def lease(self, stored: StoredPrompt, directory: Path) -> Path:
+        """A hard link to this machine's copy, named `<sha256>.safetensors`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / f"{stored.sha256}.safetensors"
+        for _ in range(_TRIES):
+            if target.exists():
+                return target
+            with contextlib.suppress(FileNotFoundError), replacing(target) as temp:
+                copy = self.local_file(stored)
+                try:
+                    os.link(copy, temp)
+                except OSError as error:
+                    if error.errno not in NO_LINK:
+                        raise
+                    shutil.copyfile(copy, temp)
+        raise UnknownPrompt(stored.name)
+
+    def remove_stale(self) -> None:
+        remove_stale(self.bucket, self._names.look_up)
+
+    def sweep(self) -> None:
+        """`remove_stale` beside everything else. Raises like `offers`."""
+        if self.offers.write:
+            sweep(self.location, self.remove_stale)
+
+    def describe(self, record: PromptRecord) -> StoredPrompt:
+        """Raises SoftPromptError."""
+        return StoredPrompt(
+            record.name,
+            self._cache.path(record.sha256),
+            record.sha256,
+            record.num_bytes,
+            record.parsed_manifest(),
+            record.created_at,
+            (int(record.nonce, 16),),
+            record.recall,
+        )
+
+
+def _key_of(stored: StoredPrompt) -> str:
+    return content_key(stored.name, stored.sha256, f"{stored.version[0]:014x}")

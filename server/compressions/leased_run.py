@@ -1,0 +1,180 @@
+"""One run of a job by the server that holds its lease: from the bucket to the worker and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from softbatch.prompt_store.stores.object_store import ObjectStore, StagedPrompt
+from softbatch.prompt_store.stores.prompt_record import PromptRecord, seal
+from softbatch.server.compressions.job_lease import BEAT_SECONDS, JobLease, LeaseLost
+from softbatch.server.compressions.record import JobError, JobRecord
+from softbatch.server.compressions.request import CompressionRequest, ModelChoice
+from softbatch.server.compressions.result import find_finished
+from softbatch.server.compressions.shared_record import SavedFile, SharedRecord, report_key, request_key
+from softbatch.server.compressions.work_snapshot import WorkSnapshots, restore
+from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage
+from softbatch.server.compressions.worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+
+class LeasedRun:
+    """Owns the job's directory while it runs. All of it may raise LeaseLost."""
+
+    def __init__(self, store: ObjectStore, lease: JobLease, directory: Path) -> None:
+        self._store, self._lease, self._directory = store, lease, directory
+        self._id = lease.shared.record.id
+        self._snapshots = WorkSnapshots(store.bucket, self._id, lease.token, directory)
+        self._progress: ProgressMessage | None = None
+        self._files = lease.shared.files
+        self._lost = False
+        self._worker: WorkerProcess | None = None
+
+    def kill(self) -> None:
+        """End the worker, if there is one; `run` then returns."""
+        if self._worker is not None:
+            self._worker.kill()
+
+    async def run(self, choice: ModelChoice) -> DoneMessage | FailedMessage:
+        """Its end, with the lease still held. Raises LeaseLost, or OSError."""
+        if not await asyncio.to_thread(self._prepare, choice):
+            return FailedMessage("unreadable", "the job's request in the bucket is gone or damaged; send the job again")
+        self._worker = WorkerProcess(self._directory, self._on_progress)
+        if self._lost:
+            raise LeaseLost
+        result = await self._worker.run()
+        if self._lost:
+            raise LeaseLost
+        return result
+
+    @contextlib.asynccontextmanager
+    async def renewing(self) -> AsyncIterator[None]:
+        """The lease is kept until the end of the block, or `kill` is called."""
+        tasks = [asyncio.create_task(keep()) for keep in (self._beat, self._save, self._guard)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_progress(self, progress: ProgressMessage) -> None:
+        self._progress = progress
+
+    def _prepare(self, choice: ModelChoice) -> bool:
+        """The request, with the model as this machine has it, and what an earlier run has left."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+        found = self._store.bucket.read(request_key(self._id))
+        if found is None or hashlib.sha256(found[0]).hexdigest() != self._lease.shared.request_sha256:
+            return False
+        request = msgspec.json.decode(found[0], type=CompressionRequest)
+        request = msgspec.structs.replace(request, choice=choice, store=self._store.location)
+        (self._directory / "request.json").write_bytes(msgspec.json.encode(request))
+        if restore(self._store.bucket, self._lease.shared.files, self._directory):
+            logger.info("compression %s goes on from what another server did", self._id)
+        return True
+
+    async def _beat(self) -> None:
+        """Renew the lease, with the progress and the files that the run would go on from."""
+        written = self._files
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            kept = self._files
+            try:
+                shared = await asyncio.to_thread(self._lease.change, partial(_renewed, self._progress, kept))
+                if shared.cancelled:
+                    self.kill()
+                old = set(written.values()) - set(kept.values()) - set(self._files.values())
+                await asyncio.to_thread(self._snapshots.discard, old)
+                written = kept
+            except LeaseLost:
+                self._give_up()
+            except Exception as error:  # `_guard` ends the worker in time
+                logger.warning("the lease on compression %s is not renewed: %s", self._id, error)
+
+    async def _guard(self) -> None:
+        """However long the bucket takes to answer."""
+        while True:
+            await asyncio.sleep(BEAT_SECONDS / 6)
+            if not self._lease.is_safe:
+                return self._give_up()
+
+    def _give_up(self) -> None:
+        logger.warning("compression %s may be another server's by now: its worker here ends", self._id)
+        self._lost = True
+        self.kill()
+
+    async def _save(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS / 2)
+            try:
+                saved = await asyncio.to_thread(self._snapshots.save)
+            except Exception as error:
+                logger.warning("compression %s is not saved: %s", self._id, error)
+                continue
+            if saved is not None:
+                self._files = saved
+
+    def publish(self, done: DoneMessage) -> SharedRecord:
+        """Give the result its name. That it will have it is written first, by whoever holds the lease: one that has
+        lost it gets no further. Raises LeaseLost, SoftPromptError or OSError."""
+        finished = find_finished(self._directory)
+        if finished is None:
+            raise FileNotFoundError(f"{self._directory} holds no result")
+        record = self._lease.shared.record
+        staged = self._store.stage(record.name, finished.prompt, kept=finished.kept)
+        try:
+            report = self._directory / "report" / "report.html"
+            with contextlib.suppress(FileNotFoundError):
+                self._store.bucket.write(report_key(self._id), seal(report.read_bytes()))
+            record = msgspec.structs.replace(record, fidelity=done.fidelity)
+            self._lease.write(record=record, staged=staged.record)
+        except BaseException:
+            self._store.discard(staged.record)
+            raise
+        return self.publish_staged(staged.record)
+
+    def publish_staged(self, staged: PromptRecord) -> SharedRecord:
+        """Also what another server has staged: the name's record says the same, whoever writes it."""
+        if not self._lease.is_safe:
+            self._lease.write()
+        self._store.publish(StagedPrompt(self._store.describe(staged), staged))
+        record = self._lease.shared.record
+        return self.end(
+            msgspec.structs.replace(record, status="succeeded", finished_at=int(time.time()), soft_prompt=record.name)
+        )
+
+    def fail(self, code: str, message: str, param: str | None = None) -> SharedRecord:
+        error = JobError(code, message, param)
+        record = self._lease.shared.record
+        return self.end(msgspec.structs.replace(record, status="failed", finished_at=int(time.time()), error=error))
+
+    def cancel(self) -> SharedRecord:
+        record = self._lease.shared.record
+        return self.end(msgspec.structs.replace(record, status="cancelled", finished_at=int(time.time())))
+
+    def put_back(self) -> None:
+        """For others to go on with at once."""
+        record = msgspec.structs.replace(self._lease.shared.record, status="queued")
+        self._lease.write(record=record, holder="", files=self._files)
+
+    def end(self, record: JobRecord) -> SharedRecord:
+        return self._lease.write(record=record, files={}, progress=self._progress)
+
+
+def _renewed(progress: ProgressMessage | None, files: dict[str, SavedFile], shared: SharedRecord) -> SharedRecord:
+    """What a record that has come to its end says stays as it is."""
+    if shared.record.status != "running":
+        return shared
+    return msgspec.structs.replace(shared, progress=progress, files=files)

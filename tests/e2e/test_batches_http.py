@@ -1,0 +1,222 @@
+"""OpenAI's files and batches, by its own client: the answers are those of the routes, whatever ends the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from openai.types import Batch
+
+from tests.e2e.conftest import StartServer
+from tests.support.openai_requests import client_of
+from tests.support.servers import Server, wait_for
+
+ENDED = {"completed", "failed", "cancelled", "expired"}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def client(tiny_server: Server) -> Iterator[OpenAI]:
+    with client_of(tiny_server) as client:
+        yield client
+
+
+def requests(url: str, *bodies: dict[str, Any]) -> bytes:
+    lines = (
+        json.dumps({"custom_id": f"q{i}", "method": "POST", "url": url, "body": body}) for i, body in enumerate(bodies)
+    )
+    return "\n".join(lines).encode()
+
+
+def start(client: OpenAI, url: Any, content: bytes, **fields: Any) -> Batch:
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h", **fields)
+
+
+def ended(client: OpenAI, batch_id: str) -> Batch:
+    def look() -> Batch | None:
+        batch = client.batches.retrieve(batch_id)
+        return batch if batch.status in ENDED else None
+
+    found = wait_for(look, "the batch does not end")
+    assert found is not None
+    return found
+
+
+def lines_of(client: OpenAI, file_id: str | None) -> dict[str, dict[str, Any]]:
+    """By custom_id, of which none is there twice."""
+    if file_id is None:
+        return {}
+    lines = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+    found = {line["custom_id"]: line for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def without_what_differs(body: dict[str, Any]) -> dict[str, Any]:
+    """Without ids, times, and what the prefix cache had."""
+    usage = {name: value for name, value in body["usage"].items() if not name.endswith("details")}
+    return {name: value for name, value in body.items() if name not in ("id", "created")} | {"usage": usage}
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "Is the sea deep?"}], "max_tokens": 4, "temperature": 0}),
+        (COMPLETIONS, {"prompt": ["Is the sea", "winter"], "max_tokens": 4, "temperature": 0, "logprobs": 2}),
+        ("/v1/embeddings", {"input": "Is the sea deep?", "encoding_format": "base64"}),
+        ("/v1/responses", {"input": "Is the sea deep?", "max_output_tokens": 4, "temperature": 0}),
+    ],
+)
+def test_a_line_is_answered_as_its_route_answers(
+    client: OpenAI, tiny_server: Server, url: str, body: dict[str, Any]
+) -> None:
+    body = {"model": "tiny-llama", **body}
+    expected = tiny_server.post(url, body).json()
+    refused = tiny_server.post(url, body | {"temperatur": 1}).json()
+    batch = start(client, url, requests(url, body, body | {"temperatur": 1}), metadata={"night": "first"})
+    assert (batch.status, batch.metadata, batch.endpoint) == ("validating", {"night": "first"}, url)
+    batch = ended(client, batch.id)
+    assert (batch.status, batch.errors) == ("completed", None)
+    assert batch.request_counts is not None
+    assert batch.request_counts.to_dict() == {"total": 2, "completed": 1, "failed": 1}
+    (line,) = lines_of(client, batch.output_file_id).values()
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("q0", None, 200)
+    answer = line["response"]["body"]
+    if url != "/v1/responses":  # whose items have ids too
+        assert without_what_differs(answer) == without_what_differs(expected)
+    (line,) = lines_of(client, batch.error_file_id).values()
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("q1", None, 400)
+    assert line["response"]["body"] == refused
+
+
+def test_a_stream_is_refused_line_by_line(client: OpenAI) -> None:
+    batch = ended(client, start(client, COMPLETIONS, requests(COMPLETIONS, {"prompt": "a", "stream": True})).id)
+    (line,) = lines_of(client, batch.error_file_id).values()
+    assert (batch.status, batch.output_file_id) == ("completed", None)
+    assert (line["response"]["status_code"], line["response"]["body"]["error"]["param"]) == (400, "stream")
+
+
+def test_a_wrong_file_fails_with_its_lines(client: OpenAI) -> None:
+    batch = ended(client, start(client, CHAT, requests(COMPLETIONS, {"prompt": "a"}) + b"\n{").id)
+    assert (batch.status, batch.output_file_id) == ("failed", None)
+    assert batch.errors is not None
+    assert [(error.code, error.line) for error in batch.errors.data or []] == [
+        ("url_mismatch", 1),
+        ("invalid_json_line", 2),
+    ]
+
+
+def test_files_are_listed_read_and_deleted(client: OpenAI, tiny_server: Server) -> None:
+    content = requests(COMPLETIONS, {"prompt": "a", "max_tokens": 1})
+    files = [
+        client.files.create(
+            file=(f"../{i} ä.jsonl", content), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+        for i in range(3)
+    ]
+    assert (files[0].filename, files[0].bytes, files[0].purpose) == ("0 ä.jsonl", len(content), "batch")
+    assert files[0].expires_at == files[0].created_at + 3600
+    ids = [file.id for file in files]
+    page = client.files.list(limit=2, purpose="batch")
+    assert ([file.id for file in page.data], page.has_more) == (ids[:0:-1], True)
+    assert page.get_next_page().data[0].id == ids[0]
+    assert [file.id for file in client.files.list(order="asc", after=ids[0])][:2] == ids[1:]
+    assert client.files.retrieve(ids[1]) == files[1]
+    assert client.files.content(ids[1]).content == content
+    assert client.files.delete(ids[1]).deleted
+    for call in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError) as missing:
+            call(ids[1])
+        assert missing.value.code == "file_not_found"
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"purpose": "assistants"}, "purpose"),
+        ({}, "purpose"),
+        ({"purpose": "batch", "more": "1"}, "more"),
+        ({"purpose": "batch", "expires_after[seconds]": "3600"}, "expires_after[anchor]"),
+        ({"purpose": "batch", "expires_after[anchor]": "created_at"}, "expires_after[seconds]"),
+        ({"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "9"}, "expires_after"),
+    ],
+)
+def test_a_wrong_form_names_the_field(tiny_server: Server, form: dict[str, str], param: str) -> None:
+    reply = tiny_server.http.post("/v1/files", data=form, files={"file": ("a.jsonl", b"{}")})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith(param)
+    for files in ({"file": ("a.jsonl", b"")}, {"file": (None, "text")}):
+        reply = tiny_server.http.post("/v1/files", data={"purpose": "batch"}, files=files)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"completion_window": "1y"}, "completion_window"),
+        ({"completion_window": "31d"}, "completion_window"),
+        ({"endpoint": "/v1/messages"}, "endpoint"),
+        ({"input_file_id": "file-none"}, "input_file_id"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"prompt": "a"}, "prompt"),
+    ],
+)
+def test_a_wrong_batch_names_the_field(tiny_server: Server, change: dict[str, Any], param: str) -> None:
+    body = {"input_file_id": "file-none", "endpoint": CHAT, "completion_window": "24h"} | change
+    reply = tiny_server.post("/v1/batches", body)
+    assert reply.status_code == (404 if param == "input_file_id" else 400)
+    assert reply.json()["error"]["param"] == param
+
+
+KEYS = ("--api-key", "one", "--api-key", "two", "--admin-key", "root")
+SMALL = ("--max-batch-size", "8", "--max-batch-file-bytes", "100000", "--max-batch-lines", "100")
+
+
+def test_a_killed_server_goes_on_and_keys_see_their_own(start_server: StartServer, tiny_flags: tuple[str, ...]) -> None:
+    server = start_server(*tiny_flags, *KEYS, *SMALL)
+    one, two, root = (client_of(server, api_key=key) for key in ("one", "two", "root"))
+    bodies = [{"prompt": f"{i} ships", "max_tokens": 40, "temperature": 0} for i in range(80)]
+    alone = server.http.post(COMPLETIONS, json=bodies[7]).json()["choices"][0]["text"]
+    batch = start(one, COMPLETIONS, requests(COMPLETIONS, *bodies))
+    with pytest.raises(openai.NotFoundError):
+        two.batches.retrieve(batch.id)
+    with pytest.raises(openai.NotFoundError):
+        two.files.content(batch.input_file_id)
+    assert ([each.id for each in two.batches.list()], [each.id for each in root.batches.list()]) == ([], [batch.id])
+    with pytest.raises(openai.ConflictError) as used:
+        one.files.delete(batch.input_file_id)
+    assert used.value.code == "file_in_use"
+    with pytest.raises(openai.APIStatusError) as large:
+        one.files.create(file=("big.jsonl", b"x" * 100_001), purpose="batch")
+    assert large.value.status_code == 413
+
+    def completed() -> int:
+        counts = one.batches.retrieve(batch.id).request_counts
+        return counts.completed if counts else 0
+
+    wait_for(lambda: completed() >= 10, "no line is answered")
+    server.kill()
+    again = start_server(*tiny_flags, *KEYS, *SMALL, store=server.store)
+    one = client_of(again, api_key="one")
+    found = ended(one, batch.id)
+    assert found.status == "completed"
+    output = lines_of(one, found.output_file_id)
+    assert list(output) == [f"q{i}" for i in range(80)]
+    assert output["q7"]["response"]["body"]["choices"][0]["text"] == alone
+    assert 0 < again.metric("batch_lines_total", outcome="completed") < 75
+    assert again.metric("batches_unfinished") == again.metric("batch_lines_left") == 0
+    # What runs in the background counts to no latency that somebody has seen.
+    assert again.metric("time_to_first_token_seconds_count") == 0
+
+    long = requests(COMPLETIONS, *[{"prompt": "a", "max_tokens": 4000, "ignore_eos": True}] * 90)
+    batch = start(one, COMPLETIONS, long)
+    wait_for(lambda: again.metric("requests_running") == 2, "the lines do not run")
+    assert again.complete("Is the sea", 4)
+    assert one.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    assert ended(one, batch.id).status == "cancelled"
+    again.wait_empty()

@@ -1,0 +1,65 @@
+"""Two servers on one bucket: names of one are served by the other, and so is the rest of a compression."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.compressions.conftest import VIRTUAL_TOKENS
+from tests.server.compressions.test_http import ROUTE, create, job, wait_phase, workers
+from tests.support.bucket_server import BucketServer
+from tests.support.servers import Server, error_of, events_of, running_server, wait_for
+
+
+@pytest.fixture(scope="module")
+def pair(
+    bucket_server: BucketServer, tiny_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Server]]:
+    limits = ("--kv-cache-gib", "0.03", "--max-prompt-mib", "2", "--max-model-len", "400")
+    place = ("--prompt-store", bucket_server.new_url(), "--prompt-cache-gib", "0.1")
+    with contextlib.ExitStack() as stack:
+
+        def start() -> Server:
+            directory = tmp_path_factory.mktemp("server")
+            flags = ("--model", tiny_path, "--dtype", "float32", *limits, *place, "--prompt-cache", str(directory))
+            return stack.enter_context(running_server(directory, *flags, env=bucket_server.environment))
+
+        yield start(), start()
+
+
+def test_a_compression_killed_with_its_server_ends_on_the_other(pair: tuple[Server, Server], tmp_path: Path) -> None:
+    one, other = pair
+    job_id = create(one, "harbour", steps=60, seed=3, keep_text=True, recall=0)
+    wait_for(lambda: workers(one) or workers(other), "nobody takes the job")
+    first, second = (one, other) if workers(one) else (other, one)
+    assert not workers(second), "one at a time"
+    wait_for(lambda: second.http.get(f"{ROUTE}/{job_id}").status_code == 200, "the other server does not see it")
+    wait_phase(first, job_id, "gold")
+    wait_for(lambda: (job(second, job_id)["progress"] or {}).get("phase") == "gold", "its progress is not seen")
+    first.kill()
+
+    with second.http.stream("GET", f"{ROUTE}/{job_id}/events") as reply:
+        events = [json.loads(event) for event in events_of(reply.iter_lines())]
+    assert events[-1]["status"] == "succeeded", events[-1]
+    phases = {event["progress"]["phase"] for event in events if event["progress"]}
+    assert "training" in phases
+    log = second.log.read_text()
+    assert "goes on from what another server did" in log
+    assert "attempt 2" in log
+    assert second.http.get(f"{ROUTE}/{job_id}/report").status_code == 200
+    found = second.http.get("/v1/soft_prompts/harbour").json()
+    assert (found["num_virtual_tokens"], found["recall"]) == (VIRTUAL_TOKENS, 0)
+    reply = second.post("/v1/completions", {"model": "harbour", "prompt": "The sea", "max_tokens": 4})
+    assert reply.status_code == 200, reply.text
+
+    queued = create(second, "cancelled", steps=5000)
+    wait_for(lambda: workers(second), "it does not begin")
+    reply = second.http.post(f"{ROUTE}/{queued}/cancel")
+    assert reply.json()["status"] == "cancelled", reply.text
+    assert second.http.delete("/v1/soft_prompts/harbour").status_code == 200
+    reply = second.post("/v1/completions", {"model": "harbour", "prompt": "The sea", "max_tokens": 4})
+    assert error_of(reply)["code"] == "soft_prompt_not_found"
