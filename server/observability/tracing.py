@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Tracing:
         self._model = ""
         self._metrics = GenAiMetrics(self._export.meter("softbatch.server"))
         self._propagator = TraceContextTextMapPropagator()
-        self._server: Mapping[str, Value] = {"server.address": host, "server.port": port}
+        self._server: Mapping[str, Value] = {"server.address": _named(host), "server.port": port}
 
     def describe(self, model: str, engine_pid: Callable[[], int]) -> None:
         """What is known once the engine is up; its process changes when it dies."""
@@ -121,6 +122,11 @@ class Tracing:
             attributes: dict[str, str | int] = {"softbatch.process": "engine", "process.pid": pid}
             self._engine = (pid, self._export.tracer("softbatch.scheduler.engine", attributes))
         return self._engine[1]
+
+
+def _named(host: str) -> str:
+    """Who listens on all addresses is known by the machine's name."""
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host
 
 
 def _name(method: str, route: str | None, operation: Operation | None, record: RequestRecord, model: str) -> str:

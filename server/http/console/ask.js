@@ -116,7 +116,7 @@ function weigh(answers) {
 function bargain(answers) {
   const soft = answers.find((answer) => answer.target.startsWith("soft:") && answer.paid);
   const full = answers.find((answer) => answer.target === FULL && answer.paid);
-  if (!soft || !full) return "";
+  if (!soft || !full || full.paid <= soft.paid) return "";
   const sooner = soft.first && full.first && full.first > soft.first * 1.05 ? `, and its first token came ${ratio(full.first / soft.first)} sooner` : "";
   return `${plural(soft.paid, "prompt token")} instead of ${count(full.paid)}: ${ratio(full.paid / soft.paid)} fewer${sooner}.`;
 }

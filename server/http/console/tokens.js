@@ -8,8 +8,10 @@ export class TokenText {
     this.element = h(".tokens", { tabIndex: 0, role: "group", "aria-label": "Answer. Arrow keys go through its tokens." });
     this.tip = h(".tip", { role: "status", hidden: true });
     this.clear();
-    this.element.addEventListener("pointerover", (event) => this.select(event.target.closest("span")));
-    this.element.addEventListener("pointerleave", () => this.select(null));
+    // A page that scrolls to what has the focus moves below a pointer that rests: what the keys have chosen stays.
+    const rests = (event) => this.byKey && !event.movementX && !event.movementY;
+    this.element.addEventListener("pointerover", (event) => rests(event) || this.select(event.target.closest("span")));
+    this.element.addEventListener("pointerleave", (event) => rests(event) || this.select(null));
     this.element.addEventListener("blur", () => this.select(null));
     this.element.addEventListener("keydown", (event) => this.onKey(event));
   }
@@ -19,6 +21,7 @@ export class TokenText {
   }
 
   clear() {
+    this.byKey = false;
     this.decoder = new TextDecoder();
     this.known = [];
     this.selected = null;
@@ -51,10 +54,11 @@ export class TokenText {
     event.preventDefault();
     const at = this.known.findIndex(({ span }) => span === this.selected);
     const next = Math.min(Math.max(at + step, 0), this.known.length - 1);
-    this.select(this.known[next].span);
+    this.select(this.known[next].span, true);
   }
 
-  select(span) {
+  select(span, byKey = false) {
+    this.byKey = byKey;
     this.selected?.classList.remove("on");
     const found = this.known.find((one) => one.span === span);
     this.selected = found ? span : null;
