@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
+from softbatch.prompt_store.template import TemplateError
 from softbatch.scheduler.model.model_files import check_config, read_config
 from softbatch.scheduler.model.source import ModelSource, resolve
 from softbatch.server.compressions.checks import check_compression
-from softbatch.server.compressions.request import CompressionRequest, ModelChoice, ModelShape
+from softbatch.server.compressions.request import CompressionRequest, InputError, ModelChoice, ModelShape
 
 
 @dataclass(frozen=True)
@@ -72,5 +73,15 @@ class PreparedRun:
     ) -> PreparedRun:
         """Raises InputError or TemplateError."""
         prepared = cls.of(request, model)
-        check_compression(request, model.name, model.shape, prepared.context, directory, max_prompt_bytes)
+        try:
+            check_compression(request, model.name, model.shape, prepared.context, directory, max_prompt_bytes)
+        except TemplateError as error:
+            if error.code != "no_chat_template":
+                raise
+            raise InputError(
+                "model",
+                f"model: {model.name} has no chat template that shows what a user says, and compression asks its "
+                "questions through one: take a model's directory with a chat_template.jinja beside its config.json",
+                code=error.code,
+            ) from None
         return prepared

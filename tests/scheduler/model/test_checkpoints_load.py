@@ -58,8 +58,10 @@ def test_packed_caches_stay_near(checkpoint: Checkpoint, of_k6v4: float) -> None
     del reference
     starts = [*range(0, 384, 128), *range(384, len(tokens))]
     for kv_format, allowed in (("int8", 0.0005), ("k6v4", of_k6v4)):
-        options = {"dtype": "bfloat16", "device": "cpu", "kv_cache_gib": 0.1, "max_model_len": 512}
-        loaded = load(EngineConfig(model=path, kv_cache_dtype=kv_format, **options), lambda *_: None)
+        config = EngineConfig(
+            model=path, dtype="bfloat16", device="cpu", kv_cache_gib=0.1, kv_cache_dtype=kv_format, max_model_len=512
+        )
+        loaded = load(config, lambda *_: None)
         divergence = 0.0
         blocks = list(range(-(-len(tokens) // loaded.kv_cache.block_size)))
         for start, end in pairwise([*starts, len(tokens)]):

@@ -15,6 +15,7 @@ import torch
 import softbatch
 from softbatch.prompt_store.compression.compression_settings import BOUNDS, MAX_MINUTES
 from softbatch.server.compressions import worker
+from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import CompressionRequest, InputError, ModelChoice, make_settings
 from softbatch.server.http.errors import ApiError
 from softbatch.server.routes.compressions import _checked
@@ -59,6 +60,24 @@ def test_http_and_the_command_have_the_same_limits(field: str) -> None:
             make_settings(**{field: value})
         with pytest.raises(ValueError, match=sent):
             body(**{sent: value})
+
+
+def test_a_model_without_a_chat_template_is_refused_by_what_it_lacks(tiny_path: str, tmp_path: Path) -> None:
+    choice = ModelChoice(tiny_path, dtype="float32", device="cpu")
+    files = ModelFiles.open(choice)
+    files.tokenizer.chat_template = None
+    request = CompressionRequest(
+        name="harbour",
+        context=CONTEXT,
+        settings=make_settings(),
+        questions=(),
+        choice=choice,
+        store=str(tmp_path),
+        max_prompt_bytes=1 << 30,
+    )
+    with pytest.raises(InputError, match=r"model: .* has no chat template .* chat_template\.jinja") as refused:
+        PreparedRun.checked(request, files, tmp_path, 1 << 30)
+    assert refused.value.code == "no_chat_template"
 
 
 def test_texts_are_checked_while_the_engine_starts(tmp_path: Path) -> None:
