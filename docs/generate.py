@@ -247,8 +247,9 @@ without a window that some sequence reaches.
 Compression trains with *kernels* on a CPU, or through *torch*, after a check like the one above; *no* means that it
 refuses. [Compression](../internals/compression.md#windows) says what windows change.
 
-Blocks of the KV cache behind a window are not freed: a layer with a window takes as much memory as one without. A soft
-prompt is a prefix like any other: layers with a window see no more of it than of a text in its place.
+Blocks of the KV cache behind a window are not freed: a block holds all layers' keys, and in most of these models some
+layers see everything. A soft prompt is a prefix like any other: layers with a window see no more of it than of a text
+in its place.
 """
 
 

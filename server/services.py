@@ -90,60 +90,64 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
     started = time.monotonic()
     store = _prompt_store(settings)
     metrics = Metrics()
-    with contextlib.ExitStack() as exits:
-        leased = exits.enter_context(_leases(store.root))
-        # The sockets' paths are short, for ipc:// allows about 100 characters.
-        temporary = exits.enter_context(process_directory(Path(tempfile.gettempdir()), "softbatch-serve-"))
+    with _leases(store.root) as leased:
+        async with _running_engine(settings, metrics) as (temporary, supervisor, engine, ready):
+            model = ready.model
+            if tracing is not None:
+                tracing.describe(model.name, lambda: supervisor.pid)
+            text = await asyncio.to_thread(_text_processor, ready)
+            encoder = PromptEncoder(text, model.vocab_size, model.max_model_len, settings.default_max_tokens)
+            recaller = Recaller(PassageIndexes(store), text, encoder)
+            leases = SoftPromptLeases(store, model.spec, leased, engine.forget_soft_prompt)
+            admission = _admission(settings, engine, leases, metrics)
+            _watch(metrics, engine, store)
+            if settings.vllm_metric_names:
+                metrics.registry.register(VllmNames(metrics, model.name))
+            checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
+            logger.info("ready after %.2f s", time.monotonic() - started)
+            jobs = running_queue(store, model, metrics.registry, lambda: admission.draining)
+            feed = LiveFeed(metrics, lambda: admission.draining)
+            queue = _batch_queue(settings, metrics, admission)
+            eos = model.eos_token_ids
+            with contextlib.closing(GrammarCompiler(text.backend, model.vocab_size, eos)) as grammars:
+                async with jobs as compressions, queue.running() as batches, feed.running() as live:
+                    yield Services(
+                        settings=settings,
+                        supervisor=supervisor,
+                        engine=engine,
+                        admission=admission,
+                        generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
+                        recaller=recaller,
+                        scorer=Scorer(admission, encoder, recaller, eos),
+                        embedder=Embedder(admission, encoder, settings.max_batch_size),
+                        store=store,
+                        leases=leases,
+                        compressions=compressions,
+                        batches=batches,
+                        text=text,
+                        dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
+                        metrics=metrics,
+                        live=live,
+                        tracing=tracing,
+                        temporary=temporary,
+                        spec=model.spec,
+                        model_name=model.name,
+                    )
+                await checking
+
+
+@contextlib.asynccontextmanager
+async def _running_engine(
+    settings: Settings, metrics: Metrics
+) -> AsyncIterator[tuple[Path, EngineSupervisor, EngineClient, Ready]]:
+    """And the directory for temporary files, which the engine's sockets are in."""
+    # Their paths are short, for ipc:// allows about 100 characters.
+    with process_directory(Path(tempfile.gettempdir()), "softbatch-serve-") as temporary:
         patience = Patience(settings.step_timeout, settings.max_engine_deaths, settings.engine_death_window)
         supervisor = EngineSupervisor(_engine_config(settings), temporary, patience)
         engine = EngineClient(supervisor, metrics)
         try:
-            ready = await supervisor.start(engine)
-            if tracing is not None:
-                tracing.describe(ready.model.name, lambda: supervisor.pid)
-            text = await asyncio.to_thread(_text_processor, ready)
-            encoder = PromptEncoder(
-                text, ready.model.vocab_size, ready.model.max_model_len, settings.default_max_tokens
-            )
-            eos = ready.model.eos_token_ids
-            grammars = GrammarCompiler(text.backend, ready.model.vocab_size, eos)
-            exits.callback(grammars.close)
-            spec = ready.model.spec
-            recaller = Recaller(PassageIndexes(store), text, encoder)
-            leases = SoftPromptLeases(store, spec, leased, engine.forget_soft_prompt)
-            admission = _admission(settings, engine, leases, metrics)
-            _watch(metrics, engine, store)
-            if settings.vllm_metric_names:
-                metrics.registry.register(VllmNames(metrics, ready.model.name))
-            checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
-            logger.info("ready after %.2f s", time.monotonic() - started)
-            jobs = running_queue(store, ready.model, metrics.registry, lambda: admission.draining)
-            feed = LiveFeed(metrics, lambda: admission.draining)
-            queue = _batch_queue(settings, metrics, admission)
-            async with jobs as compressions, queue.running() as batches, feed.running() as live:
-                yield Services(
-                    settings=settings,
-                    supervisor=supervisor,
-                    engine=engine,
-                    admission=admission,
-                    generator=Generator(admission, text, encoder, recaller, grammars, settings.seed, eos),
-                    recaller=recaller,
-                    scorer=Scorer(admission, encoder, recaller, eos),
-                    embedder=Embedder(admission, encoder, settings.max_batch_size),
-                    store=store,
-                    leases=leases,
-                    compressions=compressions,
-                    batches=batches,
-                    text=text,
-                    dialect=Dialect(text, settings.tool_call_parser, settings.reasoning_parser),
-                    metrics=metrics,
-                    live=live,
-                    tracing=tracing,
-                    temporary=temporary,
-                    spec=spec,
-                    model_name=ready.model.name,
-                )
-            await checking
+            yield temporary, supervisor, engine, await supervisor.start(engine)
         finally:
             await supervisor.stop()
             engine.fail_all("the server is shutting down")

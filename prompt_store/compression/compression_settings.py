@@ -7,9 +7,12 @@ from typing import Literal, get_args
 
 from softbatch.prompt_store.compression.data.examples import MAX_EXAMPLES
 from softbatch.prompt_store.manifest import MAX_VIRTUAL_TOKENS
+from softbatch.prompt_store.stores.kept_text import MAX_RECALL
 
 Kind = Literal["embeddings", "kv"]
 Objective = Literal["kl", "nll", "mixed"]
+# Of the training questions, so many ask for facts as long as there are any.
+FACTS = 0.5
 # The manifest of a soft prompt keeps the instruction; longer texts do not fit there.
 MAX_INSTRUCTION_CHARS = 4096
 MAX_MINUTES = 30 * 24 * 60
@@ -26,6 +29,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-8, 10),
     "matching_steps": (0, 100_000),
     "seed": (0, 2**63 - 1),
+    "facts": (0, 1),
+    "recall": (0, MAX_RECALL),
 }
 
 
@@ -58,7 +63,9 @@ class CompressionSettings:
     whole run is a function of the seed) applies: `steps` where it is given. `questions` bounds the training
     questions beside the user's own; under a budget fewer are used where time is short. `model_questions` of
     them are asked of the model itself. `held_out` questions are kept for the report, `free_answers` of those
-    are also answered freely. `learning_rate` None: the kind's default.
+    are also answered freely. `learning_rate` None: the kind's default. `facts` is the share of training questions
+    that ask for something that the text says exactly, as long as there are any. With `recall` passages σ is trained to
+    have them behind it.
     """
 
     kind: Kind = "kv"
@@ -77,6 +84,8 @@ class CompressionSettings:
     learning_rate: float | None = None
     matching_steps: int = MatchingSettings.steps
     seed: int = 0
+    facts: float = FACTS
+    recall: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("kv", "embeddings"):

@@ -7,15 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.accepted import is_right
 from softbatch.prompt_store.compression.data.examples import Example, Generate, load_jsonl, save_jsonl
+from softbatch.prompt_store.compression.data.facts import Fact, fact_questions, facts_of, request_for
 from softbatch.prompt_store.compression.data.language import is_english
-from softbatch.prompt_store.compression.data.selection import merge, usable
+from softbatch.prompt_store.compression.data.selection import merge, mixed, usable
 from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
 from softbatch.prompt_store.compression.evaluation.baselines import with_gold
 from softbatch.prompt_store.compression.frozen.context import Context
+from softbatch.prompt_store.compression.frozen.tokenized_context import QUESTION_ROOM
 from softbatch.prompt_store.compression.pace import Pace
 
 QUESTION_TOKENS = 96  # for three questions that the model asks
+FACT_TOKENS = 40  # for one
+FACT_SHARE = 0.08  # of the budget, for asking them
 # Of a text that is not English: so many parts are asked about, every fourth first, to see whether the model is able.
 FOREIGN_PROMPTS = 32
 PROBE_STRIDE = 4
@@ -40,10 +45,29 @@ class GoldAnswers:
         settings, text = self.settings, self.context.tokenized.text
         count = settings.questions + settings.held_out
         own = self._of_the_model(text) + template_questions(text, count, settings.seed)
-        examples = merge(user_examples, own, text, count + len(user_examples))
+        facts = self._facts(text)
+        others = merge(user_examples, own, text, count + len(user_examples) - len(facts))
+        first, rest = others[: len(user_examples)], others[len(user_examples) :]
+        examples = [*first, *mixed(facts, rest, settings.facts)]
         save_jsonl(self.context.tokenized.placed(examples), path)
         self._pace.tell("self_study", len(examples), len(examples))
         return load_jsonl(path)  # as a resumed run reads them, positions rounded
+
+    def _facts(self, text: str) -> list[Example]:
+        """Questions for what the text says exactly, in words of the model where it is able to ask: as many as a part of
+        the budget allows."""
+        settings, pace, english = self.settings, self._pace, is_english(text)
+        found = facts_of(text, settings.seed)[: int(settings.questions * settings.facts)]
+        renderer, replies = self.context.renderer, list[tuple[Fact, str]]()
+        before = renderer.without_context()
+        share = pace.spent / pace.budget + FACT_SHARE if pace.budget else 1.0
+        for part in pace.chunks(0, len(found), share, 0):
+            asked = found[part.start : part.stop]
+            prompts = [[*before, *renderer.question(request_for(fact, english))] for fact in asked]
+            answers = self.generate(prompts, FACT_TOKENS)
+            replies += [(fact, renderer.text(reply)) for fact, reply in zip(asked, answers, strict=True)]
+        asked_for = fact_questions(text, replies, settings.seed)
+        return [example for example in asked_for if len(renderer.question(example.asked)) <= QUESTION_ROOM]
 
     def _of_the_model(self, text: str) -> list[Example]:
         """As many as were asked for. Of a text that is not English, which no templates are made for, some in any case,
@@ -90,8 +114,10 @@ class GoldAnswers:
                 self.seconds_per_answer = (self._pace.clock() - started) / wanting
             for example in answers:
                 # The file has no empty answers; one that echoes the question is as unusable.
-                empty = not (example.output or "").strip()
-                done.append(replace(example, output=example.input) if empty else example)
+                # Nor has what the model, shown the passage, answers with none of what the passage says.
+                wrong = bool(example.passage and example.accept) and not is_right(example.output or "", example.accept)
+                unusable = wrong or not (example.output or "").strip()
+                done.append(replace(example, output=example.input) if unusable else example)
             save_jsonl(done, path)
             self._pace.tell("gold", len(done), len(examples), began)
         return [example for example in done[: len(examples)] if usable(example)]

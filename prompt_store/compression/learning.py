@@ -24,6 +24,7 @@ from softbatch.prompt_store.compression.training.hidden_states import (
 from softbatch.prompt_store.compression.training.matching import fit, selected
 from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.training.trainer import Trainer, TrainingResult, TrainingSettings
+from softbatch.prompt_store.compression.training.visibility import with_passages
 from softbatch.prompt_store.compression.work_directory import load_states, save_states
 
 TEACHER_SHARE = 0.14
@@ -64,7 +65,14 @@ class Learning:
             examples = spread_first(examples, self._observed)
         pairs, teacher = self._teacher_outputs([self.context.pair(example) for example in examples])
         student = self._matched(teacher, reserve)
-        pairs, teacher = without(pairs, teacher, surplus_recitations(examples))
+        dropped = surplus_recitations(examples)
+        asked, teacher = without(pairs, teacher, dropped)
+        pairs = asked
+        if self.settings.recall:
+            left = [example for index, example in enumerate(examples) if index not in set(dropped)]
+            pairs, teacher = with_passages(
+                asked, teacher, left, self.context.tokenized, self.settings.recall, self.settings.virtual_tokens
+            )
         trainer = self._trainer(student, pairs, teacher, reserve)
         # A resumed run that begins behind the look has no loss of that time; a later one would say something else.
         may_look, looked = trainer.fraction < LOOK_AT, list[float]()
@@ -77,7 +85,7 @@ class Learning:
         result = trainer.run(on_step, self.pace.is_stopped)
         if result.stopped:
             raise Stopped
-        return Learned(student, pairs, result, looked[0] if looked else None)
+        return Learned(student, asked, result, looked[0] if looked else None)
 
     def _has_time(self, seconds: float, reserve: float) -> bool:
         return self.pace.budget is None or seconds < 0.25 * (self.pace.left - reserve)
@@ -106,7 +114,7 @@ class Learning:
             late = pace.budget is not None and coming > TEACHER_SHARE * pace.budget
             if end > watched and (end <= len(states) or (start and late)):
                 continue
-            part = pairs[start:end]
+            part = [pair.of_teacher for pair in pairs[start:end]]
             watch = len(part) if end <= watched else 0
             found = hidden_states_of(decoder, self.context.full, part, TEACHER_BATCH, watch, settings.virtual_tokens)
             observed += found.observed

@@ -48,7 +48,9 @@ def identity_of(settings: CompressionSettings, context: str, user_examples: Sequ
         "settings": asdict(settings),
         "context": sha256_of(context),
         # Without a field that runs of older code do not know, where it says nothing.
-        "user_examples": hashlib.sha256(repr(list(user_examples)).replace(", accept=()", "").encode()).hexdigest(),
+        "user_examples": hashlib.sha256(
+            repr(list(user_examples)).replace(", accept=()", "").replace(", passage=''", "").encode()
+        ).hexdigest(),
     }
 
 
@@ -61,6 +63,8 @@ def seconds_spent(work: Path, identity: dict[str, Any]) -> float:
         raise ValueError(
             "resume: job.json in the work directory cannot be read; delete the directory to begin anew"
         ) from None
+    # Runs of older code do not know of settings that came later.
+    record["settings"] = {**asdict(CompressionSettings()), **(record.get("settings") or {})}
     if any(record.get(key) != value for key, value in identity.items()):
         raise ValueError("resume: the work directory belongs to a run with other settings or another context")
     return elapsed

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from softbatch.server.http.errors import ApiError, error_json
+from softbatch.server.http.unchunked import answer_without_chunks
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.settings import Settings
 
@@ -146,6 +147,8 @@ class BoundedProtocol(HttpToolsProtocol):
             raise _Refused
         self._part, self._part_bytes, self._since = "body", 0, self.loop.time()
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0" and self.cycle is not None:
+            answer_without_chunks(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._part_bytes += len(body)

@@ -48,11 +48,13 @@ def _as_text_part(part: object) -> object:
     """Parts of /v1/responses, and of turns that were refused, are texts too."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
     if kind in ("input_text", "output_text"):
-        return {**part, "type": "text"}  # type: ignore[dict-item]
+        return {**part, "type": "text"}
     if kind == "refusal":
-        return {"type": "text", "text": part.get("refusal")}  # type: ignore[union-attr]
+        return {"type": "text", "text": part.get("refusal")}
     return part
 
 
@@ -109,8 +111,9 @@ class ChatMessage(RequestModel):
     @classmethod
     def _may_say_nothing(cls, data: object) -> object:
         """An assistant's turn of nothing but thoughts comes back so."""
-        is_silent = isinstance(data, dict) and data.get("role") == "assistant" and data.get("content", "") is None
-        return {**data, "content": ""} if is_silent else data  # type: ignore[dict-item]
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content", "") is None:
+            return {**data, "content": ""}
+        return data
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> ChatMessage:

@@ -52,7 +52,8 @@ class BoundedServer:
                     await asyncio.sleep(0.2)
                     yield b"part"
 
-            return StreamingResponse(parts())
+            # As streams of events have it.
+            return StreamingResponse(parts(), headers={"Connection": "keep-alive"})
 
         connections = Connections(BOUNDS, self.metrics)
         config = uvicorn.Config(
@@ -196,6 +197,23 @@ class TestTime:
                 assert connection.recv(65536).startswith(b"HTTP/1.1 200")
                 connection.sendall(rest)
                 assert connection.recv(65536) == b""
+
+
+def test_http_1_0_gets_streams_without_chunks(server: BoundedServer) -> None:
+    """Its clients know no chunks, and do not go on with a connection whose stream has no length."""
+    heads = []
+    for path, body in ((b"/slow", b"part" * 6), (b"/", b'"fine"')):
+        with server.connect() as connection:
+            connection.sendall(b"GET %b HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" % path)
+            received = b""
+            while chunk := connection.recv(65536):
+                received += chunk
+        head, _, rest = received.partition(b"\r\n\r\n")
+        heads.append(head.lower())
+        assert rest == body
+        assert b"transfer-encoding" not in heads[-1]
+        assert heads[-1].count(b"connection:") == heads[-1].count(b"connection: close") == 1
+    assert b"content-length: 6" in heads[1]
 
 
 def test_places_of_an_address(server: BoundedServer) -> None:

@@ -16,7 +16,7 @@ MAX_TEXT = 20_000
 MAX_EXAMPLES = 100_000
 PLACES = 16
 MAX_ACCEPTED = 64
-_FIELDS = {"input", "output", "accept", "kind", "position", "source", "cut"}
+_FIELDS = {"input", "output", "accept", "kind", "position", "source", "cut", "passage"}
 
 
 class DataError(ValueError):
@@ -27,8 +27,9 @@ class DataError(ValueError):
 class Example:
     """One question z and, once known, its gold answer ŷ. `position` in [0, 1) is the place in the context
     that the question is about; `source` is user, template or model; `cut` says that ŷ was cut at the token
-    limit. An answer that contains one of the texts in `accept` is right; such a question is for measuring, and no
-    training sees it."""
+    limit. An answer that contains one of the texts in `accept` is right; a question of the user's that says so is for
+    measuring, and no training sees it. `passage` is the part of the context with the answer, which the full-context
+    model is shown once more before the question."""
 
     input: str
     output: str | None = None
@@ -37,6 +38,12 @@ class Example:
     source: str = "user"
     cut: bool = False
     accept: tuple[str, ...] = ()
+    passage: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The user's turn as the full-context model reads it."""
+        return f"{self.passage}\n\n{self.input}" if self.passage else self.input
 
     @property
     def place(self) -> int:
@@ -55,6 +62,8 @@ def save_jsonl(examples: Iterable[Example], path: Path) -> None:
         record |= {"kind": example.kind, "position": round(example.position, 4), "source": example.source}
         if example.cut:
             record["cut"] = True
+        if example.passage:
+            record["passage"] = example.passage
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     replace_file(path, lambda target: target.write_text("".join(lines), encoding="utf-8"))
 
@@ -86,7 +95,7 @@ def _parse(line: str, where: str) -> Example:
         raise DataError(f'{where}: expected an object such as {{"input": "…"}}')
     if unknown := set(record) - _FIELDS:
         raise DataError(f"{where}: unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(_FIELDS))}")
-    for name in ("input", "output", "kind", "source"):
+    for name in ("input", "output", "kind", "source", "passage"):
         value = record.get(name)
         if name == "input" or value is not None:
             if not isinstance(value, str) or not value.strip():
@@ -106,6 +115,7 @@ def _parse(line: str, where: str) -> Example:
         record.get("source") or "user",
         record.get("cut", False),
         _accepted(record.get("accept"), where),
+        record.get("passage") or "",
     )
 
 

@@ -73,7 +73,7 @@ def cut(text: str) -> list[Passage]:
     """The passages of a text that are looked up, in its order."""
     length = UNSPACED_LENGTH if is_unspaced(text) else LENGTH
     marked, at, section = headings(text), 0, ""
-    tables = _table_heads(text)
+    tables = table_heads(text)
     begins = [first for first, _, _ in tables]
     found: list[Passage] = []
     for offset, piece in passages(text, length, whole_rows=True):
@@ -89,7 +89,7 @@ def cut(text: str) -> list[Passage]:
     return found
 
 
-def _table_heads(text: str) -> list[tuple[int, int, str]]:
+def table_heads(text: str) -> list[tuple[int, int, str]]:
     """(where its rows begin, where they end, the row of its columns' names) of every table in Markdown."""
     found: list[tuple[int, int, str]] = []
     offset, lines = 0, text.split("\n")

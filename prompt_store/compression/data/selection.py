@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.language import words_of
 from softbatch.prompt_store.compression.data.phrases import title
 
+T = TypeVar("T")
 # Kinds of questions that hold words of the context: its own questions, and parts of it to go on from.
 ECHOES = frozenset({"own", "quote", "continue", "recite"})
 
@@ -96,8 +98,9 @@ def _held_out_cells(own: Sequence[Example], wanted: int, seed: int) -> set[tuple
 
 
 def _may_be_held_out(example: Example) -> bool:
-    """Not the user's, and to be answered by the model: a recitation is no gold answer to measure against."""
-    return example.source != "user" and example.output is None
+    """Not the user's, and to be answered by the model with nothing but the context: a recitation is no gold answer to
+    measure against."""
+    return example.source != "user" and example.output is None and not example.passage
 
 
 def usable(example: Example) -> bool:
@@ -114,12 +117,28 @@ def surplus_recitations(examples: Sequence[Example]) -> list[int]:
 
 
 def spread_first(examples: Sequence[Example], count: int) -> list[Example]:
-    """The same examples, `count` of them that are spread evenly over all come first."""
-    chosen = dict.fromkeys(index * len(examples) // count for index in range(count)) if count < len(examples) else {}
+    """The same examples, `count` of them that are spread evenly over all come first, where there are so many that the
+    full-context model was shown no passage for."""
+    able = [index for index, example in enumerate(examples) if not example.passage]
+    chosen = dict.fromkeys(evenly(able, count)) if count < len(examples) else {}
     return [examples[index] for index in chosen] + [e for index, e in enumerate(examples) if index not in chosen]
 
 
-def evenly(examples: Sequence[Example], count: int) -> list[Example]:
+def mixed(facts: Sequence[Example], others: Sequence[Example], share: float) -> list[Example]:
+    """Both in their order, with that share of facts in every beginning until one of them has come to its end."""
+    found: list[Example] = []
+    taken = 0
+    while taken < len(facts) and len(found) - taken < len(others):
+        if taken < share * (len(found) + 1):
+            found.append(facts[taken])
+            taken += 1
+        else:
+            found.append(others[len(found) - taken])
+    rest = others[len(found) - taken :]
+    return [*found, *facts[taken:], *rest]
+
+
+def evenly(examples: Sequence[T], count: int) -> list[T]:
     """`count` of them, spread evenly over all; all where there are fewer."""
     if count >= len(examples):
         return list(examples)

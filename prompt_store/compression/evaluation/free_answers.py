@@ -14,10 +14,10 @@ from torch import Tensor
 
 from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.compression_settings import Kind
+from softbatch.prompt_store.compression.data.accepted import Share, is_right
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex, within
 from softbatch.prompt_store.compression.data.passages import Passage, before_question, joined
-from softbatch.prompt_store.compression.evaluation.accepted import Share, is_right
 from softbatch.prompt_store.compression.evaluation.fidelity import FidelityScores, answer_scores
 from softbatch.prompt_store.compression.frozen.rendering import group_of
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext

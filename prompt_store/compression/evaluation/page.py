@@ -96,8 +96,25 @@ def _verdict(report: dict[str, Any]) -> str:
     asked = report["coverage"]
     return (
         f'<p class="verdict"><b>{escape(str(found))}</b></p><p class="lead">Its training asked about {asked["asked"]} '
-        f"of the context's {asked['sentences']} sentences.</p>"
+        f"of the context's {asked['sentences']} sentences{_often(asked)}.</p>{_coverage(asked)}"
     )
+
+
+def _often(asked: dict[str, Any]) -> str:
+    """Nothing in reports of older code."""
+    return f", about {asked['asked_often']} of them at least three times" if "asked_often" in asked else ""
+
+
+def _coverage(asked: dict[str, Any]) -> str:
+    """By place in the context."""
+    rows = "".join(
+        f"<tr><td>{escape(place)}</td><td>{row['sentences']}</td><td>{row['asked']}</td><td>{row['asked_often']}</td></tr>"
+        for place, row in asked.get("by_place", {}).items()
+    )
+    if not rows:
+        return ""
+    head = "<tr><th>place in the context</th><th>sentences</th><th>asked about</th><th>three times or more</th></tr>"
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cards(report: dict[str, Any]) -> str:

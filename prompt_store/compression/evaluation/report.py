@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from softbatch.prompt_store.compression.data.accepted import is_right
+from softbatch.prompt_store.compression.data.coverage import quarter
 from softbatch.prompt_store.compression.data.examples import Example
-from softbatch.prompt_store.compression.evaluation.accepted import is_right
 from softbatch.prompt_store.compression.evaluation.evaluation import Evaluation, Measured
 from softbatch.prompt_store.compression.evaluation.free_answers import (
     Answers,
@@ -99,8 +100,7 @@ def _quarter(example: Example) -> str | None:
     """None where a question is about the whole, or does not say where: the user's need not."""
     if example.kind == "general" or (example.source == "user" and example.position == 0):
         return None
-    first = 25 * min(3, int(4 * example.position))
-    return f"{first} to {first + 25} %"
+    return quarter(example.position)
 
 
 def break_even(seconds: float, prefill_seconds: float) -> int | None:

@@ -63,7 +63,7 @@ class Context:
         for group, part in enumerate(self.segments):
             mine = [i for i, e in enumerate(examples) if group_of(e, self.segments) == group]
             if mine:
-                prompts = [[*part.ids, *self.renderer.question(examples[i].input)] for i in mine]
+                prompts = [[*part.ids, *self.renderer.question(examples[i].asked)] for i in mine]
                 for index, answer in zip(mine, generate(prompts, max_tokens), strict=True):
                     answers[index] = list(answer)
         return answers

@@ -35,7 +35,7 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
 
 def rotary_kinds_of(body: Any, config: Any) -> tuple[str | None, ...]:
     """What the rotary module calls each layer's positions, "" where it has one kind; None where there are none."""
-    layers = config.num_hidden_layers
+    layers: int = config.num_hidden_layers
     rotary = getattr(body, "rotary_emb", None)
     if rotary is None:
         return (None,) * layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,12 +26,18 @@ class Segment:
 class TrainingPair:
     """The user turn as tokens, up to where the answer begins, and the gold answer with its stop token.
 
-    `group` names what the pair's teacher saw: pairs of one group share one teacher prefix.
+    `group` names what the pair's teacher saw: pairs of one group share one teacher prefix. `asked` is the user turn as
+    the teacher reads it, where that is another one.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     group: int = 0
+    asked: tuple[int, ...] = ()
+
+    @property
+    def of_teacher(self) -> TrainingPair:
+        return replace(self, prompt=self.asked, asked=()) if self.asked else self
 
     @property
     def length(self) -> int:
@@ -134,7 +140,8 @@ class Renderer:
         stop = self.tokenizer.eos_token_id if self.turn_end is None else self.turn_end
         if not example.cut and len(answer) < max_answer_tokens and stop is not None:
             answer.append(stop)
-        return TrainingPair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments))
+        asked = tuple(self.question(example.asked)) if example.passage else ()
+        return TrainingPair(tuple(self.question(example.input)), tuple(answer), group_of(example, segments), asked)
 
     def answer(self, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> tuple[str, bool]:
         """(text, was it cut at `max_tokens`) of generated tokens, with or without their stop token."""

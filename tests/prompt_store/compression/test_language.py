@@ -139,3 +139,11 @@ def test_a_text_is_read_once_for_all_that_the_model_asks(text: str, monkeypatch:
     asked = [(f"- Who may leave at {hour}?\n- 谁可以在{hour}点出港？", 0.5) for hour in range(50)]
     assert len(model_questions(text, asked)) <= 50
     assert read.count(text) <= 2, "its script, and the script again for whether it is English"
+
+
+def test_coverage_is_told_by_place() -> None:
+    text = "".join(f"The {name} lamp is cleaned by hand.\n\n" for name in ("red", "green", "blue", "white"))
+    found = coverage(text, [Example("By whom?", position=0.5, source="template", kind="fact")] * 3)
+    assert (found["sentences"], found["asked"], found["asked_often"]) == (4, 1, 1)
+    assert sum(row["sentences"] for row in found["by_place"].values()) == 4
+    assert [place for place, row in found["by_place"].items() if row["asked_often"]] == ["25 to 50 %"]

@@ -15,6 +15,7 @@ import torch
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.data.examples import Example, load_jsonl
+from softbatch.prompt_store.compression.data.selection import usable
 from softbatch.prompt_store.compression.evaluation.baselines import evaluate_prompt
 from softbatch.prompt_store.compression.evaluation.fidelity import answer_scores, position_scores, token_f1
 from softbatch.prompt_store.compression.evaluation.page import render_page
@@ -151,7 +152,9 @@ def test_gold_answers_are_not_asked_for_twice(llama: Reference, tmp_path: Path) 
     compression(llama, tmp_path, generate=counting(decoder)).run()
     assert len(asked) == len(set(asked)) > 15
     prefix = tuple(Renderer(llama.tokenizer).context(CONTEXT))
-    assert all(prompt[: len(prefix)] == prefix for prompt in asked), "every prompt shares the context's tokens"
+    behind = [prompt for prompt in asked if prompt[: len(prefix)] == prefix]
+    wanted = int(SMALL["questions"] * CompressionSettings.facts)  # questions that the model is shown one passage for
+    assert 0 < len(asked) - len(behind) <= wanted, "every other prompt shares the context's tokens"
     before = len(asked)
     (tmp_path / "report.json").unlink()
     compression(llama, tmp_path, generate=counting(decoder)).run(resume=True)
@@ -409,3 +412,25 @@ def test_a_finished_prompt_is_scored_on_new_questions(llama: Reference, whole: W
     full_length = {name: tensor.repeat(1, 400, 1, 1) for name, tensor in outcome.tensors.items()}
     with pytest.raises(ValueError, match="fewer than the soft prompt"):
         evaluate_prompt(decoder, context, "kv", full_length, asked, engine(decoder), responder(decoder))
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_kept"), [("Nobody can say.", False), ("Every 4 days, or 5, for 6 seconds.", True)]
+)
+def test_facts_are_trained_on_where_the_model_finds_them_in_the_text(
+    llama: Reference, tmp_path: Path, answer: str, is_kept: bool
+) -> None:
+    renderer = Renderer(llama.tokenizer)
+    context, asking = renderer.context(CONTEXT), renderer.tokens("How often must it be cleaned?")
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        said = renderer.tokens(answer)
+        return [said if prompt[: len(context)] == context else asking for prompt in prompts]
+
+    compression(llama, tmp_path, generate=generate, max_answer_tokens=24).run()
+    facts = [example for example in load_jsonl(tmp_path / "train.jsonl") if example.kind == "detail"]
+    red = [example for example in facts if "red lamp has" in example.passage]
+    assert facts
+    assert red
+    assert all((example.output == answer) is is_kept for example in red)
+    assert all(usable(example) is (example.output == answer) for example in facts)

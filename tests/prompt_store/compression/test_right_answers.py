@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
+from softbatch.prompt_store.compression.data.accepted import Share, is_right
 from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl, save_jsonl
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex, within
 from softbatch.prompt_store.compression.data.passages import cut, joined
-from softbatch.prompt_store.compression.evaluation.accepted import Share, is_right
 from softbatch.prompt_store.compression.evaluation.free_answers import FreeAnswers, Response, Sigma
 from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
