@@ -20,7 +20,7 @@ from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.model.model_files import load_tokenizer
 from softbatch.scheduler.protocol import EngineConfig, Ready
 from softbatch.server.batches.batch_queue import BatchLimits, BatchQueue
-from softbatch.server.compressions.queues import CompressionQueue, running_queue, served_choice
+from softbatch.server.compressions.queues import CompressionQueue, running_queue
 from softbatch.server.observability.live_feed import LiveFeed
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.otlp_target import otlp_target
@@ -105,9 +105,7 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
                 metrics.registry.register(VllmNames(metrics, model.name))
             checking = asyncio.create_task(asyncio.to_thread(_warn_of_broken, store))
             logger.info("ready after %.2f s", time.monotonic() - started)
-            jobs = running_queue(
-                store, model.spec, metrics.registry, lambda: admission.draining, lambda: served_choice(model)
-            )
+            jobs = running_queue(store, model, metrics.registry, lambda: admission.draining)
             feed = LiveFeed(metrics, lambda: admission.draining)
             queue = _batch_queue(settings, metrics, admission)
             eos = model.eos_token_ids

@@ -24,7 +24,7 @@ from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord
 from softbatch.server.compressions.request import DIRECTORY, LOCK, CompressionRequest
 from softbatch.server.compressions.result import find_finished, register
 from softbatch.server.compressions.run_directory import discard
-from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
+from softbatch.server.compressions.worker_messages import DoneMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
 from softbatch.server.request_failures import (
     CompressionEnded,
@@ -218,11 +218,7 @@ class CompressionJobs:
         job.notify()
         logger.info("compression %s of %s begins", record.id, record.name)
 
-        def on_progress(progress: ProgressMessage) -> None:
-            job.progress = progress
-            job.notify()
-
-        self._worker = WorkerProcess(job.directory, on_progress)
+        self._worker = WorkerProcess(job.directory, job.tell)
         try:
             # Cancelled while its record was being written, it ends as soon as it has begun.
             if job.cancelled:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +31,15 @@ logger = logging.getLogger(__name__)
 class LeasedRun:
     """Owns the job's directory while it runs. All of it may raise LeaseLost."""
 
-    def __init__(self, store: ObjectStore, lease: JobLease, directory: Path) -> None:
-        self._store, self._lease, self._directory = store, lease, directory
+    def __init__(
+        self,
+        store: ObjectStore,
+        lease: JobLease,
+        directory: Path,
+        tell: Callable[[ProgressMessage], None] = lambda progress: None,
+    ) -> None:
+        """`tell` hears of progress at once, other servers whenever the lease is renewed."""
+        self._store, self._lease, self._directory, self._tell = store, lease, directory, tell
         self._id = lease.shared.record.id
         self._snapshots = WorkSnapshots(store.bucket, self._id, lease.token, directory)
         self._progress: ProgressMessage | None = None
@@ -70,6 +77,7 @@ class LeasedRun:
 
     def _on_progress(self, progress: ProgressMessage) -> None:
         self._progress = progress
+        self._tell(progress)
 
     def _prepare(self, choice: ModelChoice) -> bool:
         """The request, with the model as this machine has it, and what an earlier run has left."""

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
-from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.stores.directory import PromptStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from softbatch.scheduler.protocol import ModelInfo
@@ -44,17 +43,13 @@ class CompressionQueue(Protocol):
 
 
 def running_queue(
-    store: SoftPromptStore,
-    spec: ModelSpec,
-    registry: CollectorRegistry,
-    is_draining: Callable[[], bool],
-    choice: Callable[[], ModelChoice],
+    store: SoftPromptStore, model: ModelInfo, registry: CollectorRegistry, is_draining: Callable[[], bool]
 ) -> AbstractAsyncContextManager[CompressionQueue]:
     """One server of a directory runs its compressions, by a lock there; all servers of a bucket share theirs."""
     if isinstance(store, PromptStore):
-        return CompressionJobs(store, spec, registry, is_draining).running()
+        return CompressionJobs(store, model.spec, registry, is_draining).running()
     from softbatch.prompt_store.stores.object_store import ObjectStore
     from softbatch.server.compressions.shared_queue import SharedCompressions
 
     assert isinstance(store, ObjectStore)
-    return SharedCompressions(store, spec, registry, is_draining, choice).running()
+    return SharedCompressions(store, model.spec, registry, is_draining, lambda: served_choice(model)).running()

@@ -63,6 +63,10 @@ class Job:
     def report(self) -> Path:
         return self.directory / "report" / "report.html"
 
+    def tell(self, progress: ProgressMessage) -> None:
+        self.progress = progress
+        self.notify()
+
     def notify(self) -> None:
         """Wake everybody who watches."""
         self.version += 1

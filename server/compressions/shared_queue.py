@@ -208,7 +208,9 @@ class SharedCompressions:
             self._looked.set()
         elif shared.changes > known.seen.shared.changes:
             known.seen, known.since = seen, time.monotonic()
-            known.job.record, known.job.progress = shared.record, shared.progress
+            known.job.record = shared.record
+            if self._running_id != shared.record.id:  # which knows it sooner
+                known.job.progress = shared.progress
             known.job.notify()
 
     def _write_new(self, record: JobRecord, request: CompressionRequest) -> Seen:
@@ -276,7 +278,7 @@ class SharedCompressions:
             return
         self._learn(lease.seen)
         logger.info("compression %s of %s begins, attempt %d", record.id, record.name, record.attempts)
-        self._run, self._running_id = LeasedRun(self._store, lease, known.job.directory), record.id
+        self._run, self._running_id = LeasedRun(self._store, lease, known.job.directory, known.job.tell), record.id
         try:
             async with self._run.renewing():
                 await self._carry_out(self._run, lease)
