@@ -327,6 +327,8 @@ class Scheduler:
             if sequence.soft_prompt is not None:
                 prompt = self.soft_prompt_loads.find(sequence.soft_prompt, step, len(self.running))
                 if prompt is None:
+                    if displacing and self._displace(sequence, step):
+                        continue
                     break
                 if prompt.state is not LoadState.READY:
                     if sequence.missed_soft_prompt:

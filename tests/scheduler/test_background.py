@@ -7,7 +7,7 @@ from typing import Any
 from softbatch.scheduler.protocol import BACKGROUND, AddRequest
 from softbatch.scheduler.scheduler import Scheduler
 from softbatch.scheduler.step import Step
-from tests.support.fake_runner import FakeRunner, make_scheduler, next_token, request
+from tests.support.fake_runner import FakeRunner, make_scheduler, next_token, prompt_ref, request
 
 
 def behind(name: str, **fields: Any) -> AddRequest:
@@ -86,3 +86,15 @@ def test_prefills_are_cut_short_while_others_may_come() -> None:
     steps_until_first_token(scheduler, runner, "awaited")
     scheduler.add(behind("beside", length=200, max_tokens=1))
     assert rows(scheduler.schedule()) == {"beside": 32}
+
+
+def test_a_soft_prompt_that_finds_no_blocks_gets_them() -> None:
+    scheduler = make_scheduler(num_blocks=12, max_batch_size=4, max_model_len=44)
+    runner = FakeRunner(scheduler)
+    for number, name in enumerate(("one", "two")):
+        scheduler.add(behind(name, tokens=[number + 1] * 16, max_tokens=24))
+    steps_until_first_token(scheduler, runner, "two")
+    scheduler.add(request("awaited", length=4, max_tokens=3, soft_prompt=prompt_ref("manual", 16)))
+    step = scheduler.schedule()
+    assert [ref.num_virtual_tokens for ref in step.soft_prompts_to_load] == [16]
+    assert step.report.preempted == ["two"]
