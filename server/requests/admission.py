@@ -89,6 +89,10 @@ class AdmissionLimits:
     weights: Mapping[str, float] = field(default_factory=dict)
 
 
+# Longer than whoever is told to ask again in a second takes for that.
+SECONDS_TO_ASK_AGAIN = 3.0
+
+
 class Admission:
     """Prepares all requests of a caller before it submits the first; a failure before that leaves nothing held.
 
@@ -107,6 +111,7 @@ class Admission:
         self._capacity = limits.slots + limits.max_waiting
         self._reserved: Counter[str] = Counter()  # by owner
         self._reserved_background = 0
+        self._large, self._large_until = 0, 0.0  # the most places that somebody in the background asks for in vain
         self.draining = False
 
     @contextlib.contextmanager
@@ -147,11 +152,27 @@ class Admission:
             raise EngineAway(f"{reason}; try again in a moment", retry_after=2)
 
     def _check_background_room(self, count: int) -> None:
-        """Whoever finds nothing else in the background is let in."""
+        """Whoever finds nothing else in the background is let in. As long as a large one asks again and again, smaller
+        ones are not, or it would never find that."""
         self._check_engine(count)
-        others = self._engine.num_background + self._reserved_background
-        if others and others + count > self._limits.slots:
+        others, now = self._engine.num_background + self._reserved_background, time.monotonic()
+        if now > self._large_until:
+            self._large = 0
+        has_room = not others or others + count <= self._limits.slots
+        if count >= self._large:
+            self._large = 0 if has_room else count
+            self._large_until = now + SECONDS_TO_ASK_AGAIN
+        if not has_room or count < self._large:
             raise QueueFull("there is no room in the background; try again later", retry_after=1)
+
+    async def until_room(self, count: int) -> None:
+        """In the background, as long as it has no room for so many; others hear of that when they take theirs. Raises
+        EngineAway."""
+        while current().is_background:
+            try:
+                return self._check_background_room(count)
+            except QueueFull as full:
+                await asyncio.sleep(full.retry_after or 1)
 
     def _take(self, count: int, owner: str, is_background: bool) -> None:
         if count > self._capacity:

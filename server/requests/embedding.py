@@ -59,6 +59,7 @@ class Embedder:
             outputs = await self._admission.run(requests)
             for start in range(first, len(prompts), self._at_once):
                 wave = prompts[start : start + self._at_once]
+                await self._admission.until_room(len(wave))
                 with self._admission.reserve(len(wave), user=order.user, deadline=places.deadline) as more:
                     requests = self._prepare(order, wave, lease, more)
                 outputs += await self._admission.run(requests)

@@ -148,3 +148,24 @@ def _ask_beside_the_background() -> None:
     assert counted("softbatch_time_to_first_token_seconds_count") == counted("softbatch_queue_time_seconds_count") == 3
     assert counted("softbatch_e2e_request_latency_seconds_count") == 3
     assert counted("softbatch_requests_finished_total", {"reason": "length"}) == 5
+
+
+def test_whoever_needs_many_places_of_the_background_gets_them() -> None:
+    contextvars.copy_context().run(_ask_for_many_places)
+
+
+def _ask_for_many_places() -> None:
+    engine = InProcessEngine(slots=4)
+    begin(RequestRecord("", is_background=True))
+    admission = admission_of(engine)
+    small = [ask(admission) for _ in range(3)]
+    with pytest.raises(QueueFull, match="background"), admission.reserve(3):
+        pass
+    with pytest.raises(QueueFull, match="background"):
+        ask(admission)  # there is a place, but the other would never find three
+    for request in small:
+        admission.cancel(request, "cancelled")
+    with admission.reserve(3):
+        ask(admission)
+        with pytest.raises(QueueFull):
+            ask(admission)
