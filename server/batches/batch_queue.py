@@ -29,8 +29,9 @@ from softbatch.server.request_failures import (
 logger = logging.getLogger(__name__)
 LOCK = "lock"
 DATABASE = "batches.sqlite3"
+# All three of one API key, so that nobody takes the room of others.
 MAX_UNFINISHED = 256
-# Uploads are refused while there are so many.
+MAX_BATCHES = 10_000
 MAX_FILES = 10_000
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_SWEEPS = 60.0
@@ -119,8 +120,11 @@ class BatchQueue:
     async def create(self, record: BatchRecord) -> None:
         """When this returns, the batch is on disk. Raises BatchesUnavailable, TooManyBatches or UnknownBatchFile."""
         self.check_open()
-        if len(self._runs) >= MAX_UNFINISHED:
+        if sum(run.record.owner == record.owner for run in self._runs.values()) >= MAX_UNFINISHED:
             raise TooManyBatches(f"{MAX_UNFINISHED} batches are unfinished; try again when one has ended")
+        if await asyncio.to_thread(self.ledger.num_batches, record.owner) >= MAX_BATCHES:
+            days = 2 * KEPT_SECONDS // 86_400
+            raise TooManyBatches(f"{MAX_BATCHES} batches were made in the last {days} days; more are not remembered")
         if not await asyncio.to_thread(self.ledger.add_batch, record):
             raise UnknownBatchFile(record.input_file_id, param="input_file_id")
         self._take_up(record)

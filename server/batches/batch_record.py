@@ -87,3 +87,8 @@ class PendingLine(msgspec.Struct, frozen=True):
 def new_id(prefix: str) -> str:
     """In the order of creation, which lists follow."""
     return f"{prefix}{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def first_id(prefix: str, since: float) -> str:
+    """Before it in order are the ids of what was created before that time."""
+    return f"{prefix}{int(since * 1e9):016x}"

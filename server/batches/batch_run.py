@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -108,15 +108,19 @@ class BatchRun:
 
     async def _answer_all(self, ask: Ask, places: asyncio.Semaphore, count: Callable[[bool], None]) -> None:
         after = 0
+        begun = asyncio.Semaphore(LINES_AT_A_TIME)
         async with asyncio.TaskGroup() as group:
             while lines := await asyncio.to_thread(self._ledger.pending, self.record.id, after, LINES_AT_A_TIME):
                 for line in lines:
-                    await places.acquire()
-                    task = group.create_task(self._answer(line, ask, count))
-                    task.add_done_callback(lambda _: places.release())
+                    await begun.acquire()
+                    place = _Place(places)
+                    await place.take()
+                    task = group.create_task(self._answer(line, ask, place, count))
+                    task.add_done_callback(place.leave)
+                    task.add_done_callback(lambda _: begun.release())
                 after = lines[-1].number
 
-    async def _answer(self, line: PendingLine, ask: Ask, count: Callable[[bool], None]) -> None:
+    async def _answer(self, line: PendingLine, ask: Ask, place: _Place, count: Callable[[bool], None]) -> None:
         record = self.record
         has_succeeded = False
         try:
@@ -127,7 +131,9 @@ class BatchRun:
             request = LineRequest(new_request_id(), record.endpoint, record.owner, body)
             reply = await ask(request)
             while (seconds := reply.retry_after) is not None:
+                place.leave()  # to lines of other batches, which may be luckier
                 await asyncio.sleep(max(LEAST_SECONDS_BETWEEN_ASKS, seconds))
+                await place.take()
                 reply = await ask(request)
             answer, has_succeeded = answered(line.custom_id, request, reply), reply.has_succeeded
         if await asyncio.to_thread(self._ledger.answer, line, answer, has_succeeded=has_succeeded):
@@ -141,13 +147,21 @@ class BatchRun:
             status = self.record.status if self.record.cause == "cancelled" else "finalizing"
             await self._change(status=status, finalizing_at=self.record.finalizing_at or int(time.time()))
         files, counts = await asyncio.to_thread(self._write_files)
+        try:
+            await self._list(files, counts)
+        except BatchesUnavailable:
+            for file in files.values():
+                await asyncio.to_thread(self._files.remove, file.id)
+            raise
+
+    async def _list(self, files: Mapping[str, FileRecord], counts: Mapping[str, int]) -> None:
         ids = {f"{kind}_file_id": file.id for kind, file in files.items()}
         status = self.record.cause or "completed"
         fields: dict[str, Any] = {"status": status, f"{status}_at": int(time.time()), **ids, **counts}
         await self._change(files=list(files.values()), **fields)
 
     def _write_files(self) -> tuple[dict[str, FileRecord], dict[str, int]]:
-        """And how many lines have succeeded, and how many have not."""
+        """Both files or neither, and how many lines have succeeded, and how many have not."""
         record = self.record
         cause = record.cause
         if cause is not None:
@@ -155,20 +169,45 @@ class BatchRun:
             self._ledger.answer_rest(record.id, lambda custom_id: unanswered(custom_id, code, message))
         written = self._ledger.batch(record.id, None)
         assert written is not None
-        files = {}
-        for kind, count in (("output", written.completed), ("error", written.failed)):
-            if count:
-                file_id = new_id("file-")
-                lines = self._ledger.answers(record.id, has_succeeded=kind == "output")
-                num_bytes = self._files.write(file_id, lines)
-                now = int(time.time())
-                files[kind] = FileRecord(
-                    id=file_id,
-                    owner=record.owner,
-                    filename=f"{record.id}_{kind}.jsonl",
-                    purpose="batch_output",
-                    bytes=num_bytes,
-                    created_at=now,
-                    expires_at=now + record.keep_output,
-                )
+        files: dict[str, FileRecord] = {}
+        try:
+            for kind, count in (("output", written.completed), ("error", written.failed)):
+                if count:
+                    files[kind] = self._write_file(kind)
+        except (BatchesUnavailable, OSError):
+            for file in files.values():
+                self._files.remove(file.id)
+            raise
         return files, {"completed": written.completed, "failed": written.failed}
+
+    def _write_file(self, kind: str) -> FileRecord:
+        record, file_id = self.record, new_id("file-")
+        lines = self._ledger.answers(record.id, has_succeeded=kind == "output")
+        num_bytes = self._files.write(file_id, lines)
+        now = int(time.time())
+        return FileRecord(
+            id=file_id,
+            owner=record.owner,
+            filename=f"{record.id}_{kind}.jsonl",
+            purpose="batch_output",
+            bytes=num_bytes,
+            created_at=now,
+            expires_at=now + record.keep_output,
+        )
+
+
+class _Place:
+    """One of the places, as long as its line is asked; may be left more than once."""
+
+    def __init__(self, places: asyncio.Semaphore) -> None:
+        self._places = places
+        self._is_taken = False
+
+    async def take(self) -> None:
+        await self._places.acquire()
+        self._is_taken = True
+
+    def leave(self, _: object = None) -> None:
+        if self._is_taken:
+            self._is_taken = False
+            self._places.release()

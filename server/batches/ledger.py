@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from softbatch.server.batches.batch_record import ENDED, BatchRecord, FileRecord, PendingLine
+from softbatch.server.batches.batch_record import ENDED, BatchRecord, FileRecord, PendingLine, first_id
 from softbatch.server.request_failures import BatchesUnavailable
 
 VERSION = 1
@@ -21,6 +21,7 @@ CREATE TABLE batches (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, has_ended INTEGER NOT NULL, completed INTEGER NOT NULL DEFAULT 0,
     failed INTEGER NOT NULL DEFAULT 0, record BLOB
 );
+CREATE INDEX owned ON batches (owner);
 CREATE INDEX unfinished ON batches (id) WHERE NOT has_ended;
 CREATE TABLE lines (
     batch TEXT NOT NULL, number INTEGER NOT NULL, custom_id TEXT NOT NULL, offset INTEGER NOT NULL,
@@ -102,8 +103,13 @@ class Ledger:
     def file_ids(self) -> set[str]:
         return {row[0] for row in self._rows("SELECT id FROM files", ())}
 
-    def num_files(self) -> int:
-        number: int = self._rows("SELECT count(*) FROM files", ())[0][0]
+    def num_files(self, owner: str) -> int:
+        number: int = self._rows("SELECT count(*) FROM files WHERE owner = ?", (owner,))[0][0]
+        return number
+
+    def num_batches(self, owner: str) -> int:
+        """Ended ones too."""
+        number: int = self._rows("SELECT count(*) FROM batches WHERE owner = ?", (owner,))[0][0]
         return number
 
     def expired_files(self, now: int) -> list[str]:
@@ -170,11 +176,9 @@ class Ledger:
             _save(connection, record)
 
     def forget_old(self, before: int) -> None:
-        """Batches that were created before that time and have ended."""
+        """Batches that were created before that time, as their ids tell, and have ended."""
         with self._transaction() as connection:
-            rows = connection.execute("SELECT record, completed, failed FROM batches WHERE has_ended").fetchall()
-            old = [(batch.id,) for batch in map(_batch, rows) if batch.created_at < before]
-            connection.executemany("DELETE FROM batches WHERE id = ?", old)
+            connection.execute("DELETE FROM batches WHERE has_ended AND id < ?", (first_id("batch_", before),))
 
     # --- lines ----------------------------------------------------------------------------------------------
 

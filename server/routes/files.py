@@ -15,7 +15,13 @@ from softbatch.server.http.batch_upload import FILE_BODY, read_batch_file
 from softbatch.server.http.errors import ApiError
 from softbatch.server.http.open_file import OpenFile
 from softbatch.server.observability.request_record import current
-from softbatch.server.request_failures import BatchFileInUse, TooManyBatches, UnknownBatchFile, storage_failure
+from softbatch.server.request_failures import (
+    BatchesUnavailable,
+    BatchFileInUse,
+    TooManyBatches,
+    UnknownBatchFile,
+    storage_failure,
+)
 from softbatch.server.routes.common import json_reply, services_of, visible_owner
 from softbatch.server.schemas.base import ERROR_REPLIES, MAX_NAME_CHARS
 from softbatch.server.schemas.files import FileDeleted, FileList, FileObject
@@ -29,7 +35,7 @@ async def create_file(request: Request) -> Response:
     """`curl -F purpose=batch -F file=@requests.jsonl http://127.0.0.1:8000/v1/files`"""
     batches = services_of(request).batches
     batches.check_open()
-    if await asyncio.to_thread(batches.ledger.num_files) >= MAX_FILES:
+    if await asyncio.to_thread(batches.ledger.num_files, current().owner) >= MAX_FILES:
         raise TooManyBatches(f"{MAX_FILES} files are kept; delete some of them")
     limit = batches.limits.max_file_bytes
     async with read_batch_file(request, batches.files) as upload:
@@ -50,7 +56,11 @@ async def create_file(request: Request) -> Response:
         created_at=now,
         expires_at=now + (upload.keep_seconds or KEPT_SECONDS),
     )
-    await asyncio.to_thread(batches.ledger.add_file, record)
+    try:
+        await asyncio.to_thread(batches.ledger.add_file, record)
+    except BatchesUnavailable:
+        await asyncio.to_thread(batches.files.remove, file_id)
+        raise
     return json_reply(_object(record))
 
 

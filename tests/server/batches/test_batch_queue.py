@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from softbatch.server.batches.batch_queue import BatchLimits, BatchQueue
 from softbatch.server.batches.batch_record import BatchRecord, FileRecord, new_id
 from softbatch.server.batches.line_answer import Ask, LineReply, LineRequest
 from softbatch.server.observability.metrics import Metrics
-from softbatch.server.request_failures import BatchesUnavailable, BatchNotRunning, UnknownBatch
+from softbatch.server.request_failures import BatchesUnavailable, BatchNotRunning, TooManyBatches, UnknownBatch
 
 URL = "/v1/completions"
 LIMITS = BatchLimits(max_lines=1000, max_file_bytes=1 << 20, max_line_bytes=1 << 16, concurrency=4)
@@ -30,7 +30,9 @@ def make_queue(root: Path, draining: bool = False) -> BatchQueue:
     return BatchQueue(root, LIMITS, Metrics(), lambda: draining)
 
 
-async def add_batch(queue: BatchQueue, num_lines: int, seconds: int = 3600, text: str | None = None) -> str:
+async def add_batch(
+    queue: BatchQueue, num_lines: int, seconds: int = 3600, text: str | None = None, owner: str = ""
+) -> str:
     lines = (
         json.dumps({"custom_id": f"q{i}", "method": "POST", "url": URL, "body": {"prompt": f"p{i}"}})
         for i in range(num_lines)
@@ -44,7 +46,7 @@ async def add_batch(queue: BatchQueue, num_lines: int, seconds: int = 3600, text
     )
     record = BatchRecord(
         id=new_id("batch_"),
-        owner="",
+        owner=owner,
         endpoint=URL,
         input_file_id=file_id,
         completion_window="24h",
@@ -122,6 +124,78 @@ def test_answers_stand_in_the_order_of_the_lines_and_errors_apart(tmp_path: Path
         assert [(line["custom_id"], line["response"]["status_code"]) for line in errors] == [("q3", 400), ("q7", 400)]
         assert set(busy.values()) == {1, 3}
         assert most_at_once == LIMITS.concurrency
+
+    run(tmp_path, test, ask)
+
+
+def test_lines_that_have_to_wait_leave_their_places_to_others(tmp_path: Path) -> None:
+    async def ask(request: LineRequest) -> LineReply:
+        return LineReply(503, b'{"error":{}}', 60.0) if request.owner == "unlucky" else OK
+
+    async def test(queue: BatchQueue) -> None:
+        waiting = await add_batch(queue, 3 * LIMITS.concurrency, owner="unlucky")
+        await asyncio.sleep(0.1)
+        record = await ended(queue, await add_batch(queue, 3 * LIMITS.concurrency))
+        assert (record.status, record.completed) == ("completed", 3 * LIMITS.concurrency)
+        await queue.cancel(waiting, None)
+        assert (await ended(queue, waiting)).failed == 3 * LIMITS.concurrency
+        assert queue._places._value == LIMITS.concurrency
+
+    run(tmp_path, test, ask)
+
+
+def test_a_disk_that_fails_at_the_end_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softbatch.server.batches.batch_run.SECONDS_BEFORE_ANOTHER_TRY", 0.01)
+    failures = 3
+
+    async def ask(_: LineRequest) -> LineReply:
+        return OK
+
+    async def test(queue: BatchQueue) -> None:
+        save = queue.ledger.save
+
+        def full(record: BatchRecord, *, files: Sequence[FileRecord] = ()) -> None:
+            nonlocal failures
+            if files and failures:
+                failures -= 1
+                raise BatchesUnavailable("the disk is full", code="disk_error")
+            save(record, files=files)
+
+        monkeypatch.setattr(queue.ledger, "save", full)
+        record = await ended(queue, await add_batch(queue, 3))
+        assert (record.status, failures) == ("completed", 0)
+        assert {path.name for path in (tmp_path / "files").iterdir()} == queue.ledger.file_ids()
+
+    run(tmp_path, test, ask)
+
+
+def test_nobody_takes_the_room_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(queue: BatchQueue) -> None:
+        monkeypatch.setattr("softbatch.server.batches.batch_queue.MAX_UNFINISHED", 1)
+        await add_batch(queue, 1, owner="busy")
+        with pytest.raises(TooManyBatches, match="unfinished"):
+            await add_batch(queue, 1, owner="busy")
+        await add_batch(queue, 1, owner="other")
+        monkeypatch.setattr("softbatch.server.batches.batch_queue.MAX_BATCHES", 1)
+        monkeypatch.setattr("softbatch.server.batches.batch_queue.MAX_UNFINISHED", 9)
+        with pytest.raises(TooManyBatches, match="remembered"):
+            await add_batch(queue, 1, owner="busy")
+
+    run(tmp_path, test, None)
+
+
+def test_old_batches_are_forgotten_once_they_have_ended(tmp_path: Path) -> None:
+    async def ask(_: LineRequest) -> LineReply:
+        return OK
+
+    async def test(queue: BatchQueue) -> None:
+        batch_id = await add_batch(queue, 1)
+        queue.ledger.forget_old(int(time.time()) + 5)
+        assert (await ended(queue, batch_id)).completed == 1
+        queue.ledger.forget_old(int(time.time()) - 5)
+        assert queue.ledger.batch(batch_id, None) is not None
+        queue.ledger.forget_old(int(time.time()) + 5)
+        assert queue.ledger.batch(batch_id, None) is None
 
     run(tmp_path, test, ask)
 
