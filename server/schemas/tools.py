@@ -59,6 +59,8 @@ Parameters = Annotated[dict[str, Any], BeforeValidator(_as_parameters)]
 class FunctionDefinition(RequestModel):
     """What a model is told of a function."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+
     name: ToolName
     description: Text = ""
     parameters: Parameters = Field(default={}, description="a JSON schema; left out: the function has no parameters")
@@ -81,8 +83,11 @@ class FunctionsOnly(RequestModel):
 
 
 class ToolDefinition(FunctionsOnly):
-    """A function that the model may call."""
+    """A function that the model may call. Where a prefix is to be cached need not be said: the cache finds it."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+
+    type: Literal["function"] = "function"
     function: FunctionDefinition
 
 

@@ -136,6 +136,7 @@ def generate(**parameters: Any) -> dict[str, Any]:
         ("/chat", chat(tools=[tool("f", strict=None, parameters=None)], tool_choice="auto", parallel_tool_calls=None)),
         ("/chat", chat(tools=[tool("a-b.c"), tool("g")], tool_choice=named("g"))),
         ("/chat", chat(tools=[tool("g")], tool_choice="any")),
+        ("/chat", chat(tools=[{"function": {"name": "g"}, "cache_control": {"type": "ephemeral"}}])),
         ("/chat", chat(response_format={"type": "json_schema", "name": "a", "strict": True, "schema": {}})),
         (
             "/chat",
