@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import httpx
 import openai
@@ -23,7 +23,7 @@ from softbatch.server.observability.request_record import current
 from softbatch.server.services import Services
 from softbatch.server.settings import Settings
 
-URL = "/v1/completions"
+URL: Literal["/v1/completions"] = "/v1/completions"
 MAX_BYTES = 100_000
 LINES = b"\n".join(
     json.dumps({"custom_id": f"q{i}", "method": "POST", "url": URL, "body": {"prompt": f"{i}"}}).encode()
@@ -44,7 +44,9 @@ def run(root: Path, test: Callable[[FastAPI], Awaitable[None]]) -> None:
         limits = BatchLimits(max_lines=100, max_file_bytes=MAX_BYTES, concurrency=4)
         async with BatchQueue(root, limits, metrics, lambda: False).running() as queue:
             services = SimpleNamespace(
-                settings=Settings(max_batch_file_bytes=MAX_BYTES, api_key=("one", "two"), admin_key=("root",)),
+                settings=Settings.model_validate(
+                    {"max_batch_file_bytes": MAX_BYTES, "api_key": ("one", "two"), "admin_key": ("root",)}
+                ),
                 batches=queue,
                 metrics=metrics,
                 admission=SimpleNamespace(check_room=lambda: None),
@@ -57,7 +59,7 @@ def run(root: Path, test: Callable[[FastAPI], Awaitable[None]]) -> None:
 
 
 def client(app: FastAPI, key: str) -> AsyncOpenAI:
-    http = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+    http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app))
     return AsyncOpenAI(base_url="http://test/v1", api_key=key, max_retries=0, http_client=http)
 
 
