@@ -111,68 +111,6 @@ def test_a_wrong_file_fails_with_its_lines(client: OpenAI) -> None:
     ]
 
 
-def test_files_are_listed_read_and_deleted(client: OpenAI, tiny_server: Server) -> None:
-    content = requests(COMPLETIONS, {"prompt": "a", "max_tokens": 1})
-    files = [
-        client.files.create(
-            file=(f"../{i} ä.jsonl", content), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
-        )
-        for i in range(3)
-    ]
-    assert (files[0].filename, files[0].bytes, files[0].purpose) == ("0 ä.jsonl", len(content), "batch")
-    assert files[0].expires_at == files[0].created_at + 3600
-    ids = [file.id for file in files]
-    page = client.files.list(limit=2, purpose="batch")
-    assert ([file.id for file in page.data], page.has_more) == (ids[:0:-1], True)
-    assert page.get_next_page().data[0].id == ids[0]
-    assert [file.id for file in client.files.list(order="asc", after=ids[0])][:2] == ids[1:]
-    assert client.files.retrieve(ids[1]) == files[1]
-    assert client.files.content(ids[1]).content == content
-    assert client.files.delete(ids[1]).deleted
-    for call in (client.files.retrieve, client.files.content, client.files.delete):
-        with pytest.raises(openai.NotFoundError) as missing:
-            call(ids[1])
-        assert missing.value.code == "file_not_found"
-
-
-@pytest.mark.parametrize(
-    ("form", "param"),
-    [
-        ({"purpose": "assistants"}, "purpose"),
-        ({}, "purpose"),
-        ({"purpose": "batch", "more": "1"}, "more"),
-        ({"purpose": "batch", "expires_after[seconds]": "3600"}, "expires_after[anchor]"),
-        ({"purpose": "batch", "expires_after[anchor]": "created_at"}, "expires_after[seconds]"),
-        ({"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "9"}, "expires_after"),
-    ],
-)
-def test_a_wrong_form_names_the_field(tiny_server: Server, form: dict[str, str], param: str) -> None:
-    reply = tiny_server.http.post("/v1/files", data=form, files={"file": ("a.jsonl", b"{}")})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["param"].startswith(param)
-    for files in ({"file": ("a.jsonl", b"")}, {"file": (None, "text")}):
-        reply = tiny_server.http.post("/v1/files", data={"purpose": "batch"}, files=files)
-        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "file")
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"completion_window": "1y"}, "completion_window"),
-        ({"completion_window": "31d"}, "completion_window"),
-        ({"endpoint": "/v1/messages"}, "endpoint"),
-        ({"input_file_id": "file-none"}, "input_file_id"),
-        ({"metadata": {"a": 1}}, "metadata.a"),
-        ({"prompt": "a"}, "prompt"),
-    ],
-)
-def test_a_wrong_batch_names_the_field(tiny_server: Server, change: dict[str, Any], param: str) -> None:
-    body = {"input_file_id": "file-none", "endpoint": CHAT, "completion_window": "24h"} | change
-    reply = tiny_server.post("/v1/batches", body)
-    assert reply.status_code == (404 if param == "input_file_id" else 400)
-    assert reply.json()["error"]["param"] == param
-
-
 KEYS = ("--api-key", "one", "--api-key", "two", "--admin-key", "root")
 SMALL = ("--max-batch-size", "8", "--max-batch-file-bytes", "100000", "--max-batch-lines", "100")
 
