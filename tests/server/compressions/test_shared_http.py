@@ -76,4 +76,4 @@ def test_a_compression_killed_with_its_server_ends_on_the_other(pair: tuple[Serv
     assert reply.json()["status"] == "cancelled", reply.text
     assert second.http.delete("/v1/soft_prompts/harbour").status_code == 200
     reply = second.post("/v1/completions", {"model": "harbour", "prompt": "The sea", "max_tokens": 4})
-    assert error_of(reply)["code"] == "soft_prompt_not_found"
+    assert error_of(reply)["code"] == "model_not_found"
