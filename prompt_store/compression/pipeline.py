@@ -56,8 +56,8 @@ from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.work_directory import JobDirectory, identity_of
 
 # Shares of a time budget after which a phase takes what it has and goes on.
-HELD_OUT_SHARE = 0.18
-GOLD_SHARE = 0.34
+HELD_OUT_SHARE = 0.12
+GOLD_SHARE = 0.28
 EVALUATION_STEPS = 7
 # What the phases behind the forecast write.
 BEHIND_FORECAST = ("train.jsonl", "answers.json", "baselines.json", "teacher.safetensors", "checkpoint/state.json")

@@ -140,7 +140,7 @@ def make_request(
     return CompressionRequest(
         name=name,
         context=context,
-        settings=replace(settings, recall=passages or 0),  # σ is trained to have them behind it
+        settings=settings,
         questions=tuple(questions),
         choice=choice(),
         store=str(store),

@@ -15,8 +15,7 @@ from softbatch.prompt_store.compression.progress import Progress
 from tests.prompt_store.compression.test_pipeline import compression
 from tests.support.models import Reference
 
-# Without facts: the looks at the clock between their parts would cost as much as the work itself.
-BUDGET: dict[str, Any] = {"steps": None, "minutes": 1.0, "questions": 200, "facts": 0.0}
+BUDGET: dict[str, Any] = {"steps": None, "minutes": 1.0, "questions": 200}
 
 
 def ticking(seconds: float = 0.4) -> Callable[[], float]:
