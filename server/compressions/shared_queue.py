@@ -282,8 +282,9 @@ class SharedCompressions:
         try:
             async with self._run.renewing():
                 await self._carry_out(self._run, lease)
-        except LeaseLost:
+        except LeaseLost:  # and with it the request and the checkpoints: they are the next holder's
             logger.warning("compression %s is left to other servers", record.id)
+            return
         except asyncio.CancelledError:
             with contextlib.suppress(LeaseLost, OSError):
                 await asyncio.shield(asyncio.to_thread(self._run.put_back))

@@ -1,0 +1,89 @@
+"""What a server does with a job of all servers, and what it leaves to the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from softbatch.prompt_store.stores.bucket import Bucket
+from softbatch.server.compressions.job_lease import JobLease
+from softbatch.server.compressions.record import JobRecord, new_id
+from softbatch.server.compressions.request import ModelChoice
+from softbatch.server.compressions.shared_queue import SharedCompressions
+from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, record_key, request_key
+from tests.support.bucket_server import QUICK, BucketServer, object_store
+from tests.support.soft_prompt_samples import MAX_BYTES, SPEC
+
+CHOICE = ModelChoice("model", "model", "float32", "cpu")
+
+
+@pytest.fixture
+def url(bucket_server: BucketServer) -> str:
+    return bucket_server.new_url()
+
+
+@pytest.fixture
+def records(url: str) -> SharedRecords:
+    return SharedRecords(Bucket(url, QUICK))
+
+
+def queued(records: SharedRecords) -> Seen:
+    """A job whose request is refused before a worker starts."""
+    record = JobRecord(id=new_id(), name="manual", status="queued", created_at=1, fingerprint=SPEC.fingerprint)
+    records.bucket.write(request_key(record.id), b"not what the record says")
+    seen = records.create(SharedRecord(record=record, request_sha256=""))
+    assert seen is not None
+    return seen
+
+
+def queue_of(url: str, root: Path, choice: Callable[[], ModelChoice] = lambda: CHOICE) -> SharedCompressions:
+    store = object_store(url, root, MAX_BYTES)
+    assert store.offers.replace
+    return SharedCompressions(store, SPEC, CollectorRegistry(), lambda: False, choice)
+
+
+def take(queue: SharedCompressions, seen: Seen) -> None:
+    queue._learn(seen)
+    asyncio.run(queue._take(queue._known[seen.shared.record.id]))
+
+
+def overtaken(records: SharedRecords, job_id: str) -> JobLease:
+    """By a server that takes the holder for dead."""
+    seen = records.read(job_id)
+    assert seen is not None
+    lease = JobLease.take(records, seen, "another", seen.shared.record)
+    assert lease is not None
+    return lease
+
+
+def test_whoever_has_lost_a_job_leaves_all_of_it_to_the_next(url: str, records: SharedRecords, tmp_path: Path) -> None:
+    seen = queued(records)
+    job_id = seen.shared.record.id
+    checkpoint = f"compressions/{job_id}/files/000002-{'0' * 64}"
+
+    def lose() -> ModelChoice:
+        overtaken(records, job_id)
+        records.bucket.write(checkpoint, b"of the next holder")
+        return CHOICE
+
+    take(queue_of(url, tmp_path / "one", lose), seen)
+    left = {found.key for found in records.bucket.list("compressions/")}
+    assert left == {record_key(job_id), request_key(job_id), checkpoint}
+    found = records.read(job_id)
+    assert found is not None
+    assert (found.shared.record.status, found.shared.holder) == ("running", "another")
+
+
+def test_whoever_has_ended_a_job_clears_it_away(url: str, records: SharedRecords, tmp_path: Path) -> None:
+    seen = queued(records)
+    take(queue_of(url, tmp_path / "one"), seen)
+    (left,) = records.bucket.list("compressions/")
+    assert left.key == record_key(seen.shared.record.id)
+    found = records.read(seen.shared.record.id)
+    assert found is not None
+    assert found.shared.record.error is not None
+    assert found.shared.record.error.code == "unreadable"
