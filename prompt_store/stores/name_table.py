@@ -36,8 +36,15 @@ class NameTable:
     """Thread-safe. While the bucket gives no answer, what is known stays good: a soft prompt never changes under its
     name, so only its going is seen late."""
 
-    def __init__(self, bucket: Bucket, describe: Callable[[PromptRecord], StoredPrompt], refresh: float) -> None:
-        self._bucket, self._describe, self._refresh = bucket, describe, refresh
+    def __init__(
+        self,
+        bucket: Bucket,
+        describe: Callable[[PromptRecord], StoredPrompt],
+        refresh: float,
+        on_gone: Callable[[PromptRecord], None] = lambda record: None,
+    ) -> None:
+        """`on_gone` hears of each registration that is seen to have gone; it must not raise."""
+        self._bucket, self._describe, self._refresh, self._on_gone = bucket, describe, refresh, on_gone
         self._hasty, self._brisk = bucket.hasty(), bucket.hasty(4)
         self._entries: dict[str, _Entry] = {}
         self._absent: dict[str, float] = {}
@@ -75,6 +82,10 @@ class NameTable:
         if entry is None or not isinstance(entry.record, PromptRecord):
             return None
         return entry.record if (int(entry.record.nonce, 16),) == stored.version else None
+
+    def records(self) -> Sequence[PromptRecord]:
+        """Those known by now."""
+        return [entry.record for entry in list(self._entries.values()) if isinstance(entry.record, PromptRecord)]
 
     def forget(self, name: str) -> None:
         """It has come or gone by this process's own doing."""
@@ -168,8 +179,11 @@ class NameTable:
         return entry
 
     def _drop(self, name: str) -> None:
-        if self._entries.pop(name, None) is not None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
             self.changed_at = time.time_ns()
+            if isinstance(entry.record, PromptRecord):
+                self._on_gone(entry.record)
 
     def _tell(self, error: OSError) -> None:
         """Once a minute: the bucket may be away for long."""

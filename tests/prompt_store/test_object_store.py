@@ -181,7 +181,7 @@ def test_nothing_wrong_is_ever_served(url: str, proxy: FaultyProxy, file: Path, 
             assert reader.kept_text(stored) in (KEPT, None)
             assert {found.sha256 for found in reader.list()} <= {stored.sha256}
         except (BucketError, SoftPromptError) as error:
-            named.append(any(part in str(error) for part in ("prompts/", "objects/")))
+            named.append(any(part in str(error) for part in ("prompts/", "objects/", "texts/")))
     assert all(named)
     assert served, "tries are for something"
     assert proxy.done[fault] > 5
@@ -256,6 +256,64 @@ def test_a_directory_of_copies_is_private(url: str, file: Path, tmp_path: Path) 
     store = object_store(url, tmp_path / "one", MAX_BYTES)
     store.kept_text(store.add("a", file, kept=KEPT))
     assert os.stat(store.root).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("how", ["here", "seen", "listed", "while away"])
+def test_a_text_goes_from_this_machine_with_its_name(url: str, file: Path, tmp_path: Path, how: str) -> None:
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    writer.add("a", file, kept=KEPT)
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    stored = reader.get("a")
+    leased = reader.lease(stored, tmp_path / "leases")
+    assert reader.kept_text(stored) == KEPT
+    (reader if how == "here" else writer).remove("a")
+    if how == "seen":
+        with pytest.raises(UnknownPrompt):
+            reader.get("a")
+    elif how == "listed":
+        assert reader.list() == []
+    elif how == "while away":
+        object_store(url, tmp_path / "reader", MAX_BYTES).drop_unnamed()
+    assert list((reader.root / "objects").iterdir()) == []
+    assert leased.read_bytes() == file.read_bytes(), "whoever uses it goes on"
+
+
+def test_a_text_of_two_names_stays_with_the_second(url: str, file: Path, tmp_path: Path) -> None:
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    for name in "ab":
+        assert store.kept_text(store.add(name, file, kept=KEPT)) == KEPT
+    store.remove("a")
+    assert len(list((store.root / "objects").iterdir())) == 2
+    store.drop_unnamed()
+    assert store.kept_text(store.get("b")) == KEPT
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "newer"])
+def test_a_damaged_text_is_named_and_asked_for_once(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path, damage: str
+) -> None:
+    """A request that wants passages must not be answered without them."""
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    newer = KeptText(text=KEPT.text, recall=3, format_version=9)
+    writer.add("a", file, kept=newer if damage == "newer" else KEPT)
+    (key,) = (found.key for found in writer.bucket.list("texts/"))
+    if damage == "gone":
+        writer.bucket.delete(key)
+    elif damage == "flipped":
+        writer.bucket.write(key, b"{}")
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    stored = reader.get("a")
+    with pytest.raises(SoftPromptError, match=key):
+        reader.kept_text(stored)
+    asked = proxy.asked["GET"]
+    with pytest.raises(SoftPromptError, match=key):
+        reader.kept_text(stored)
+    assert proxy.asked["GET"] == asked
+    assert reader.list() == [stored], "it serves requests without passages"
+    writer.remove("a")
+    reader.list()
+    with pytest.raises(UnknownPrompt):
+        reader.kept_text(stored)
 
 
 class Killed(BaseException):
