@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from prometheus_client import CollectorRegistry, Gauge
 
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.bucket import BucketError
 from softbatch.prompt_store.stores.object_store import ObjectStore
@@ -76,14 +77,22 @@ class SharedCompressions:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[SharedCompressions]:
-        """Take jobs until the end of the block; what is unfinished then is put back for others."""
+        """Take jobs until the end of the block; what is unfinished then is put back for others. Servers of one machine
+        may share the copies, and a job that one puts back may begin on another at once: each has its own directory."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with process_directory(self._root, "server-") as self._root:
+            async with self._looking_and_running():
+                yield self
+
+    @contextlib.asynccontextmanager
+    async def _looking_and_running(self) -> AsyncIterator[None]:
         tasks = []
         if self._store.offers.replace:
             tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_running())]
         else:
             logger.warning("no compressions on this server: %s", self._unavailable())
         try:
-            yield self
+            yield
         finally:
             for task in tasks:
                 task.cancel()

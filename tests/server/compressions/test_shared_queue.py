@@ -87,3 +87,28 @@ def test_whoever_has_ended_a_job_clears_it_away(url: str, records: SharedRecords
     assert found is not None
     assert found.shared.record.error is not None
     assert found.shared.record.error.code == "unreadable"
+
+
+def test_servers_of_one_machine_do_not_work_in_one_directory(url: str, records: SharedRecords, tmp_path: Path) -> None:
+    """What a killed one has left goes at the next start."""
+    seen = queued(records)
+    job_id = seen.shared.record.id
+    left = tmp_path / "copies" / ".compressions" / "server-killed" / job_id
+    left.mkdir(parents=True)
+
+    async def scenario() -> None:
+        one, other = (queue_of(url, tmp_path / "copies") for _ in range(2))
+        one._is_draining = other._is_draining = lambda: True
+        async with one.running(), other.running():
+            one._learn(seen)
+            other._learn(seen)
+            of_other = other.get(job_id).directory
+            of_other.mkdir()
+            (of_other / "request.json").write_text("{}")
+            assert not left.exists()
+            await one._take(one._known[job_id])
+            assert one.get(job_id).record.status == "failed"
+            assert (of_other / "request.json").exists()
+
+    asyncio.run(scenario())
+    assert list((tmp_path / "copies" / ".compressions").iterdir()) == []
