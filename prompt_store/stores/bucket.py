@@ -166,11 +166,11 @@ class Bucket:
         said = f"{type(reason).__name__}: {reason}".strip(": ")
         raise BucketError(f"cannot {what} {self.url}/{key} ({retries.tries} tries): {said[:300]}") from reason
 
-    def hasty(self, tries: int = 1) -> Bucket:
-        """The same objects, for requests that wait."""
+    def hasty(self, tries: int = 1, seconds: float = 2.0) -> Bucket:
+        """The same objects, for whoever cannot wait."""
         other = object.__new__(Bucket)
         other.url, other._files = self.url, self._files
-        other.retries = replace(self.retries, tries=tries, seconds=min(2.0, self.retries.seconds))
+        other.retries = replace(self.retries, tries=tries, seconds=min(seconds, self.retries.seconds))
         return other
 
 

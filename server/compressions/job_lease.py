@@ -16,6 +16,8 @@ from softbatch.server.compressions.shared_record import Seen, SharedRecord, Shar
 # two thirds of that gives up by its own clock: neither needs to know what time the other has.
 LEASE_SECONDS = 15.0
 BEAT_SECONDS = 3.0
+# For one try to renew it: another has time yet before the holder would give up.
+RENEW_SECONDS = 4.0
 
 
 class LeaseLost(Exception):
@@ -56,15 +58,22 @@ class JobLease:
         """Change these fields, which renews the lease. Raises LeaseLost, or BucketError when nothing is known."""
         return self.change(lambda shared: msgspec.structs.replace(shared, **changes))
 
-    def change(self, make: Callable[[SharedRecord], SharedRecord]) -> SharedRecord:
+    def renew(self, make: Callable[[SharedRecord], SharedRecord]) -> SharedRecord:
+        """`change`, tried once, and given up in time for the next try."""
+        return self.change(make, SharedRecords(self._records.bucket.hasty(seconds=RENEW_SECONDS)))
+
+    def change(
+        self, make: Callable[[SharedRecord], SharedRecord], records: SharedRecords | None = None
+    ) -> SharedRecord:
+        records = records or self._records
         with self._guard:
             while True:
                 began = time.monotonic()
-                written = self._records.replace(self._seen, make(self._seen.shared))
+                written = records.replace(self._seen, make(self._seen.shared))
                 if written is not None:
                     self._seen, self._renewed = written, began
                     return written.shared
-                found = self._records.read(self._seen.shared.record.id)
+                found = records.read(self._seen.shared.record.id)
                 if found is None or found.shared.token != self.token or found.shared.holder != self.shared.holder:
                     raise LeaseLost
                 self._seen = found  # somebody wishes it to be cancelled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import threading
@@ -12,10 +13,11 @@ import msgspec
 import pytest
 
 from softbatch.prompt_store.stores.bucket import Bucket, BucketError
+from softbatch.server.compressions import job_lease, leased_run
 from softbatch.server.compressions.job_lease import JobLease, LeaseLost
 from softbatch.server.compressions.leased_run import LeasedRun
 from softbatch.server.compressions.record import JobRecord, new_id
-from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, record_key
+from softbatch.server.compressions.shared_record import SavedFile, Seen, SharedRecord, SharedRecords, record_key
 from softbatch.server.compressions.work_snapshot import WorkSnapshots, restore
 from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
 from tests.support.bucket_server import QUICK, BucketServer, object_store
@@ -171,3 +173,31 @@ def test_a_lease_outlasts_a_bad_line(url: str, proxy: FaultyProxy, fault: Fault)
     found = records.read(shared.record.id)
     assert found is not None
     assert (found.shared, found.shared.holder, found.shared.token) == (shared, "one", 1)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_one_call_that_hangs_does_not_cost_the_lease(
+    url: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Neither a renewal, nor the deletion of what is not needed any more. At a fifth of the real times."""
+    for module, name in ((job_lease, "LEASE"), (job_lease, "RENEW"), (leased_run, "BEAT")):
+        monkeypatch.setattr(module, f"{name}_SECONDS", getattr(module, f"{name}_SECONDS") / 5)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    lease = taken(SharedRecords(store.bucket), queued(SharedRecords(store.bucket)), "one")
+    run = LeasedRun(store, lease, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    folder = f"compressions/{lease.shared.record.id}/files/{lease.token:06d}-"
+    run._files = {"work/state": SavedFile(f"{folder}old", "0" * 64, 1)}
+    proxy.choose = lambda asked, path: "hang" if asked == method and not proxy.done["hang"] else None
+
+    async def scenario() -> None:
+        async with run.renewing():
+            await asyncio.sleep(0.7)
+            run._files = {}
+            await asyncio.sleep(3)
+            assert proxy.done["hang"] == 1
+            assert lease.is_safe
+            assert not run._lost
+            proxy.release.set()
+
+    asyncio.run(scenario())
