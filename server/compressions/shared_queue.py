@@ -232,7 +232,7 @@ class SharedCompressions:
 
     def _wish_cancelled(self, job_id: str) -> None:
         seen = self._records.read(job_id)
-        if seen is None:
+        if seen is None or seen.shared.staged is not None:  # then it has its name, or will have it
             return
         shared, known = seen.shared, self._known.get(job_id)
         is_alone = known is not None and known.seen.etag == seen.etag and self._is_free(known)
@@ -307,10 +307,10 @@ class SharedCompressions:
     async def _carry_out(self, run: LeasedRun, lease: JobLease) -> None:
         """To its end, which is then written down. Raises LeaseLost, or OSError while the bucket does not answer."""
         shared = lease.shared
-        if shared.cancelled:
-            await asyncio.to_thread(run.cancel)
-        elif shared.staged is not None:
+        if shared.staged is not None:  # its name may be given already, whatever was wished since
             await self._publish(run, partial(run.publish_staged, shared.staged))
+        elif shared.cancelled:
+            await asyncio.to_thread(run.cancel)
         elif shared.record.attempts > MAX_ATTEMPTS:
             message = f"the server ended {shared.record.attempts - 1} times while this job ran"
             await asyncio.to_thread(run.fail, "interrupted", message)

@@ -75,6 +75,7 @@ def test_a_name_that_cannot_be_is_told_before_the_files(
     name: bytes, error: type[SoftPromptError | ApiError], code: str | None
 ) -> None:
     upload = Upload(name)
+    caught: pytest.ExceptionInfo[SoftPromptError | ApiError]
     with pytest.raises(error) as caught:
         asyncio.run(receive(upload, Names("manual")))
     assert caught.value.code == (code or "invalid_name")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -15,8 +16,9 @@ from softbatch.server.compressions.record import JobRecord, new_id
 from softbatch.server.compressions.request import ModelChoice
 from softbatch.server.compressions.shared_queue import SharedCompressions
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, record_key, request_key
+from softbatch.server.request_failures import CompressionEnded
 from tests.support.bucket_server import QUICK, BucketServer, object_store
-from tests.support.soft_prompt_samples import MAX_BYTES, SPEC
+from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
 
 CHOICE = ModelChoice("model", "model", "float32", "cpu")
 
@@ -112,3 +114,31 @@ def test_servers_of_one_machine_do_not_work_in_one_directory(url: str, records: 
 
     asyncio.run(scenario())
     assert list((tmp_path / "copies" / ".compressions").iterdir()) == []
+
+
+@pytest.mark.parametrize("cancelled", ["before its server was gone", "after"])
+def test_what_has_its_name_is_not_called_cancelled(
+    url: str, records: SharedRecords, tmp_path: Path, cancelled: str
+) -> None:
+    """Its server is gone since it wrote that the soft prompt will have the name."""
+    queue, store = queue_of(url, tmp_path / "one"), object_store(url, tmp_path / "gone", MAX_BYTES)
+    lease = overtaken(records, queued(records).shared.record.id)
+    staged = store.stage("manual", write(tmp_path / "upload", seed=0))
+    store.publish(staged)
+    record = msgspec.structs.replace(lease.shared.record, status="running")
+    lease.write(record=record, staged=staged.record, cancelled=cancelled.startswith("before"))
+    queue._learn(lease.seen)
+    known = queue._known[lease.shared.record.id]
+    known.since -= 60
+
+    async def scenario() -> None:
+        cancelling = asyncio.create_task(queue.cancel(known.job))
+        await asyncio.sleep(0.2)
+        assert not known.job.is_final
+        await queue._take(known)
+        with pytest.raises(CompressionEnded, match="succeeded"):
+            await cancelling
+
+    asyncio.run(scenario())
+    assert (known.job.record.status, known.job.record.soft_prompt) == ("succeeded", "manual")
+    assert [stored.name for stored in store.list()] == ["manual"]
