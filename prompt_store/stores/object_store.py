@@ -142,6 +142,10 @@ class ObjectStore(SoftPromptStore):
         self._names.forget(record.name)
         return self.get(record.name)
 
+    def is_whole(self, record: PromptRecord) -> bool:
+        """Whether its file is in the bucket, as far as a look tells."""
+        return self.bucket.etag(record.key) is not None
+
     def _create(self, key: str, sealed: bytes) -> bool:
         if self.offers.create:
             return self.bucket.create(key, sealed)

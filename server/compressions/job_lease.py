@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from softbatch.server.compressions.record import JobRecord
-from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords
+from softbatch.server.compressions.record import FINAL, JobRecord
+from softbatch.server.compressions.shared_record import SavedFile, Seen, SharedRecord, SharedRecords
 
 # A lease that nobody renewed for so long, by the clock of whoever looks, is free. A holder that could not renew it for
 # two thirds of that gives up by its own clock: neither needs to know what time the other has.
@@ -30,8 +30,9 @@ class JobLease:
 
     def __init__(self, records: SharedRecords, seen: Seen) -> None:
         self._records, self._seen = records, seen
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._renewed = time.monotonic()
+        self._is_over = False
         self.token = seen.shared.token
 
     @classmethod
@@ -52,11 +53,26 @@ class JobLease:
     @property
     def is_safe(self) -> bool:
         """Whether nobody can have taken it yet."""
-        return time.monotonic() - self._renewed < LEASE_SECONDS * 2 / 3
+        return not self._is_over and time.monotonic() - self._renewed < LEASE_SECONDS * 2 / 3
 
     def write(self, **changes: Any) -> SharedRecord:
         """Change these fields, which renews the lease. Raises LeaseLost, or BucketError when nothing is known."""
         return self.change(lambda shared: msgspec.structs.replace(shared, **changes))
+
+    def give_back(self, files: dict[str, SavedFile]) -> SharedRecord:
+        """For others to go on with `files` at once, unless the job has come to its end. Nothing is written after it,
+        whatever a thread may still be about to write. Raises like `write`."""
+
+        def queued(shared: SharedRecord) -> SharedRecord:
+            if shared.record.status in FINAL:
+                return shared
+            record = msgspec.structs.replace(shared.record, status="queued")
+            return msgspec.structs.replace(shared, record=record, holder="", files=files)
+
+        with self._guard:
+            shared = self.change(queued)
+            self._is_over = True
+            return shared
 
     def renew(self, make: Callable[[SharedRecord], SharedRecord]) -> SharedRecord:
         """`change`, tried once, and given up in time for the next try."""
@@ -67,6 +83,8 @@ class JobLease:
     ) -> SharedRecord:
         records = records or self._records
         with self._guard:
+            if self._is_over:
+                raise LeaseLost
             while True:
                 began = time.monotonic()
                 written = records.replace(self._seen, make(self._seen.shared))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.object_store import ObjectStore, StagedPrompt
 from softbatch.prompt_store.stores.prompt_record import PromptRecord, seal
 from softbatch.server.compressions.job_lease import BEAT_SECONDS, JobLease, LeaseLost
@@ -170,9 +171,16 @@ class LeasedRun:
         return self.publish_staged(staged.record)
 
     def publish_staged(self, staged: PromptRecord) -> SharedRecord:
-        """Also what another server has staged: the name's record says the same, whoever writes it."""
+        """Also what another server has staged: the name's record says the same, whoever writes it. Raises
+        SoftPromptError for what that one has registered, and somebody has deleted since."""
         if not self._lease.is_safe:
             self._lease.write()
+        if not self._store.is_whole(staged):
+            raise SoftPromptError(
+                "its file is gone from the bucket: it was registered, and deleted since",
+                param="file",
+                code="invalid_file",
+            )
         self._store.publish(StagedPrompt(self._store.describe(staged), staged))
         record = self._lease.shared.record
         return self.end(
@@ -188,10 +196,8 @@ class LeasedRun:
         record = self._lease.shared.record
         return self.end(msgspec.structs.replace(record, status="cancelled", finished_at=int(time.time())))
 
-    def put_back(self) -> None:
-        """For others to go on with at once."""
-        record = msgspec.structs.replace(self._lease.shared.record, status="queued")
-        self._lease.write(record=record, holder="", files=self._files)
+    def put_back(self) -> SharedRecord:
+        return self._lease.give_back(self._files)
 
     def end(self, record: JobRecord) -> SharedRecord:
         return self._lease.write(record=record, files={}, progress=self._progress)

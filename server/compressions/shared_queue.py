@@ -26,7 +26,7 @@ from softbatch.server.compressions.job_lease import LEASE_SECONDS, JobLease, Lea
 from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_FINISHED, MAX_QUEUED, STATUSES
 from softbatch.server.compressions.job_watch import watch
 from softbatch.server.compressions.leased_run import LeasedRun
-from softbatch.server.compressions.record import Job, JobRecord, Status, new_id
+from softbatch.server.compressions.record import FINAL, Job, JobRecord, Status, new_id
 from softbatch.server.compressions.request import DIRECTORY, CompressionRequest, ModelChoice
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, report_key, request_key
 from softbatch.server.compressions.worker_messages import DoneMessage
@@ -296,7 +296,9 @@ class SharedCompressions:
             return
         except asyncio.CancelledError:
             with contextlib.suppress(LeaseLost, OSError):
-                await asyncio.shield(asyncio.to_thread(self._run.put_back))
+                left = await asyncio.shield(asyncio.to_thread(self._run.put_back))
+                if left.record.status in FINAL:
+                    await asyncio.to_thread(self._clean, left)
             raise
         finally:
             self._run, self._running_id = None, ""

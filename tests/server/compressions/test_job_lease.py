@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.bucket import Bucket, BucketError
 from softbatch.server.compressions import job_lease, leased_run
 from softbatch.server.compressions.job_lease import JobLease, LeaseLost
@@ -201,3 +202,35 @@ def test_one_call_that_hangs_does_not_cost_the_lease(
             proxy.release.set()
 
     asyncio.run(scenario())
+
+
+def test_a_staged_result_that_was_deleted_is_not_registered_again(
+    url: str, records: SharedRecords, tmp_path: Path
+) -> None:
+    """Its first server had given it the name, and was killed before it wrote that down."""
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    staged = store.stage("manual", save_prompt(make_soft_prompt("kv", 4, SPEC), tmp_path, "result"))
+    lease = taken(records, queued(records), "two")
+    lease.write(staged=staged.record)
+    store.publish(staged)
+    store.remove("manual")
+    with pytest.raises(SoftPromptError, match="deleted since"):
+        LeasedRun(store, lease, tmp_path).publish_staged(staged.record)
+    assert store.list() == []
+    assert store.broken() == []
+
+
+def test_what_is_put_back_has_not_ended_and_does_not_end_later(records: SharedRecords, tmp_path: Path) -> None:
+    store = object_store(records.bucket.url, tmp_path / "copies", MAX_BYTES)
+    ended = taken(records, queued(records), "one")
+    run = LeasedRun(store, ended, tmp_path)
+    run.fail("unreadable", "its end is written while the server is told to go")
+    assert run.put_back().record.status == "failed"
+    lease = taken(records, queued(records), "one")
+    run = LeasedRun(store, lease, tmp_path)
+    assert (run.put_back().record.status, lease.shared.holder, lease.is_safe) == ("queued", "", False)
+    with pytest.raises(LeaseLost):
+        run.fail("late", "a thread that nobody could stop")
+    found = records.read(lease.shared.record.id)
+    assert found is not None
+    assert found.shared.record.status == "queued"
