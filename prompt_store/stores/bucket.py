@@ -136,10 +136,19 @@ class Bucket:
             found = self.read(key)
             return found[1] if found is not None and found[0] == content else None
 
-    def delete(self, key: str) -> None:
-        """Does nothing where there is no such object."""
+    def delete(self, key: str, etag: Etag | None = None) -> None:
+        """Does nothing where there is no such object. With `etag` it is only tried again while the object is still
+        that one: a try whose answer was lost may have deleted it, and another be there since."""
+        tries = 0
+
+        def call(seconds: float) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1 or etag is None or self._files.etag(key, seconds) == etag:
+                self._files.delete(key, seconds)
+
         with contextlib.suppress(FileNotFoundError):
-            self._ask("delete", key, lambda seconds: self._files.delete(key, seconds))
+            self._ask("delete", key, call)
 
     def download(self, key: str, path: Path) -> None:
         """Whatever arrives: the caller checks it. Raises FileNotFoundError."""

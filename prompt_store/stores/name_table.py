@@ -73,8 +73,13 @@ class NameTable:
 
     def look_up(self, name: str) -> PromptRecord | SoftPromptError | None:
         """As the bucket says now."""
+        found = self.look_up_version(name)
+        return None if found is None else found[0]
+
+    def look_up_version(self, name: str) -> tuple[PromptRecord | SoftPromptError, Etag] | None:
+        """And the record's ETag."""
         entry = self._look(name, None, self._bucket)
-        return None if entry is None else entry.record
+        return None if entry is None else (entry.record, entry.etag)
 
     def record(self, stored: StoredPrompt) -> PromptRecord | None:
         """That of this very registration."""

@@ -265,10 +265,11 @@ class ObjectStore(SoftPromptStore):
     def remove(self, name: str) -> None:
         if not is_name(name):
             raise UnknownPrompt(name)
-        record = self._names.look_up(name)
-        if record is None:
+        found = self._names.look_up_version(name)
+        if found is None:
             raise UnknownPrompt(name)
-        self.bucket.delete(record_key(name))
+        record, etag = found
+        self.bucket.delete(record_key(name), etag)
         self._names.forget(name)
         if isinstance(record, PromptRecord):
             self._drop_copies(record)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from softbatch.prompt_store.soft_prompt_file import SoftPromptError
 from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketDenied, BucketError, Offers, Retries
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.object_store import ObjectStore
-from softbatch.prompt_store.stores.store import NameTaken, UnknownPrompt
+from softbatch.prompt_store.stores.store import NameTaken, StoredPrompt, UnknownPrompt
 from tests.support.bucket_server import NAME, QUICK, BucketServer, object_store
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.soft_prompt_samples import MAX_BYTES, names, write
@@ -314,6 +315,32 @@ def test_a_damaged_text_is_named_and_asked_for_once(
     reader.list()
     with pytest.raises(UnknownPrompt):
         reader.kept_text(stored)
+
+
+def test_a_deletion_takes_nothing_from_who_registers_meanwhile(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path
+) -> None:
+    """Its first try fails; before the next one another has deleted the name, and registered it anew."""
+    other = object_store(url, tmp_path / "other", MAX_BYTES)
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    old = store.add("a", file)
+    upload = write(tmp_path / "upload", seed=7)
+    registered, began = list[StoredPrompt](), threading.Event()
+
+    def choose(method: str, path: str) -> Fault | None:
+        if method != "DELETE" or began.is_set():
+            return None
+        began.set()
+        other.remove("a")
+        registered.append(other.add("a", upload))
+        return "500"
+
+    proxy.choose = choose
+    store.remove("a")
+    proxy.choose = lambda method, path: None
+    assert store.get("a").version == registered[0].version
+    assert registered[0].sha256 != old.sha256
+    assert store.local_file(store.get("a")).read_bytes() == upload.read_bytes()
 
 
 class Killed(BaseException):
