@@ -206,6 +206,48 @@ def test_known_names_outlast_an_outage_and_others_are_an_error(
         store.get("b")
 
 
+@pytest.mark.parametrize("fault", ["denied", "500"])
+def test_names_outlast_an_outage_that_says_denied(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path, fault: Fault
+) -> None:
+    """As 403 does of a token that has run out, or a clock that is wrong; and after a name of this server's own."""
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    stored = store.add("a", file)
+    assert store.list() == [stored]
+    store.add("b", file)
+    store.remove("b")
+    proxy.choose = lambda method, path: fault
+    assert store.get("a") == stored
+    asked = sum(proxy.asked.values())
+    assert store.list() == [stored]
+    assert sum(proxy.asked.values()) - asked <= 2, "nobody waits for all tries where there is a list"
+    with pytest.raises((BucketDenied, BucketError)):
+        store.get("b")
+
+
+def test_a_record_that_may_not_be_read_hides_no_other(url: str, proxy: FaultyProxy, file: Path, tmp_path: Path) -> None:
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    for name in "ab":
+        writer.add(name, file)
+    proxy.choose = lambda method, path: "denied" if path.endswith("prompts/a.json") else None
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    assert names(reader) == ["b"]
+    assert [name for name, _ in reader.broken()] == ["a"]
+    proxy.choose = lambda method, path: None
+    assert names(reader) == ["a", "b"]
+
+
+def test_one_failed_look_does_not_hide_a_deletion(url: str, proxy: FaultyProxy, file: Path, tmp_path: Path) -> None:
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    writer.add("a", file)
+    reader.get("a")
+    writer.remove("a")
+    proxy.choose = lambda method, path: None if proxy.done["500"] else "500"
+    with pytest.raises(UnknownPrompt):
+        reader.get("a")
+
+
 def test_an_answer_that_never_comes_is_given_up(url: str, proxy: FaultyProxy, tmp_path: Path) -> None:
     bucket = Bucket(url, Retries(tries=2, seconds=0.1, first_pause=0.01))
     proxy.choose = lambda method, path: "slow"
