@@ -145,7 +145,7 @@ class NameTable:
         try:
             return self._read(name, bucket)
         except BucketDenied as error:
-            denied = SoftPromptError(error.strerror, param="file", code="store_denied")
+            denied = SoftPromptError(str(error.strerror), param="file", code="store_denied")
             return _Entry("", denied, denied, -float("inf"))
 
     def _has(self, name: str, etag: Etag) -> bool:

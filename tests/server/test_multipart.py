@@ -75,8 +75,8 @@ def test_a_name_that_cannot_be_is_told_before_the_files(
     name: bytes, error: type[SoftPromptError | ApiError], code: str | None
 ) -> None:
     upload = Upload(name)
-    caught: pytest.ExceptionInfo[SoftPromptError | ApiError]
-    with pytest.raises(error) as caught:
+    with pytest.raises((SoftPromptError, ApiError)) as caught:
         asyncio.run(receive(upload, Names("manual")))
+    assert isinstance(caught.value, error)
     assert caught.value.code == (code or "invalid_name")
     assert upload.received == 1

@@ -24,7 +24,7 @@ from softbatch.server.compressions.worker_messages import DoneMessage, ProgressM
 from tests.support.bucket_server import QUICK, BucketServer, object_store
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.models import make_soft_prompt, save_prompt
-from tests.support.soft_prompt_samples import MAX_BYTES, SPEC
+from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_staged_result_that_was_deleted_is_not_registered_again(
 ) -> None:
     """Its first server had given it the name, and was killed before it wrote that down."""
     store = object_store(url, tmp_path / "copies", MAX_BYTES)
-    staged = store.stage("manual", save_prompt(make_soft_prompt("kv", 4, SPEC), tmp_path, "result"))
+    staged = store.stage("manual", write(tmp_path / "result", seed=0))
     lease = taken(records, queued(records), "two")
     lease.write(staged=staged.record)
     store.publish(staged)
