@@ -124,9 +124,10 @@ class StorageUnwritable(Failure):
 
 
 def storage_failure(error: OSError) -> Failure:
-    """What an error of the disk, or of the bucket, means to somebody who wants to store something."""
+    """What an error of the disk, or of the bucket, means to somebody who wants to store or use something there."""
     if isinstance(error, BucketError):
-        return StorageUnwritable(f"the prompt store does not answer: {error.strerror}", code="store_unreachable")
+        message = f"the prompt store does not answer: {error.strerror}"
+        return StorageUnwritable(message, code="store_unreachable", retry_after=5)
     if isinstance(error, BucketDenied):
         return StorageUnwritable(f"the server may not do this in its bucket: {error.strerror}", code="store_denied")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -136,10 +136,19 @@ class Bucket:
             found = self.read(key)
             return found[1] if found is not None and found[0] == content else None
 
-    def delete(self, key: str) -> None:
-        """Does nothing where there is no such object."""
+    def delete(self, key: str, etag: Etag | None = None) -> None:
+        """Does nothing where there is no such object. With `etag` it is only tried again while the object is still
+        that one: a try whose answer was lost may have deleted it, and another be there since."""
+        tries = 0
+
+        def call(seconds: float) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 1 or etag is None or self._files.etag(key, seconds) == etag:
+                self._files.delete(key, seconds)
+
         with contextlib.suppress(FileNotFoundError):
-            self._ask("delete", key, lambda seconds: self._files.delete(key, seconds))
+            self._ask("delete", key, call)
 
     def download(self, key: str, path: Path) -> None:
         """Whatever arrives: the caller checks it. Raises FileNotFoundError."""
@@ -166,11 +175,11 @@ class Bucket:
         said = f"{type(reason).__name__}: {reason}".strip(": ")
         raise BucketError(f"cannot {what} {self.url}/{key} ({retries.tries} tries): {said[:300]}") from reason
 
-    def hasty(self, tries: int = 1) -> Bucket:
-        """The same objects, for requests that wait."""
+    def hasty(self, tries: int = 1, seconds: float = 2.0) -> Bucket:
+        """The same objects, for whoever cannot wait."""
         other = object.__new__(Bucket)
         other.url, other._files = self.url, self._files
-        other.retries = replace(self.retries, tries=tries, seconds=min(2.0, self.retries.seconds))
+        other.retries = replace(self.retries, tries=tries, seconds=min(seconds, self.retries.seconds))
         return other
 
 

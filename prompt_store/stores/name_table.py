@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.names import is_name
-from softbatch.prompt_store.stores.bucket import Bucket, BucketError
+from softbatch.prompt_store.stores.bucket import Bucket, BucketDenied, BucketError
 from softbatch.prompt_store.stores.bucket_files import Etag
 from softbatch.prompt_store.stores.prompt_record import NAMES, PromptRecord, name_of, read_record, record_key
 from softbatch.prompt_store.stores.store import StoredPrompt
@@ -19,6 +19,7 @@ from softbatch.prompt_store.stores.store import StoredPrompt
 logger = logging.getLogger(__name__)
 Found = StoredPrompt | SoftPromptError
 OUTAGE_SECONDS = 10.0
+_NO_ANSWER = (BucketError, BucketDenied)  # a token that has run out is an outage too
 _READERS = 16
 _LOCKS = 64
 _MAX_ABSENT = 10_000
@@ -36,19 +37,28 @@ class NameTable:
     """Thread-safe. While the bucket gives no answer, what is known stays good: a soft prompt never changes under its
     name, so only its going is seen late."""
 
-    def __init__(self, bucket: Bucket, describe: Callable[[PromptRecord], StoredPrompt], refresh: float) -> None:
-        self._bucket, self._describe, self._refresh = bucket, describe, refresh
-        self._hasty, self._brisk = bucket.hasty(), bucket.hasty(4)
+    def __init__(
+        self,
+        bucket: Bucket,
+        describe: Callable[[PromptRecord], StoredPrompt],
+        refresh: float,
+        on_gone: Callable[[PromptRecord], None] = lambda record: None,
+    ) -> None:
+        """`on_gone` hears of each registration that is seen to have gone; it must not raise."""
+        self._bucket, self._describe, self._refresh, self._on_gone = bucket, describe, refresh, on_gone
+        self._hasty, self._brisk = bucket.hasty(2), bucket.hasty(4)
         self._entries: dict[str, _Entry] = {}
         self._absent: dict[str, float] = {}
         self._listed = -float("inf")
+        self._was_listed = False
         self._listing = threading.Lock()
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._told = -float("inf")
         self.changed_at = time.time_ns()
 
     def get(self, name: str) -> Found | None:
-        """None for no such name, as of at most a refresh ago. Raises BucketError for one that was never seen."""
+        """None for no such name, as of at most a refresh ago. Raises BucketError or BucketDenied for one that was
+        never seen."""
         with self._locks[hash(name) % _LOCKS]:
             entry, now = self._entries.get(name), time.monotonic()
             if entry is not None and now - entry.seen < self._refresh:
@@ -57,7 +67,7 @@ class NameTable:
                 return None
             try:
                 fresh = self._look(name, entry, self._brisk if entry is None else self._hasty)
-            except BucketError as error:
+            except _NO_ANSWER as error:
                 if entry is None:
                     raise
                 self._tell(error)
@@ -66,8 +76,13 @@ class NameTable:
 
     def look_up(self, name: str) -> PromptRecord | SoftPromptError | None:
         """As the bucket says now."""
+        found = self.look_up_version(name)
+        return None if found is None else found[0]
+
+    def look_up_version(self, name: str) -> tuple[PromptRecord | SoftPromptError, Etag] | None:
+        """And the record's ETag."""
         entry = self._look(name, None, self._bucket)
-        return None if entry is None else entry.record
+        return None if entry is None else (entry.record, entry.etag)
 
     def record(self, stored: StoredPrompt) -> PromptRecord | None:
         """That of this very registration."""
@@ -75,6 +90,10 @@ class NameTable:
         if entry is None or not isinstance(entry.record, PromptRecord):
             return None
         return entry.record if (int(entry.record.nonce, 16),) == stored.version else None
+
+    def records(self) -> Sequence[PromptRecord]:
+        """Those known by now."""
+        return [entry.record for entry in list(self._entries.values()) if isinstance(entry.record, PromptRecord)]
 
     def forget(self, name: str) -> None:
         """It has come or gone by this process's own doing."""
@@ -91,33 +110,43 @@ class NameTable:
         return entry is not None
 
     def all(self) -> Sequence[tuple[str, Found]]:
-        """Sorted by name: one listing, and the records that changed since the last one. Raises BucketError."""
+        """Sorted by name: one listing, and the records that changed since the last one. Raises BucketError or
+        BucketDenied where there was no list yet."""
         with self._listing:
             if time.monotonic() - self._listed >= self._refresh:
                 try:
                     self._list()
-                except BucketError as error:
-                    if self._listed < 0:
+                except _NO_ANSWER as error:
+                    if not self._was_listed:
                         raise
                     self._tell(error)
-                    self._listed = time.monotonic()
+                    self._listed = time.monotonic() + OUTAGE_SECONDS
             return [(name, entry.found) for name, entry in sorted(self._entries.items())]
 
     def _list(self) -> None:
         began = time.monotonic()
-        listed = {name: info.etag for info in self._bucket.list(NAMES) if (name := name_of(info.key)) is not None}
+        bucket = self._hasty if self._was_listed else self._bucket  # there is a list to fall back on
+        listed = {name: info.etag for info in bucket.list(NAMES) if (name := name_of(info.key)) is not None}
         for gone in self._entries.keys() - listed.keys():
             if (entry := self._entries.get(gone)) is not None and entry.seen < began:
                 self._drop(gone)
         changed = [name for name, etag in listed.items() if not self._has(name, etag)]
         with ThreadPoolExecutor(_READERS) as readers:
             for name, entry in zip(
-                changed, readers.map(lambda name: self._read(name, self._bucket), changed), strict=True
+                changed, readers.map(lambda name: self._read_listed(name, bucket), changed), strict=True
             ):
                 if entry is not None:
                     self._keep(name, entry)
                     self.changed_at = time.time_ns()
-        self._listed = time.monotonic()
+        self._listed, self._was_listed = time.monotonic(), True
+
+    def _read_listed(self, name: str, bucket: Bucket) -> _Entry | None:
+        """One that may not be read is broken, until the next look; the others are listed all the same."""
+        try:
+            return self._read(name, bucket)
+        except BucketDenied as error:
+            denied = SoftPromptError(str(error.strerror), param="file", code="store_denied")
+            return _Entry("", denied, denied, -float("inf"))
 
     def _has(self, name: str, etag: Etag) -> bool:
         entry = self._entries.get(name)
@@ -168,8 +197,11 @@ class NameTable:
         return entry
 
     def _drop(self, name: str) -> None:
-        if self._entries.pop(name, None) is not None:
+        entry = self._entries.pop(name, None)
+        if entry is not None:
             self.changed_at = time.time_ns()
+            if isinstance(entry.record, PromptRecord):
+                self._on_gone(entry.record)
 
     def _tell(self, error: OSError) -> None:
         """Once a minute: the bucket may be away for long."""

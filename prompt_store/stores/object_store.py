@@ -72,7 +72,7 @@ class ObjectStore(SoftPromptStore):
         self.bucket = bucket
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._cache = VerifiedCache(root / "objects", cache_bytes)
-        self._names = NameTable(bucket, self.describe, refresh)
+        self._names = NameTable(bucket, self.describe, refresh, self._drop_copies)
         self._damaged: dict[str, tuple[float, str]] = {}  # by key
 
     @cached_property
@@ -142,6 +142,10 @@ class ObjectStore(SoftPromptStore):
         self._names.forget(record.name)
         return self.get(record.name)
 
+    def is_whole(self, record: PromptRecord) -> bool:
+        """Whether its file is in the bucket, as far as a look tells."""
+        return self.bucket.etag(record.key) is not None
+
     def _create(self, key: str, sealed: bytes) -> bool:
         if self.offers.create:
             return self.bucket.create(key, sealed)
@@ -170,8 +174,7 @@ class ObjectStore(SoftPromptStore):
             raise UnknownPrompt(name)
         if isinstance(found, SoftPromptError):
             raise SoftPromptError(str(found), param=found.param, code=found.code)
-        if reason := self._known_damage(found):
-            raise SoftPromptError(reason, param="file", code="invalid_file")
+        self._check_sound(_key_of(found))
         if found.num_bytes > self.max_bytes:
             message = f"the file has {found.num_bytes} bytes; at most {self.max_bytes} are allowed"
             raise SoftPromptError(message, param="file", code="too_large")
@@ -181,42 +184,57 @@ class ObjectStore(SoftPromptStore):
         return is_name(name) and self._names.is_known(name)
 
     def kept_text(self, stored: StoredPrompt) -> KeptText | None:
+        if stored.recall is None:
+            return None
         record = self._names.record(stored)
         if record is None or record.text_sha256 is None:
-            return None
-        key = record.text_key
-        with contextlib.suppress(FileNotFoundError, WrongContent, msgspec.MsgspecError, SoftPromptError):
-            path = self._cache.get(
-                record.text_sha256, record.text_bytes, lambda target: self.bucket.download(key, target)
-            )
-            kept = msgspec.json.decode(path.read_bytes(), type=KeptText)
+            raise UnknownPrompt(stored.name)
+        key, sha256, size = record.text_key, record.text_sha256, record.text_bytes
+        self._check_sound(key)
+        try:
+            content = self._cache.read(sha256, size, lambda target: self.bucket.download(key, target))
+            kept = msgspec.json.decode(content, type=KeptText)
             check_kept(kept)
-            return kept if kept.format_version == TEXT_VERSION else None
-        logger.warning("the text kept in %s/%s is gone or damaged", self.location, key)
-        return None
+            if kept.format_version == TEXT_VERSION:
+                return kept
+            reason = f"it has format {kept.format_version}; this server reads format {TEXT_VERSION}"
+        except FileNotFoundError:
+            reason = self._reason_of_gone(stored)
+        except (WrongContent, msgspec.MsgspecError, SoftPromptError) as error:
+            reason = str(error)
+        raise self._damage(stored.name, key, reason)
 
     def local_file(self, stored: StoredPrompt) -> Path:
         """Raises SoftPromptError where the object is damaged, by its name."""
-        if reason := self._known_damage(stored):
-            raise SoftPromptError(reason, param="file", code="invalid_file")
         key = _key_of(stored)
+        self._check_sound(key)
         try:
             return self._cache.get(stored.sha256, stored.num_bytes, lambda path: self.bucket.download(key, path))
         except FileNotFoundError:
-            self._names.forget(stored.name)
-            if self._names.get(stored.name) != stored:
-                raise UnknownPrompt(stored.name) from None
-            reason = "it is missing"
+            reason = self._reason_of_gone(stored)
         except WrongContent as error:
             reason = str(error)
+        raise self._damage(stored.name, key, reason)
+
+    def _reason_of_gone(self, stored: StoredPrompt) -> str:
+        """Raises UnknownPrompt where its name is gone too."""
+        self._names.forget(stored.name)
+        if self._names.get(stored.name) != stored:
+            raise UnknownPrompt(stored.name) from None
+        return "it is missing"
+
+    def _damage(self, name: str, key: str, reason: str) -> SoftPromptError:
+        """Remembered, so that not every request fetches it a few times."""
         said = f"the object {self.location}/{key} is damaged: {reason}"
         self._damaged[key] = (time.monotonic(), said)
-        logger.error("soft prompt %s cannot be used: %s", stored.name, said)
-        raise SoftPromptError(said, param="file", code="invalid_file")
+        logger.error("soft prompt %s cannot be used: %s", name, said)
+        return SoftPromptError(said, param="file", code="invalid_file")
 
-    def _known_damage(self, stored: StoredPrompt) -> str | None:
-        since, reason = self._damaged.get(_key_of(stored), (0.0, ""))
-        return reason if reason and time.monotonic() - since < DAMAGED_SECONDS else None
+    def _check_sound(self, key: str) -> None:
+        """Raises SoftPromptError for what was damaged a moment ago."""
+        since, reason = self._damaged.get(key, (0.0, ""))
+        if reason and time.monotonic() - since < DAMAGED_SECONDS:
+            raise SoftPromptError(reason, param="file", code="invalid_file")
 
     def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:
         for _ in range(_TRIES):
@@ -247,13 +265,14 @@ class ObjectStore(SoftPromptStore):
     def remove(self, name: str) -> None:
         if not is_name(name):
             raise UnknownPrompt(name)
-        self._names.forget(name)
-        record = self._names.look_up(name)
-        if record is None:
+        found = self._names.look_up_version(name)
+        if found is None:
             raise UnknownPrompt(name)
-        self.bucket.delete(record_key(name))
+        record, etag = found
+        self.bucket.delete(record_key(name), etag)
         self._names.forget(name)
         if isinstance(record, PromptRecord):
+            self._drop_copies(record)
             self.discard(record)
 
     def discard(self, record: PromptRecord) -> None:
@@ -292,9 +311,32 @@ class ObjectStore(SoftPromptStore):
         remove_stale(self.bucket, self._names.look_up)
 
     def sweep(self) -> None:
-        """`remove_stale` beside everything else. Raises like `offers`."""
-        if self.offers.write:
-            sweep(self.location, self.remove_stale)
+        """`remove_stale` beside everything else, if this may be done, and this machine's copies of names that went
+        while no server was here. Raises like `offers`."""
+        may_write = self.offers.write
+
+        def remove() -> None:
+            self.drop_unnamed()
+            if may_write:
+                self.remove_stale()
+
+        sweep(self.location, remove)
+
+    def drop_unnamed(self) -> None:
+        """Raises OSError."""
+        held = self._cache.held()  # before the names: what is registered meanwhile stays
+        self._names.all()
+        named = {sha256 for record in self._names.records() for sha256 in (record.sha256, record.text_sha256)}
+        for sha256 in held:
+            if sha256 not in named:
+                self._cache.drop(sha256)
+
+    def _drop_copies(self, record: PromptRecord) -> None:
+        """The text above all: it is as private as the soft prompt, and goes with it. Leases are links of their own."""
+        used = {sha256 for other in self._names.records() for sha256 in (other.sha256, other.text_sha256)}
+        for sha256 in (record.sha256, record.text_sha256):
+            if sha256 is not None and sha256 not in used:
+                self._cache.drop(sha256)
 
     def describe(self, record: PromptRecord) -> StoredPrompt:
         """Raises SoftPromptError."""

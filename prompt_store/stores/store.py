@@ -85,7 +85,8 @@ class SoftPromptStore(Protocol):
         ...
 
     def kept_text(self, stored: StoredPrompt) -> KeptText | None:
-        """The text for recall. None where none is kept, or it is gone."""
+        """The text for recall. None where none is kept. Raises SoftPromptError where it is damaged, by its name, and
+        UnknownPrompt if the soft prompt is gone."""
         ...
 
     def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:

@@ -52,12 +52,29 @@ class VerifiedCache:
             self._make_room(num_bytes)
             return self._fetched(sha256, fetch)
 
+    def read(self, sha256: str, num_bytes: int, fetch: Callable[[Path], None]) -> bytes:
+        """Its content. Raises like `get`."""
+        for _ in range(_TRIES):
+            path = self.get(sha256, num_bytes, fetch)
+            with contextlib.suppress(FileNotFoundError):  # others needed its place on the disk
+                return path.read_bytes()
+        raise WrongContent("it leaves the disk as soon as it is there")
+
     def put(self, sha256: str, file: Path) -> None:
         """Take over a file that was hashed, and that lies on the same file system."""
         with self._alone(sha256):
             self._make_room(file.stat().st_size)
             file.replace(self.path(sha256))
             self._verified.add(sha256)
+
+    def drop(self, sha256: str) -> None:
+        """Whoever has linked or opened it keeps it. Does not wait for who fetches it."""
+        self._verified.discard(sha256)
+        with contextlib.suppress(OSError):
+            self.path(sha256).unlink(missing_ok=True)
+
+    def held(self) -> list[str]:
+        return [path.stem for path in self.directory.glob("[!.]*")]
 
     def _fetched(self, sha256: str, fetch: Callable[[Path], None]) -> Path:
         temporary = self.directory / f".{secrets.token_hex(8)}{_TEMPORARY}"

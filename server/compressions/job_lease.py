@@ -9,13 +9,15 @@ from typing import Any
 
 import msgspec
 
-from softbatch.server.compressions.record import JobRecord
-from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords
+from softbatch.server.compressions.record import FINAL, JobRecord
+from softbatch.server.compressions.shared_record import SavedFile, Seen, SharedRecord, SharedRecords
 
 # A lease that nobody renewed for so long, by the clock of whoever looks, is free. A holder that could not renew it for
 # two thirds of that gives up by its own clock: neither needs to know what time the other has.
 LEASE_SECONDS = 15.0
 BEAT_SECONDS = 3.0
+# For one try to renew it: another has time yet before the holder would give up.
+RENEW_SECONDS = 4.0
 
 
 class LeaseLost(Exception):
@@ -28,8 +30,9 @@ class JobLease:
 
     def __init__(self, records: SharedRecords, seen: Seen) -> None:
         self._records, self._seen = records, seen
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._renewed = time.monotonic()
+        self._is_over = False
         self.token = seen.shared.token
 
     @classmethod
@@ -50,21 +53,45 @@ class JobLease:
     @property
     def is_safe(self) -> bool:
         """Whether nobody can have taken it yet."""
-        return time.monotonic() - self._renewed < LEASE_SECONDS * 2 / 3
+        return not self._is_over and time.monotonic() - self._renewed < LEASE_SECONDS * 2 / 3
 
     def write(self, **changes: Any) -> SharedRecord:
         """Change these fields, which renews the lease. Raises LeaseLost, or BucketError when nothing is known."""
         return self.change(lambda shared: msgspec.structs.replace(shared, **changes))
 
-    def change(self, make: Callable[[SharedRecord], SharedRecord]) -> SharedRecord:
+    def give_back(self, files: dict[str, SavedFile]) -> SharedRecord:
+        """For others to go on with `files` at once, unless the job has come to its end. Nothing is written after it,
+        whatever a thread may still be about to write. Raises like `write`."""
+
+        def queued(shared: SharedRecord) -> SharedRecord:
+            if shared.record.status in FINAL:
+                return shared
+            record = msgspec.structs.replace(shared.record, status="queued")
+            return msgspec.structs.replace(shared, record=record, holder="", files=files)
+
         with self._guard:
+            shared = self.change(queued)
+            self._is_over = True
+            return shared
+
+    def renew(self, make: Callable[[SharedRecord], SharedRecord]) -> SharedRecord:
+        """`change`, tried once, and given up in time for the next try."""
+        return self.change(make, SharedRecords(self._records.bucket.hasty(seconds=RENEW_SECONDS)))
+
+    def change(
+        self, make: Callable[[SharedRecord], SharedRecord], records: SharedRecords | None = None
+    ) -> SharedRecord:
+        records = records or self._records
+        with self._guard:
+            if self._is_over:
+                raise LeaseLost
             while True:
                 began = time.monotonic()
-                written = self._records.replace(self._seen, make(self._seen.shared))
+                written = records.replace(self._seen, make(self._seen.shared))
                 if written is not None:
                     self._seen, self._renewed = written, began
                     return written.shared
-                found = self._records.read(self._seen.shared.record.id)
+                found = records.read(self._seen.shared.record.id)
                 if found is None or found.shared.token != self.token or found.shared.holder != self.shared.holder:
                     raise LeaseLost
                 self._seen = found  # somebody wishes it to be cancelled

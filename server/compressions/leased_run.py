@@ -9,11 +9,13 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.object_store import ObjectStore, StagedPrompt
 from softbatch.prompt_store.stores.prompt_record import PromptRecord, seal
 from softbatch.server.compressions.job_lease import BEAT_SECONDS, JobLease, LeaseLost
@@ -44,6 +46,9 @@ class LeasedRun:
         self._snapshots = WorkSnapshots(store.bucket, self._id, lease.token, directory)
         self._progress: ProgressMessage | None = None
         self._files = lease.shared.files
+        self._unneeded: asyncio.Queue[set[SavedFile]] = asyncio.Queue()
+        # Of its own: while the bucket is slow, others keep all threads of the process waiting.
+        self._renewer = ThreadPoolExecutor(1, "renew-lease")
         self._lost = False
         self._worker: WorkerProcess | None = None
 
@@ -67,13 +72,14 @@ class LeasedRun:
     @contextlib.asynccontextmanager
     async def renewing(self) -> AsyncIterator[None]:
         """The lease is kept until the end of the block, or `kill` is called."""
-        tasks = [asyncio.create_task(keep()) for keep in (self._beat, self._save, self._guard)]
+        tasks = [asyncio.create_task(keep()) for keep in (self._beat, self._save, self._tidy, self._guard)]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._renewer.shutdown(wait=False)
 
     def _on_progress(self, progress: ProgressMessage) -> None:
         self._progress = progress
@@ -95,21 +101,32 @@ class LeasedRun:
 
     async def _beat(self) -> None:
         """Renew the lease, with the progress and the files that the run would go on from."""
-        written = self._files
+        written, pause = self._files, BEAT_SECONDS
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(BEAT_SECONDS)
-            kept = self._files
+            await asyncio.sleep(pause)
+            kept, pause = self._files, BEAT_SECONDS
             try:
-                shared = await asyncio.to_thread(self._lease.change, partial(_renewed, self._progress, kept))
+                renewed = partial(_renewed, self._progress, kept)
+                shared = await loop.run_in_executor(self._renewer, self._lease.renew, renewed)
                 if shared.cancelled:
                     self.kill()
-                old = set(written.values()) - set(kept.values()) - set(self._files.values())
-                await asyncio.to_thread(self._snapshots.discard, old)
+                self._unneeded.put_nowait(set(written.values()) - set(kept.values()) - set(self._files.values()))
                 written = kept
             except LeaseLost:
                 self._give_up()
             except Exception as error:  # `_guard` ends the worker in time
+                pause = BEAT_SECONDS / 6
                 logger.warning("the lease on compression %s is not renewed: %s", self._id, error)
+
+    async def _tidy(self) -> None:
+        """Delete what no record names any more, while the lease is renewed."""
+        while True:
+            old = await self._unneeded.get()
+            try:
+                await asyncio.to_thread(self._snapshots.discard, old)
+            except Exception as error:  # the end of the job takes it away
+                logger.warning("old files of compression %s are not deleted: %s", self._id, error)
 
     async def _guard(self) -> None:
         """However long the bucket takes to answer."""
@@ -154,9 +171,16 @@ class LeasedRun:
         return self.publish_staged(staged.record)
 
     def publish_staged(self, staged: PromptRecord) -> SharedRecord:
-        """Also what another server has staged: the name's record says the same, whoever writes it."""
+        """Also what another server has staged: the name's record says the same, whoever writes it. Raises
+        SoftPromptError for what that one has registered, and somebody has deleted since."""
         if not self._lease.is_safe:
             self._lease.write()
+        if not self._store.is_whole(staged):
+            raise SoftPromptError(
+                "its file is gone from the bucket: it was registered, and deleted since",
+                param="file",
+                code="invalid_file",
+            )
         self._store.publish(StagedPrompt(self._store.describe(staged), staged))
         record = self._lease.shared.record
         return self.end(
@@ -172,10 +196,8 @@ class LeasedRun:
         record = self._lease.shared.record
         return self.end(msgspec.structs.replace(record, status="cancelled", finished_at=int(time.time())))
 
-    def put_back(self) -> None:
-        """For others to go on with at once."""
-        record = msgspec.structs.replace(self._lease.shared.record, status="queued")
-        self._lease.write(record=record, holder="", files=self._files)
+    def put_back(self) -> SharedRecord:
+        return self._lease.give_back(self._files)
 
     def end(self, record: JobRecord) -> SharedRecord:
         return self._lease.write(record=record, files={}, progress=self._progress)

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 from prometheus_client import CollectorRegistry, Gauge
 
+from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.bucket import BucketError
 from softbatch.prompt_store.stores.object_store import ObjectStore
@@ -25,7 +26,7 @@ from softbatch.server.compressions.job_lease import LEASE_SECONDS, JobLease, Lea
 from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_FINISHED, MAX_QUEUED, STATUSES
 from softbatch.server.compressions.job_watch import watch
 from softbatch.server.compressions.leased_run import LeasedRun
-from softbatch.server.compressions.record import Job, JobRecord, Status, new_id
+from softbatch.server.compressions.record import FINAL, Job, JobRecord, Status, new_id
 from softbatch.server.compressions.request import DIRECTORY, CompressionRequest, ModelChoice
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, report_key, request_key
 from softbatch.server.compressions.worker_messages import DoneMessage
@@ -76,14 +77,22 @@ class SharedCompressions:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[SharedCompressions]:
-        """Take jobs until the end of the block; what is unfinished then is put back for others."""
+        """Take jobs until the end of the block; what is unfinished then is put back for others. Servers of one machine
+        may share the copies, and a job that one puts back may begin on another at once: each has its own directory."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with process_directory(self._root, "server-") as self._root:
+            async with self._looking_and_running():
+                yield self
+
+    @contextlib.asynccontextmanager
+    async def _looking_and_running(self) -> AsyncIterator[None]:
         tasks = []
         if self._store.offers.replace:
             tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_running())]
         else:
             logger.warning("no compressions on this server: %s", self._unavailable())
         try:
-            yield self
+            yield
         finally:
             for task in tasks:
                 task.cancel()
@@ -223,7 +232,7 @@ class SharedCompressions:
 
     def _wish_cancelled(self, job_id: str) -> None:
         seen = self._records.read(job_id)
-        if seen is None:
+        if seen is None or seen.shared.staged is not None:  # then it has its name, or will have it
             return
         shared, known = seen.shared, self._known.get(job_id)
         is_alone = known is not None and known.seen.etag == seen.etag and self._is_free(known)
@@ -282,11 +291,14 @@ class SharedCompressions:
         try:
             async with self._run.renewing():
                 await self._carry_out(self._run, lease)
-        except LeaseLost:
+        except LeaseLost:  # and with it the request and the checkpoints: they are the next holder's
             logger.warning("compression %s is left to other servers", record.id)
+            return
         except asyncio.CancelledError:
             with contextlib.suppress(LeaseLost, OSError):
-                await asyncio.shield(asyncio.to_thread(self._run.put_back))
+                left = await asyncio.shield(asyncio.to_thread(self._run.put_back))
+                if left.record.status in FINAL:
+                    await asyncio.to_thread(self._clean, left)
             raise
         finally:
             self._run, self._running_id = None, ""
@@ -297,10 +309,10 @@ class SharedCompressions:
     async def _carry_out(self, run: LeasedRun, lease: JobLease) -> None:
         """To its end, which is then written down. Raises LeaseLost, or OSError while the bucket does not answer."""
         shared = lease.shared
-        if shared.cancelled:
-            await asyncio.to_thread(run.cancel)
-        elif shared.staged is not None:
+        if shared.staged is not None:  # its name may be given already, whatever was wished since
             await self._publish(run, partial(run.publish_staged, shared.staged))
+        elif shared.cancelled:
+            await asyncio.to_thread(run.cancel)
         elif shared.record.attempts > MAX_ATTEMPTS:
             message = f"the server ended {shared.record.attempts - 1} times while this job ran"
             await asyncio.to_thread(run.fail, "interrupted", message)

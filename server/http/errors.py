@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from softbatch.prompt_store.stores.bucket import BucketDenied, BucketError
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import (
     BatchesUnavailable,
@@ -256,9 +257,11 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_os_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, OSError)
-        if exc.filename is None:  # none of the disk's, such as a broken connection's
+        is_of_bucket = isinstance(exc, BucketError | BucketDenied)
+        if exc.filename is None and not is_of_bucket:  # none of the disk's either, such as a broken connection's
             return await on_exception(request, exc)
-        logger.error("%s %.200r: the disk does not work", request.method, request.scope["path"], exc_info=exc)
+        what = "bucket" if is_of_bucket else "disk"
+        logger.error("%s %.200r: the %s does not work", request.method, request.scope["path"], what, exc_info=exc)
         return error_response(as_api_error(storage_failure(exc)), request.scope["path"])
 
     async def on_exception(request: Request, exc: Exception) -> Response:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from softbatch.prompt_store.compression.data.context_text import ContextTextError, clean_context
+from softbatch.prompt_store.names import check_name
 from softbatch.prompt_store.peft import import_peft, looks_like_peft_zip
 from softbatch.prompt_store.soft_prompt_file import save
 from softbatch.prompt_store.stores.kept_text import (
@@ -93,16 +95,16 @@ class Upload:
 async def read_upload(request: Request, services: Services) -> AsyncIterator[Upload]:
     """Receive the form; files over a mebibyte go to disk. Raises ApiError or the store's error."""
 
-    def check_name(name: str) -> None:
+    def check(name: str) -> None:
         if name in (services.model_name, services.settings.model):
             message = f"name: {shown(name)} is the name of the base model; choose another"
             raise ApiError(409, message, param="name", code="name_taken")
-        services.store.check_free(name)
+        check_name(name)
 
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(400, _EXPECTED, code="invalid_body")
     try:
-        form = await _Parser(request, check_name).parse()
+        form = await _Parser(request, check, services.store.check_free).parse()
     except MultiPartException as error:
         raise ApiError(400, f"{error.message.rstrip('.')}; {_EXPECTED}", code="invalid_body") from error
     except ClientDisconnect as error:
@@ -137,23 +139,33 @@ def _base_weight(services: Services) -> Callable[[str], Any]:
 
 
 class _Parser(MultiPartParser):
-    """Shows the name to `check_name` as soon as it is there, before the files behind it are received."""
+    """Shows the name to `check` as soon as it is there, and to `check_free`, which may block, in a thread, before the
+    files behind it are received."""
 
-    def __init__(self, request: Request, check_name: Callable[[str], None]) -> None:
+    def __init__(self, request: Request, check: Callable[[str], None], check_free: Callable[[str], None]) -> None:
         super().__init__(
             request.headers,
-            request.stream(),
+            self._received(request),
             max_files=MAX_FILES,
             max_fields=MAX_FIELDS,
             max_part_size=MAX_FIELD_BYTES,
         )
-        self._check_name = check_name
+        self._check, self._check_free = check, check_free
+        self._new_name: str | None = None
 
     def on_part_end(self) -> None:
         super().on_part_end()
         field, value = self.items[-1]
         if field == "name" and isinstance(value, str):
-            self._check_name(value)
+            self._check(value)
+            self._new_name = value
+
+    async def _received(self, request: Request) -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+            if self._new_name is not None:
+                name, self._new_name = self._new_name, None
+                await asyncio.to_thread(self._check_free, name)
 
 
 def _checked(form: FormData) -> Upload:

@@ -104,11 +104,16 @@ class SoftPromptLeases:
     async def release_deleted(self) -> None:
         """Drop the files of soft prompts that the store has under no name any more, once no request uses them.
 
-        Others change the store too, so this runs whenever it is seen to have changed.
+        Others change the store too, so this runs whenever it is seen to have changed. Where the store cannot be listed
+        they stay until the next time: whoever asks for something else should not fail over that.
         """
-        self._seen_change = self._store.changed_at()
-        leased = set(self._seen)
-        registered = {stored.sha256 for stored in await asyncio.to_thread(self._store.list)}
+        change, leased = self._store.changed_at(), set(self._seen)
+        try:
+            registered = {stored.sha256 for stored in await asyncio.to_thread(self._store.list)}
+        except OSError as error:
+            logger.warning("files of deleted soft prompts are kept for now: %s", error.strerror or error)
+            return
+        self._seen_change = change
         for sha256 in leased - registered:
             self._retired.add(sha256)
             self._drop_unused(sha256)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex
 from softbatch.prompt_store.compression.data.passages import Passage, before_question
-from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, Version
-from softbatch.server.request_failures import InvalidPrompt
+from softbatch.prompt_store.manifest import SoftPromptError
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt, Version
+from softbatch.server.request_failures import InvalidPrompt, UnknownSoftPrompt, UnusableSoftPrompt
 from softbatch.server.requests.leases import Lease
 from softbatch.server.requests.prompt_encoder import Prompt, PromptEncoder, is_chat
 from softbatch.server.requests.text import ChatEnd, ChatPrompt, Message, TextProcessor
@@ -55,7 +56,13 @@ class PassageIndexes:
         return await asyncio.to_thread(index.best, question[-MAX_QUESTION_CHARS:], count)
 
     def _make(self, stored: StoredPrompt) -> PassageIndex | None:
-        kept = self._store.kept_text(stored)
+        try:
+            kept = self._store.kept_text(stored)
+        except UnknownPrompt as error:
+            raise UnknownSoftPrompt(stored.name) from error
+        except SoftPromptError as error:
+            message = f"soft prompt {stored.name!r}: its text cannot be read for recall: {error}; send recall: 0"
+            raise UnusableSoftPrompt(message, param="soft_prompt", code=error.code) from error
         return None if kept is None else PassageIndex(kept.text)
 
     def _drop_oldest(self) -> None:
@@ -75,7 +82,8 @@ class Recaller:
         self._indexes, self._text, self._encoder = indexes, text, encoder
 
     async def find(self, prompt: Prompt, lease: Lease | None, wanted: int | None) -> Recalled:
-        """`wanted` None: as many as the soft prompt's registration says. Raises InvalidPrompt."""
+        """`wanted` None: as many as the soft prompt's registration says. Raises InvalidPrompt, UnusableSoftPrompt where
+        the text is damaged, or UnknownSoftPrompt."""
         kept = lease.stored.recall if lease is not None else None
         if wanted and (lease is None or kept is None):
             whose = "the request names no soft prompt" if lease is None else f"{lease.stored.name!r} keeps no text"

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from softbatch.prompt_store.soft_prompt_file import SoftPromptError
 from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketDenied, BucketError, Offers, Retries
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.object_store import ObjectStore
-from softbatch.prompt_store.stores.store import NameTaken, UnknownPrompt
+from softbatch.prompt_store.stores.store import NameTaken, StoredPrompt, UnknownPrompt
 from tests.support.bucket_server import NAME, QUICK, BucketServer, object_store
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.soft_prompt_samples import MAX_BYTES, names, write
@@ -181,7 +182,7 @@ def test_nothing_wrong_is_ever_served(url: str, proxy: FaultyProxy, file: Path, 
             assert reader.kept_text(stored) in (KEPT, None)
             assert {found.sha256 for found in reader.list()} <= {stored.sha256}
         except (BucketError, SoftPromptError) as error:
-            named.append(any(part in str(error) for part in ("prompts/", "objects/")))
+            named.append(any(part in str(error) for part in ("prompts/", "objects/", "texts/")))
     assert all(named)
     assert served, "tries are for something"
     assert proxy.done[fault] > 5
@@ -203,6 +204,48 @@ def test_known_names_outlast_an_outage_and_others_are_an_error(
     assert store.local_file(stored).read_bytes() == file.read_bytes()
     with pytest.raises(BucketError, match=r"cannot read .*prompts/b\.json"):
         store.get("b")
+
+
+@pytest.mark.parametrize("fault", ["denied", "500"])
+def test_names_outlast_an_outage_that_says_denied(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path, fault: Fault
+) -> None:
+    """As 403 does of a token that has run out, or a clock that is wrong; and after a name of this server's own."""
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    stored = store.add("a", file)
+    assert store.list() == [stored]
+    store.add("b", file)
+    store.remove("b")
+    proxy.choose = lambda method, path: fault
+    assert store.get("a") == stored
+    asked = sum(proxy.asked.values())
+    assert store.list() == [stored]
+    assert sum(proxy.asked.values()) - asked <= 2, "nobody waits for all tries where there is a list"
+    with pytest.raises((BucketDenied, BucketError)):
+        store.get("b")
+
+
+def test_a_record_that_may_not_be_read_hides_no_other(url: str, proxy: FaultyProxy, file: Path, tmp_path: Path) -> None:
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    for name in "ab":
+        writer.add(name, file)
+    proxy.choose = lambda method, path: "denied" if path.endswith("prompts/a.json") else None
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    assert names(reader) == ["b"]
+    assert [name for name, _ in reader.broken()] == ["a"]
+    proxy.choose = lambda method, path: None
+    assert names(reader) == ["a", "b"]
+
+
+def test_one_failed_look_does_not_hide_a_deletion(url: str, proxy: FaultyProxy, file: Path, tmp_path: Path) -> None:
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    writer.add("a", file)
+    reader.get("a")
+    writer.remove("a")
+    proxy.choose = lambda method, path: None if proxy.done["500"] else "500"
+    with pytest.raises(UnknownPrompt):
+        reader.get("a")
 
 
 def test_an_answer_that_never_comes_is_given_up(url: str, proxy: FaultyProxy, tmp_path: Path) -> None:
@@ -256,6 +299,90 @@ def test_a_directory_of_copies_is_private(url: str, file: Path, tmp_path: Path) 
     store = object_store(url, tmp_path / "one", MAX_BYTES)
     store.kept_text(store.add("a", file, kept=KEPT))
     assert os.stat(store.root).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("how", ["here", "seen", "listed", "while away"])
+def test_a_text_goes_from_this_machine_with_its_name(url: str, file: Path, tmp_path: Path, how: str) -> None:
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    writer.add("a", file, kept=KEPT)
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    stored = reader.get("a")
+    leased = reader.lease(stored, tmp_path / "leases")
+    assert reader.kept_text(stored) == KEPT
+    (reader if how == "here" else writer).remove("a")
+    if how == "seen":
+        with pytest.raises(UnknownPrompt):
+            reader.get("a")
+    elif how == "listed":
+        assert reader.list() == []
+    elif how == "while away":
+        object_store(url, tmp_path / "reader", MAX_BYTES).drop_unnamed()
+    assert list((reader.root / "objects").iterdir()) == []
+    assert leased.read_bytes() == file.read_bytes(), "whoever uses it goes on"
+
+
+def test_a_text_of_two_names_stays_with_the_second(url: str, file: Path, tmp_path: Path) -> None:
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    for name in "ab":
+        assert store.kept_text(store.add(name, file, kept=KEPT)) == KEPT
+    store.remove("a")
+    assert len(list((store.root / "objects").iterdir())) == 2
+    store.drop_unnamed()
+    assert store.kept_text(store.get("b")) == KEPT
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "newer"])
+def test_a_damaged_text_is_named_and_asked_for_once(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path, damage: str
+) -> None:
+    """A request that wants passages must not be answered without them."""
+    writer = object_store(url, tmp_path / "writer", MAX_BYTES)
+    newer = KeptText(text=KEPT.text, recall=3, format_version=9)
+    writer.add("a", file, kept=newer if damage == "newer" else KEPT)
+    (key,) = (found.key for found in writer.bucket.list("texts/"))
+    if damage == "gone":
+        writer.bucket.delete(key)
+    elif damage == "flipped":
+        writer.bucket.write(key, b"{}")
+    reader = object_store(url, tmp_path / "reader", MAX_BYTES)
+    stored = reader.get("a")
+    with pytest.raises(SoftPromptError, match=key):
+        reader.kept_text(stored)
+    asked = proxy.asked["GET"]
+    with pytest.raises(SoftPromptError, match=key):
+        reader.kept_text(stored)
+    assert proxy.asked["GET"] == asked
+    assert reader.list() == [stored], "it serves requests without passages"
+    writer.remove("a")
+    reader.list()
+    with pytest.raises(UnknownPrompt):
+        reader.kept_text(stored)
+
+
+def test_a_deletion_takes_nothing_from_who_registers_meanwhile(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path
+) -> None:
+    """Its first try fails; before the next one another has deleted the name, and registered it anew."""
+    other = object_store(url, tmp_path / "other", MAX_BYTES)
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    old = store.add("a", file)
+    upload = write(tmp_path / "upload", seed=7)
+    registered, began = list[StoredPrompt](), threading.Event()
+
+    def choose(method: str, path: str) -> Fault | None:
+        if method != "DELETE" or began.is_set():
+            return None
+        began.set()
+        other.remove("a")
+        registered.append(other.add("a", upload))
+        return "500"
+
+    proxy.choose = choose
+    store.remove("a")
+    proxy.choose = lambda method, path: None
+    assert store.get("a").version == registered[0].version
+    assert registered[0].sha256 != old.sha256
+    assert store.local_file(store.get("a")).read_bytes() == upload.read_bytes()
 
 
 class Killed(BaseException):

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+from softbatch.prompt_store.stores.bucket import BucketDenied, BucketError
 from softbatch.server import request_failures
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MIB, BodyLimitMiddleware
@@ -102,6 +103,23 @@ async def stream(app: Any, path: str, num_chunks: int, announced: str | None) ->
 
 def client_of(app: FastAPI) -> TestClient:
     return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "retry_after"),
+    [(BucketError, "store_unreachable", "5"), (BucketDenied, "store_denied", None)],
+)
+def test_a_bucket_that_fails_is_no_fault_of_the_server(
+    app: FastAPI, error: type[BucketError | BucketDenied], code: str, retry_after: str | None
+) -> None:
+    @app.get("/bucket")
+    def bucket() -> None:
+        raise error("s3://bucket/prompts/a.json does not answer")
+
+    reply = client_of(app).get("/bucket")
+    assert error_of(reply, 503)["code"] == code
+    assert "prompts/a.json" in reply.text
+    assert reply.headers.get("retry-after") == retry_after
 
 
 def error_of(reply: Any, status: int) -> dict[str, Any]:

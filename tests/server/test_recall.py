@@ -7,9 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from softbatch.prompt_store.compression.data.passages import Passage
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.kept_text import KeptText
-from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
+from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
+from softbatch.server.request_failures import UnknownSoftPrompt, UnusableSoftPrompt
 from softbatch.server.requests.recall import PassageIndexes, _with_passages
 from softbatch.server.requests.text import ChatPrompt
 
@@ -47,6 +51,21 @@ async def _shared_and_bounded() -> None:
         await indexes.best(stored(name), "office", 1)
     assert texts.read.count("a") == 2
     assert len(texts.read) < 7, "not every question makes one anew"
+
+
+def test_a_damaged_text_is_an_error_of_the_soft_prompt() -> None:
+    class Damaged(Texts):
+        def kept_text(self, stored: StoredPrompt) -> KeptText | None:
+            if stored.name == "gone":
+                raise UnknownPrompt(stored.name)
+            raise SoftPromptError("the object texts/a is damaged", param="file", code="invalid_file")
+
+    indexes = PassageIndexes(cast(SoftPromptStore, Damaged({})))
+    with pytest.raises(UnusableSoftPrompt, match=r"'a'.*texts/a is damaged.*recall: 0") as caught:
+        asyncio.run(indexes.best(stored("a"), "office", 1))
+    assert (caught.value.param, caught.value.code) == ("soft_prompt", "invalid_file")
+    with pytest.raises(UnknownSoftPrompt):
+        asyncio.run(indexes.best(stored("gone"), "office", 1))
 
 
 def test_a_text_that_is_gone_is_looked_for_again() -> None:

@@ -13,6 +13,7 @@ from softbatch.prompt_store.stores.directory import PromptStore, StoredPrompt
 from softbatch.server.request_failures import UnknownSoftPrompt
 from softbatch.server.requests.leases import SoftPromptLeases, lease_directory
 from tests.support.bucket_server import BucketServer, object_store
+from tests.support.faulty_proxy import FaultyProxy
 from tests.support.models import make_soft_prompt, save_prompt
 
 SPEC = ModelSpec(name="tiny", fingerprint="ab" * 32, hidden_size=8, num_layers=2, num_kv_heads=1, head_dim=4)
@@ -113,6 +114,31 @@ def test_a_bucket_has_no_file_leased_that_nobody_uses(bucket_server: BucketServe
         assert unused == []
         with pytest.raises(UnknownSoftPrompt):
             await leases.acquire("manual")
+        assert unused == [stored.sha256]
+
+    asyncio.run(scenario())
+
+
+def test_a_store_that_cannot_be_listed_fails_nobody(
+    bucket_server: BucketServer, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    """A deletion has happened all the same, and a name that is gone is gone."""
+    url, unused = bucket_server.new_url(), list[str]()
+    store = object_store(url, tmp_path / "copies", 1 << 20)
+    stored = store.add("manual", save_prompt(make_soft_prompt("kv", 4, SPEC), tmp_path, "manual"))
+
+    async def scenario() -> None:
+        leases = SoftPromptLeases(store, SPEC, tmp_path / "leases", unused.append)
+        leases.release(await leases.acquire("manual"))
+        store.remove("manual")
+        proxy.choose = lambda method, path: "denied" if "list-type" in path else None
+        await leases.release_deleted()
+        with pytest.raises(UnknownSoftPrompt):
+            await leases.acquire("manual")
+        assert proxy.done["denied"]
+        assert unused == []
+        proxy.choose = lambda method, path: None
+        await leases.release_deleted()
         assert unused == [stored.sha256]
 
     asyncio.run(scenario())

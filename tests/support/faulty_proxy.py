@@ -1,4 +1,4 @@
-"""An HTTP proxy before an S3 server that is slow, answers 500, cuts short, flips bits on either way, or hangs up."""
+"""An HTTP proxy before an S3 server: slow, hanging, answering 500, cutting short, flipping bits, or hanging up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["slow", "500", "reset", "truncate", "flip", "garble", "lost", "denied"]
+Fault = Literal["slow", "500", "reset", "truncate", "flip", "garble", "lost", "denied", "hang"]
 SLOW_SECONDS = 0.3
 
 
@@ -27,6 +27,7 @@ class FaultyProxy:
         self.asked: Counter[str] = Counter()
         self.done: Counter[str] = Counter()
         self.endpoint = ""
+        self.release = threading.Event()  # ends those that hang
 
 
 def flipped(content: bytes) -> bytes:
@@ -49,6 +50,9 @@ def running_proxy(target: str) -> Iterator[FaultyProxy]:
             if fault is not None:
                 proxy.done[fault] += 1
             if fault == "reset":
+                return self.hang_up()
+            if fault == "hang":
+                proxy.release.wait(30)
                 return self.hang_up()
             if fault == "500":
                 return self.send(
@@ -102,5 +106,6 @@ def running_proxy(target: str) -> Iterator[FaultyProxy]:
     try:
         yield proxy
     finally:
+        proxy.release.set()
         server.shutdown()
         server.server_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import threading
@@ -11,17 +12,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.bucket import Bucket, BucketError
+from softbatch.server.compressions import job_lease, leased_run
 from softbatch.server.compressions.job_lease import JobLease, LeaseLost
 from softbatch.server.compressions.leased_run import LeasedRun
 from softbatch.server.compressions.record import JobRecord, new_id
-from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, record_key
+from softbatch.server.compressions.shared_record import SavedFile, Seen, SharedRecord, SharedRecords, record_key
 from softbatch.server.compressions.work_snapshot import WorkSnapshots, restore
 from softbatch.server.compressions.worker_messages import DoneMessage, ProgressMessage
 from tests.support.bucket_server import QUICK, BucketServer, object_store
 from tests.support.faulty_proxy import Fault, FaultyProxy
 from tests.support.models import make_soft_prompt, save_prompt
-from tests.support.soft_prompt_samples import MAX_BYTES, SPEC
+from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
 
 
 @pytest.fixture
@@ -171,3 +174,63 @@ def test_a_lease_outlasts_a_bad_line(url: str, proxy: FaultyProxy, fault: Fault)
     found = records.read(shared.record.id)
     assert found is not None
     assert (found.shared, found.shared.holder, found.shared.token) == (shared, "one", 1)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_one_call_that_hangs_does_not_cost_the_lease(
+    url: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Neither a renewal, nor the deletion of what is not needed any more. At a fifth of the real times."""
+    for module, name in ((job_lease, "LEASE"), (job_lease, "RENEW"), (leased_run, "BEAT")):
+        monkeypatch.setattr(module, f"{name}_SECONDS", getattr(module, f"{name}_SECONDS") / 5)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    lease = taken(SharedRecords(store.bucket), queued(SharedRecords(store.bucket)), "one")
+    run = LeasedRun(store, lease, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    folder = f"compressions/{lease.shared.record.id}/files/{lease.token:06d}-"
+    run._files = {"work/state": SavedFile(f"{folder}old", "0" * 64, 1)}
+    proxy.choose = lambda asked, path: "hang" if asked == method and not proxy.done["hang"] else None
+
+    async def scenario() -> None:
+        async with run.renewing():
+            await asyncio.sleep(0.7)
+            run._files = {}
+            await asyncio.sleep(3)
+            assert proxy.done["hang"] == 1
+            assert lease.is_safe
+            assert not run._lost
+            proxy.release.set()
+
+    asyncio.run(scenario())
+
+
+def test_a_staged_result_that_was_deleted_is_not_registered_again(
+    url: str, records: SharedRecords, tmp_path: Path
+) -> None:
+    """Its first server had given it the name, and was killed before it wrote that down."""
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    staged = store.stage("manual", write(tmp_path / "result", seed=0))
+    lease = taken(records, queued(records), "two")
+    lease.write(staged=staged.record)
+    store.publish(staged)
+    store.remove("manual")
+    with pytest.raises(SoftPromptError, match="deleted since"):
+        LeasedRun(store, lease, tmp_path).publish_staged(staged.record)
+    assert store.list() == []
+    assert store.broken() == []
+
+
+def test_what_is_put_back_has_not_ended_and_does_not_end_later(records: SharedRecords, tmp_path: Path) -> None:
+    store = object_store(records.bucket.url, tmp_path / "copies", MAX_BYTES)
+    ended = taken(records, queued(records), "one")
+    run = LeasedRun(store, ended, tmp_path)
+    run.fail("unreadable", "its end is written while the server is told to go")
+    assert run.put_back().record.status == "failed"
+    lease = taken(records, queued(records), "one")
+    run = LeasedRun(store, lease, tmp_path)
+    assert (run.put_back().record.status, lease.shared.holder, lease.is_safe) == ("queued", "", False)
+    with pytest.raises(LeaseLost):
+        run.fail("late", "a thread that nobody could stop")
+    found = records.read(lease.shared.record.id)
+    assert found is not None
+    assert found.shared.record.status == "queued"
