@@ -112,12 +112,12 @@ def test_a_streamed_chat_with_a_soft_prompt(server: Server, collector: Collector
 
 
 def test_no_load_of_what_is_resident_and_a_span_for_each_choice(server: Server, collector: Collector) -> None:
-    trace_id, _, headers = parent_of()
     body = {"model": "manual", "messages": MESSAGES, "max_tokens": 3, "n": 3, "ignore_eos": True}
     for _ in range(2):
+        trace_id, _, headers = parent_of()
         assert server.http.post(CHAT, json=body, headers=headers).status_code == 200
-    wait_for(lambda: len([s for s in collector.trace(trace_id) if s.kind == SERVER_KIND]) == 2, "not both have come")
-    second = collector.trace(trace_id)[-11:]
+        whole_trace(collector, trace_id)
+    second = collector.trace(trace_id)
     assert "soft prompt load" not in {span.name for span in second}
     assert sorted(s.attributes["softbatch.choice"] for s in second if s.name == "decode") == [0, 1, 2]
     [request] = [span for span in second if span.kind == SERVER_KIND]
@@ -222,7 +222,8 @@ def test_metrics_have_the_conventions_names(server: Server, collector: Collector
 def test_the_log_has_both_ids(server: Server) -> None:
     trace_id, _, headers = parent_of()
     server.http.get("/v1/models", headers={**headers, "X-Request-Id": "mine-7"})
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if '"mine-7"' in line]
+    text = wait_for(lambda: '"mine-7"' in (log := server.log.read_text()) and log, "the request is not logged")
+    lines = [json.loads(line) for line in text.splitlines() if '"mine-7"' in line]
     assert [(line["trace_id"], line["message"]) for line in lines] == [(trace_id, "GET /v1/models")]
 
 
