@@ -9,6 +9,7 @@ from typing import Any
 import regex
 
 from softbatch.server.tools.message_parts import PartSink
+from softbatch.server.tools.value_kinds import kinds_allowed, kinds_of
 from softbatch.server.tools.whole_calls import MAX_CHARS, Signatures, as_json
 
 OPENING = "<function="
@@ -120,18 +121,18 @@ def is_plain_text(schema: Any) -> bool:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """As the schema says; of those without one what is JSON is no text."""
+    """As the schema says. Where it allows a text among others, all that is none of the others is one; where it says
+    nothing, what is JSON is no text."""
     if is_plain_text(schema):
         return text
     word = text.strip()
-    if word in _NOT_JSON:
-        return _NOT_JSON[word]
     try:
-        value = json.loads(word)
+        value = _NOT_JSON[word] if word in _NOT_JSON else json.loads(word)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
-    return value
+    kinds = kinds_allowed(schema)
+    return text if "string" in kinds and not kinds & kinds_of(value) else value
 
 
 def xml_arguments(arguments: str) -> str:

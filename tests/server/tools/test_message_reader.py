@@ -294,6 +294,6 @@ def test_however_a_text_is_cut_it_is_read_the_same(
             call.id = ""
     assert cut == whole
     assert not whole.calls or name
-    if not whole.calls and not whole.reasoning and "think>" not in text:
+    if thinks and not whole.calls and "think>" not in text:
         assert whole.content == text
     whole.content.encode() if text.isascii() else None
