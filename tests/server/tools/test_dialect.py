@@ -224,6 +224,19 @@ def test_arguments_in_elements_are_held_to_their_schemas_and_read_by_them() -> N
         assert takes(dialect, plan.output_format, dialect.calls.write([("f", '{"a": "x\\ny", "b": [1]}')]))
 
 
+def test_slashes_in_expressions_may_be_escaped_already() -> None:
+    dialect = Dialect(text_of(QWEN3_CODER))
+    assert dialect.calls is not None
+    for pattern in (r"^a\/b/c$", r"^a/b\/c$"):
+        schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+        form = dialect.plan(ASK, ToolUse((Tool("f", parameters=schema),), frozenset({"f"}))).output_format
+        assert takes(dialect, form, dialect.calls.write([("f", '{"a": "a/b/c"}')]))
+        assert not takes(dialect, form, dialect.calls.write([("f", '{"a": "abc"}')]))
+    thinker = Dialect(text_of(TOOL_TEMPLATES["opens thinking"]))
+    form = thinker.plan(ASK, ToolUse(), output_format=OutputFormat("regex", r"a\/b/c", "guided_regex")).output_format
+    assert takes(thinker, form, "Hm</think>a/b/c")
+
+
 TEXT = {"type": "string"}
 NULL = {"type": "null"}
 
