@@ -451,6 +451,12 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(messages=[{**HELLO[0], "type": "image"}]), "messages.0.type", "not supported"),
         ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "only an assistant's"),
         ("/chat", chat(messages=[*BEGUN, *HELLO]), "messages.0.prefix", "only the last"),
+        (
+            "/chat",
+            chat(messages=[*HELLO, *BEGUN], response_format={"type": "json_object"}),
+            "response_format",
+            "begun answer",
+        ),
         ("/tokenize", {"messages": BEGUN}, "messages.0.prefix", "leave it out"),
         ("/tokenize", {"messages": [{**BEGUN[0], "prefix": False, "partial": True}]}, "messages.0.partial", "leave it"),
         ("/score", {"messages": [*HELLO, *BEGUN], "candidates": ["a"]}, "messages.1.prefix", "leave it out"),

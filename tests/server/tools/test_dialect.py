@@ -237,6 +237,16 @@ def test_slashes_in_expressions_may_be_escaped_already() -> None:
     assert takes(thinker, form, "Hm</think>a/b/c")
 
 
+def test_a_begun_answer_is_called_from_without_thoughts() -> None:
+    dialect = Dialect(text_of(TOOL_TEMPLATES["opens thinking"]))
+    assert dialect.calls is not None
+    begun = [*ASK, {"role": "assistant", "content": "I ask."}]
+    form = dialect.plan(begun, ToolUse((WEATHER,), frozenset({"get_weather"})), chat_end="open turn").output_format
+    written = dialect.calls.write([("get_weather", ARGUMENTS)])
+    assert takes(dialect, form, written)
+    assert not takes(dialect, form, f"Hm</think>{written}")
+
+
 TEXT = {"type": "string"}
 NULL = {"type": "null"}
 
