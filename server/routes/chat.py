@@ -80,6 +80,7 @@ def _plan(services: Services, body: ChatCompletionRequest) -> ChatPlan:
             body.tool_use,
             fields=services.dialect.template_fields(body.template_fields, body.effort),
             output_format=body.output_format,
+            chat_end=body.chat_end,
             has_soft_prompt=soft_prompt is not None,
         )
 

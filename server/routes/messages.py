@@ -89,6 +89,7 @@ def _plan(services: Services, body: ConversationFields) -> ChatPlan:
             body.tool_use,
             fields=services.dialect.template_fields({}, body.effort),
             output_format=body.output_format,
+            chat_end=body.chat_end,
             has_soft_prompt=named_soft_prompt(services, body.model, body.soft_prompt) is not None,
         )
 

@@ -155,6 +155,13 @@ Limit = Annotated[TokenCount | None, BeforeValidator(_unbounded, json_schema_inp
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_not_empty), at_most_items(MAX_MESSAGES)]
 
 
+def refuse_begun(messages: list[ChatMessage], message: str) -> None:
+    for index, turn in enumerate(messages):
+        if turn.prefix or turn.partial:
+            field = f"messages.{index}.{'prefix' if turn.prefix else 'partial'}"
+            raise refusal("begun_answer", message, field)
+
+
 class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
     """Answer a conversation. Fields of OpenAI's API that this server does not support are refused."""
 
@@ -229,9 +236,13 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
     @model_validator(mode="after")
     def _is_consistent(self) -> ChatCompletionRequest:
         self.check_stream_options()
+        refuse_begun(self.messages[:-1], "only the last message can be gone on with")
         if self.chat_end == "open turn" and self.add_generation_prompt:
             message = "not together with 'add_generation_prompt': true, which begins a new turn"
             raise refusal("continue_final_message", message, "continue_final_message")
+        if self.chat_end == "open turn" and self.output_format is not None:
+            message = "a begun answer cannot be held to a format: what is written of it is not looked at"
+            raise refusal("output_format", message, self.output_format.param)
         self.check_lengths(
             self.token_limit, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         )

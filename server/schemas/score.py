@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from softbatch.server.schemas.base import RequestModel, Text, refusal
-from softbatch.server.schemas.chat import Messages
+from softbatch.server.schemas.chat import Messages, refuse_begun
 from softbatch.server.schemas.replies import RecalledPassages, Usage
 from softbatch.server.schemas.sampling import BaseOrSoftPrompt, ModelName, Recall, ReturnRecalled, at_most_items
 
@@ -48,6 +48,7 @@ class ScoreRequest(RequestModel):
     def _is_one_of_both(self) -> ScoreRequest:
         if (self.input is None) == (self.messages is None):
             raise refusal("input", "send either 'input' or 'messages'", "input")
+        refuse_begun(self.messages or [], "no message is gone on with here; leave it out")
         return self
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, RootModel, StringConstraints, model_validator
 
 from softbatch.server.schemas.base import Neutral, RequestModel, refusal
-from softbatch.server.schemas.chat import Messages
+from softbatch.server.schemas.chat import Messages, refuse_begun
 from softbatch.server.schemas.completions import token_ids
 from softbatch.server.schemas.sampling import BaseOrSoftPrompt, at_most_items
 
@@ -42,6 +42,7 @@ class TokenizeRequest(RequestModel):
     def _is_one_of_both(self) -> TokenizeRequest:
         if [self.prompt, self.inputs, self.messages].count(None) != 2:
             raise refusal("prompt", "send either 'prompt' or 'messages'", "prompt")
+        refuse_begun(self.messages or [], "no message is gone on with here; leave it out")
         return self
 
 

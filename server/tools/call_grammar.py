@@ -12,7 +12,7 @@ from softbatch.server.requests.schema_formats import without_other_formats
 from softbatch.server.tools.call_formats import CallFormat
 from softbatch.server.tools.message_reader import ReasoningFormat
 from softbatch.server.tools.tool import Tool, ToolUse
-from softbatch.server.tools.xml_grammar import ElementRules
+from softbatch.server.tools.xml_grammar import ElementRules, with_slashes_escaped
 
 # The id of a token that the tokenizer never makes of several others; None for other words.
 TokenId = Callable[[str], int | None]
@@ -123,7 +123,7 @@ class _Grammar:
         if form.kind == "choice":
             return "(" + " | ".join(map(_quoted, json.loads(form.text))) + ")"
         if form.kind == "regex":
-            self.rules.append("FORM: /" + form.text.replace("/", r"\/") + "/")
+            self.rules.append(f"FORM: /{with_slashes_escaped(form.text)}/")
             return "FORM"
         raise ValueError(form.kind)
 

@@ -13,7 +13,7 @@ import jinja2.meta
 
 from softbatch.server.request_failures import InvalidGrammar, InvalidPrompt, shown
 from softbatch.server.requests.output_format import OutputFormat
-from softbatch.server.requests.text import ChatPrompt, TextProcessor
+from softbatch.server.requests.text import ChatEnd, ChatPrompt, TextProcessor
 from softbatch.server.tools.call_formats import CALL_FORMATS, CallFormat
 from softbatch.server.tools.call_grammar import follows, tool_format
 from softbatch.server.tools.message_reader import MessageReader, ReasoningFormat
@@ -101,6 +101,7 @@ class Dialect:
         fields: Mapping[str, Any] | None = None,
         output_format: OutputFormat | None = None,
         has_soft_prompt: bool = False,
+        chat_end: ChatEnd = "answer",
     ) -> ChatPlan:
         """Raises InvalidPrompt, or InvalidGrammar for an `output_format` that cannot stand beside tools."""
         calls = self.calls if use.tools else None
@@ -112,7 +113,7 @@ class Dialect:
             shown |= {*self.reasoning.tokens}
         return ChatPlan(
             conversation,
-            self._format(conversation, use, output_format),
+            self._format(conversation, use, output_format, chat_end),
             frozenset(self._added[token] for token in shown if token in self._added),
             calls,
             self.reasoning if output_format is None or output_format.kind != "grammar" else None,
@@ -160,7 +161,9 @@ class Dialect:
         own = {*_OWN_FIELDS, *self._text.tokenizer.special_tokens_map, "raise_exception", "strftime_now"}
         return frozenset(names - own)
 
-    def _format(self, conversation: ChatPrompt, use: ToolUse, form: OutputFormat | None) -> OutputFormat | None:
+    def _format(
+        self, conversation: ChatPrompt, use: ToolUse, form: OutputFormat | None, chat_end: ChatEnd
+    ) -> OutputFormat | None:
         if form is not None and use.required:
             raise InvalidGrammar(
                 f"{form.param}: not together with a tool that must be called: the output cannot be both",
@@ -170,7 +173,8 @@ class Dialect:
             if use.tools:
                 raise InvalidGrammar(f"{form.param}: not together with tools; send one of them", param=form.param)
             return form
-        reasoning = self.reasoning
+        # An answer that has begun has no thoughts before it.
+        reasoning = self.reasoning if chat_end != "open turn" else None
         is_thinking = False
         if reasoning is not None and (use.tools or form is not None):
             is_thinking = self._prompt_of(conversation).rstrip().endswith(reasoning.opening)

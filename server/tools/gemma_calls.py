@@ -10,7 +10,7 @@ from softbatch.server.tools.whole_calls import Found, as_json
 
 _CALL = re.compile(r"\s*call:\s*([\w.\-]+)\s*(?=\{)")
 _BARE = re.compile(r"[^,\]}]*")
-_KEY = re.compile(r"\s*([^:{}\[\],]+?)\s*:")
+_KEY = re.compile(r"([^:{}\[\],]+):")
 _MAX_DEPTH = 64
 
 
@@ -60,7 +60,7 @@ class _Text:
                     found = _KEY.match(self.text, self.at)
                     if found is None:
                         raise ValueError
-                    key, self.at = found[1], found.end()
+                    key, self.at = found[1].strip(), found.end()
             items.append((key, self.value(depth + 1)))
         return items
 

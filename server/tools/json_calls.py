@@ -10,8 +10,9 @@ import regex
 from softbatch.server.tools.json_call import JsonCall
 from softbatch.server.tools.message_parts import PartSink
 
-# `name[ARGS]{`, or `name{`; an id may stand between them, on which nothing depends.
-_NAMED = regex.compile(r"([\w.\-]{1,256})\s*(?:\[CALL_ID\][^\[{]{0,256})?(?:\[ARGS\])?\s*\{")
+# `name[ARGS]{`, or `name{`; an id may stand between them, on which nothing depends. Nothing is given back, and
+# blanks are bounded: two runs of them in a row could be parted in as many ways as there are blanks.
+_NAMED = regex.compile(r"([\w.\-]{1,256}+)\s{0,256}+(?:\[CALL_ID\][^\[{]{0,256}+)?(?:\[ARGS\])?\s{0,256}+\{")
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,13 @@ class ToolUse:
 
     @property
     def signatures(self) -> dict[str, dict[str, Any]]:
-        """The names of the tools, with their parameters and what is said of these."""
+        """The names of the tools, with their parameters and what is said of these, definitions included."""
         return {tool.name: _properties(tool) for tool in self.tools}
 
 
 def _properties(tool: Tool) -> dict[str, Any]:
     properties = tool.parameters.get("properties")
-    return properties if isinstance(properties, dict) else {}
+    if not isinstance(properties, dict):
+        return {}
+    definitions = {word: tool.parameters[word] for word in ("$defs", "definitions") if word in tool.parameters}
+    return {key: one | definitions if isinstance(one, dict) else one for key, one in properties.items()}

@@ -9,15 +9,17 @@ from typing import Any
 import regex
 
 from softbatch.server.tools.message_parts import PartSink
+from softbatch.server.tools.value_kinds import kinds_allowed, kinds_of
 from softbatch.server.tools.whole_calls import MAX_CHARS, Signatures, as_json
 
 OPENING = "<function="
 _CLOSING = "</function>"
 _NAME = regex.compile(r"\s*<function=\s*([\w.\-]{1,256})\s*>")
+_PARAMETER = "<parameter="
 # A value ends with its mark or, as models forget it, with whatever follows.
-_PARAMETER = regex.compile(
-    r"\s*<parameter=\s*([^<>\n]{1,256}?)\s*>\n?(.*?)\n?(?:</parameter>|(?=\s*<parameter=)|$)", regex.DOTALL
-)
+_VALUE_END = regex.compile(f"</parameter>|{_PARAMETER}")
+_BLANKS = regex.compile(r"\s*+")
+_MAX_KEY_CHARS = 256
 _NOT_JSON = {"True": True, "False": False, "None": None}
 
 
@@ -44,7 +46,7 @@ class XmlCalls:
             if not bare.startswith(OPENING):
                 may_follow = OPENING.startswith(bare) or (self._num_read and "</tool_call>".startswith(bare))
                 return None if may_follow else self._give_back()
-            end = bare.find(_CLOSING)
+            end = bare.find(_CLOSING, max(0, len(bare) - len(text) - len(_CLOSING)))
             if end < 0:
                 return None if len(bare) <= MAX_CHARS else self._give_back()
             if not self._tell(bare[:end]):
@@ -80,17 +82,32 @@ def _types(signatures: Signatures, name: str) -> Mapping[str, Any]:
 def _arguments(text: str, types: Mapping[str, Any]) -> str | None:
     """JSON; None for what is nothing but parameters."""
     arguments: dict[str, Any] = {}
-    at = 0
-    while text[at:].strip():
-        found = _PARAMETER.match(text, at)
-        if found is None:
+    at = _behind_blanks(text, 0)
+    while at < len(text):
+        opening = text.find(">", at)
+        key = text[at + len(_PARAMETER) : opening].strip()
+        if opening < 0 or not text.startswith(_PARAMETER, at) or not _is_key(key):
             return None
-        arguments[found[1]] = _value(found[2], types.get(found[1]))
-        at = found.end()
+        end = _VALUE_END.search(text, opening + 1)
+        value = text[opening + 1 : end.start() if end else len(text)].removeprefix("\n")
+        if end is not None and end[0] == _PARAMETER:
+            value, at = value.rstrip(), end.start()
+        else:
+            value, at = value.removesuffix("\n"), _behind_blanks(text, end.end() if end else len(text))
+        arguments[key] = _value(value, types.get(key))
     try:
         return as_json(arguments)
     except (ValueError, RecursionError):
         return None
+
+
+def _behind_blanks(text: str, at: int) -> int:
+    found = _BLANKS.match(text, at)
+    return found.end() if found else at
+
+
+def _is_key(text: str) -> bool:
+    return 0 < len(text) <= _MAX_KEY_CHARS and not regex.search(r"[<\n]", text)
 
 
 def is_plain_text(schema: Any) -> bool:
@@ -104,18 +121,18 @@ def is_plain_text(schema: Any) -> bool:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """As the schema says; of those without one what is JSON is no text."""
+    """As the schema says. Where it allows a text among others, all that is none of the others is one; where it says
+    nothing, what is JSON is no text."""
     if is_plain_text(schema):
         return text
     word = text.strip()
-    if word in _NOT_JSON:
-        return _NOT_JSON[word]
     try:
-        value = json.loads(word)
+        value = _NOT_JSON[word] if word in _NOT_JSON else json.loads(word)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
-    return value
+    kinds = kinds_allowed(schema)
+    return text if "string" in kinds and not kinds & kinds_of(value) else value
 
 
 def xml_arguments(arguments: str) -> str:

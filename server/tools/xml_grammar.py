@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,7 +64,12 @@ def _whole(pattern: object) -> str:
     inner = pattern[begins : len(pattern) - ends]
     if (begins or ends) and "|" in inner:
         return ""
-    return f"{'' if begins else '.*'}({inner}){'' if ends else '.*'}".replace("/", r"\/")
+    return with_slashes_escaped(f"{'' if begins else '.*'}({inner}){'' if ends else '.*'}")
+
+
+def with_slashes_escaped(pattern: str) -> str:
+    """An expression as it stands between slashes; those that are escaped already stay."""
+    return re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
 
 
 def _quoted(text: str) -> str:

@@ -24,10 +24,12 @@ from softbatch.server.schemas.generate import (
 )
 from softbatch.server.schemas.messages import MessagesRequest
 from softbatch.server.schemas.responses import ResponsesRequest
+from softbatch.server.schemas.score import ScoreRequest
 from softbatch.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
 from softbatch.server.version import VERSION
 
 HELLO = [{"role": "user", "content": "Hello"}]
+BEGUN = [{"role": "assistant", "content": "The answer is", "prefix": True}]
 
 
 def tool(name: str, **fields: Any) -> dict[str, Any]:
@@ -68,6 +70,9 @@ def client() -> Iterator[TestClient]:
 
     @app.post("/tokenize")
     def tokenize(body: TokenizeRequest) -> None: ...
+
+    @app.post("/score")
+    def score(body: ScoreRequest) -> None: ...
 
     @app.post("/detokenize")
     def detokenize(body: DetokenizeRequest) -> None: ...
@@ -445,6 +450,16 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ),
         ("/chat", chat(messages=[{**HELLO[0], "type": "image"}]), "messages.0.type", "not supported"),
         ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "only an assistant's"),
+        ("/chat", chat(messages=[*BEGUN, *HELLO]), "messages.0.prefix", "only the last"),
+        (
+            "/chat",
+            chat(messages=[*HELLO, *BEGUN], response_format={"type": "json_object"}),
+            "response_format",
+            "begun answer",
+        ),
+        ("/tokenize", {"messages": BEGUN}, "messages.0.prefix", "leave it out"),
+        ("/tokenize", {"messages": [{**BEGUN[0], "prefix": False, "partial": True}]}, "messages.0.partial", "leave it"),
+        ("/score", {"messages": [*HELLO, *BEGUN], "candidates": ["a"]}, "messages.1.prefix", "leave it out"),
         (
             "/chat",
             chat(messages=[{**HELLO[0], "tool_calls": [{"id": "1"}]}]),

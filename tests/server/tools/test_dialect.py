@@ -224,6 +224,72 @@ def test_arguments_in_elements_are_held_to_their_schemas_and_read_by_them() -> N
         assert takes(dialect, plan.output_format, dialect.calls.write([("f", '{"a": "x\\ny", "b": [1]}')]))
 
 
+def test_slashes_in_expressions_may_be_escaped_already() -> None:
+    dialect = Dialect(text_of(QWEN3_CODER))
+    assert dialect.calls is not None
+    for pattern in (r"^a\/b/c$", r"^a/b\/c$"):
+        schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+        form = dialect.plan(ASK, ToolUse((Tool("f", parameters=schema),), frozenset({"f"}))).output_format
+        assert takes(dialect, form, dialect.calls.write([("f", '{"a": "a/b/c"}')]))
+        assert not takes(dialect, form, dialect.calls.write([("f", '{"a": "abc"}')]))
+    thinker = Dialect(text_of(TOOL_TEMPLATES["opens thinking"]))
+    form = thinker.plan(ASK, ToolUse(), output_format=OutputFormat("regex", r"a\/b/c", "guided_regex")).output_format
+    assert takes(thinker, form, "Hm</think>a/b/c")
+
+
+def test_a_begun_answer_is_called_from_without_thoughts() -> None:
+    dialect = Dialect(text_of(TOOL_TEMPLATES["opens thinking"]))
+    assert dialect.calls is not None
+    begun = [*ASK, {"role": "assistant", "content": "I ask."}]
+    form = dialect.plan(begun, ToolUse((WEATHER,), frozenset({"get_weather"})), chat_end="open turn").output_format
+    written = dialect.calls.write([("get_weather", ARGUMENTS)])
+    assert takes(dialect, form, written)
+    assert not takes(dialect, form, f"Hm</think>{written}")
+
+
+TEXT = {"type": "string"}
+NULL = {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"anyOf": [TEXT, NULL]}, '{"name": "x"}', '{"name": "x"}'),
+        ({"anyOf": [TEXT, NULL]}, "90210", "90210"),
+        ({"anyOf": [TEXT, NULL]}, "null", None),
+        ({"anyOf": [TEXT, NULL]}, "None", None),
+        ({"anyOf": [TEXT, NULL]}, "True", "True"),
+        ({"anyOf": [TEXT, NULL]}, '"as the grammar has it"', "as the grammar has it"),
+        ({"oneOf": [{"anyOf": [TEXT, {"type": "integer"}]}, NULL]}, "[1]", "[1]"),
+        ({"oneOf": [{"anyOf": [TEXT, {"type": "integer"}]}, NULL]}, "1", 1),
+        ({"type": ["string", "null"]}, "1.50", "1.50"),
+        ({"type": ["string", "number"]}, "1.50", 1.5),
+        ({"type": ["string", "number"]}, "2", 2),
+        ({"type": ["string", "integer"]}, "1.5", "1.5"),
+        ({"type": ["string", "boolean"]}, "{}", "{}"),
+        ({"type": ["string"]}, "1", "1"),
+        ({"enum": ["1", "2", None]}, "1", "1"),
+        ({"$ref": "#/$defs/size"}, "1", "1"),
+        ({"anyOf": [{"$ref": "#/$defs/size"}, {"type": "boolean"}]}, "1", "1"),
+        ({"allOf": [{"$ref": "#/$defs/size"}], "description": "how large"}, "1", "1"),
+        ({"$ref": "#/$defs/loop"}, "1", 1),
+        ({"$ref": "#/$defs/nowhere"}, "1", 1),
+        ({"type": "array"}, '"x"', "x"),
+        ({"type": "any"}, "1", 1),
+        ({"anyOf": 3, "type": [TEXT], "enum": "x"}, "1", 1),
+        ({}, '{"a": 1}', {"a": 1}),
+        (True, "1", 1),
+    ],
+)
+def test_a_text_in_an_element_stays_one_where_the_schema_allows_it(schema: Any, text: str, value: Any) -> None:
+    definitions = {"size": {"enum": ["1", "2"]}, "loop": {"anyOf": [{"$ref": "#/$defs/loop"}, TEXT]}}
+    tool = Tool("f", parameters={"properties": {"a": schema}, "$defs": definitions})
+    reader = Dialect(text_of(QWEN3_CODER)).plan(ASK, ToolUse((tool,))).reader([])
+    output = f"<tool_call>\n<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = ReadMessage.of([*reader.push(output), *reader.finish()]).calls
+    assert json.loads(call.arguments) == {"a": value}
+
+
 def test_tools_whose_schemas_are_large_together_are_refused() -> None:
     dialect = Dialect(text_of(QWEN))
     words = {"type": "object", "properties": {"a": {"enum": ["word" * 1000]}}}

@@ -129,6 +129,13 @@ def read(name: CallFormatName | None, text: str) -> tuple[str, str, list[tuple[s
             "A.",
             [("f", '{"a": [1], "b": "{"}')],
         ),
+        (
+            "qwen3_coder",
+            "<function=f>\n<parameter=a>\n\n x \n\n</parameter>\n"
+            "<parameter= b >\ny </p> \n\n<parameter=c>\n</function>",
+            "",
+            [("f", '{"a": "\\n x \\n", "b": "y </p>", "c": ""}')],
+        ),
     ],
 )
 def test_each_form_is_read(name: CallFormatName, text: str, content: str, calls: list[tuple[str, str]]) -> None:
@@ -232,6 +239,33 @@ def test_many_marks_cost_little() -> None:
     assert read("hermes", text) == (text, "", [])
 
 
+BLANKS = "\n" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "calls"),
+    [
+        (
+            "qwen3_coder",
+            f"<function=f><parameter=a>{BLANKS}x</parameter></function>",
+            [("f", json.dumps({"a": BLANKS[1:] + "x"}))],
+        ),
+        ("qwen3_coder", f"<function=f><parameter=a>1{BLANKS}<parameter=b>2</function>", [("f", '{"a": 1, "b": 2}')]),
+        ("qwen3_coder", f"<tool_call><function=f><parameter={BLANKS}</function>", []),
+        ("qwen3_coder", f"<tool_call><function=f><parameter=a{' ' * len(BLANKS)}</function>", []),
+        ("gemma4", f"<|tool_call>call:f{{a{BLANKS}:1}}<tool_call|>", [("f", '{"a": 1}')]),
+        ("gemma4", f"<|tool_call>call:f{{a{BLANKS}}}<tool_call|>", []),
+        ("mistral", f"[TOOL_CALLS]f{BLANKS}x", []),
+    ],
+    ids=range(7),
+)
+def test_many_blanks_cost_little(name: CallFormatName, text: str, calls: list[tuple[str, str]]) -> None:
+    """As every way to part them is not tried: that would take minutes."""
+    message = ReadMessage.of(parts_of(reader_of(name), [text]))
+    assert [(call.name, call.arguments) for call in message.calls] == calls
+    assert message.content == ("" if calls else text)
+
+
 WORDS = [
     *{token for one in CALL_FORMATS.values() for token in (*one.tokens, *one.marks, one.bare, one.head)},
     *("<think>", "</think>", "{", "}", "[", "]", "(", ")", '"', "'", "\\", ",", ";", ":", " ", "\n", "f", "g(", "a=1"),
@@ -260,6 +294,6 @@ def test_however_a_text_is_cut_it_is_read_the_same(
             call.id = ""
     assert cut == whole
     assert not whole.calls or name
-    if not whole.calls and not whole.reasoning and "think>" not in text:
+    if thinks and not whole.calls and "think>" not in text:
         assert whole.content == text
     whole.content.encode() if text.isascii() else None
