@@ -44,7 +44,9 @@ def with_kernels(names: list[str]) -> dict[str, Any]:
             if self.editable_mode:
                 return
             folder = Path(self.build_lib, *PACKAGE.split("."), "prebuilt")
-            folder.mkdir(parents=True, exist_ok=True)
+            # The manifest speaks for all that lies here: nothing may be left of an earlier build.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             for name in chosen:
                 print(f"compiling kernels for {variants[name].title}", flush=True)
                 with tempfile.TemporaryDirectory() as directory:
