@@ -17,11 +17,6 @@ class OtlpTarget:
     metrics: str | None
     is_flag: bool
 
-    @property
-    def shown(self) -> str:
-        """The collector, for the log."""
-        return (self.traces or self.metrics or "").removesuffix("/v1/traces").removesuffix("/v1/metrics")
-
 
 def otlp_target(endpoint: str | None, environ: Mapping[str, str]) -> OtlpTarget | None:
     """`endpoint` is the flag's, which goes before the environment's; None: nothing is exported. Raises ValueError for a

@@ -14,6 +14,8 @@ from softbatch.server.observability.otlp_target import OtlpTarget, otlp_target
 from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.services import _tracing
 from softbatch.server.settings import Settings
+from tests.support.otlp_collector import running_collector
+from tests.support.servers import wait_for
 
 BASE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 HTTP = {BASE: "http://c:4318"}
@@ -97,3 +99,29 @@ def test_a_collector_that_never_answers_blocks_neither_spans_nor_the_end(
     export.close(0.2)
     assert time.monotonic() - began < 2
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "nothing for each span"
+
+
+def test_a_collector_without_metrics_is_told_of_once_and_gets_every_span(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from softbatch.server.observability.otlp_export import OtlpExport
+
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+    caplog.set_level(logging.INFO)
+    with running_collector() as collector:
+        collector.missing = ("/v1/metrics",)
+        export = OtlpExport(OtlpTarget(f"{collector.url}/v1/traces", f"{collector.url}/v1/metrics", is_flag=True))
+        tracer = export.tracer("test", {"softbatch.process": "server"})
+        export.meter("test").create_counter("some").add(1)
+        for name in ("first", "second"):
+            tracer.start_span(name).end()
+            assert export._spans is not None
+            export._spans.force_flush()
+            sent = collector.requests
+            wait_for(lambda sent=sent: collector.requests > sent, "no metrics are sent")  # type: ignore[misc]
+        wait_for(lambda: "does not take metrics" in caplog.text, "nothing was said")
+        tracer.start_span("last").end()
+        export.close(5)
+    assert [span.name for span in collector.spans] == ["first", "second", "last"]
+    assert caplog.text.count("does not take") == 1
+    assert "takes traces again" not in caplog.text
