@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import NoOpTracerProvider, Tracer
 
-from softbatch.server.observability.otlp_target import OtlpTarget
+from softbatch.server.observability.otlp_target import OtlpTarget, shown, without_credentials
 from softbatch.server.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ class _Health(logging.Handler):
         _divert(_NOISY, logging.NullHandler())
         for name in noisy:
             _divert(name, self)
-        logger.info("%s go to %s", signal, endpoint)
+        logger.info("%s go to %s", signal, shown(endpoint))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reason = record.getMessage()
+        self._reason = without_credentials(record.getMessage(), self._endpoint)
 
     def note(self, success: bool) -> None:
-        collector = self._endpoint
+        collector = shown(self._endpoint)
         if success and self.is_down:
             logger.info("the collector at %s takes %s again", collector, self._signal)
         elif not success and not self.is_down:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from softbatch.server.observability.otlp_target import OtlpTarget, otlp_target
+from softbatch.server.observability.otlp_target import OtlpTarget, otlp_target, shown, without_credentials
 from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.services import _tracing
 from softbatch.server.settings import Settings
@@ -125,3 +125,41 @@ def test_a_collector_without_metrics_is_told_of_once_and_gets_every_span(
     assert [span.name for span in collector.spans] == ["first", "second", "last"]
     assert caplog.text.count("does not take") == 1
     assert "takes traces again" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "in_the_log"),
+    [
+        ("http://c:4318/v1/traces", "http://c:4318/v1/traces"),
+        ("https://me:pass@c:4318/otlp/v1/traces", "https://c:4318/otlp/v1/traces"),
+        ("https://pass@c/v1/traces", "https://c/v1/traces"),
+        ("https://me:p@ss@c/v1/traces", "https://c/v1/traces"),
+        ("https://c/v1/traces?api-key=pass", "https://c/v1/traces"),
+        ("https://c/v1/traces#pass", "https://c/v1/traces"),
+        ("https://c?to=/a@pass", "https://c"),
+        ("https://[::1]:4318/v1/traces", "https://[::1]:4318/v1/traces"),
+        ("me:pass@c:4318/v1/traces", "c:4318/v1/traces"),
+        ("//me:pass@c/v1/traces", "//c/v1/traces"),
+    ],
+)
+def test_credentials_in_an_address_are_not_shown(url: str, in_the_log: str) -> None:
+    assert shown(url) == in_the_log
+    for said in (f"Invalid URL '{url}': no", f"No host: {url}", f"refused: {url.partition('c')[2]}"):
+        assert "pass" not in without_credentials(said, url), said
+
+
+def test_the_log_has_no_credentials_of_a_collector_that_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from softbatch.server.observability.otlp_export import OtlpExport
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    caplog.set_level(logging.INFO)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for url in (f"http://me:pass@127.0.0.1:{port}/v1/traces?key=word", "other://me:pass@c/v1/traces?key=word"):
+        export = OtlpExport(OtlpTarget(url, None, is_flag=False))
+        export.tracer("test", {"softbatch.process": "server"}).start_span("x").end()
+        export.close(5)
+    assert caplog.text.count("does not take traces") == 2
+    assert not [secret for secret in ("me:", "pass", "word") if secret in caplog.text]
