@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from softbatch.server.observability.otlp_target import OtlpTarget, otlp_target, shown, without_credentials
+from softbatch.server.observability.request_record import RequestRecord
 from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.services import _tracing
 from softbatch.server.settings import Settings
@@ -163,3 +164,16 @@ def test_the_log_has_no_credentials_of_a_collector_that_fails(
         export.close(5)
     assert caplog.text.count("does not take traces") == 2
     assert not [secret for secret in ("me:", "pass", "word") if secret in caplog.text]
+
+
+def test_without_traces_a_request_has_its_callers_trace_or_none() -> None:
+    from softbatch.server.observability.tracing import Tracing
+
+    tracing = Tracing(OtlpTarget(None, "http://127.0.0.1:1/v1/metrics", is_flag=True), "127.0.0.1", 1)
+    alone, called = RequestRecord("a"), RequestRecord("b")
+    assert tracing.begin(alone, "GET", "/v1/models", {}) is not None
+    caller = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
+    assert tracing.begin(called, "GET", "/v1/models", caller) is not None
+    tracing.close(1)
+    assert alone.trace_id is None
+    assert called.trace_id == "1" * 32
