@@ -20,7 +20,7 @@ from softbatch.server.observability.request_record import RequestRecord
 from softbatch.server.observability.sequence_spans import make_spans
 
 # Asked again and again by probes, scrapers and consoles, or open for as long as somebody watches.
-_QUIET = ("/health", "/metrics", "/docs", "/openapi.json", "/console", "/v1/queue")
+_QUIET = ("/health", "/ping", "/metrics", "/docs", "/openapi.json", "/console", "/v1/queue")
 _REFUSED, CLIENT_GONE, _FAILED = 400, 499, 500
 
 

@@ -170,12 +170,14 @@ def test_a_deadline_sets_the_status_in_a_stream_too(server: Server, collector: C
 
 
 def test_the_other_operations_have_their_names(server: Server, collector: Collector) -> None:
-    asked = {
-        "text_completion tiny-llama": ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 2}}),
-        "embeddings tiny-llama": ("/v1/embeddings", {"input": ["a", "b"]}),
-        "score tiny-llama": ("/v1/score", {"input": "x", "candidates": ["y", "z"]}),
-    }
-    for name, (path, body) in asked.items():
+    continued = {"inputs": "x", "parameters": {"max_new_tokens": 2}}
+    asked = [
+        ("text_completion tiny-llama", "/generate", continued),
+        ("text_completion tiny-llama", "/invocations", continued),
+        ("embeddings tiny-llama", "/v1/embeddings", {"input": ["a", "b"]}),
+        ("score tiny-llama", "/v1/score", {"input": "x", "candidates": ["y", "z"]}),
+    ]
+    for name, path, body in asked:
         trace_id, _, headers = parent_of()
         reply = server.http.post(path, json=body, headers=headers)
         assert reply.status_code == 200, reply.text

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from softbatch.server.http.auth import is_probe
+from softbatch.server.http.errors import TGI_PATHS
 from softbatch.server.observability.otlp_target import OtlpTarget, otlp_target, shown, without_credentials
 from softbatch.server.observability.request_record import RequestRecord
 from softbatch.server.requests.engine_supervisor import StartupError
@@ -177,3 +179,15 @@ def test_without_traces_a_request_has_its_callers_trace_or_none() -> None:
     tracing.close(1)
     assert alone.trace_id is None
     assert called.trace_id == "1" * 32
+
+
+def test_what_platforms_call_otherwise_is_traced_as_what_it_is() -> None:
+    from softbatch.server.observability.gen_ai import OPERATIONS
+    from softbatch.server.observability.tracing import Tracing
+
+    assert {OPERATIONS[path].name for path in TGI_PATHS} == {"text_completion"}
+    tracing = Tracing(OtlpTarget(None, "http://127.0.0.1:1/v1/metrics", is_flag=True), "127.0.0.1", 1)
+    probes = ("/ping", "/health", "/health/live", "/health/ready")
+    assert all(is_probe(path) for path in probes)
+    assert [tracing.begin(RequestRecord("a"), "GET", path, {}) for path in probes] == [None] * len(probes)
+    tracing.close(1)
