@@ -1,5 +1,6 @@
 # softbatch in a container, for CPUs. The first build compiles kernels for every kind of x86-64 processor; no compiler is
-# left in the image. Listening beyond loopback needs a key:
+# left in the image. For arm64, whose kernels the first start compiles, put one in: --build-arg PACKAGES=g++
+# Listening beyond loopback needs a key:
 #   docker build -t softbatch .
 #   docker run -p 8000:8000 -e SOFTBATCH_API_KEY=… -v softbatch:/var/lib/softbatch --read-only --tmpfs /tmp softbatch
 # For CUDA, where Triton builds its kernels' launchers with a compiler, run with --gpus all what this makes:

@@ -1,12 +1,13 @@
 """Puts kernels compiled ahead into the wheel: those that SOFTBATCH_KERNELS names, as `make wheel` sets it.
 
-Without it, nothing is compiled, and building needs setuptools alone. The table of variants stands in
-scheduler/model/cpu/prebuilt.py.
+Without it, nothing is compiled, and building needs setuptools alone. Nor is anything on a machine that no variant is
+for. The table of variants stands in scheduler/model/cpu/prebuilt.py.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,7 @@ PACKAGE = "softbatch.scheduler.model.cpu"
 
 
 def with_kernels(names: list[str]) -> dict[str, Any]:
-    """What setup needs for a wheel with these variants, or with all."""
+    """What setup needs for a wheel with these variants, or with all; nothing on a machine that no variant is for."""
     sys.path.insert(0, str(ROOT))
     from softbatch.scheduler.model.cpu import prebuilt
 
@@ -28,6 +29,9 @@ def with_kernels(names: list[str]) -> dict[str, Any]:
     if unknown := set(names) - {"all", *variants}:
         sys.exit(f"SOFTBATCH_KERNELS: there is no {', '.join(sorted(unknown))}; there are all, {', '.join(variants)}")
     chosen = list(variants) if "all" in names else names
+    if (machine := platform.machine()) != prebuilt.MACHINE:
+        print(f"no kernels are compiled ahead: they are for {prebuilt.MACHINE}, and this is {machine}", flush=True)
+        return {}
 
     import torch
     from packaging.requirements import Requirement
@@ -44,7 +48,9 @@ def with_kernels(names: list[str]) -> dict[str, Any]:
             if self.editable_mode:
                 return
             folder = Path(self.build_lib, *PACKAGE.split("."), "prebuilt")
-            folder.mkdir(parents=True, exist_ok=True)
+            # The manifest speaks for all that lies here: nothing may be left of an earlier build.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             for name in chosen:
                 print(f"compiling kernels for {variants[name].title}", flush=True)
                 with tempfile.TemporaryDirectory() as directory:

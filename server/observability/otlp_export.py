@@ -18,65 +18,75 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import NoOpTracerProvider, Tracer
 
-from softbatch.server.observability.otlp_target import OtlpTarget
+from softbatch.server.observability.otlp_target import OtlpTarget, shown, without_credentials
 from softbatch.server.version import VERSION
 
 logger = logging.getLogger(__name__)
 # Of the SDK: they say at each attempt what is said once here.
-_NOISY = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal", "opentelemetry.sdk.metrics._internal.export")
+_NOISY = "opentelemetry.exporter"
+_OF_SPANS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal")
+_OF_METRICS = (OTLPMetricExporter.__module__, "opentelemetry.sdk.metrics._internal.export")
 _GRPC_PORT = ":4317"
 
 
 class _Health(logging.Handler):
-    """Whether the collector takes what it is sent, said when that changes; takes the place of the SDK's own log."""
+    """Whether the collector takes one signal, said when that changes; takes the place of the SDK's own log of it."""
 
-    def __init__(self, collector: str) -> None:
+    def __init__(self, signal: str, endpoint: str, noisy: Sequence[str]) -> None:
         super().__init__()
-        self._collector = collector
+        self._signal, self._endpoint = signal, endpoint
         self._reason = ""
         self.is_down = False
-        for name in _NOISY:
-            noisy = logging.getLogger(name)
-            noisy.handlers, noisy.propagate = [self], False
+        _divert(_NOISY, logging.NullHandler())
+        for name in noisy:
+            _divert(name, self)
+        logger.info("%s go to %s", signal, shown(endpoint))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reason = record.getMessage()
+        self._reason = without_credentials(record.getMessage(), self._endpoint)
 
     def note(self, success: bool) -> None:
+        collector = shown(self._endpoint)
         if success and self.is_down:
-            logger.info("the collector at %s takes traces and metrics again", self._collector)
+            logger.info("the collector at %s takes %s again", collector, self._signal)
         elif not success and not self.is_down:
-            hint = "; port 4317 is usually for gRPC, 4318 for HTTP" if self._collector.endswith(_GRPC_PORT) else ""
+            hint = "; port 4317 is usually for gRPC, 4318 for HTTP" if f"{_GRPC_PORT}/" in f"{collector}/" else ""
             logger.warning(
-                "the collector at %s does not take traces and metrics, which are dropped until it does (%s)%s",
-                self._collector,
+                "the collector at %s does not take %s, which are dropped until it does (%s)%s",
+                collector,
+                self._signal,
                 self._reason or "no reason given",
                 hint,
             )
         self.is_down = not success
 
 
+def _divert(name: str, handler: logging.Handler) -> None:
+    noisy = logging.getLogger(name)
+    noisy.handlers, noisy.propagate = [handler], False
+
+
 class _SpanExporter(OTLPSpanExporter):
-    def __init__(self, endpoint: str, health: _Health) -> None:
+    def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
-        self._health = health
+        self.health = _Health("traces", endpoint, _OF_SPANS)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = super().export(spans)
-        self._health.note(result is SpanExportResult.SUCCESS)
+        self.health.note(result is SpanExportResult.SUCCESS)
         return result
 
 
 class _MetricExporter(OTLPMetricExporter):
-    def __init__(self, endpoint: str, health: _Health) -> None:
+    def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
-        self._health = health
+        self.health = _Health("metrics", endpoint, _OF_METRICS)
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: Any
     ) -> MetricExportResult:
         result = super().export(metrics_data, timeout_millis, **kwargs)
-        self._health.note(result is MetricExportResult.SUCCESS)
+        self.health.note(result is MetricExportResult.SUCCESS)
         return result
 
 
@@ -84,23 +94,21 @@ class OtlpExport:
     """Owns exporters, their queue and their threads. Spans that find the queue full are dropped."""
 
     def __init__(self, target: OtlpTarget) -> None:
-        self._health = _Health(target.shown)
         self._instance = str(uuid.uuid4())
         self._spans: BatchSpanProcessor | None = None
         self._meters: MeterProvider | None = None
         self._exporters: list[_SpanExporter | _MetricExporter] = []
         if target.traces:
-            spans = _SpanExporter(target.traces, self._health)
+            spans = _SpanExporter(target.traces)
             self._spans = BatchSpanProcessor(spans)
             self._exporters.append(spans)
         if target.metrics:
-            metrics = _MetricExporter(target.metrics, self._health)
+            metrics = _MetricExporter(target.metrics)
             reader = PeriodicExportingMetricReader(metrics)
             self._meters = MeterProvider(
                 [reader], self._resource({"softbatch.process": "server"}), shutdown_on_exit=False
             )
             self._exporters.append(metrics)
-        logger.info("traces and metrics go to %s", target.shown)
 
     def tracer(self, scope: str, resource: Mapping[str, str | int]) -> Tracer:
         """Of one process, which `resource` tells from the others."""
@@ -115,9 +123,9 @@ class OtlpExport:
         return provider.get_meter(scope, VERSION)
 
     def close(self, seconds: float) -> None:
-        """Send what is left, for at most so long; a collector that is down is not waited for. Blocks."""
-        if self._health.is_down:
-            for exporter in self._exporters:
+        """Send what is left, for at most so long; a collector that is down for a signal is not waited for. Blocks."""
+        for exporter in self._exporters:
+            if exporter.health.is_down:
                 exporter.shutdown()
         # A daemon: a collector that takes a connection and never answers must not keep the process alive.
         sending = threading.Thread(target=self._shut_down, daemon=True, name="otlp-close")

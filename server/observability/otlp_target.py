@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,17 @@ class OtlpTarget:
     metrics: str | None
     is_flag: bool
 
-    @property
-    def shown(self) -> str:
-        """The collector, for the log."""
-        return (self.traces or self.metrics or "").removesuffix("/v1/traces").removesuffix("/v1/metrics")
+
+def shown(url: str) -> str:
+    """An address for the log: without a user, a password and what stands behind the path, which may be keys."""
+    return re.sub(r"^([a-zA-Z][\w+.-]*://|//)?[^/]*@", r"\1", re.split(r"[?#]", url, maxsplit=1)[0])
+
+
+def without_credentials(text: str, url: str) -> str:
+    """What others say of an address, as a whole or in parts, without what is not to be shown of it."""
+    text = re.sub(r"(//)[^/\s]*@", r"\1", text.replace(url, shown(url)))
+    behind = "".join(re.split(r"[?#]", url, maxsplit=1)[1:])
+    return text.replace(behind, "…") if behind else text
 
 
 def otlp_target(endpoint: str | None, environ: Mapping[str, str]) -> OtlpTarget | None:

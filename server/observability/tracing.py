@@ -20,7 +20,7 @@ from softbatch.server.observability.request_record import RequestRecord
 from softbatch.server.observability.sequence_spans import make_spans
 
 # Asked again and again by probes, scrapers and consoles, or open for as long as somebody watches.
-_QUIET = ("/health", "/metrics", "/docs", "/openapi.json", "/console", "/v1/queue")
+_QUIET = ("/health", "/ping", "/metrics", "/docs", "/openapi.json", "/console", "/v1/queue")
 _REFUSED, CLIENT_GONE, _FAILED = 400, 499, 500
 
 
@@ -71,7 +71,9 @@ class Tracing:
             start_time=int(began * 1e9) + offset,
             attributes={"http.request.method": method, "url.path": path, "url.scheme": "http", **self._server},
         )
-        record.trace_id = format(span.get_span_context().trace_id, "032x")
+        # With metrics alone there is no span, and the caller's trace stays where there is one.
+        if (found := span.get_span_context()).is_valid:
+            record.trace_id = format(found.trace_id, "032x")
         record.is_traced = span.is_recording()
         return OpenTrace(span, path, began, offset)
 

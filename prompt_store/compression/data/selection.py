@@ -14,6 +14,7 @@ from softbatch.prompt_store.compression.data.phrases import title
 T = TypeVar("T")
 # Kinds of questions that hold words of the context: its own questions, and parts of it to go on from.
 ECHOES = frozenset({"own", "quote", "continue", "recite"})
+_PARTS = 3  # of what may be held out, one is at most
 
 
 class Deduplicator:
@@ -34,16 +35,29 @@ class Deduplicator:
             return False
         if not may_echo and len(words) > 3 and " ".join(words) in self._context:
             return False
-        content = frozenset(word for word in words if word not in self._title) or frozenset(words)
-        rivals = {index for word in content for index in self._index.get(word, ())}
-        for index in rivals:
-            other = self._seen[index]
-            if len(content & other) >= self._threshold * len(content | other):
-                return False
+        if self.has_nearly(question):
+            return False
+        self.note(question)
+        return True
+
+    def note(self, question: str) -> None:
+        """It is asked already, whatever it is like."""
+        content = self._content(words_of(question))
         for word in content:
             self._index.setdefault(word, []).append(len(self._seen))
         self._seen.append(content)
-        return True
+
+    def has_nearly(self, question: str) -> bool:
+        """Whether one that was kept or noted asks nearly the same."""
+        content = self._content(words_of(question))
+        rivals = {index for word in content for index in self._index.get(word, ())}
+        return any(
+            len(content & other) >= self._threshold * len(content | other)
+            for other in (self._seen[index] for index in rivals)
+        )
+
+    def _content(self, words: Sequence[str]) -> frozenset[str]:
+        return frozenset(word for word in words if word not in self._title) or frozenset(words)
 
 
 def merge(user: Sequence[Example], own: Sequence[Example], context: str, count: int) -> list[Example]:
@@ -61,12 +75,31 @@ def merge(user: Sequence[Example], own: Sequence[Example], context: str, count: 
     return merged
 
 
+def unasked(facts: Sequence[Example], others: Sequence[Example], context: str) -> list[Example]:
+    """The facts that none of the others nearly asks for: those may be held out or graded, and facts are trained on.
+    Facts of one sentence are much alike, and stay."""
+    kept = Deduplicator(context)
+    for example in others:
+        kept.note(example.input)
+    return [fact for fact in facts if not kept.has_nearly(fact.input)]
+
+
+def fewest(others: Sequence[Example], held_out: int) -> int:
+    """How many of the others, from the first on, `split` needs to hold out as many as asked; all where they are few."""
+    able = 0
+    for count, example in enumerate(others, start=1):
+        able += _may_be_held_out(example)
+        if able == _PARTS * held_out:
+            return count
+    return len(others)
+
+
 def split(examples: Sequence[Example], held_out: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
     """(training, held out): whole (kind, place) cells are held out, so that no kind of question about a place
     of the context is on both sides, while every kind and every place is on both; of so few questions that this
     cannot be, some. The user's are never held out."""
     own = [example for example in examples if _may_be_held_out(example)]
-    wanted = min(held_out, len(own) // 3)
+    wanted = min(held_out, len(own) // _PARTS)
     cells = _held_out_cells(own, wanted, seed)
     chosen = {id(e) for e in own if (e.kind, e.place) in cells} or {id(e) for e in own[1::3][:wanted]}
     return [e for e in examples if id(e) not in chosen], [e for e in examples if id(e) in chosen]

@@ -17,6 +17,7 @@ CSRC = Path(__file__).parent / "csrc"
 FOLDER = Path(__file__).parent / "prebuilt"
 MANIFEST = "manifest.json"
 FLAGS = ("-O3", "-fopenmp")
+MACHINE = "x86_64"  # the one that all variants are for, as platform.machine() calls it
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.facts import GAP, KIND, Fact, fact_questions, facts_of
 from softbatch.prompt_store.compression.data.phrases import sentences
-from softbatch.prompt_store.compression.data.selection import mixed, split, spread_first
+from softbatch.prompt_store.compression.data.selection import fewest, mixed, split, spread_first, unasked
 
 TEXT = """# Tidewater tool, version 2
 
@@ -85,3 +85,28 @@ def test_facts_are_neither_held_out_nor_observed_and_mixed_in_by_share() -> None
     assert not any(e.passage for e in split(both, 8)[1])
     assert not any(e.passage for e in spread_first(both, 30)[:30])
     assert mixed(facts, plain, 0.0)[:40] == plain
+
+
+def test_no_fact_is_what_another_question_asks_and_facts_of_one_sentence_stay() -> None:
+    def detail(text: str) -> Example:
+        return Example(text, kind=KIND, source="model", passage="p")
+
+    gaps = [detail(f"Port hours: It opens at {a} and closes at {b} on most days of the year.") for a, b in ("…9", "8…")]
+    alike = detail("How many minutes may a copy between two harbours take, please?")
+    others = [Example("Why?"), Example("How many minutes may a copy between two harbours take?"), Example("Who calls?")]
+    assert unasked([alike, *gaps], others, TEXT) == gaps
+    assert unasked([alike, detail("Why?")], others[:1], TEXT) == [alike]
+
+
+def test_facts_leave_as_many_others_as_are_to_be_held_out() -> None:
+    recited = Example("recite", output="all of it", kind="recite", source="template")
+    others = [
+        one
+        for n in range(60)
+        for one in (Example(f"question {n}", kind=f"k{n % 3}", position=n / 60, source="template"), recited)
+    ]
+    for held_out in (4, 8):
+        enough = others[: fewest(others, held_out)]
+        assert len(split(enough, held_out)[1]) >= held_out
+        assert len(enough) == 6 * held_out - 1
+    assert fewest(others, 1000) == len(others)

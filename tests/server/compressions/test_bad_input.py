@@ -208,6 +208,20 @@ def test_a_file_that_a_run_left_behind_counts_as_the_users_own(tmp_path: Path) -
     assert (question.source, question.kind, question.cut) == ("user", "user", False)
 
 
+@pytest.mark.parametrize(
+    ("source", "accept"),
+    [("model", ()), ("template", ()), ("user", ("seven",)), ("faq", ("seven",)), (None, ("seven",))],
+)
+def test_passages_that_a_run_showed_and_what_it_accepted_are_not_the_users(
+    source: str | None, accept: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A passage is not checked against the model's window, and a question with right answers is not trained on."""
+    line = {"input": "When?", "accept": ["seven"], "source": source, "passage": "The ferry leaves at seven. " * 700}
+    (tmp_path / "train.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    (question,) = read_questions(tmp_path / "train.jsonl")
+    assert (question.asked, question.accept) == ("When?", accept)
+
+
 EVALUATE: dict[str, tuple[list[str], list[str]]] = {
     "unknown prompt": (["nobody", "--context", "good.md", "--questions", "good.jsonl"], ["nobody"]),
     "broken line": (["taken", "--context", "good.md", "--questions", "broken.jsonl"], ["broken.jsonl, line 3"]),
