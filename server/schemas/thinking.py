@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from softbatch.server.schemas.base import RequestModel
+from softbatch.server.schemas.base import RequestModel, refusal
 from softbatch.server.schemas.tools import as_bounded
 
 
@@ -33,6 +33,24 @@ class ThinkingFields(RequestModel):
     thinking: ThinkingSwitch | None = Field(
         default=None, description="as DeepSeek's API has it; 'disabled' is always allowed; not from OpenAI's API"
     )
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> ThinkingFields:
+        """An effort beside a switch of the template's own is no contradiction: models have one or the other."""
+        said = {
+            "thinking": {"enabled": True, "disabled": False}.get(self.thinking.type) if self.thinking else None,
+            "reasoning_effort": self.reasoning_effort and self.reasoning_effort != "none",
+            "enable_thinking": self.enable_thinking,
+        }
+        told = {name: value for name, value in said.items() if value is not None}
+        own = self.chat_template_kwargs.get("enable_thinking")
+        if self.enable_thinking is not None and own is not None:
+            told["chat_template_kwargs"] = own
+        first = next(iter(told), "")
+        for name, value in told.items():
+            if value is not told[first]:
+                raise refusal("thinking", f"says the contrary of {first}: send only one of them", name)
+        return self
 
     @property
     def effort(self) -> str | None:

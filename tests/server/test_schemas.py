@@ -173,6 +173,7 @@ def generate(**parameters: Any) -> dict[str, Any]:
         ),
         ("/chat", chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})),
         ("/chat", chat(enable_thinking=True, thinking={"type": "enabled", "budget_tokens": 100})),
+        ("/chat", chat(enable_thinking=False, thinking={"type": "auto"}, reasoning_effort="none")),
         ("/chat", chat(stop=["", None], max_tokens=-1, bad_words=[])),
         ("/chat", chat(messages=[*HELLO, {"role": "assistant", "content": None}, *HELLO])),
         (
@@ -573,6 +574,20 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(modalities=["text", "audio"]), "modalities", "not supported"),
         ("/chat", chat(audio={"voice": "x"}), "audio", "not supported"),
         ("/chat", chat(reasoning_effort="most"), "reasoning_effort", "'low'"),
+        ("/chat", chat(reasoning_effort="high", thinking={"type": "disabled"}), "reasoning_effort", "contrary"),
+        ("/chat", chat(enable_thinking=True, thinking={"type": "disabled"}), "enable_thinking", "contrary of thinking"),
+        (
+            "/chat",
+            chat(enable_thinking=True, reasoning_effort="none"),
+            "enable_thinking",
+            "contrary of reasoning_effort",
+        ),
+        (
+            "/chat",
+            chat(enable_thinking=False, chat_template_kwargs={"enable_thinking": True}),
+            "chat_template_kwargs",
+            "contrary of enable_thinking",
+        ),
         ("/chat", chat(chat_template_kwargs={"a": deep(100)}), "chat_template_kwargs", "64 levels"),
         ("/chat", chat(prompt="x"), "prompt", "unknown field"),
         # text-generation-inference
