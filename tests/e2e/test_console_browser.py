@@ -104,9 +104,9 @@ def events_within(server: Server, seconds: float) -> int:
     until, count = time.monotonic() + seconds, 0
     with httpx.stream("GET", f"{server.url}/v1/queue/events", headers=server.headers) as reply:
         for line in reply.iter_lines():
-            count += line.startswith("data:")
             if time.monotonic() > until:
                 return count
+            count += line.startswith("data:")
     return count
 
 

@@ -136,9 +136,6 @@ def test_a_store_that_cannot_be_listed_fails_nobody(
         with pytest.raises(UnknownSoftPrompt):
             await leases.acquire("manual")
         assert proxy.done["denied"]
-        assert unused == []
-        proxy.choose = lambda method, path: None
-        await leases.release_deleted()
-        assert unused == [stored.sha256]
+        assert unused == [stored.sha256], "what this process deleted itself it knows without a list"
 
     asyncio.run(scenario())
