@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
+from softbatch.scheduler.batch_invariants import check_batch
 from softbatch.scheduler.block_pool import BlockPool
 from softbatch.scheduler.decode_shares import DecodeCost, who_decodes
 from softbatch.scheduler.policy import insert, is_background, must_preempt, precedence, preemption_victim, turn
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
+from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.sequence_blocks import SequenceBlocks
 from softbatch.scheduler.soft_prompt_cache import LoadState, SoftPromptCache
@@ -19,23 +20,6 @@ from softbatch.scheduler.waiting_queue import WaitingQueue, WaitingQueueFull
 
 # So many steps after the last one with somebody who waits for an answer, more are expected any moment.
 FOREGROUND_STEPS = 256
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    max_batch_size: int
-    max_batch_tokens: int
-    max_model_len: int
-    max_queue_size: int
-    num_blocks: int
-    block_size: int
-    eos_token_ids: frozenset[int]
-    # Positions of one step whose logits score a prompt's token: each has a row as long as the vocabulary.
-    max_scored_tokens: int = 1 << 16
-    # Whether blocks that hold output may be reused as a later prompt's: they were computed token by token.
-    reuses_output: bool = True
-    # Seconds that a step with prefills should take; None: as long as its tokens need.
-    step_target: float | None = None
 
 
 class Scheduler:
@@ -252,17 +236,7 @@ class Scheduler:
         prompts = self.soft_prompts.all()
         self.soft_prompts.check_integrity()
         self.pool.check_integrity([s.block_table for s in self.running] + [p.blocks for p in prompts])
-        if len(self.running) > self.config.max_batch_size:
-            raise AssertionError("more sequences run than there are slots")
-        if self.running != sorted(self.running, key=precedence):
-            raise AssertionError("the running batch is out of order")
-        for sequence in self.running:
-            if len(sequence.block_table) * self.config.block_size < sequence.num_computed:
-                raise AssertionError(f"{sequence.request_id} has computed past its blocks")
-        for prompt in prompts:
-            users = sum(1 for s in self.running if s.soft_prompt and s.soft_prompt.sha256 == prompt.ref.sha256)
-            if users != prompt.users:
-                raise AssertionError(f"soft prompt {prompt.ref.sha256} counts {prompt.users} users, has {users}")
+        check_batch(self.running, prompts, self.config)
 
     def observe(self, step: Step, seconds: float) -> None:
         """A step took so long."""

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
-from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.scheduler import Scheduler
+from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.step import Step, StepResult
 
 RUNNING = (1, 4, 16, 64, 128, 256)

@@ -7,7 +7,8 @@ import zlib
 from dataclasses import dataclass
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
-from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.scheduler import Scheduler
+from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.step import Step, StepResult
 
 

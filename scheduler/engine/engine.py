@@ -21,7 +21,8 @@ from softbatch.scheduler.protocol import (
     SequenceOutput,
     StepOutput,
 )
-from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.scheduler import Scheduler
+from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.step import TOO_LITTLE_MEMORY, OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
-from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.scheduler import Scheduler
+from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.step import Step, StepResult
 

@@ -23,7 +23,8 @@ from softbatch.scheduler.model.loader import load_transformers, spec_of
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.source import resolve
 from softbatch.scheduler.protocol import EngineConfig, ModelInfo, Pooling, SoftPromptRef
-from softbatch.scheduler.scheduler import Scheduler, SchedulerConfig
+from softbatch.scheduler.scheduler import Scheduler
+from softbatch.scheduler.scheduler_config import SchedulerConfig
 from tests.support import triton_device
 from tests.support.call_again import CallAgain
 from tests.support.engines import check_empty, drain, request, run
