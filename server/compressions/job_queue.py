@@ -8,38 +8,29 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
-from prometheus_client import Gauge as PrometheusGauge
 
 from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
 from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.server.compressions.job_places import JobPlaces
 from softbatch.server.compressions.job_watch import SECONDS_BETWEEN_LOOKS, watch
-from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, new_id, save
+from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, save
 from softbatch.server.compressions.request import DIRECTORY, LOCK, CompressionRequest
 from softbatch.server.compressions.result import find_finished, register
 from softbatch.server.compressions.run_directory import discard
 from softbatch.server.compressions.worker_messages import DoneMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
-from softbatch.server.request_failures import (
-    CompressionEnded,
-    CompressionNameTaken,
-    CompressionNotFound,
-    CompressionsUnavailable,
-    TooManyCompressions,
-)
+from softbatch.server.request_failures import CompressionEnded, CompressionNotFound, CompressionsUnavailable
 
 logger = logging.getLogger(__name__)
-MAX_QUEUED = 8
 MAX_FINISHED = 100
 # A job that took the server down with it this often is not tried again.
 MAX_ATTEMPTS = 3
-STATUSES: tuple[Status, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
 
 
 class CompressionJobs:
@@ -54,14 +45,11 @@ class CompressionJobs:
         self._is_draining = is_draining
         self._root = store.root / DIRECTORY
         self._jobs: dict[str, Job] = {}
-        self._reserved: set[str] = set()
+        self._places = JobPlaces(lambda: list(self._jobs.values()), spec, registry, is_draining)
         self._lock: IO[bytes] | None = None
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._worker: WorkerProcess | None = None
-        gauge = PrometheusGauge("softbatch_compression_jobs", "Compression jobs.", ["status"], registry=registry)
-        for status in STATUSES:
-            gauge.labels(status).set_function(partial(self._count, status))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[CompressionJobs]:
@@ -95,36 +83,21 @@ class CompressionJobs:
     def check_place(self, name: str) -> None:
         """Raises CompressionNameTaken, TooManyCompressions or CompressionsUnavailable."""
         self._check_owner()
-        if self._is_draining():
-            raise CompressionsUnavailable("the server is shutting down; try again in a moment")
-        unfinished = [job for job in self._jobs.values() if not job.is_final]
-        if name in self._reserved or any(job.record.name == name for job in unfinished):
-            raise CompressionNameTaken(name)
-        if len(self._reserved) + self._count("queued") >= MAX_QUEUED:
-            raise TooManyCompressions(MAX_QUEUED)
+        self._places.check(name)
 
     async def create(self, request: CompressionRequest) -> Job:
         """Queue a checked request; when this returns, it is on disk. Raises what check_place does."""
-        self.check_place(request.name)
-        self._reserved.add(request.name)
-        try:
-            record = JobRecord(
-                id=new_id(),
-                name=request.name,
-                status="queued",
-                created_at=int(time.time()),
-                fingerprint=self._spec.fingerprint,
-            )
+        self._check_owner()
+        with self._places.reserved(request.name) as record:
             job = Job(record, self._root / record.id)
-            await asyncio.to_thread(_write_new, job, request)
+            try:
+                await asyncio.to_thread(_write_new, job, request)
+            except OSError as error:
+                logger.exception("a compression cannot be queued")
+                raise CompressionsUnavailable(
+                    f"the server cannot write its files: {error.strerror}", code="disk_error"
+                ) from error
             self._jobs[record.id] = job
-        except OSError as error:
-            logger.exception("a compression cannot be queued")
-            raise CompressionsUnavailable(
-                f"the server cannot write its files: {error.strerror}", code="disk_error"
-            ) from error
-        finally:
-            self._reserved.discard(request.name)
         self._wake.set()
         return job
 
@@ -148,9 +121,6 @@ class CompressionJobs:
         return job.report if await asyncio.to_thread(job.report.is_file) else None
 
     # --- the queue ------------------------------------------------------------------------------------------
-
-    def _count(self, status: Status) -> int:
-        return sum(1 for job in self._jobs.values() if job.record.status == status)
 
     def _check_owner(self) -> None:
         if self._lock is None:

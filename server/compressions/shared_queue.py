@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
@@ -23,20 +23,15 @@ from softbatch.prompt_store.stores.bucket import BucketError
 from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.prompt_record import unseal
 from softbatch.server.compressions.job_lease import LEASE_SECONDS, JobLease, LeaseLost
-from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_FINISHED, MAX_QUEUED, STATUSES
+from softbatch.server.compressions.job_places import JobPlaces
+from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_FINISHED
 from softbatch.server.compressions.job_watch import watch
 from softbatch.server.compressions.leased_run import LeasedRun
-from softbatch.server.compressions.record import FINAL, Job, JobRecord, Status, new_id
+from softbatch.server.compressions.record import FINAL, Job, JobRecord
 from softbatch.server.compressions.request import DIRECTORY, CompressionRequest, ModelChoice
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, report_key, request_key
 from softbatch.server.compressions.worker_messages import DoneMessage
-from softbatch.server.request_failures import (
-    CompressionEnded,
-    CompressionNameTaken,
-    CompressionNotFound,
-    CompressionsUnavailable,
-    TooManyCompressions,
-)
+from softbatch.server.request_failures import CompressionEnded, CompressionNotFound, CompressionsUnavailable
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
@@ -67,13 +62,10 @@ class SharedCompressions:
         self._root = store.root / DIRECTORY
         self._me = secrets.token_hex(8)
         self._known: dict[str, _Known] = {}
-        self._reserved: set[str] = set()
+        self._places = JobPlaces(self._jobs, spec, registry, is_draining)
         self._run: LeasedRun | None = None
         self._running_id = ""
         self._looked = asyncio.Event()
-        gauge = Gauge("softbatch_compression_jobs", "Compression jobs.", ["status"], registry=registry)
-        for status in STATUSES:
-            gauge.labels(status).set_function(partial(self._count, status))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[SharedCompressions]:
@@ -116,33 +108,18 @@ class SharedCompressions:
     def check_place(self, name: str) -> None:
         """Raises CompressionNameTaken, TooManyCompressions or CompressionsUnavailable."""
         self._check_available()
-        if self._is_draining():
-            raise CompressionsUnavailable("the server is shutting down; try again in a moment")
-        names = {known.job.record.name for known in self._known.values() if not known.job.is_final}
-        if name in self._reserved | names:
-            raise CompressionNameTaken(name)
-        if len(self._reserved) + self._count("queued") >= MAX_QUEUED:
-            raise TooManyCompressions(MAX_QUEUED)
+        self._places.check(name)
 
     async def create(self, request: CompressionRequest) -> Job:
         """Queue a checked request; when this returns, it is in the bucket. Raises what check_place does."""
-        self.check_place(request.name)
-        self._reserved.add(request.name)
-        record = JobRecord(
-            id=new_id(),
-            name=request.name,
-            status="queued",
-            created_at=int(time.time()),
-            fingerprint=self._spec.fingerprint,
-        )
-        try:
-            self._learn(await asyncio.to_thread(self._write_new, record, request))
-        except OSError as error:
-            logger.exception("a compression cannot be queued")
-            message = f"the prompt store cannot be written: {error.strerror}"
-            raise CompressionsUnavailable(message, code="store_unreachable") from error
-        finally:
-            self._reserved.discard(request.name)
+        self._check_available()
+        with self._places.reserved(request.name) as record:
+            try:
+                self._learn(await asyncio.to_thread(self._write_new, record, request))
+            except OSError as error:
+                logger.exception("a compression cannot be queued")
+                message = f"the prompt store cannot be written: {error.strerror}"
+                raise CompressionsUnavailable(message, code="store_unreachable") from error
         return self._known[record.id].job
 
     async def cancel(self, job: Job) -> None:
@@ -168,8 +145,8 @@ class SharedCompressions:
 
     # --- what all servers know ------------------------------------------------------------------------------
 
-    def _count(self, status: Status) -> int:
-        return sum(1 for known in list(self._known.values()) if known.job.record.status == status)
+    def _jobs(self) -> Sequence[Job]:
+        return [known.job for known in list(self._known.values())]
 
     def _check_available(self) -> None:
         if not self._store.offers.replace:

@@ -19,7 +19,8 @@ from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.rendering import Renderer
 from softbatch.prompt_store.soft_prompt_file import load
 from softbatch.server.cli.main import main
-from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_QUEUED
+from softbatch.server.compressions.job_places import MAX_QUEUED
+from softbatch.server.compressions.job_queue import MAX_ATTEMPTS
 from tests.server.compressions.conftest import CONTEXT, VIRTUAL_TOKENS, model_flags
 from tests.support.models import load_reference
 from tests.support.servers import Server, error_of, events_of, running_server, wait_for
