@@ -190,6 +190,11 @@ def _files_of(url: str) -> BucketFiles:
     path = path.strip("/")
     if protocol not in fsspec.available_protocols():
         raise BucketAddressError(f"{url}: {protocol} is no kind of object store; give a directory, s3://… or gs://…")
+    who, is_named, _ = path.partition("/")[0].rpartition("@")
+    if is_named and ":" in who:  # the address stands in logs and in answers; Azure's has a container before the @
+        raise BucketAddressError(
+            f"{protocol}://…: take the password out of the address, and give it in the environment"
+        )
     if not path:
         raise BucketAddressError(f"{url}: name a bucket, as in {protocol}://bucket/prefix")
     package, extra = EXTRAS.get(protocol, (None, None))

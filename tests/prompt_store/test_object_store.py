@@ -288,6 +288,9 @@ def test_addresses_that_cannot_be(bucket_server: BucketServer, tmp_path: Path, m
     for url, said in (("nonsense://x/y", "no kind of object store"), ("s3://", "name a bucket")):
         with pytest.raises(BucketAddressError, match=said):
             Bucket(url)
+    with pytest.raises(BucketAddressError, match="take the password out") as refused:
+        Bucket("s3://me:secret@bucket/p")
+    assert "secret" not in str(refused.value)
     with pytest.raises(BucketAddressError, match="no such bucket"):
         object_store("s3://nobody-made-this/p", tmp_path / "one", MAX_BYTES).sweep()
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
