@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
+from tests.e2e.conftest import StartServer
 from tests.support.background import COMPLETE, PROMPT, body, in_background, status_of
 from tests.support.mixed_requests import (
     EMBEDDINGS,
