@@ -76,12 +76,13 @@ class Reference:
             return False
         ids = torch.tensor([[*token_ids, *guess[:-1]]])
         if prompt is None:
-            output = self.model(ids, use_cache=False)
+            output = self.model(ids, use_cache=False, logits_to_keep=len(guess))
         elif prompt.manifest.kind == "embeddings":
             own = self.model.get_input_embeddings()(ids)
-            output = self.model(inputs_embeds=torch.cat([prompt.embeddings[None], own], dim=1), use_cache=False)
+            inputs = torch.cat([prompt.embeddings[None], own], dim=1)
+            output = self.model(inputs_embeds=inputs, use_cache=False, logits_to_keep=len(guess))
         else:
-            output = self.model(ids, past_key_values=self._cache_of(prompt))
+            output = self.model(ids, past_key_values=self._cache_of(prompt), logits_to_keep=len(guess))
         best = output.logits[0, -len(guess) :].topk(2)
         leads = best.values[:, 0] - best.values[:, 1] > 1e-3
         return best.indices[:, 0].tolist() == list(guess) and bool(leads.all())
