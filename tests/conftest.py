@@ -84,7 +84,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu need a CUDA device, those marked checkpoint what `make models` fetches."""
+    """Tests marked gpu need a CUDA device, those marked checkpoint what `make models` fetches. Of two processes the
+    second begins with those marked long, and so has none left when the first has done all that share servers."""
+    long = [item for item in items if item.get_closest_marker("long") is not None]
+    others = [item for item in items if item.get_closest_marker("long") is None]
+    middle = len(items) // 2
+    items[:] = [*others[:middle], *long, *others[middle:]]
     if not os.environ.get("SOFTBATCH_TEST_MODELS"):
         for item in items:
             if item.get_closest_marker("checkpoint") is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 240
+READY_SECONDS = 600  # the first start of all compiles the kernels
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.servers import PROJECT, free_port
 
 
+@pytest.mark.long
 def test_on_a_tiny_model(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.gpu.gpu", "--device", "cpu", "--tiny", "--port", str(free_port())]
