@@ -78,10 +78,13 @@ def workers(server: Server) -> list[psutil.Process]:
 
 
 def wait_phase(server: Server, job_id: str, phase: str) -> None:
+    """Until the job has come to it, or is further already."""
+    before = {"loading": set[str](), "gold": {"loading", "self_study"}}[phase]
+
     def has_come() -> bool:
         found = job(server, job_id)
         assert found["status"] in ("queued", "running"), found
-        return bool(found["progress"]) and found["progress"]["phase"] == phase
+        return bool(found["progress"]) and found["progress"]["phase"] not in before
 
     wait_for(has_come, f"the job did not come to {phase}")
 
