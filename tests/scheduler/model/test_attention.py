@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ from softbatch.scheduler.model.attention.backend import AttentionBackend, Attent
 from softbatch.scheduler.model.attention.reference import reference
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.build import _cached_library
+from softbatch.scheduler.model.cpu.prebuilt import content_of_sources
 from tests.support.attention_cases import KINDS, NAN, RAGGED, Case, make_case, of_kind
 from tests.support.models import in_threads
 
@@ -465,10 +467,23 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
     return output.split(), log
 
 
-def quick_compiler(directory: Path, first: str) -> Path:
-    """One that runs the shell command `first`, and reads each header once."""
+@pytest.fixture(scope="session")
+def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What was compiled of just these sources, by this compiler for this torch, in this run of the tests or before."""
+    compiler = subprocess.check_output(["c++", "--version"])
+    state = hashlib.sha256(content_of_sources() + compiler + torch.__version__.encode()).hexdigest()[:16]
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    root = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
+    for other in root.iterdir():
+        if other.name != state:
+            shutil.rmtree(other, ignore_errors=True)
+    return root / state
+
+
+def quick_compiler(directory: Path, first: str, objects: Path) -> Path:
+    """One that runs the shell command `first`, and compiles no file twice."""
     once = ROOT / "tests" / "support" / "compile_once.py"
-    return script(directory / "g++", f'{first}\nexec "{sys.executable}" "{once}" "{directory / "objects"}" "$@"')
+    return script(directory / "g++", f'{first}\nexec "{sys.executable}" "{once}" "{objects}" "$@"')
 
 
 def script(path: Path, text: str) -> Path:
@@ -477,11 +492,12 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.long
 @needs_compiler
-def test_processes_that_start_together_share_a_cache(tmp_path: Path) -> None:
+def test_processes_that_start_together_share_a_cache(tmp_path: Path, objects: Path) -> None:
     """Also: a compiler that lacks -march=native builds a portable kernel, and a built one needs no compiler."""
     old_compiler = quick_compiler(
-        tmp_path, 'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac'
+        tmp_path, 'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac', objects
     )
     cache = tmp_path / "cache"
     together = [start(cache, old_compiler), start(cache, old_compiler)]
@@ -531,12 +547,13 @@ def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path: Path, monkeypa
     assert sorted(library.parent.iterdir()) == [at_work, library]
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction set is x86-64's")
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, objects: Path) -> None:
     """Also: kernels for AVX2."""
     compiler = quick_compiler(
-        tmp_path, 'for a in "$@"; do set -- "$@" "$(echo "$a" | sed s/=native/=x86-64-v3/)"; shift; done'
+        tmp_path, 'for a in "$@"; do set -- "$@" "$(echo "$a" | sed s/=native/=x86-64-v3/)"; shift; done', objects
     )
     (tmp_path / "file").write_text("not a directory")
     output, _ = finish(start(tmp_path / "file", compiler, "check"))
