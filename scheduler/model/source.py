@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from softbatch.scheduler.model.gguf_conversion import converted
+from softbatch.scheduler.model.gguf_conversion import converted, is_gguf
 from softbatch.scheduler.model.hub import HubError, downloaded, reachable_path
 from softbatch.scheduler.model.model_error import ModelError as ModelError
-from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer
+from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer, refuse_pointer
 from softbatch.scheduler.model.model_view import with_chat_template, without_marks
 from softbatch.scheduler.model.package_index import FetchError, PackagedFile, fetch_file
 
@@ -74,10 +74,12 @@ def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if path.is_dir():
         check_directory(path.resolve())
         return ModelSource(str(without_marks(path.resolve(), _models())), path.resolve().name)
-    if model.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"--model {model}: no such file")
-        return ModelSource(str(converted(path.resolve(), _models(), accept)), path.stem)
+    is_named_so = path.suffix.lower() == ".gguf"
+    if is_named_so and not path.is_file():
+        raise ModelError(f"--model {model}: no such file")
+    if is_named_so or (path.is_file() and is_gguf(path)):
+        refuse_pointer(path)
+        return ModelSource(str(converted(path.resolve(), _models(), accept)), path.stem if is_named_so else path.name)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "

@@ -17,6 +17,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
 from softbatch.server.http.connections import ConnectionBounds, Connections
+from softbatch.server.http.errors import ApiError
+from softbatch.server.http.sse import EventStream
 from softbatch.server.observability.metrics import Metrics
 from tests.support.servers import wait_for
 
@@ -56,6 +58,14 @@ class BoundedServer:
 
             # As streams of events have it.
             return StreamingResponse(parts(), headers={"Connection": "keep-alive"})
+
+        @app.get("/failing")
+        async def failing() -> EventStream:
+            async def events():  # type: ignore[no-untyped-def]
+                yield "1"
+                raise ApiError(503, "not now")
+
+            return EventStream(events(), (), "/v1/completions")
 
         connections = Connections(bounds, self.metrics)
         config = uvicorn.Config(
@@ -243,3 +253,24 @@ def test_what_is_no_http_has_the_shape_of_all_errors(server: BoundedServer) -> N
         connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         status, body = answer(connection)
     assert (status, code_of(body)) == (400, "invalid_http")
+
+
+def test_a_stream_that_fails_leaves_its_connection_to_the_next_request(server: BoundedServer) -> None:
+    """As clients with a pool of connections send it: at once, again and again."""
+
+    def ask(connection: socket.socket, path: bytes, end: bytes) -> bytes:
+        connection.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        received = b""
+        while not received.endswith(end):
+            chunk = connection.recv(65536)
+            assert chunk, received
+            received += chunk
+        return received
+
+    with server.connect() as connection:
+        for _ in range(30):
+            failed = ask(connection, b"/failing", b"\r\n0\r\n\r\n")
+            assert b"data: 1" in failed
+            assert b"not now" in failed
+            assert b"connection: close" not in failed.lower()
+            assert ask(connection, b"/", b'"fine"').startswith(b"HTTP/1.1 200")
