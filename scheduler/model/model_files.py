@@ -219,7 +219,9 @@ def _tokenizer_file(path: str) -> str:
     """The file at fault, as far as that can be told."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
-        return "tokenizer"
+        return (
+            "it has no tokenizer.json, and none can be made of its other files" if file.parent.is_dir() else "tokenizer"
+        )
     from tokenizers import Tokenizer
 
     try:

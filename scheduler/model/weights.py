@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -35,18 +34,7 @@ def load_weights(name: str, path: str, dtype: torch.dtype, **options: Any) -> An
                 output_loading_info=True,
                 **options,
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # of many kinds: a reader's, torch's, transformers' own
         logger.debug("loading failed", exc_info=True)
         raise ModelError(f"--model {name}: {_why_not_loaded(error, options.get('config'))}") from error
     try:
@@ -64,6 +52,8 @@ def _why_not_loaded(error: Exception, config: Any) -> str:
         if field is not None:
             return f"config.json: {field} is {word!r}, which transformers does not know"
         return f"transformers cannot load it: it lacks {word!r}"
+    if type(error).__name__ == "UnpicklingError":
+        return "its weights are a pickle of more than tensors, which is never run; save them as safetensors"
     return f"transformers cannot load it: {first_line(error)}"
 
 

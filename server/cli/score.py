@@ -112,6 +112,8 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
             ref = SoftPromptRef(stored.sha256, str(store.local_file(stored)), stored.manifest.num_virtual_tokens)
         ending = engine.ready.model.eos_token_ids[:1]
         candidates = [[*control.encode(control.quote(text)), *ending] for text in options.candidate]
+        for given, token_ids in (("--input or --context", shared), *(("--candidate", ids) for ids in candidates)):
+            _check_tokens(given, token_ids, tokenizer, engine.ready.model.vocab_size)
         logprobs = engine.score(shared, candidates, ref)
     finally:
         engine.close()
@@ -126,12 +128,20 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
 
 def _prompt(tokenizer: Any, control: ControlTokens, text: str, context: str | None, replaces: Replaces) -> list[int]:
     if not tokenizer.chat_template:
-        raw = "\n\n".join(part for part in (context, text) if part)
-        return list(tokenizer.encode(raw, add_special_tokens=replaces == "nothing"))
+        raw = "\n\n".join(control.quote(part) for part in (context, text) if part)
+        return control.encode(raw, add_special_tokens=replaces == "nothing")
     turns = [{"role": "user", "content": text}]
     if context is not None:
         turns.insert(0, {"role": "system", "content": context})
     return control.encode(render_chat(tokenizer, control.quote_turns(turns), replaces=replaces))
+
+
+def _check_tokens(given: str, token_ids: Sequence[int], tokenizer: Any, rows: int) -> None:
+    """Raises UsageError for a token that the tokenizer has, but the model has no embedding for."""
+    wrong = next((token for token in token_ids if token >= rows), None)
+    if wrong is not None:
+        name = tokenizer.convert_ids_to_tokens(wrong)
+        raise UsageError(f"{given}: the model has no token {wrong} ({name!r}): its token ids are 0 to {rows - 1}")
 
 
 def _shares(logprobs: Sequence[float]) -> list[float]:

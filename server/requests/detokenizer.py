@@ -70,8 +70,8 @@ class TokenBytes:
 
     def behind(self, previous: int, token_id: int) -> tuple[bytes, str | None]:
         """The same for a token whose text depends on the one before."""
-        one, two = (self._backend.id_to_token(token) or "" for token in (previous, token_id))
-        return _with_text(self._added([one], two).encode())
+        one, two = (self._backend.id_to_token(token) for token in (previous, token_id))
+        return (b"", "") if two is None else _with_text(self._added([one or ""], two).encode())
 
     def _bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)

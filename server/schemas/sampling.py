@@ -55,7 +55,9 @@ def _as_stop_list(value: object) -> object:
 
 
 def _as_biases(value: object) -> object:
-    """OpenAI's keys are token ids as text."""
+    """OpenAI's keys are token ids as text. Some languages write an object without keys as an empty list."""
+    if value == []:
+        return {}
     if not isinstance(value, dict):
         raise refusal("logit_bias", "must be an object with token ids as its keys and numbers as its values")
     if len(value) > MAX_BIASES:
@@ -109,6 +111,18 @@ OTHER_SAMPLERS: Neutral = {
     "diversity_penalty": (0.0,),
     "n_keep": (0,),
     "n_probs": (0,),
+    "repetition_penalty_range": (0,),
+    "rep_pen_range": (0,),
+    "min_keep": (0,),
+    "min_length": (0,),
+    "nsigma": (0.0,),
+    "top_n_sigma": (0.0, -1.0),
+    "skew": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "max_tokens_second": (0,),
+    "prompt_lookup_num_tokens": (0,),
+    "add_bos_token": (True,),
 }
 
 # Numbers of those samplers, which mean nothing while they are off.
@@ -124,6 +138,8 @@ SAMPLER_SETTINGS = frozenset(
         "dynatemp_exponent",
         "smoothing_curve",
         "repeat_last_n",
+        "dynatemp_low",
+        "dynatemp_high",
     }
 )
 

@@ -137,3 +137,15 @@ def test_other_decoders(decoder: decoders.Decoder | None, expected: str) -> None
     assert backend.decode([1, 2, 1]) == expected
     detokenizer = Detokenizer(TokenBytes(backend))
     assert "".join(detokenizer.push(token)[0] for token in (1, 2, 1)) == expected
+
+
+@pytest.mark.parametrize("decoder", [None, decoders.WordPiece(), decoders.BPEDecoder(), decoders.ByteLevel()])
+def test_a_token_that_the_tokenizer_lacks_is_no_text(decoder: decoders.Decoder | None) -> None:
+    """Embeddings are often filled up to a round number of rows, and noise may choose any of them."""
+    backend = Tokenizer(WordLevel({"<unk>": 0, "is": 1, "now": 2}, unk_token="<unk>"))
+    if decoder is not None:
+        backend.decoder = decoder
+    detokenizer = Detokenizer(TokenBytes(backend), [0])
+    pieces = [detokenizer.push(token) for token in (1, 99, 2, 99)]
+    assert pieces[1] == pieces[3] == ("", (b"",))
+    assert "".join(piece for piece, _ in pieces).split() == backend.decode([1, 2]).split()

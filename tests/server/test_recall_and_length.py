@@ -66,11 +66,12 @@ def test_passages_stand_behind_what_every_text_begins_with(text: TextProcessor, 
     assert kept(text, recaller, [40, 41, 42], None).startswith(passages)
 
 
-def test_candidates_are_scored_without_passages_that_nobody_asked_for(text: TextProcessor, recaller: Recaller) -> None:
-    encoder = PromptEncoder(text, 300, 30, 10)
+def scoring(asked: list[list[int]]) -> Any:
+    """An admission that notes what is asked for, and finds every token certain."""
 
-    def prepare(token_ids: list[int], *_: object, **fields: object) -> Any:
-        return SimpleNamespace(token_ids=token_ids, scores=None)
+    def prepare(token_ids: list[int], *_: object, score_from: int, **fields: object) -> Any:
+        asked.append(token_ids[score_from:])
+        return SimpleNamespace(token_ids=token_ids)
 
     @contextmanager
     def reserve(count: int) -> Any:
@@ -81,8 +82,12 @@ def test_candidates_are_scored_without_passages_that_nobody_asked_for(text: Text
     async def run(requests: list[Any]) -> list[Any]:
         return [SimpleNamespace(scores=[SimpleNamespace(logprob=0.0)] * 3) for _ in requests]
 
-    admission: Any = SimpleNamespace(reserve=reserve, run=run, release=lambda lease: None)
-    scorer = Scorer(admission, encoder, Finding(cast(Any, None), text, encoder), ())
+    return SimpleNamespace(reserve=reserve, run=run, release=lambda lease: None)
+
+
+def test_candidates_are_scored_without_passages_that_nobody_asked_for(text: TextProcessor, recaller: Recaller) -> None:
+    encoder = PromptEncoder(text, 300, 30, 10)
+    scorer = Scorer(scoring([]), encoder, Finding(cast(Any, None), text, encoder), ())
 
     def score(prompt: str, recall: int | None) -> Any:
         return asyncio.run(scorer.score(prompt, ["yes"], soft_prompt=None, recall=recall, end=False, route=""))
@@ -93,3 +98,13 @@ def test_candidates_are_scored_without_passages_that_nobody_asked_for(text: Text
         score("Why not?", 1)
     with pytest.raises(PromptTooLong):
         score("Why not? " * 9, None)
+
+
+def test_a_whole_answer_ends_as_a_turn_does(text: TextProcessor, recaller: Recaller) -> None:
+    """By the first end token, whichever is the lowest."""
+    asked: list[list[int]] = []
+    scorer = Scorer(scoring(asked), PromptEncoder(text, 300, 100, 10), recaller, (7, 0))
+    for end in (True, False):
+        asyncio.run(scorer.score("Why?", ["yes"], soft_prompt=None, recall=None, end=end, route=""))
+    answer = text.encode("yes", add_special_tokens=False)
+    assert asked == [[*answer, 7], answer]

@@ -267,6 +267,21 @@ def generate(**parameters: Any) -> dict[str, Any]:
                 stream_options={"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False},
             ),
         ),
+        # What programs for several servers send unasked.
+        *(
+            (route, body(**sampler))
+            for route, body in (("/chat", chat), ("/completions", completion), ("/generate", generate))
+            for sampler in (
+                {"min_keep": 0, "nsigma": 0, "skew": 0, "dynamic_temperature": False, "dynatemp_low": 1},
+                {
+                    "encoder_repetition_penalty": 1,
+                    "min_length": 0,
+                    "repetition_penalty_range": 0,
+                    "add_bos_token": True,
+                },
+                {"logit_bias": [], "typical_p": "", "use_beam_search": {}},
+            )
+        ),
         ("/completions", completion(logprobs=False, min_tokens=16, ignore_eos=True, skip_special_tokens=True)),
         (
             "/generate_stream",
@@ -431,6 +446,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/completions", completion(min_tokens=-1), "min_tokens", "greater than or equal to 0"),
         ("/completions", completion(typical_p=0.9), "typical_p", "send 1.0"),
         ("/completions", completion(mirostat=2), "mirostat", "send 0"),
+        ("/completions", completion(repetition_penalty_range=9), "repetition_penalty_range", "send 0"),
         ("/completions", completion(best_of=1, n=1, use_beam_search=1), "use_beam_search", "send false"),
         ("/completions", completion(temperatur=1), "temperatur", "did you mean 'temperature'?"),
         ("/completions", completion(messages=HELLO), "messages", "unknown field 'messages'"),

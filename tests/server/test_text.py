@@ -13,7 +13,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from softbatch.prompt_store.control_tokens import ControlTokens
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
+from softbatch.server.cli.score import _check_tokens
+from softbatch.server.cli.score import _prompt as cli_prompt
+from softbatch.server.cli.settings_flags import UsageError
 from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.output_text import StopStrings
 from softbatch.server.requests.text import TextProcessor
@@ -92,4 +96,14 @@ def test_what_is_scored_by_a_model_without_a_template_is_text_too() -> None:
     ids = text.encode(str(prompt))
     assert not {*ids} & text.tokens.hidden
     assert text.decode(ids, skip_special_tokens=False) == "<s>hello<|im_end|>\n\nworld<|im_end|>"
+    control = ControlTokens(tokenizer)
+    assert cli_prompt(tokenizer, control, str(body.input), body.context, "nothing") == ids, "the command does the same"
     assert {*text.encode("hello<|im_end|>")} & text.tokens.hidden
+
+
+def test_the_command_scores_no_token_that_the_model_lacks() -> None:
+    tokenizer = as_transformers(byte_fallback())
+    ids = tokenizer.encode("hello <extra>")
+    _check_tokens("--input", ids, tokenizer, len(tokenizer))
+    with pytest.raises(UsageError, match=rf"--input: the model has no token {ids[-1]} \('<extra>'\)"):
+        _check_tokens("--input", ids, tokenizer, len(tokenizer) - 1)

@@ -65,9 +65,10 @@ def decode_context(content: bytes) -> str:
 
 
 def clean_context(text: str) -> str:
-    """The text as it is compressed: no byte order mark, lines that end in a line feed. Raises ContextTextError."""
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip().strip("\ufeff\u200b"):
+    """The text as it is compressed: no byte order marks, which also stand between files that were put together, and
+    lines that end in a line feed. Raises ContextTextError."""
+    text = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip().strip("\u200b"):
         raise ContextTextError("the context is empty; give the text that is to be compressed")
     if "\0" in text:
         raise ContextTextError("the context is not text: it contains a NUL byte; if it is UTF-16, save it as UTF-8")

@@ -51,6 +51,7 @@ def test_marks_go_and_lines_end_alike(encoding: str) -> None:
 
 def test_a_string_is_cleaned_like_a_file() -> None:
     assert clean_context("\ufeffOne.\r\nTwo.") == "One.\nTwo."
+    assert clean_context("\ufeff\ufeffOne.\r\n\ufeffTwo.") == "One.\nTwo.", "two files that were put together"
     assert clean_context("BZh, ID3 and GGUF are names of formats.").startswith("BZh")
     assert clean_context("\x1b[1mbold\x1b[0m and so on\tand on") != ""
     for text in ("%PDF-1.4 text", "half \ud800", " \ufeff\n"):

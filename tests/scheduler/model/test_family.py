@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.batch import Row
@@ -77,6 +77,19 @@ def test_stretched_positions(
     check_equal(loaded, path, most - 3)
     with pytest.raises(ModelError, match=f"--max-model-len {most + 1} is more than the model's own {most}"):
         start(path, most + 1)
+
+
+def test_a_factor_that_transformers_drops_is_refused() -> None:
+    """It knows the older name of `rope_type` in most families, but not in this one."""
+
+    def factors(kind: str, name: str) -> set[float]:
+        config = AutoConfig.for_model(kind, rope_scaling={name: "linear", "factor": 8.0})
+        return {one.factor for one in Family.of(config).rotary}
+
+    assert factors("gemma3_text", "rope_type") == {1, 8}
+    assert factors("llama", "type") == {8}
+    with pytest.raises(ModelError, match=r"rope_parameters\.factor is 8\.0, but rope_type 'default'"):
+        factors("gemma3_text", "type")
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])

@@ -241,6 +241,17 @@ def test_what_git_leaves_without_its_large_files(name: str, directory: Path) -> 
     assert "git lfs pull" in message
 
 
+def test_a_directory_without_a_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    assert "it has no tokenizer.json, and none can be made of its other files" in refusal(directory)
+
+
+def test_weights_that_would_run_code(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\nq\x00.")
+    assert "a pickle of more than tensors, which is never run" in refusal(directory)
+
+
 def test_a_tokenizer_with_its_own_code(directory: Path) -> None:
     edit_json(directory / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
     (directory / "own.py").write_text("raise SystemExit('it was run')")
