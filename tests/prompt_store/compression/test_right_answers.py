@@ -121,6 +121,25 @@ def test_ranking_knows_other_scripts_and_forms() -> None:
     assert index.best("battery", 0) == []
 
 
+def test_the_name_of_a_text_finds_no_passage_before_others() -> None:
+    """It stands in few passages and in most questions: by its rarity alone it outweighed what is asked."""
+    text = (
+        "# Orrery handbook\n\nOrrery is what we call the mill. Orrery was built by Orrery's founder.\n\n"
+        "## Oil\n\nThe main bearing takes forty grams of grease a week, in winter sixty.\n\n"
+        "## Doors\n\nThe east door is locked from dusk on, and the miller has the key."
+    )
+    index = PassageIndex(text)
+    assert "forty" in index.best("How much grease does the bearing of the Orrery take?", 1)[0].text
+    assert "founder" in index.best("Orrery?", 1)[0].text
+
+
+@pytest.mark.parametrize(("name", "right"), [("manual", 30), ("policy", 38), ("api", 27)])
+def test_most_examples_can_be_answered_from_the_best_passage(name: str, right: int) -> None:
+    index = PassageIndex((EXAMPLES / name / "context.md").read_text(encoding="utf-8"))
+    asked = load_jsonl(EXAMPLES / name / "questions.jsonl")
+    assert sum(is_right(joined(index.best(e.input, 1)), e.accept) for e in asked) >= right
+
+
 def test_within_takes_the_best_in_any_case() -> None:
     found = cut((EXAMPLES / "api" / "context.md").read_text(encoding="utf-8"))[:3]
     assert within(found, [90, 20, 90], 64) == found[:1]
