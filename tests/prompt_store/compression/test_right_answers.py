@@ -206,6 +206,26 @@ def test_a_small_window_gets_fewer_passages(llama: Reference) -> None:
     assert len(context.renderer.question(asked[0].input)) < len(seen[1]) < len(seen[0])
 
 
+def test_retrieval_gets_as_many_tokens_as_recall_has(llama: Reference) -> None:
+    """Whichever count of passages comes nearest, for each question: neither side has the longer prompt."""
+    text = (EXAMPLES / "policy" / "context.md").read_text(encoding="utf-8")
+    context = TokenizedContext(llama.tokenizer, text, None, 6, 4096)
+    lengths: list[list[int]] = []
+
+    def respond(prompts: list[list[int]], max_tokens: int, sigma: Sigma | None) -> list[Response]:
+        lengths.append([len(prompt) for prompt in prompts])
+        return [Response([2]) for _ in prompts]
+
+    asked = load_jsonl(EXAMPLES / "policy" / "questions.jsonl")
+    free = FreeAnswers(context, asked, 64, respond)
+    for name in ("recall", "retrieval_recall", "retrieval_3x"):
+        free.ask(name)
+    recall, same, _ = lengths
+    longest = max(len(context.renderer.tokens(passage.text)) for passage in cut(text))
+    assert all(abs(64 + a - b) <= longest for a, b in zip(recall, same, strict=True))
+    assert abs(64 + sum(recall) / len(recall) - sum(same) / len(same)) < longest / 4
+
+
 def test_the_verdict_says_what_would_do_better() -> None:
     def row(right: int) -> dict[str, int]:
         return {"right": right, "questions": 30}
@@ -220,6 +240,10 @@ def test_the_verdict_says_what_would_do_better() -> None:
     assert verdict_of(report, None).endswith("20 of three times as many: keep its text and use recall")
     report["right_answers"]["retrieval_3x"] = row(23)
     assert verdict_of(report, None).endswith("retrieval alone does better")
+    report["right_answers"] |= {"retrieval_3x": row(20), "retrieval_recall": row(23)}
+    assert verdict_of(report, None).endswith(
+        "23 of as many as with recall: for questions like these retrieval alone does better"
+    )
     report["right_answers"]["soft_prompt"] = row(23)
     assert "better" not in verdict_of(report, None)
 
