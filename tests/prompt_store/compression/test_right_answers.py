@@ -11,7 +11,7 @@ from softbatch.prompt_store.compression.compression_settings import CompressionS
 from softbatch.prompt_store.compression.data.accepted import Share, is_right
 from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl, save_jsonl
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex, within
-from softbatch.prompt_store.compression.data.passages import cut, joined
+from softbatch.prompt_store.compression.data.passages import before_question, cut, joined
 from softbatch.prompt_store.compression.evaluation.free_answers import FreeAnswers, Response, Sigma
 from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
@@ -138,6 +138,15 @@ def test_most_examples_can_be_answered_from_the_best_passage(name: str, right: i
     index = PassageIndex((EXAMPLES / name / "context.md").read_text(encoding="utf-8"))
     asked = load_jsonl(EXAMPLES / name / "questions.jsonl")
     assert sum(is_right(joined(index.best(e.input, 1)), e.accept) for e in asked) >= right
+
+
+def test_the_best_passage_stands_nearest_to_the_question() -> None:
+    index = PassageIndex((EXAMPLES / "policy" / "context.md").read_text(encoding="utf-8"))
+    found = index.best("What is the hotel limit in Zurich?", 3)
+    written = before_question(found, "What is it?")
+    assert written == "\n\n".join([found[2].text, found[1].text, found[0].text, "What is it?"])
+    assert "Zurich" in found[0].text
+    assert before_question([], "What is it?") == "What is it?"
 
 
 def test_within_takes_the_best_in_any_case() -> None:
