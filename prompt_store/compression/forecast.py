@@ -14,6 +14,7 @@ from torch import Tensor
 from softbatch.prompt_store.atomic_files import replace_file
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.evaluation.fidelity import position_table
+from softbatch.prompt_store.compression.evaluation.free_answers import WITH_SIGMA, WITHOUT_SIGMA
 from softbatch.prompt_store.compression.evaluation.verdict import FEW_STEPS
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.frozen.pairs import answer_states, collate
@@ -24,7 +25,7 @@ from softbatch.prompt_store.compression.training.student import Student
 MEASURING_SHARE = 0.3  # of what is left, for σ and its baselines
 LEARNING_SHARE = 0.8  # of the rest, without matching
 CANDIDATES = 6  # σ and five baselines
-ANSWERING = 7  # σ, σ with recall and five without σ
+ANSWERING = len(WITH_SIGMA) + len(WITHOUT_SIGMA)
 OFF_TOPIC = 24  # answers that the questions off the topic are worth, with their references
 SIZES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 FEWEST = 4

@@ -59,6 +59,8 @@ from softbatch.prompt_store.compression.work_directory import JobDirectory, iden
 HELD_OUT_SHARE = 0.12
 GOLD_SHARE = 0.28
 EVALUATION_STEPS = 7
+PROBE_SHARE = 0.02  # for answers that only show what one takes
+MOST_PROBED = 16
 # What the phases behind the forecast write.
 BEHIND_FORECAST = ("train.jsonl", "answers.json", "baselines.json", "teacher.safetensors", "checkpoint/state.json")
 
@@ -181,6 +183,11 @@ class Compression:
         gold, pace, done = self.gold, self.pace, self.gold.count("held_out")
         # The first answers wait for the context's KV; the next ones show what an answer takes.
         for end in (done + FIRST_CHUNK, done + 2 * FIRST_CHUNK):
+            answered = gold.answer(held_out[:end], "held_out", 1.0, "train.jsonl")
+        # Many at once take much less each, which the last part of these shows, where they cost little.
+        allowed = PROBE_SHARE * (pace.budget or 0.0)
+        if gold.seconds_per_answer and allowed > MOST_PROBED * gold.seconds_per_answer:
+            end = done + 3 * FIRST_CHUNK + MOST_PROBED
             answered = gold.answer(held_out[:end], "held_out", 1.0, "train.jsonl")
         pairs = [self.context.pair(example) for example in answered[-FIRST_CHUNK:]]
         if not pairs or gold.seconds_per_answer is None:

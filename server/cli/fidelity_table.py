@@ -35,6 +35,7 @@ _ANSWERS = {
     "full_context": "full context",
     "retrieval": "retrieval",
     "retrieval_3x": "retrieval, 3 times",
+    "retrieval_recall": "retrieval, as recall",
     "truncated": "truncated",
     "no_context": "no context",
 }

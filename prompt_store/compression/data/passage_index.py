@@ -10,6 +10,7 @@ import regex
 
 from softbatch.prompt_store.compression.data.language import is_unspaced, words_of
 from softbatch.prompt_store.compression.data.passages import Passage, cut
+from softbatch.prompt_store.compression.data.phrases import title
 
 _PARTS = regex.compile(r"\p{N}+|[^\W\d_]+")
 # So many letters stand for a word in any of its forms.
@@ -40,12 +41,15 @@ class PassageIndex:
         self._ranking = bm25s.BM25()
         terms = [terms_of(passage.text) for passage in self.passages]
         self._is_empty = not any(terms)
+        # Questions name the text that they are about. As every passage is of it, its name says nothing about where.
+        name = terms_of(title(text))
+        terms = [[*name, *of_passage] for of_passage in terms]
         if not self._is_empty:
             self._ranking.index(terms, show_progress=False)
         self.num_bytes = 8 * sum(map(len, terms)) + 4 * len(text)
 
     def best(self, question: str, count: int) -> list[Passage]:
-        """Up to `count` passages that share words with the question, best first."""
+        """Up to `count` passages that share words with the question, be it the text's name, best first."""
         known = [term for term in terms_of(question) if not self._is_empty and term in self._ranking.vocab_dict]
         if not known or count <= 0:
             return []

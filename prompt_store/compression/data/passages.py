@@ -123,8 +123,9 @@ def _shortened(piece: str, longest: int) -> Iterator[tuple[int, str]]:
 
 
 def joined(found: Sequence[Passage]) -> str:
-    """Passages as they stand in a prompt."""
-    return "\n\n".join(passage.text for passage in found)
+    """Passages, given best first, as they stand in a prompt: the best last, nearest to the question, as small models
+    heed most what they read last."""
+    return "\n\n".join(passage.text for passage in reversed(found))
 
 
 def before_question(found: Sequence[Passage], question: str) -> str:

@@ -24,7 +24,7 @@ from softbatch.prompt_store.compression.frozen.tokenized_context import Tokenize
 from softbatch.prompt_store.compression.frozen.untrained_start import truncated_ids
 from softbatch.prompt_store.manifest import Replaces
 
-WITHOUT_SIGMA = ("full_context", "no_context", "truncated", "retrieval", "retrieval_3x")
+WITHOUT_SIGMA = ("full_context", "no_context", "truncated", "retrieval", "retrieval_3x", "retrieval_recall")
 WITH_SIGMA = ("soft_prompt", "recall")
 RECALLED = 2  # passages behind σ
 _MOST_PASSAGES = 16
@@ -114,6 +114,10 @@ class FreeAnswers:
         renderer, segments = self.context.renderer, self.context.segments
         question = renderer.question(example.input)
         usual = renderer.without_context()
+
+        def retrieved(some: Sequence[Passage]) -> list[int]:
+            return [*(renderer.context(joined(some)) if some else usual), *question]
+
         if name == "full_context":
             return [*segments[group_of(example, segments)].ids, *question]
         if name == "no_context":
@@ -124,7 +128,10 @@ class FreeAnswers:
             return [*truncated_ids(first, min(self._virtual_tokens, len(first)), tail), *question]
         if name in ("retrieval", "retrieval_3x"):
             found = self._passages(example.input, self._virtual_tokens * (3 if name == "retrieval_3x" else 1))
-            return self._fitting(found, lambda some: [*(renderer.context(joined(some)) if some else usual), *question])
+            return self._fitting(found, retrieved)
+        if name == "retrieval_recall":
+            total = self._virtual_tokens + len(self._prompt("recall", example))
+            return self._fitting(self._as_long(example.input, total, retrieved), retrieved)
         before = usual if self._replaces == "nothing" else []
         found = self._index.best(example.input, RECALLED) if name == "recall" else []
         return self._fitting(found, lambda some: [*before, *renderer.question(before_question(some, example.input))])
@@ -141,6 +148,12 @@ class FreeAnswers:
         """The best that fit the budget together; the best in any case."""
         best = self._index.best(question, _MOST_PASSAGES)
         return within(best, [len(self.context.renderer.tokens(passage.text)) for passage in best], budget)
+
+    def _as_long(self, question: str, total: int, prompt: Callable[[Sequence[Passage]], list[int]]) -> list[Passage]:
+        """As many of the best as bring the prompt nearest to `total` tokens."""
+        best = self._index.best(question, _MOST_PASSAGES)
+        counts = range(len(best) + 1)
+        return best[: min(counts, key=lambda count: abs(len(prompt(best[:count])) - total))]
 
 
 def as_scores(scores: FidelityScores, answers: Answers | None, free: FreeAnswers) -> FidelityScores:

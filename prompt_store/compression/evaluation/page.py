@@ -16,6 +16,7 @@ _LABELS = {
     "recall": "soft prompt with recall",
     "retrieval": "retrieval, as many tokens",
     "retrieval_3x": "retrieval, three times as many",
+    "retrieval_recall": "retrieval, as many as with recall",
 }
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("kl", "KL", "mean KL divergence from the full context, nats per token; lower is better"),

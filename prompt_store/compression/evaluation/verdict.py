@@ -24,7 +24,7 @@ def _rightness(report: dict[str, Any]) -> str:
         return ""
     others = {name: f"{rows[name]['right']} {words}" for name, words in _OTHERS.items() if name in rows}
     said = f"; right answers: {sigma['right']} of {sigma['questions']}, " + ", ".join(others.values())
-    retrieval = max((rows[name]["right"] for name in ("retrieval", "retrieval_3x") if name in rows), default=0)
+    retrieval = max((rows[name]["right"] for name in _RETRIEVAL if name in rows), default=0)
     recall = rows["recall"]["right"] if "recall" in rows else 0
     if max(retrieval, recall) <= sigma["right"]:
         return said
@@ -38,8 +38,10 @@ _OTHERS = {
     "full_context": "with the full context",
     "retrieval": "by retrieval of as many tokens",
     "retrieval_3x": "of three times as many",
+    "retrieval_recall": "of as many as with recall",
     "no_context": "without",
 }
+_RETRIEVAL = [name for name in _OTHERS if name.startswith("retrieval")]
 
 
 def _fidelity(report: dict[str, Any], loss_before: float | None) -> str:

@@ -406,7 +406,7 @@ def test_a_finished_prompt_is_scored_on_new_questions(llama: Reference, whole: W
     assert report["answers"][1]["full_context"] != "The office in redville."  # what the model says, not the user
     # As imported prompts are, which know nothing of a compression.
     assert "Measured on 2 questions" in render_page(report | {"seconds": None, "objective": None})
-    assert steps[-1].done == steps[-1].total == 13
+    assert steps[-1].done == steps[-1].total == 14
     full_length = {name: tensor.repeat(1, 400, 1, 1) for name, tensor in outcome.tensors.items()}
     with pytest.raises(ValueError, match="fewer than the soft prompt"):
         evaluate_prompt(decoder, context, "kv", full_length, asked, engine(decoder), responder(decoder))

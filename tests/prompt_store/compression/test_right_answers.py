@@ -11,7 +11,7 @@ from softbatch.prompt_store.compression.compression_settings import CompressionS
 from softbatch.prompt_store.compression.data.accepted import Share, is_right
 from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl, save_jsonl
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex, within
-from softbatch.prompt_store.compression.data.passages import cut, joined
+from softbatch.prompt_store.compression.data.passages import before_question, cut, joined
 from softbatch.prompt_store.compression.evaluation.free_answers import FreeAnswers, Response, Sigma
 from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
@@ -121,6 +121,34 @@ def test_ranking_knows_other_scripts_and_forms() -> None:
     assert index.best("battery", 0) == []
 
 
+def test_the_name_of_a_text_finds_no_passage_before_others() -> None:
+    """It stands in few passages and in most questions: by its rarity alone it outweighed what is asked."""
+    text = (
+        "# Orrery handbook\n\nOrrery is what we call the mill. Orrery was built by Orrery's founder.\n\n"
+        "## Oil\n\nThe main bearing takes forty grams of grease a week, in winter sixty.\n\n"
+        "## Doors\n\nThe east door is locked from dusk on, and the miller has the key."
+    )
+    index = PassageIndex(text)
+    assert "forty" in index.best("How much grease does the bearing of the Orrery take?", 1)[0].text
+    assert "founder" in index.best("Orrery?", 1)[0].text
+
+
+@pytest.mark.parametrize(("name", "right"), [("manual", 30), ("policy", 38), ("api", 27)])
+def test_most_examples_can_be_answered_from_the_best_passage(name: str, right: int) -> None:
+    index = PassageIndex((EXAMPLES / name / "context.md").read_text(encoding="utf-8"))
+    asked = load_jsonl(EXAMPLES / name / "questions.jsonl")
+    assert sum(is_right(joined(index.best(e.input, 1)), e.accept) for e in asked) >= right
+
+
+def test_the_best_passage_stands_nearest_to_the_question() -> None:
+    index = PassageIndex((EXAMPLES / "policy" / "context.md").read_text(encoding="utf-8"))
+    found = index.best("What is the hotel limit in Zurich?", 3)
+    written = before_question(found, "What is it?")
+    assert written == "\n\n".join([found[2].text, found[1].text, found[0].text, "What is it?"])
+    assert "Zurich" in found[0].text
+    assert before_question([], "What is it?") == "What is it?"
+
+
 def test_within_takes_the_best_in_any_case() -> None:
     found = cut((EXAMPLES / "api" / "context.md").read_text(encoding="utf-8"))[:3]
     assert within(found, [90, 20, 90], 64) == found[:1]
@@ -187,6 +215,26 @@ def test_a_small_window_gets_fewer_passages(llama: Reference) -> None:
     assert len(context.renderer.question(asked[0].input)) < len(seen[1]) < len(seen[0])
 
 
+def test_retrieval_gets_as_many_tokens_as_recall_has(llama: Reference) -> None:
+    """Whichever count of passages comes nearest, for each question: neither side has the longer prompt."""
+    text = (EXAMPLES / "policy" / "context.md").read_text(encoding="utf-8")
+    context = TokenizedContext(llama.tokenizer, text, None, 6, 4096)
+    lengths: list[list[int]] = []
+
+    def respond(prompts: list[list[int]], max_tokens: int, sigma: Sigma | None) -> list[Response]:
+        lengths.append([len(prompt) for prompt in prompts])
+        return [Response([2]) for _ in prompts]
+
+    asked = load_jsonl(EXAMPLES / "policy" / "questions.jsonl")
+    free = FreeAnswers(context, asked, 64, respond)
+    for name in ("recall", "retrieval_recall", "retrieval_3x"):
+        free.ask(name)
+    recall, same, _ = lengths
+    longest = max(len(context.renderer.tokens(passage.text)) for passage in cut(text))
+    assert all(abs(64 + a - b) <= longest for a, b in zip(recall, same, strict=True))
+    assert abs(64 + sum(recall) / len(recall) - sum(same) / len(same)) < longest / 4
+
+
 def test_the_verdict_says_what_would_do_better() -> None:
     def row(right: int) -> dict[str, int]:
         return {"right": right, "questions": 30}
@@ -201,6 +249,10 @@ def test_the_verdict_says_what_would_do_better() -> None:
     assert verdict_of(report, None).endswith("20 of three times as many: keep its text and use recall")
     report["right_answers"]["retrieval_3x"] = row(23)
     assert verdict_of(report, None).endswith("retrieval alone does better")
+    report["right_answers"] |= {"retrieval_3x": row(20), "retrieval_recall": row(23)}
+    assert verdict_of(report, None).endswith(
+        "23 of as many as with recall: for questions like these retrieval alone does better"
+    )
     report["right_answers"]["soft_prompt"] = row(23)
     assert "better" not in verdict_of(report, None)
 
