@@ -32,10 +32,12 @@ _EMBEDDED = PackagedFile(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """`path` is what `from_pretrained` takes, `name` what clients may call the model."""
+    """`path` is what `from_pretrained` takes, `name` what clients may call the model, `gguf` the file that it was
+    converted from if it was."""
 
     path: str
     name: str
+    gguf: Path | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -58,7 +60,7 @@ def resolve(model: str, accept: Callable[[Any], None] = lambda config: None) -> 
 
 def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if model == EMBEDDED_ALIAS:
-        return ModelSource(str(converted(_embedded_gguf(), _models(), accept)), EMBEDDED_ALIAS)
+        return _from_gguf(_embedded_gguf(), EMBEDDED_ALIAS, accept)
     path = Path(model).expanduser()
     if path.is_dir():
         check_directory(path.resolve())
@@ -66,13 +68,17 @@ def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if model.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"--model {model}: no such file")
-        return ModelSource(str(converted(path.resolve(), _models(), accept)), path.stem)
+        return _from_gguf(path.resolve(), path.stem, accept)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
     return ModelSource(_on_hub(model), model.rsplit("/", 1)[-1])
+
+
+def _from_gguf(file: Path, name: str, accept: Callable[[Any], None]) -> ModelSource:
+    return ModelSource(str(converted(file, _models(), accept)), name, file)
 
 
 def _on_hub(model: str) -> str:
