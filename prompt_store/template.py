@@ -180,7 +180,7 @@ def _render(
         )
     except jinja2.TemplateError as error:
         raise TemplateError(f"the model's chat template refuses these messages: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
         raise TemplateError("the model's chat template cannot render these messages") from None
 
 

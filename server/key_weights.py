@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ def owner_of(key: str) -> str:
 def read_key_weights(path: Path, keys: Collection[str]) -> Mapping[str, float]:
     """By owner. Raises ValueError with what would be right, which names no key."""
     try:
-        weights = msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+        weights = msgspec.json.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), type=dict[str, float])
     except OSError as error:
         raise ValueError(f"--key-weights {path}: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ABOVE = {"prompt_store": {"scheduler", "server"}, "scheduler": {"server"}, "server": set()}
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file's syntax tree, of which nobody may change anything."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imported(path: Path) -> set[str]:
     """Top-level packages that a file imports anywhere, also inside functions."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name.removeprefix("softbatch.").split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
@@ -71,7 +79,7 @@ def test_nothing_unpickles() -> None:
     for package in ABOVE:
         for path in (ROOT / package).rglob("*.py"):
             assert "pickle" not in imported(path), path
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in nodes(path):
                 is_load = isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name)
                 assert not (is_load and node.value.id == "torch"), path
 
@@ -143,19 +151,17 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in PRODUCT}
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Modules of the product that a file names anywhere, in functions and under TYPE_CHECKING too."""
     names: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(path.read_text())]
-    while pending:
-        node = pending.pop()
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name.removeprefix("softbatch.") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             base = node.module.removeprefix("softbatch.")
             for alias in node.names:
                 names.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base)
-        pending += ast.iter_child_nodes(node)
     return names & MODULES.keys() - {module_name(path)}
 
 
@@ -221,7 +227,7 @@ def long_cpp_functions() -> set[str]:
 def classes_twice() -> set[str]:
     places: dict[str, set[Path]] = {}
     for path in PRODUCT:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, set()).add(path)
     return {name for name, paths in places.items() if len(paths) > 1}
@@ -231,7 +237,7 @@ def long_functions() -> set[str]:
     functions = [
         (path, node)
         for path in PRODUCT
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     return {f"{short(path)}:{node.name}" for path, node in functions if (node.end_lineno or 0) - node.lineno >= 60}
@@ -271,13 +277,18 @@ KNOWN: dict[str, set[str]] = {
 }
 
 
+@cache
+def violators(check: str) -> set[str]:
+    return CHECKS[check]()
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_plan_has_no_new_violators(check: str) -> None:
-    new = CHECKS[check]() - KNOWN.get(check, set())
+    new = violators(check) - KNOWN.get(check, set())
     assert not new, f"{check}: {sorted(new)}"
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_known_violators_still_violate(check: str) -> None:
-    mended = KNOWN.get(check, set()) - CHECKS[check]()
+    mended = KNOWN.get(check, set()) - violators(check)
     assert not mended, f"{check}: remove {sorted(mended)} from KNOWN"

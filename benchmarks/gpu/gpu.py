@@ -79,7 +79,7 @@ TINY = Plan(
     answer_tokens=8,
     hot_contexts=(1, 3),
     hot_concurrency=(2, 4),
-    load=Load(0, context_tokens=256, virtual_tokens=8, question_tokens=6, answer_tokens=4, concurrency=0, seconds=1),
+    load=Load(0, context_tokens=256, virtual_tokens=8, question_tokens=6, answer_tokens=4, concurrency=0, seconds=0.2),
     server_flags=("--max-batch-size", "8", "--max-batch-tokens", "64", "--kv-cache-gib", "0.02"),
 )
 

@@ -118,9 +118,9 @@ def body_of(load: Load, soft: bool, request: int, vocabulary: int, context: int 
 
 
 def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: int) -> dict[str, float]:
-    """Requests per second over `load.seconds`, after one request per context has warmed the caches and every client, or
-    for a minute at the most some of them, has had an answer; and the KV cache that each running request took, shared
-    blocks counted once."""
+    """Requests per second over `load.seconds`, or until there is something to count, after one request per context has
+    warmed the caches and every client, or for a minute at the most some of them, has had an answer; and the KV cache
+    that each running request took, shared blocks counted once."""
     with ThreadPoolExecutor(load.concurrency) as pool:
 
         def warm_up(context: int) -> None:
@@ -143,12 +143,16 @@ def hot(server: Server, load: Load, soft: bool, vocabulary: int, block_bytes: in
         while len(done) < load.concurrency and time.perf_counter() < ramp:
             time.sleep(0.01)
         started = time.perf_counter()
-        used = []
-        while time.perf_counter() - started < load.seconds:
+        used: list[float] = []
+
+        def is_enough() -> bool:
+            return time.perf_counter() - started >= load.seconds and bool(used and done and done[-1] >= started)
+
+        while not is_enough() and not any(one.done() for one in clients):
             time.sleep(min(0.5, load.seconds / 10))
             running = server.metric("requests_running")
-            if running:
-                blocks = server.metric("kv_usage_ratio") * server.metric("kv_blocks")
+            blocks = server.metric("kv_usage_ratio") * server.metric("kv_blocks")
+            if running and blocks:
                 used.append(blocks * block_bytes / running)
         ended = time.perf_counter()
         stop.set()

@@ -11,6 +11,7 @@ from softbatch.scheduler.model.model_error import ModelError
 # Their frequencies are the same at every length, so sequences of one batch cannot disturb each other.
 STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 _DEFAULT_POSITIONS = 4096
+_MOST = 1e30  # of the numbers that positions are turned by
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,14 @@ def _one_rotary(text: Any, parameters: Mapping[str, Any]) -> Rotary:
         "original_max_position_embeddings",
     ):
         value = parameters.get(field)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST
+        ):
             raise _wrong(f"rope_parameters.{field}", value, "a number above 0")
+    factor = parameters.get("factor")
+    if kind == "default" and factor not in (None, 1):
+        message = "no scaled positions: rope_type says how, such as 'linear' or 'yarn', or leave the factor out"
+        raise ModelError(f"config.json: rope_parameters.factor is {factor!r}, but rope_type {kind!r} knows {message}")
     own = _given(text, "max_position_embeddings")
     original = own if kind == "dynamic" else parameters.get("original_max_position_embeddings") or own
     return Rotary(str(kind), float(parameters.get("factor") or 1.0), None if original is None else int(original))

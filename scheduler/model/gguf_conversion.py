@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from softbatch.prompt_store.atomic_files import lock, process_directory, replacing
-from softbatch.scheduler.model.gguf_metadata import GgufFile, complete_config
+from softbatch.scheduler.model.gguf_metadata import GgufFile, check_tokenizer, complete_config
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.model_files import first_line, reason
+from softbatch.scheduler.model.model_files import first_line, load_tokenizer, reason
 
 logger = logging.getLogger(__name__)
+_MAGIC = b"GGUF"
 # Raised when the same file would become another directory.
 _VERSION = 2
 # A file that changed so shortly before it was read may change again without a new time stamp.
@@ -26,6 +27,12 @@ _SETTLED_SECONDS = 2.0
 _NOTES = ".keys"
 # Tensors that become part of the config.
 _IN_CONFIG = frozenset({"rope_freqs.weight"})
+
+
+def is_gguf(path: Path) -> bool:
+    """By how the file begins: programs that keep models under the hash of their content give them no suffix."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def converted(gguf: Path, cache: Path, accept: Callable[[Any], None]) -> Path:
@@ -162,6 +169,7 @@ def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
+    check_tokenizer(load_tokenizer(str(target)), file)
 
 
 def _refuse_left_out(model: Any, file: GgufFile) -> None:

@@ -49,6 +49,30 @@ _SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
 # The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
 _FREQUENCIES, _LONG_FREQUENCIES = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
 _LOW_FACTOR, _HIGH_FACTOR, _ORIGINAL = 1.0, 4.0, 8192
+# Vocabularies that cut text as GPT-2's does; some also cut out each digit, which changes nothing, as they merge none.
+# Of other kinds transformers has the expression, or cuts as GPT-2 does without a word.
+_CUT_AS_GPT2 = frozenset(
+    {
+        "codeshell",
+        "command-r",
+        "default",
+        "exaone",
+        "gigachat",
+        "gpt-2",
+        "granite-docling",
+        "jais",
+        "mellum",
+        "minerva-7b",
+        "modern-bert",
+        "mpt",
+        "olmo",
+        "phi-2",
+        "refact",
+        "smollm",
+        "starcoder",
+        "trillion",
+    }
+)
 
 
 class GgufFile:
@@ -95,6 +119,11 @@ class GgufFile:
         found = next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
         return found and (found.tensor_type.name, int(found.tensor_type), found.data)
 
+    def of_tokenizer(self, name: str) -> Any:
+        """None where nothing is said."""
+        field = self._reader.fields.get(f"tokenizer.ggml.{name}")
+        return None if field is None else field.contents()
+
     def of_model(self) -> dict[str, Any]:
         """What is said about the architecture, without its name in front."""
         prefix = f"{self.architecture}."
@@ -104,6 +133,7 @@ class GgufFile:
 def complete_config(config: Any, file: GgufFile) -> None:
     """Put into the config what transformers leaves out of it. Raises ModelError for what then still differs: a number
     that is dropped in silence makes another model."""
+    _refuse_unknown_cut(file)
     said = file.of_model()
     _scale_positions(config, file, said)
     for name, field in _TAKEN.items():
@@ -114,6 +144,37 @@ def complete_config(config: Any, file: GgufFile) -> None:
         if not name.startswith("rope.") and (has_window or name != "attention.sliding_window"):
             _compare(config, f"{file.architecture}.{name}", _FIELDS.get(name, ()), value)
     _compare_rotary(config, file.architecture, said)
+
+
+def _refuse_unknown_cut(file: GgufFile) -> None:
+    """Raises ModelError where text would be cut otherwise than the vocabulary was made for."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    cut = file.of_tokenizer("pre")
+    if (
+        file.of_tokenizer("model") == "gpt2"
+        and cut is not None
+        and cut not in _CUT_AS_GPT2 | {*GGUF_PRE_TOKENIZER_SPLITS}
+    ):
+        raise ModelError(f"the file says tokenizer.ggml.pre = {cut!r}, a way to cut text that is not supported")
+
+
+def check_tokenizer(tokenizer: Any, file: GgufFile) -> None:
+    """Whether texts begin and end as the file says. Raises ModelError."""
+    backend = tokenizer.backend_tokenizer
+    ids, alone = (backend.encode("a", add_special_tokens=special) for special in (True, False))
+    does = {
+        "add_bos_token": ids.ids[:1] == [file.of_tokenizer("bos_token_id")],
+        "add_eos_token": ids.ids[-1:] == [file.of_tokenizer("eos_token_id")],
+    }
+    if file.of_tokenizer("model") == "llama":
+        does["add_space_prefix"] = "".join(alone.tokens).startswith("▁")
+    for name, is_so in does.items():
+        said = file.of_tokenizer(name)
+        # Gemma 4's template writes the first token, whatever the file says.
+        if said is not None and said != is_so and file.of_tokenizer("model") != "gemma4":
+            made = "makes one that does" if is_so else "makes one that does not"
+            raise ModelError(f"the file says tokenizer.ggml.{name} = {said!r}, but transformers {made}")
 
 
 def _takes_window(config: Any, said: Mapping[str, Any]) -> bool:

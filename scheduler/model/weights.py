@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,15 +43,37 @@ def load_weights(name: str, path: str, dtype: torch.dtype, **options: Any) -> An
         RuntimeError,
         TypeError,
         AttributeError,
+        ArithmeticError,
+        AssertionError,
         SafetensorError,
     ) as error:
         logger.debug("loading failed", exc_info=True)
-        raise ModelError(f"--model {name}: transformers cannot load it: {first_line(error)}") from error
+        raise ModelError(f"--model {name}: {_why_not_loaded(error, options.get('config'))}") from error
     try:
         refuse_other_weights(model, loading)
     except ModelError as error:
         raise ModelError(f"--model {name}: {error}") from None
     return model
+
+
+def _why_not_loaded(error: Exception, config: Any) -> str:
+    """In one line. Of a word that transformers has nothing for, such as an activation, the field of the config."""
+    if isinstance(error, KeyError) and config is not None:
+        word = error.args[0] if error.args else None
+        field = _field_of(word, config.get_text_config().to_dict())
+        if field is not None:
+            return f"config.json: {field} is {word!r}, which transformers does not know"
+        return f"transformers cannot load it: it lacks {word!r}"
+    return f"transformers cannot load it: {first_line(error)}"
+
+
+def _field_of(word: object, content: Mapping[str, Any]) -> str | None:
+    for name, value in content.items():
+        if isinstance(value, str) and value == word:
+            return name
+        if isinstance(value, Mapping) and (inner := _field_of(word, value)) is not None:
+            return f"{name}.{inner}"
+    return None
 
 
 def refuse_other_weights(model: Any, loading: dict[str, Any]) -> None:

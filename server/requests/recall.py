@@ -82,8 +82,8 @@ class Recaller:
         self._indexes, self._text, self._encoder = indexes, text, encoder
 
     async def find(self, prompt: Prompt, lease: Lease | None, wanted: int | None) -> Recalled:
-        """`wanted` None: as many as the soft prompt's registration says. Raises InvalidPrompt, UnusableSoftPrompt where
-        the text is damaged, or UnknownSoftPrompt."""
+        """`wanted` None: as many as the soft prompt's registration says. Raises InvalidPrompt, also for passages with a
+        token that the model does not have, UnusableSoftPrompt where the text is damaged, or UnknownSoftPrompt."""
         kept = lease.stored.recall if lease is not None else None
         if wanted and (lease is None or kept is None):
             whose = "the request names no soft prompt" if lease is None else f"{lease.stored.name!r} keeps no text"
@@ -101,6 +101,13 @@ class Recaller:
         if not found:
             return Recalled()
         tokens = await self._encoder.encode_quoted(before_question(found, ""))
+        try:
+            self._encoder.check_ids(tokens, "recall")
+        except InvalidPrompt:
+            # Passages that nobody asked for are no reason to refuse a request that the model can read without them.
+            if wanted is not None:
+                raise
+            return Recalled()
         return Recalled(tuple(found), len(tokens))
 
     async def count(self, prompt: Prompt, lease: Lease | None, wanted: int | None, chat_end: ChatEnd) -> int:

@@ -43,7 +43,7 @@ def _prompt(services: Services, body: ScoreRequest) -> Prompt:
     if not services.text.tokenizer.chat_template:
         if body.messages is not None:
             raise invalid("messages", "this model has no chat template; send 'input'")
-        return "\n\n".join(part for part in (body.context, body.input) if part)
+        return "\n\n".join(services.text.quote(part) for part in (body.context, body.input) if part)
     turns: list[Message] = [{"role": "user", "content": body.input or ""}]
     if body.messages is not None:
         turns = services.dialect.history([message.as_turn() for message in body.messages])

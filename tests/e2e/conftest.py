@@ -8,13 +8,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.loader import spec_of
 from tests.support.models import Reference, load_reference
-from tests.support.servers import Server, environment, running_server
+from tests.support.servers import Server, Site, environment, running_server
 
 StartServer = Callable[..., Server]
 LONGEST = 16384
@@ -30,6 +31,18 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
             return stack.enter_context(running_server(directory, *flags, env=env, store=store))
 
         yield start
+
+
+@contextlib.contextmanager
+def running_site(directories: pytest.TempPathFactory, *flags: str, store: Path | None = None) -> Iterator[Site]:
+    """A place for servers with these flags, which all end with it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: Any) -> Server:
+            directory = directories.mktemp("server")
+            return stack.enter_context(running_server(directory, *flags, store=store, **options))
+
+        yield Site(start)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +72,39 @@ def tiny_server(tiny_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFa
     flags = (*tiny_flags, "--max-model-len", "512", "--max-prompt-mib", "1")
     with running_server(tmp_path_factory.mktemp("tiny-server"), *flags) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def four_slots(tiny_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Sequences as long as the model's window: what is asked for runs until somebody ends it."""
+    flags = ("--max-batch-size", "4", "--vllm-metric-names")
+    with running_server(tmp_path_factory.mktemp("four-slots"), *tiny_flags, *flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def two_slots(tiny_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """And four places to wait."""
+    with running_site(tmp_path_factory, *tiny_flags, "--max-batch-size", "2", "--max-queue-size", "4") as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def async_site(tiny_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """It launches a step before it knows what came of the last one; told to stop, it has two seconds."""
+    flags = ("--async-scheduling", "on", "--max-batch-size", "4", "--drain-timeout", "2")
+    with running_site(tmp_path_factory, *tiny_flags, *flags) as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def site_with_keys(tiny_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """All servers of it have one store, and take as long as they need to stop."""
+    keys = ("--api-key", "one", "--api-key", "two", "--admin-key", "root")
+    limits = ("--max-batch-size", "8", "--max-batch-file-bytes", "100000", "--max-batch-lines", "100")
+    store = tmp_path_factory.mktemp("site") / "prompts"
+    with running_site(tmp_path_factory, *tiny_flags, *keys, *limits, "--drain-timeout", "3600", store=store) as site:
+        yield site
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.e2e.conftest import StartServer
 from tests.support.models import Reference, sample_texts
+from tests.support.servers import Site
 
 
-def test_many_clients_get_what_transformers_answers(
-    start_server: StartServer, tiny_flags: tuple[str, ...], tiny_llama: Reference
-) -> None:
-    server = start_server(*tiny_flags, "--async-scheduling", "on", "--max-batch-size", "4")
+def test_many_clients_get_what_transformers_answers(async_site: Site, tiny_llama: Reference) -> None:
+    server = async_site.server
     texts = sample_texts(10)
 
     def ask(index: int) -> str:

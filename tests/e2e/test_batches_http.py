@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
 from openai import OpenAI
 from openai.types import Batch
 
-from tests.e2e.conftest import StartServer
 from tests.support.openai_requests import client_of
 from tests.support.servers import Server, wait_for
 
@@ -109,52 +107,3 @@ def test_a_wrong_file_fails_with_its_lines(client: OpenAI) -> None:
         ("url_mismatch", 1),
         ("invalid_json_line", 2),
     ]
-
-
-KEYS = ("--api-key", "one", "--api-key", "two", "--admin-key", "root")
-SMALL = ("--max-batch-size", "8", "--max-batch-file-bytes", "100000", "--max-batch-lines", "100")
-
-
-def test_a_killed_server_goes_on_and_keys_see_their_own(start_server: StartServer, tiny_flags: tuple[str, ...]) -> None:
-    server = start_server(*tiny_flags, *KEYS, *SMALL)
-    one, two, root = (client_of(server, api_key=key) for key in ("one", "two", "root"))
-    bodies = [{"prompt": f"{i} ships", "max_tokens": 40, "temperature": 0} for i in range(80)]
-    alone = server.http.post(COMPLETIONS, json=bodies[7]).json()["choices"][0]["text"]
-    batch = start(one, COMPLETIONS, requests(COMPLETIONS, *bodies))
-    with pytest.raises(openai.NotFoundError):
-        two.batches.retrieve(batch.id)
-    with pytest.raises(openai.NotFoundError):
-        two.files.content(batch.input_file_id)
-    assert ([each.id for each in two.batches.list()], [each.id for each in root.batches.list()]) == ([], [batch.id])
-    with pytest.raises(openai.ConflictError) as used:
-        one.files.delete(batch.input_file_id)
-    assert used.value.code == "file_in_use"
-    with pytest.raises(openai.APIStatusError) as large:
-        one.files.create(file=("big.jsonl", b"x" * 100_001), purpose="batch")
-    assert large.value.status_code == 413
-
-    def completed() -> int:
-        counts = one.batches.retrieve(batch.id).request_counts
-        return counts.completed if counts else 0
-
-    wait_for(lambda: completed() >= 10, "no line is answered")
-    server.kill()
-    again = start_server(*tiny_flags, *KEYS, *SMALL, store=server.store)
-    one = client_of(again, api_key="one")
-    found = ended(one, batch.id)
-    assert found.status == "completed"
-    output = lines_of(one, found.output_file_id)
-    assert list(output) == [f"q{i}" for i in range(80)]
-    assert output["q7"]["response"]["body"]["choices"][0]["text"] == alone
-    assert 0 < again.metric("batch_lines_total", outcome="completed") < 75
-    assert again.metric("batches_unfinished") == again.metric("batch_lines_left") == 0
-    # What runs in the background counts to no latency that somebody has seen.
-    assert again.metric("time_to_first_token_seconds_count") == 0
-
-    long = requests(COMPLETIONS, *[{"prompt": "a", "max_tokens": 4000, "ignore_eos": True}] * 90)
-    batch = start(one, COMPLETIONS, long)
-    wait_for(lambda: again.metric("requests_running") == 2, "the lines do not run")
-    assert again.complete("Is the sea", 4)
-    assert one.batches.cancel(batch.id).status in ("cancelling", "cancelled")
-    assert ended(one, batch.id).status == "cancelled"
-    again.wait_empty()

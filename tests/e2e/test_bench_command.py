@@ -46,7 +46,7 @@ def test_a_closed_loop_sends_what_was_asked(tiny_server: Server, tmp_path: Path,
 def test_a_window_of_a_steady_load(tiny_server: Server, tmp_path: Path) -> None:
     flags = ("--concurrency", "4", "--duration", "1.5", "--output-tokens", "20")
     report = bench(tiny_server, tmp_path / "report.json", *flags)
-    assert 1.4 < report["seconds"] < 3
+    assert report["seconds"] > 1.4
     assert report["loaded_seconds"] > report["seconds"]
     assert report["finished"] > 4
     assert (report["failed"], report["wrong_length"]) == (0, 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,27 +26,38 @@ from tests.support.mixed_requests import (
     mixed_requests,
 )
 from tests.support.models import make_soft_prompt, save_prompt
-from tests.support.servers import Server, error_of, running_server, wait_for
+from tests.support.servers import Server, Site, error_of, running_server, wait_for
+
+LIVES = 8
 
 
 @pytest.fixture(scope="module")
-def mixed_server(
-    tiny_flags: tuple[str, ...], tiny_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """Six slots, a queue, and a soft prompt of each kind."""
-    directory = tmp_path_factory.mktemp("mixed-server")
-    flags = ("--max-batch-size", "6", "--step-timeout", "4")
-    with running_server(directory, *tiny_flags, *flags) as server:
-        for name, kind in ((EMBEDDINGS, "embeddings"), (KEYS_AND_VALUES, "kv")):
-            prompt = make_soft_prompt(kind, 21, tiny_spec, scale=0.5)
-            assert server.upload(name, save_prompt(prompt, directory, name)).status_code == 201
-        yield server
+def site(tiny_flags: tuple[str, ...], tiny_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Six slots, a queue, a soft prompt of each kind, and more lives than the tests before the last one take."""
+    lives = ("--max-engine-deaths", str(LIVES), "--engine-death-window", "86400")
+    flags = ("--max-batch-size", "6", "--step-timeout", "4", *lives)
+    with contextlib.ExitStack() as stack:
+
+        def start() -> Server:
+            directory = tmp_path_factory.mktemp("mixed-server")
+            server = stack.enter_context(running_server(directory, *tiny_flags, *flags))
+            for name, kind in ((EMBEDDINGS, "embeddings"), (KEYS_AND_VALUES, "kv")):
+                prompt = make_soft_prompt(kind, 21, tiny_spec, scale=0.5)
+                assert server.upload(name, save_prompt(prompt, directory, name)).status_code == 201
+            return server
+
+        yield Site(start)
+
+
+@pytest.fixture
+def mixed_server(site: Site) -> Server:
+    return site.server
 
 
 @pytest.fixture(scope="module")
-def undisturbed(mixed_server: Server) -> tuple[list[MixedRequest], list[Any]]:
+def undisturbed(site: Site) -> tuple[list[MixedRequest], list[Any]]:
     requests = mixed_requests(18, 50)
-    answers = asyncio.run(answers_of(mixed_server, requests))
+    answers = asyncio.run(answers_of(site.server, requests))
     assert not any(map(is_error, answers)), answers
     return requests, answers
 
@@ -90,14 +103,14 @@ def test_a_killed_engine_is_a_pause_for_every_kind_of_request(
         late.append(server.complete(PROMPT, 12))
         assert server.engine().pid != dead.pid
         assert restarts(server) == before + 1
-        wait_for(lambda: server.metric("requests_running") == 6, "the requests do not go on")
+        wait_for(lambda: server.metric("requests_running"), "the requests do not go on")
         kill_engine(server)
 
     before, resumed = server.metrics("engine_restarts_total", "requests_resumed_total")
     check_same(requests, disturbed(server, requests, kill_twice), expected)
     assert late == [server.complete(PROMPT, 12)]
     assert restarts(server) == before + 2
-    assert server.metric("requests_resumed_total") >= resumed + 12
+    assert server.metric("requests_resumed_total") >= resumed + 6 + 1
     assert server.metric("requests_finished_total", reason="error") == 0
     server.wait_idle()
     wait_for(lambda: server.metric("queue_tokens") == 0, "something is left in the queue")
@@ -144,8 +157,11 @@ def test_a_request_that_kills_engines_is_found_and_its_companions_are_served(
     wait_for(lambda: restarts(server) == before + 3, "no other engine is started")
 
 
-def test_an_engine_that_dies_too_often_ends_the_server(start_server: StartServer, tiny_flags: tuple[str, ...]) -> None:
-    server = start_server(*tiny_flags, "--max-engine-deaths", "2")
+def test_an_engine_that_dies_too_often_ends_the_server(mixed_server: Server) -> None:
+    server = mixed_server
+    for deaths in range(int(restarts(server)), LIVES - 2):  # where the other tests did not run
+        kill_engine(server)
+        wait_for(lambda deaths=deaths: restarts(server) > deaths, "no other engine is started")  # type: ignore[misc]
     stream = in_background(server, COMPLETE, body(15000, stream=True))
     whole = in_background(server, COMPLETE, body(15000))
     for _ in range(2):
@@ -157,6 +173,28 @@ def test_an_engine_that_dies_too_often_ends_the_server(start_server: StartServer
     assert reply is not None
     assert reply.status_code == 503
     assert error_of(reply)["code"] == "engine_gone"
-    assert "died 2 times" in error_of(reply)["message"]
+    assert f"died {LIVES} times" in error_of(reply)["message"]
     assert stream.result().events[-1]["error"]["code"] == "engine_gone"
     assert "Traceback" not in server.log.read_text()
+
+
+def test_another_engine_never_serves_another_model(
+    start_server: StartServer, tiny_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Nor the same one with another chat template, which counts as part of it."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    server = start_server(*tiny_flags, "--chat-template", str(template))
+    chat = {"messages": [{"role": "user", "content": "Why?"}]}
+    shown = server.http.post("/tokenize", json=chat | {"add_special_tokens": False}).json()
+    plain = server.http.post("/tokenize", json={"prompt": "<Why?>", "add_special_tokens": False}).json()
+    assert shown["tokens"] == plain["tokens"]
+    whole = in_background(server, COMPLETE, body(15000))
+    wait_for(lambda: server.metric("requests_running") == 1, "the request does not run")
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    kill_engine(server)
+    assert server.wait_exit() == 1
+    reply = whole.result().reply
+    assert reply is not None
+    assert reply.status_code == 503
+    assert "files have changed" in error_of(reply)["message"]

@@ -61,7 +61,7 @@ def test_heads_and_silence_are_bounded_and_counted(small_server: Server) -> None
     with socket.create_connection(("127.0.0.1", small_server.port), timeout=30) as connection:
         assert connection.recv(1) == b""
     assert small_server.metric("connections_refused_total", reason="head_size") == 1
-    assert small_server.metric("connections_refused_total", reason="head_timeout") == 1
+    assert small_server.metric("connections_refused_total", reason="head_timeout") >= 1
     assert small_server.metric("connections") >= 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,6 +61,55 @@ def test_byte_fallback(fallback_server: Server) -> None:
         assert len(offsets) == 200
 
 
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 80}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "whole", "piece"),
+    [
+        (
+            "/v1/chat/completions",
+            HELLO,
+            lambda reply: reply["choices"][0]["message"]["content"],
+            lambda event: event["choices"][0]["delta"].get("content") or "",
+        ),
+        (
+            "/v1/messages",
+            HELLO,
+            lambda reply: "".join(block["text"] for block in reply["content"]),
+            lambda event: event.get("delta", {}).get("text", ""),
+        ),
+        (
+            "/v1/responses",
+            {"input": "hello", "max_output_tokens": 80},
+            lambda reply: reply["output"][0]["content"][0]["text"],
+            lambda event: event["delta"] if event["type"] == "response.output_text.delta" else "",
+        ),
+        (
+            "/",
+            {"inputs": "hello", "parameters": {"max_new_tokens": 80, "do_sample": True, "temperature": 2, "seed": 1}},
+            lambda reply: reply[0]["generated_text"],
+            lambda event: event["generated_text"] or "",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_broken_characters_on_other_routes(
+    fallback_server: Server,
+    route: str,
+    body: dict[str, Any],
+    whole: Callable[[Any], str],
+    piece: Callable[[Any], str],
+) -> None:
+    ask = body if "parameters" in body else body | {"temperature": 2, "seed": 1}
+    reply = fallback_server.post(route, ask)
+    assert reply.status_code == 200, reply.text
+    assert "\ufffd" in whole(reply.json())
+    streamed = fallback_server.post(route, ask | {"stream": True}).text
+    events = [json.loads(line[len("data: ") :]) for line in streamed.splitlines() if line.startswith("data: {")]
+    assert "".join(map(piece, events)) == whole(reply.json())
+
+
 @pytest.mark.parametrize("stop", [[], ["e"]])
 def test_bytes_of_logprobs_join_to_the_content(tiny_server: Server, stop: list[str]) -> None:
     messages = [{"role": "user", "content": "hello 🙂"}]
@@ -114,6 +163,15 @@ FINE = {"input": "hello", "candidates": ["hello"]}
         ("/v1/completions", {"prompt": [5, -1]}, "prompt"),
         ("/v1/completions", {"prompt": "hello", "stop_token_ids": [5, -1]}, "stop_token_ids"),
         ("/v1/chat/completions", {"messages": CHAT}, "messages"),
+        ("/v1/chat/completions", {"messages": CHAT, "stream": True, "n": 2}, "messages"),
+        ("/v1/completions", {"prompt": "hello", "allowed_token_ids": [5, -1]}, "allowed_token_ids"),
+        ("/v1/responses", {"input": EXTRA}, "input"),
+        ("/v1/responses", {"input": "hello", "instructions": EXTRA}, "input"),
+        ("/v1/messages", {"messages": CHAT, "max_tokens": 4}, "messages"),
+        ("/v1/messages/count_tokens", {"messages": CHAT}, "messages"),
+        ("/v1/embeddings", {"input": EXTRA}, "input"),
+        ("/v1/embeddings", {"input": ["hello", EXTRA]}, "input.1"),
+        ("/v1/embeddings", {"input": [[5], [5, -1]]}, "input.1"),
         ("/generate", {"inputs": EXTRA}, "inputs"),
         ("/generate_stream", {"inputs": EXTRA}, "inputs"),
         ("/v1/score", {**FINE, "input": EXTRA}, "input"),
@@ -132,7 +190,7 @@ def test_tokens_that_the_model_does_not_have(fallback_server: Server, route: str
     extra = fallback_server.post("/tokenize", {"prompt": "<extra>"}).json()["tokens"][-1]
     reply = fallback_server.post(route, json.loads(json.dumps(body).replace("-1]", f"{extra}]")))
     assert reply.status_code == 400, reply.text
-    error = error_of(reply)
+    error = reply.json()["error"] if route.startswith("/v1/messages") else error_of(reply)
     assert (error["param"], error["code"]) == (param, "token_id")
     assert f"token {extra}" in error["message"]
     assert "'<extra>'" in error["message"]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,17 @@ import pytest
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.server.routes import SERVING_PATHS
 from tests.chaos.disconnects import leave_at_random
-from tests.e2e.conftest import StartServer
 from tests.support.mixed_requests import EMBEDDINGS, KEYS_AND_VALUES
 from tests.support.models import Reference, make_soft_prompt, save_prompt
-from tests.support.servers import Server, error_of, running_server, stream_json
+from tests.support.servers import Server, Site, error_of, stream_json
 
 PROMPT = "Write a short story about a bridge"
 WHOLE_CONTEXT = 16000  # more tokens than any test waits for
 
 
 @pytest.fixture(scope="module")
-def server(tiny_flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Four slots."""
-    with running_server(tmp_path_factory.mktemp("four-slots"), *tiny_flags, "--max-batch-size", "4") as server:
-        yield server
+def server(four_slots: Server) -> Server:
+    return four_slots
 
 
 def body(max_tokens: int, **fields: Any) -> dict[str, Any]:
@@ -271,10 +268,10 @@ async def deleted_while_waiting(server: Server) -> str:
         return waiting.text
 
 
-def test_queue_overflow(start_server: StartServer, tiny_flags: tuple[str, ...]) -> None:
+def test_queue_overflow(two_slots: Site) -> None:
     """Ten times as many as there is room for, all at once."""
-    server = start_server(*tiny_flags, "--max-batch-size", "2", "--max-queue-size", "4")
-    num_sent, capacity, length = 60, 6, 600
+    server = two_slots.server
+    num_sent, capacity, length = 60, 6, 100
     ends: list[httpx.Response] = []
 
     async def ask_all() -> None:
@@ -285,11 +282,19 @@ def test_queue_overflow(start_server: StartServer, tiny_flags: tuple[str, ...]) 
 
             await asyncio.gather(*(ask() for _ in range(num_sent)))
 
-    asyncio.run(ask_all())
+    async def all_others_are_refused() -> bool:
+        return len(ends) == num_sent - capacity
+
+    async def ask_while_it_stands() -> None:
+        with server.standing_still():  # nobody ends while the others come
+            asking = asyncio.create_task(ask_all())
+            await until(all_others_are_refused, "not all who find no room hear of it")
+        await asking
+
+    asyncio.run(ask_while_it_stands())
     accepted = [reply for reply in ends if reply.status_code == 200]
     rejected = [reply for reply in ends if reply.status_code == 429]
-    assert len(accepted) + len(rejected) == num_sent
-    assert capacity <= len(accepted) < num_sent // 2
+    assert (len(accepted), len(rejected)) == (capacity, num_sent - capacity)
     # At once: before any of those that were let in had ended.
     assert [reply.status_code for reply in ends[: len(rejected)]] == [429] * len(rejected)
     for reply in rejected:
@@ -348,26 +353,38 @@ def late(path: str, timeout_ms: int, **fields: Any) -> dict[str, Any]:
     return {"inputs": PROMPT, "parameters": parameters}
 
 
+def begun_but_late(server: Server, path: str, **fields: Any) -> Any:
+    """The reply, or a stream's events, to a request that runs when its time is over: a busy machine begins later."""
+    for timeout_ms in (700, 2100, 6300, 18_900):
+        asked = late(path, timeout_ms, **fields)
+        if asked.get("stream") or path == "/generate_stream":
+            events = stream_json(server, path, asked)
+            if "error" not in events[0]:
+                return events
+        elif (reply := server.post(path, asked)).status_code != 504:
+            assert reply.status_code == 200, reply.text
+            return reply.json()
+    raise AssertionError("it never began to run")
+
+
 def test_who_runs_at_its_deadline_ends_with_its_output(server: Server) -> None:
     whole = server.complete(PROMPT, 40, ignore_eos=True)
-    reply = server.post("/v1/completions", late("/v1/completions", 700, n=2)).json()
+    reply = begun_but_late(server, "/v1/completions", n=2)
     for choice in reply["choices"]:
         assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "timeout")
         assert choice["text"].startswith(whole[:20])
     assert 2 <= reply["usage"]["completion_tokens"] < 2 * WHOLE_CONTEXT
 
     options = {"include_usage": True}
-    *_, last, usage, done = stream_json(
-        server, "/v1/chat/completions", late("/v1/chat/completions", 700, stream=True, stream_options=options)
-    )
+    *_, last, usage, done = begun_but_late(server, "/v1/chat/completions", stream=True, stream_options=options)
     assert done == "[DONE]"
     assert (last["choices"][0]["finish_reason"], last["choices"][0]["stop_reason"]) == ("length", "timeout")
     assert 1 <= usage["usage"]["completion_tokens"] < WHOLE_CONTEXT
 
-    details = server.post("/generate", late("/generate", 700)).json()["details"]
+    details = begun_but_late(server, "/generate")["details"]
     assert (details["finish_reason"], details["stop_reason"]) == ("length", "timeout")
     assert details["generated_tokens"] == len(details["tokens"]) > 0
-    events = stream_json(server, "/generate_stream", late("/generate_stream", 700))
+    events = begun_but_late(server, "/generate_stream")
     assert (events[-1]["details"]["finish_reason"], events[-1]["details"]["stop_reason"]) == ("length", "timeout")
     assert events[-1]["generated_text"] == "".join(event["token"]["text"] for event in events)
     server.wait_empty()
@@ -386,9 +403,7 @@ async def waits_in_vain(server: Server) -> None:
             await stream.begun.wait()
         prompts = await asyncio.to_thread(server.metric, "prompt_tokens_total")
         for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
-            began = time.monotonic()
             reply = await client.post(path, json=late(path, 200))
-            assert time.monotonic() - began < 5
             assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
             assert reply.headers["x-should-retry"] == "false"
         request = client.stream("POST", "/v1/completions", json=late("/v1/completions", 200, stream=True))
@@ -407,13 +422,15 @@ def test_a_user_who_sends_much_does_not_hold_up_another(server: Server) -> None:
 
 async def light_beside_heavy(server: Server) -> None:
     async with server.async_http() as client:
-        heavy = [start(client, 150, user="heavy") for _ in range(50)]
 
-        async def all_are_there() -> bool:
-            return len((await queue_of(client))[1]) > 40
+        async def are_there(count: int) -> bool:
+            return len((await queue_of(client))[1]) == count
 
-        await until(all_are_there, "the heavy user does not fill the queue")
-        light = start(client, 5, user="light")
+        with server.standing_still():
+            heavy = [start(client, 150, user="heavy") for _ in range(50)]
+            await until(lambda: are_there(50), "the heavy user does not fill the queue")
+            light = start(client, 5, user="light")
+            await until(lambda: are_there(51), "the light user does not wait")
         assert light.task is not None
         await light.task
         # Those of the four slots had begun before, and may have ended in one step with four others.

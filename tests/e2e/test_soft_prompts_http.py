@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,54 +189,6 @@ def test_eviction_and_reload(
         assert server.http.delete(f"/v1/soft_prompts/{name}").status_code == 200
     server.wait_empty()
     assert server.metrics("soft_prompts_resident", "soft_prompts_resident_bytes") == (0, 0)
-
-
-def test_a_killed_server_leaves_only_whole_prompts(
-    start_server: StartServer, tiny_flags: tuple[str, ...], tiny_llama: Reference, tiny_spec: ModelSpec, tmp_path: Path
-) -> None:
-    """kill -9 of all its processes in the middle of uploads, then a new server on the same directory."""
-    store = tmp_path / "prompts"
-    files = [
-        save_prompt(make_soft_prompt(kind, 300, tiny_spec, seed=seed, scale=0.5), tmp_path, f"f{seed}")
-        for seed, kind in enumerate(["embeddings", "kv", "embeddings"])
-    ]
-    server = start_server(*tiny_flags, store=store)
-    acknowledged: list[str] = []
-
-    def upload_until_it_dies(worker: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            for number in range(100_000):
-                name, file = f"w{worker}-{number}", files[number % len(files)]
-                try:
-                    parts = [("file", (file.name, file.read_bytes()))]
-                    reply = client.post("/v1/soft_prompts", data={"name": name}, files=parts)
-                except httpx.HTTPError:
-                    return
-                assert reply.status_code == 201, reply.text
-                acknowledged.append(name)
-
-    with ThreadPoolExecutor(4) as pool:
-        workers = [pool.submit(upload_until_it_dies, worker) for worker in range(4)]
-        wait_for(lambda: len(acknowledged) >= 12 or any(w.done() for w in workers), "no upload came through")
-        server.kill()
-        for worker in workers:
-            worker.result()
-
-    server = start_server(*tiny_flags, store=store)
-    listing = server.http.get("/v1/soft_prompts").json()
-    assert "broken" not in listing
-    listed = [prompt["name"] for prompt in listing["data"]]
-    assert set(acknowledged) <= set(listed)
-    assert not list(store.glob(".add-*")), "remains of unfinished uploads"
-    assert len(list(store.glob(".leases-*"))) == 1, "leases of the dead server"
-    assert len({prompt["sha256"] for prompt in listing["data"]}) == len(files)
-    expected = {
-        f.read_bytes(): greedy(tiny_llama, 6, make_soft_prompt(kind, 300, tiny_spec, seed=seed, scale=0.5))
-        for seed, (f, kind) in enumerate(zip(files, ["embeddings", "kv", "embeddings"], strict=True))
-    }
-    for name in listed:
-        content = server.http.get(f"/v1/soft_prompts/{name}/content").content
-        assert server.complete(QUESTION, 6, soft_prompt=name) == expected[content]
 
 
 def test_a_prompt_of_another_model_is_not_served(tiny_server: Server, tiny_spec: ModelSpec, names: list[str]) -> None:

@@ -92,11 +92,11 @@ class TestChat:
         assert main(["chat", "--server", "http://127.0.0.1:1"]) == 2
         assert "is the server running?" in capsys.readouterr().err
 
-    def test_at_a_terminal(self, tiny_server: Server) -> None:
+    def test_at_a_terminal(self, four_slots: Server) -> None:
         """A mistake is told and the talk goes on; Ctrl-C stops an answer; Ctrl-D leaves."""
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, "-m", "softbatch", "chat", "--server", tiny_server.url],
+            [sys.executable, "-m", "softbatch", "chat", "--server", four_slots.url],
             cwd=PROJECT,
             env=environment(TERM="dumb"),
             stdin=theirs,
@@ -119,29 +119,29 @@ class TestChat:
             wait_for(lambda: shows("is no command"), "no message")
             os.write(ours, b"/max-tokens 5\nhello\n")
             wait_for(lambda: shows("5 written; the first after"), "no answer")
-            os.write(ours, b"/max-tokens 400\n/temperature 2\nhello again\n")
-            wait_for(lambda: tiny_server.metric("requests_running") == 1, "the request does not run")
+            os.write(ours, b"/max-tokens 15000\n/temperature 2\nhello again\n")
+            wait_for(lambda: four_slots.metric("requests_running") == 1, "the request does not run")
             process.send_signal(signal.SIGINT)
             wait_for(lambda: shows("(stopped)"), "the answer goes on")
-            tiny_server.wait_empty()
+            four_slots.wait_empty()
             os.write(ours, b"\x04")
-            assert process.wait(20) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
             os.close(ours)
 
 
 @pytest.mark.usefixtures("no_settings")
-def test_top_shows_what_runs(tiny_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    body = {"prompt": "Is the sea", "max_tokens": 400, "stream": True, "ignore_eos": True}
-    with tiny_server.http.stream("POST", "/v1/completions", json=body) as stream:
+def test_top_shows_what_runs(four_slots: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    body = {"prompt": "Is the sea", "max_tokens": 15000, "stream": True, "ignore_eos": True}
+    with four_slots.http.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()
         next(lines)
-        assert main(["top", "--server", tiny_server.url, "--once"]) == 0
+        assert main(["top", "--server", four_slots.url, "--once"]) == 0
     shown = capsys.readouterr().out
-    assert "running 1 of" in shown
-    assert "of 400" in shown
-    tiny_server.wait_empty()
+    assert "running 1 of 4" in shown
+    assert "of 15000" in shown
+    four_slots.wait_empty()
 
 
 @pytest.mark.usefixtures("no_settings")

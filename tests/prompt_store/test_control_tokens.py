@@ -58,6 +58,18 @@ def words() -> Tokenizer:
     return tokenizer
 
 
+def word_pieces() -> Tokenizer:
+    """As BERT's: lower-cased, cut at punctuation, and control tokens are words of the vocabulary."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789<>/|_[].!?日é🙂"
+    known = ["<unk>", "<s>", "</s>", "hello", "##llo", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in known[:3]])
+    return tokenizer
+
+
 def stripping() -> Tokenizer:
     """Control tokens that swallow the spaces beside them, and one that is no part of a word."""
     tokenizer = byte_level()
@@ -79,6 +91,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "byte fallback without prefix": lambda: byte_fallback(strip=False),
     "unigram": unigram,
     "words": words,
+    "word pieces": word_pieces,
     "stripping": stripping,
     "not marked": not_marked,
 }

@@ -281,8 +281,9 @@ def test_templates_that_leave_no_place_say_so() -> None:
             context_turn(byte_tokenizer(template), "CTX")
     with pytest.raises(TemplateError):
         context_turn(byte_tokenizer("{{ 'hello' }}"), "CTX")
-    with pytest.raises(TemplateError):
-        render_chat(byte_tokenizer("{{ messages[7]['content'] + 1 }}"), SINGLE)
+    for broken in ("messages[7]['content'] + 1", "1 // 0", "'x' * 10 ** 30", "messages.pop(9)"):
+        with pytest.raises(TemplateError):
+            render_chat(byte_tokenizer(f"{{{{ {broken} }}}}"), SINGLE)
     with pytest.raises(TemplateError, match="empty"):
         context_turn(byte_tokenizer(CHATML), " \n")
     with pytest.raises(TemplateError, match="first message must be the user's"):

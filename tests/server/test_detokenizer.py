@@ -106,10 +106,10 @@ def test_a_long_output_costs_what_it_is_long(text: TextProcessor) -> None:
     """Also one of nothing but beginnings of characters."""
     token = next(token for token in range(258) if text.tokens.piece(token)[0] == b"\x80")
     detokenizer = Detokenizer(text.tokens, [5])
-    started = time.perf_counter()
+    started = time.thread_time()  # others on this machine count for nothing
     shown = sum(len(detokenizer.push(token)[0]) for _ in range(20_000))
     assert shown == 20_000
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
 
 
 def test_the_space_before_the_first_word_is_kept_where_the_tokenizer_drops_it() -> None:

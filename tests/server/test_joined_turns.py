@@ -44,11 +44,11 @@ def test_thousands_of_pieces_take_no_longer_than_their_text() -> None:
     calls = said("assistant", "", tool_calls=[call_of(str(i), "f", "{}") for i in range(8000)])
     results = [result(i) for i in range(8000)]
     words = [said("user", "<tool_response>\n" + "a" * 100 + "\n</tool_response>")] * 30_000
-    begun = time.perf_counter()
+    begun = time.thread_time()  # others on this machine count for nothing
     assert len(joined_turns(turns)) == 1
     assert len(_one_by_one([calls, *results])) == 16_000
     assert len(_merged(words)) == 1
-    assert time.perf_counter() - begun < 2
+    assert time.thread_time() - begun < 2
 
 
 def test_a_conversation_has_no_more_blocks_than_are_bearable() -> None:

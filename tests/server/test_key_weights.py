@@ -19,9 +19,9 @@ from tests.support.in_process_engine import InProcessEngine
 SECRET = "sk-secret-of-a"
 
 
-def settings_with(tmp_path: Path, content: str) -> Settings:
+def settings_with(tmp_path: Path, content: str, encoding: str = "utf-8") -> Settings:
     path = tmp_path / "weights.json"
-    path.write_text(content)
+    path.write_text(content, encoding=encoding)
     return Settings(api_key=(SECRET, "b"), admin_key=("c",), key_weights=path)
 
 
@@ -64,3 +64,7 @@ def ask_with_each_key(weights: Mapping[str, float]) -> None:
         begin(RequestRecord("", owner=owner_of(key)))
         with admission.reserve(1) as places:
             assert places.prepare([1], SamplingParams(max_tokens=1), None, route="").add.weight == weight
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert settings_with(tmp_path, '{"b": 2}', "utf-8-sig").key_weights == tmp_path / "weights.json"

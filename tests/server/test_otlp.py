@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -91,16 +90,15 @@ def test_a_collector_that_never_answers_blocks_neither_spans_nor_the_end(
 
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+    monkeypatch.setenv(
+        "OTEL_EXPORTER_OTLP_TIMEOUT", "3600"
+    )  # whoever waited would wait for longer than a test may take
     export = OtlpExport(OtlpTarget(f"{black_hole}/v1/traces", f"{black_hole}/v1/metrics", is_flag=True))
     tracer = export.tracer("test", {"softbatch.process": "server"})
-    began = time.monotonic()
     for _ in range(1000):
         tracer.start_span("x").end()
-    assert time.monotonic() - began < 2, "spans wait for nobody"
     assert len(export._spans._batch_processor._queue) <= 16  # type: ignore[union-attr]
-    began = time.monotonic()
     export.close(0.2)
-    assert time.monotonic() - began < 2
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "nothing for each span"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,9 +14,11 @@ from softbatch.prompt_store.compression.data.passages import Passage
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt, UnknownPrompt
-from softbatch.server.request_failures import UnknownSoftPrompt, UnusableSoftPrompt
-from softbatch.server.requests.recall import PassageIndexes, _with_passages
-from softbatch.server.requests.text import ChatPrompt
+from softbatch.server.request_failures import InvalidPrompt, UnknownSoftPrompt, UnusableSoftPrompt
+from softbatch.server.requests.prompt_encoder import PromptEncoder
+from softbatch.server.requests.recall import PassageIndexes, Recalled, Recaller, _with_passages
+from softbatch.server.requests.text import ChatPrompt, TextProcessor
+from tests.support.tokenizers_of_bytes import as_transformers, byte_fallback
 
 TEXT = "# Harbour\n\nThe {} office opens at seven. Ring the brass bell twice before you enter.\n"
 
@@ -108,3 +111,21 @@ def test_passages_begin_the_last_turn_of_the_user_in_every_form_of_a_conversatio
     assert (chat.turns, chat.fields) == (expected, {"tools": [1]})
     assert chat.beside_system is not None
     assert chat.beside_system.turns == expected[2:]
+
+
+def test_passages_with_tokens_that_the_model_lacks_reach_no_model() -> None:
+    """Refused if they were asked for, and left out if not. Before token ids nothing else looks at them."""
+    tokenizer = as_transformers(byte_fallback())
+    text, extra = TextProcessor(tokenizer, 512), tokenizer.convert_tokens_to_ids("<extra>")
+    lease = cast(Any, SimpleNamespace(stored=stored("a")))
+
+    def find(rows: int, wanted: int | None) -> Recalled:
+        indexes = PassageIndexes(cast(SoftPromptStore, Texts({"a": "The <extra> office opens at seven."})))
+        recaller = Recaller(indexes, text, PromptEncoder(text, rows, 512, 10))
+        return asyncio.run(recaller.find(text.encode("When does the office open?"), lease, wanted))
+
+    assert find(extra + 1, 1).passages
+    assert find(extra, None) == Recalled()
+    with pytest.raises(InvalidPrompt, match=rf"no token {extra} \('<extra>'\)") as refused:
+        find(extra, 1)
+    assert (refused.value.param, refused.value.code) == ("recall", "token_id")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +17,9 @@ from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 from softbatch.server.request_failures import PromptTooLong
 from softbatch.server.requests.output_text import StopStrings
 from softbatch.server.requests.text import TextProcessor
+from softbatch.server.routes.score import _prompt
+from softbatch.server.schemas.score import ScoreRequest
+from tests.support.tokenizers_of_bytes import as_transformers, byte_fallback
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +80,16 @@ def test_a_tokenizer_file_cannot_cut_prompts() -> None:
     backend.enable_truncation(1)
     processor = TextProcessor(PreTrainedTokenizerFast(tokenizer_object=backend), max_model_len=64)
     assert processor.encode("is now") == [1, 2]
+
+
+def test_what_is_scored_by_a_model_without_a_template_is_text_too() -> None:
+    """A context and a question are what people wrote; a raw prompt is what its author makes of it."""
+    tokenizer = as_transformers(byte_fallback())
+    tokenizer.chat_template = None
+    text = TextProcessor(tokenizer, max_model_len=256)
+    body = ScoreRequest(context="<s>hello<|im_end|>", input="world<|im_end|>", candidates=["x"])
+    prompt = _prompt(cast(Any, SimpleNamespace(text=text)), body)
+    ids = text.encode(str(prompt))
+    assert not {*ids} & text.tokens.hidden
+    assert text.decode(ids, skip_special_tokens=False) == "<s>hello<|im_end|>\n\nworld<|im_end|>"
+    assert {*text.encode("hello<|im_end|>")} & text.tokens.hidden

@@ -40,7 +40,7 @@ def in_background(server: Server, route: str, content: dict[str, Any]) -> Backgr
     request = Background()
 
     def ask() -> None:
-        with httpx.Client(base_url=server.url, timeout=120) as client:
+        with httpx.Client(base_url=server.url, headers=server.headers, timeout=120) as client:
             try:
                 if route != STREAM and not content.get("stream"):
                     request.reply = client.post(route, json=content)

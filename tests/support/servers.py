@@ -107,10 +107,25 @@ class Server:
             return self.process.poll() is not None
 
     def engine(self) -> psutil.Process:
+        return self.child("softbatch.scheduler.engine.process")
+
+    def child(self, module: str) -> psutil.Process:
+        """The one process of the front end that runs this module."""
         children = psutil.Process(self.process.pid).children()
-        engines = [child for child in children if "softbatch.scheduler.engine.process" in child.cmdline()]
-        assert len(engines) == 1, engines
-        return engines[0]
+        found = [child for child in children if module in child.cmdline()]
+        assert len(found) == 1, found
+        return found[0]
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Meanwhile the engine computes nothing, so that what runs does not end, nor what waits begin. The front end
+        takes it for dead if that lasts."""
+        engine = self.engine()
+        engine.suspend()
+        try:
+            yield
+        finally:
+            engine.resume()
 
     def wait_exit(self) -> int:
         return self.process.wait(timeout=READY_SECONDS)
@@ -120,6 +135,25 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=60)
+
+
+class Site:
+    """A place with one server, which tests may end: whoever asks for it next gets another."""
+
+    def __init__(self, start: Callable[..., Server]) -> None:
+        self._start = start
+        self._server: Server | None = None
+
+    @property
+    def server(self) -> Server:
+        if self._server is None or self._server.process.poll() is not None:
+            return self.start()
+        return self._server
+
+    def start(self, **options: Any) -> Server:
+        """Another one, beside what is left of the one before."""
+        self._server = self._start(**options)
+        return self._server
 
 
 def _sample(families: Sequence[Any], name: str, labels: Mapping[str, str]) -> float:

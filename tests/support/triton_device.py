@@ -20,7 +20,35 @@ def prepare(name: str) -> torch.device:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the same test runs on the GPU")
     _teach_bfloat16()
+    _patch_once()
     return torch.device("cpu")
+
+
+class _Patched:
+    """Of Triton's language, which stays as it is between launches."""
+
+    def restore(self) -> None:
+        pass
+
+
+def _patch_once() -> None:
+    """The interpreter patches the language again for each launch, and for each function that a kernel calls, which
+    takes longer than what it runs. In a process that interprets all kernels, once is enough."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    if getattr(patch, "is_once", False):
+        return
+    patched: set[Any] = set()
+
+    def patch_lang(function: Any) -> _Patched:
+        if function not in patched:
+            patch(function)
+            patched.add(function)
+        return _Patched()
+
+    patch_lang.is_once = True  # type: ignore[attr-defined]
+    interpreter._patch_lang = patch_lang
 
 
 def _teach_bfloat16() -> None:

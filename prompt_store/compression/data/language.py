@@ -29,6 +29,7 @@ _SHORT_PIECE = 40
 _COMMA = regex.compile(r"[,，、،;；؛:：()（）\[\]|—–]+\s*")
 _GAP = regex.compile(r"[,，、;；:：()（）\[\]|—–\s]+")
 _SHORTEST_CLAUSE = 3  # words
+_END = regex.compile(r"(?V1)[\p{STerm}\s.,;:!?、，；：！？…]")
 _QUESTION = regex.compile(r"[?\uff1f\u061f\u037e\u055e\u1367\u2cfa]")
 _QUESTION_MARKS = {"Han": "？", "Hiragana": "？", "Katakana": "？", "Arabic": "؟", "Greek": ";", "Armenian": "՞"}
 # Words that stand in nearly every English text and in few others.
@@ -39,6 +40,7 @@ _ENGLISH = frozenset(_ENGLISH_WORDS.split())
 _ENGLISH_QUESTION = _ENGLISH | {"what", "how", "why", "who", "where", "does", "do"}
 _ENGLISH_SHARE = 0.08
 _SHORT_TEXT = 30  # words; fewer say little about a language
+_SHORTEST_TEXT = 12  # words; fewer may well have none of the commonest
 
 
 def words_of(text: str) -> list[str]:
@@ -77,12 +79,13 @@ def is_latin(text: str) -> bool:
 
 
 def is_english(text: str) -> bool:
-    """By its commonest words; a short text in ASCII is taken for English."""
+    """By its commonest words; a very short text in ASCII is taken for English."""
     words = words_of(text)
     if not is_latin(text):
         return False
     if len(words) < _SHORT_TEXT:
-        return text.isascii() or any(word in _ENGLISH for word in words)
+        is_plain = len(words) < _SHORTEST_TEXT and text.isascii()
+        return is_plain or any(word in _ENGLISH for word in words)
     counts = Counter(words)
     return sum(counts[word] for word in _ENGLISH) >= _ENGLISH_SHARE * len(words)
 
@@ -110,6 +113,14 @@ def question_mark(text: str) -> str:
         if regex.search(rf"\p{{{script}}}", text) and not is_latin(text):
             return mark
     return "?"
+
+
+def without_end(text: str) -> str:
+    """Without what a sentence or a part of one ends in, in any script, so that something else may end it."""
+    end = len(text)
+    while end and _END.match(text[end - 1]):
+        end -= 1
+    return text[:end]
 
 
 def beginning(text: str, words: int) -> str:

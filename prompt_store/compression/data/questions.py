@@ -14,6 +14,7 @@ from softbatch.prompt_store.compression.data.language import (
     is_latin,
     is_question,
     question_mark,
+    without_end,
 )
 from softbatch.prompt_store.compression.data.phrases import Sentence, headings, key_phrases, plain, sentences, title
 
@@ -94,7 +95,6 @@ _QUOTE: tuple[str, ...] = (
     'The document mentions "{q}". What does it say about that?',
     'Why does it say "{q}"?',
 )
-_ENDS = " .,;:!?。、，；：！？।…"
 _AUXILIARIES = "is|are|was|were|can|could|may|must|will|would|should|has|have"
 _INVERTIBLE = re.compile(
     rf"^((?:(?:a|an|the|this|each|every|any|all|one|two|your|our)\s)?[\w'’/-]+(?:\s[\w'’/-]+){{0,4}}?)\s"
@@ -169,9 +169,9 @@ def neutral_questions(found: Sequence[Sentence]) -> list[Asked]:
     for sentence in found:
         mark = question_mark(sentence.text)
         for clause in clauses(sentence.text, 8):
-            asked.append((clause.rstrip(_ENDS) + mark, "quote", sentence.position))
+            asked.append((without_end(clause) + mark, "quote", sentence.position))
         for words in (3, 6):
-            asked.append((beginning(sentence.text, words).rstrip(_ENDS) + "…", "continue", sentence.position))
+            asked.append((without_end(beginning(sentence.text, words)) + "…", "continue", sentence.position))
     return asked
 
 

@@ -14,7 +14,7 @@ from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.data.language import is_english, question_mark, split_sentences
 from softbatch.prompt_store.compression.data.passages import passages
 from softbatch.prompt_store.compression.data.phrases import sentences
-from softbatch.prompt_store.compression.data.questions import own_questions, questions_from
+from softbatch.prompt_store.compression.data.questions import neutral_questions, own_questions, questions_from
 from softbatch.prompt_store.compression.data.selection import merge, split
 from softbatch.prompt_store.compression.data.self_study import model_questions, template_questions
 
@@ -69,6 +69,29 @@ def test_every_sentence_is_asked_about_in_its_own_words(name: str) -> None:
     assert held_out
     found = coverage(text, training)
     assert found["asked"] == found["sentences"] == COUNTS[name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ከመግባትዎ በፊት ደወሉን ሁለት ጊዜ ይደውሉ።",
+        "Մուտք գործելուց առաջ երկու անգամ զանգահարեք։",
+        "اندر آنے سے پہلے گھنٹی دو بار بجائیں۔",
+    ],
+    ids=["am", "hy", "ur"],
+)
+def test_a_question_has_one_mark_at_its_end(text: str) -> None:
+    asked = [question for question, _, _ in neutral_questions(sentences(text))]
+    assert asked[0] == text[:-1] + question_mark(text)
+    assert not [question for question in asked if text[-1] in question]
+
+
+def test_a_short_text_in_plain_letters_may_be_in_another_language() -> None:
+    dutch = "Het havenkantoor gaat om zeven uur open. Bel twee keer voordat u binnenkomt. De sleutel ligt in de kist."
+    assert not is_english(dutch)
+    assert not [example.input for example in template_questions(dutch, 60) if ENGLISH_WORDS.search(example.input)]
+    assert is_english("Ring the bell twice. Boats longer than twelve metres pay thirty crowns each night.")
+    assert is_english("Ring twice. Pay thirty crowns.")
 
 
 def test_the_documents_own_questions_are_asked() -> None:

@@ -6,9 +6,11 @@ import gc
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from softbatch.scheduler.engine.engine import Engine
 from softbatch.scheduler.model.attention.triton import build as build_attention
@@ -28,10 +30,25 @@ from softbatch.scheduler.scheduler_config import SchedulerConfig
 from tests.support import triton_device
 from tests.support.call_again import CallAgain
 from tests.support.engines import check_empty, drain, request, run
-from tests.support.models import load_reference, make_soft_prompt, save_prompt
+from tests.support.models import load_reference, make_soft_prompt, save_prompt, save_tiny, tiny_config
 from tests.support.pooling import embedding_request, pooled_states
 
 BLOCKS, BLOCK_SIZE, BATCH, LONGEST = 17, 4, 5, 64
+
+
+@pytest.fixture(scope="module")
+def small_models(tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """As small as a model can be that has layers and heads: the interpreter takes milliseconds for each."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    changes: dict[str, dict[str, Any]] = {
+        "llama": {"num_hidden_layers": 2, "num_attention_heads": 4},
+        "qwen3": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+        "gpt2": {"n_layer": 2, "n_head": 2},
+    }
+    return {
+        kind: save_tiny(tiny_config(kind, **fields), tokenizer, tmp_path_factory.mktemp("models") / kind)
+        for kind, fields in changes.items()
+    }
 
 
 @pytest.fixture(params=triton_device.DEVICES)
@@ -105,11 +122,11 @@ def build(path: str, device: torch.device, async_scheduling: bool = True) -> tup
 
 @pytest.mark.parametrize(("kind", "async_scheduling"), [("llama", False), ("qwen3", True), ("gpt2", True)])
 def test_greedy_output_equals_transformers(
-    tiny_models: dict[str, str], kind: str, async_scheduling: bool, device: torch.device, tmp_path: Path
+    small_models: dict[str, str], kind: str, async_scheduling: bool, device: torch.device, tmp_path: Path
 ) -> None:
     """gpt2 is not fused: it runs through transformers' code with the Triton attention inside."""
-    reference = load_reference(tiny_models[kind])
-    engine, info, counting = build(tiny_models[kind], device, async_scheduling)
+    reference = load_reference(small_models[kind])
+    engine, info, counting = build(small_models[kind], device, async_scheduling)
     prompts = {n: make_soft_prompt("embeddings" if n % 2 else "kv", n, info, scale=0.5) for n in (4, 7)}
     refs = {n: SoftPromptRef(f"{n:064d}", str(save_prompt(p, tmp_path, f"p{n}")), n) for n, p in prompts.items()}
     cases = [(1, 0), (9, 0), (5, 4), (17, 7), (3, 7), (12, 0), (2, 4)]

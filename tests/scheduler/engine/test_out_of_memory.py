@@ -55,7 +55,7 @@ def test_every_request_still_gets_its_tokens(
         soft = ref if index % 3 == 2 else None
         engine.handle(AddRequest(request_id=str(index), token_ids=ids, params=params, soft_prompt=soft))
     received: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    for _ in range(2000):
+    for _ in range(60_000):
         if not engine.has_work:
             break
         output = engine.step()
@@ -121,7 +121,7 @@ def test_a_soft_prompt_that_finds_no_room_waits_for_those_who_run(llama: Referen
     engine.handle(AddRequest(request_id="soft", token_ids=[5, 6, 7], params=params, soft_prompt=ref))
     received: list[int] = []
     errors: list[str | None] = []
-    for _ in range(2000):
+    for _ in range(60_000):
         if not engine.has_work:
             break
         for output in engine.step().outputs:

@@ -49,7 +49,7 @@ def told_by(reference: Reference, kind: str, info: ModelInfo, where: Path) -> tu
 
 
 def await_read(engine: Engine) -> None:
-    for _ in range(2000):
+    for _ in range(60_000):
         if all(read.staged.done() for read in engine.loader._reads.values()):
             return
         time.sleep(0.005)

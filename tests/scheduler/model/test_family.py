@@ -18,7 +18,7 @@ from softbatch.scheduler.model.self_check import short_windows
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME, paged_attention
 from softbatch.scheduler.protocol import EngineConfig
-from tests.support.families import save_family
+from tests.support.families import FAMILIES, SIZES, edit_weights, save_family
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
@@ -150,3 +150,14 @@ def test_attention_of_another_kind_is_refused_in_every_dtype(dtype: str, tokeniz
     path = save_family(tmp_path / "both-ways", tokenizer, "gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(ModelError, match="this architecture cannot be served"):
         start(path, 128, dtype)
+
+
+def test_a_mask_of_the_models_own_is_refused(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doge adds to the scores what it makes of the values; its config says nothing of that."""
+    monkeypatch.setitem(FAMILIES, "doge", SIZES)
+    path = save_family(tmp_path / "own-mask", tokenizer, "doge")
+    edit_weights(
+        path, lambda weights: {k: torch.full_like(w, 0.7) if k.endswith(".A") else w for k, w in weights.items()}
+    )
+    with pytest.raises(ModelError, match=r"this architecture cannot be served: .* off transformers' own in float32"):
+        start(path, 128, "bfloat16")

@@ -7,12 +7,14 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from softbatch.scheduler.model.gguf_metadata import check_tokenizer
 from softbatch.scheduler.model.model_files import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
 from tests.support.gguf_files import (
@@ -28,6 +30,7 @@ from tests.support.gguf_files import (
     tensors,
     write_gguf,
 )
+from tests.support.tokenizers_of_bytes import as_transformers, byte_fallback
 
 
 @pytest.fixture
@@ -139,10 +142,53 @@ def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path
         ({"llama.attention.head_count_kv": [2, 1]}, {}, "num_key_value_heads: "),
         ({"llama.attention.layer_norm_rms_epsilon": "small"}, {}, "small"),
         ({"llama.attention.sliding_window": 512}, {}, "llama.attention.sliding_window = 512"),
+        ({"tokenizer.ggml.pre": "deepseek-coder"}, {}, "tokenizer.ggml.pre = 'deepseek-coder'"),
     ]
     for index, (fields, more, named) in enumerate(cases):
         file = write_gguf(tmp_path / f"{index}.gguf", fields, tensors() | more)
         assert named in refusal(file, cache)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("name", "called"), [("A.GGUF", "A"), ("sha256-4a.b", "sha256-4a.b")])
+def test_a_file_is_known_by_its_content(name: str, called: str, tmp_path: Path) -> None:
+    """Whatever its suffix, or without one, as in stores of other programs."""
+    source = resolve(str(write_gguf(tmp_path / name)))
+    assert (source.name, Path(source.path, "config.json").is_file()) == (called, True)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_directory_around_a_file_names_it(has_config: bool, cache: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.Q4_K_M.gguf")
+    if has_config:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"--model {file}"):
+        resolve(str(tmp_path))
+    (tmp_path / "notes").write_text("GGUF? No.")
+    with pytest.raises(ModelError, match="neither"):
+        resolve(str(tmp_path / "b"))
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("adds", [True, False])
+def test_texts_begin_and_end_as_the_file_says(adds: bool, tmp_path: Path) -> None:
+    numbers = {f"tokenizer.ggml.add_{name}_token": adds for name in ("bos", "eos")}
+    source = resolve(str(write_gguf(tmp_path / "a.gguf", numbers)))
+    assert (source.tokenizer.encode("a")[0] == source.tokenizer.bos_token_id) == adds
+    assert (source.tokenizer.encode("a")[-1] == source.tokenizer.eos_token_id) == adds
+
+
+def test_a_tokenizer_that_puts_a_space_first_is_not_one_without() -> None:
+    def check(said: dict[str, Any], *, strip: bool) -> None:
+        fields = {"model": "llama"} | said
+        file: Any = SimpleNamespace(of_tokenizer=fields.get)
+        check_tokenizer(as_transformers(byte_fallback(strip=strip)), file)
+
+    check({}, strip=True)
+    check({"add_space_prefix": True}, strip=True)
+    check({"add_space_prefix": False}, strip=False)
+    with pytest.raises(ModelError, match=r"tokenizer\.ggml\.add_space_prefix = False, but transformers makes one that"):
+        check({"add_space_prefix": False}, strip=True)
 
 
 def test_other_tensors_than_the_model_has_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from tests.support import triton_device
 from tests.support.call_again import CallAgain
-from tests.support.models import TINY_CONFIGS
+from tests.support.models import tiny_config
 
 BLOCKS, BLOCK_SIZE, MAX_BLOCKS = 40, 4, 8
 
@@ -42,11 +42,16 @@ class Setup:
     def __init__(self, device: torch.device, capturer: Capturer, triton: bool) -> None:
         torch.manual_seed(1)
         self.device = device
-        model = AutoModelForCausalLM.from_config(TINY_CONFIGS["llama"]).eval().requires_grad_(False).to(device)
+        model = (
+            AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=2))
+            .eval()
+            .requires_grad_(False)
+            .to(device)
+        )
         interface.register()
         model.set_attn_implementation(interface.ATTENTION_NAME)
         self.cache = KVCache(
-            num_layers=3,
+            num_layers=2,
             num_blocks=BLOCKS,
             num_kv_heads=2,
             block_size=BLOCK_SIZE,

@@ -36,7 +36,7 @@ from softbatch.scheduler.protocol import EngineConfig, SoftPromptRef
 from tests.support import decoders
 from tests.support.decoders import CPU, closeness, distance, make_model, make_rows
 from tests.support.engines import check_empty, request, run
-from tests.support.models import Reference, in_threads, make_soft_prompt, sample_texts, save_prompt
+from tests.support.models import Reference, in_threads, load_reference, make_soft_prompt, sample_texts, save_prompt
 
 TEXT = Path(__file__).parents[3] / "examples" / "manual" / "context.md"
 PACKINGS = (KvFormat.INT8, KvFormat.K6V4)
@@ -410,6 +410,15 @@ def test_how_near_the_embedded_model_stays(smollm2: Reference, packing: KvFormat
     assert agreed > agreement
 
 
+# ---- engines, on a tiny model: what is packed where is the same with any weights ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def qwen3(tiny_models: dict[str, str]) -> Reference:
+    """Its heads are of a size that can be packed."""
+    return load_reference(tiny_models["qwen3"])
+
+
 def make_engine(path: str, packing: KvFormat | str, **overrides: Any) -> Any:
     options = {"model": path, "dtype": "float32", "device": "cpu", "kv_cache_gib": 0.1, "kv_cache_dtype": str(packing)}
     engine, ready = build_engine(EngineConfig(**(options | overrides)), lambda *_: None)
@@ -423,14 +432,14 @@ def answers(engine: Any, prompts: Sequence[list[int]], ref: SoftPromptRef | None
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
-def test_answers_do_not_depend_on_chunks_preemption_or_the_batch(smollm2: Reference, packing: KvFormat) -> None:
+def test_answers_do_not_depend_on_chunks_preemption_or_the_batch(qwen3: Reference, packing: KvFormat) -> None:
     """Nor does a cache that is out of blocks; each against the same prompt alone."""
-    prompts = [smollm2.tokenizer(text)["input_ids"] for text in sample_texts(16)]
-    alone, ready = make_engine(smollm2.path, packing, max_model_len=128)
+    prompts = [qwen3.tokenizer(text)["input_ids"] for text in sample_texts(16)]
+    alone, ready = make_engine(qwen3.path, packing, max_model_len=128)
     expected = [answers(alone, [ids])[0] for ids in prompts]
     bytes_per_block = 0.1 * 2**30 / ready.num_blocks / 4  # of four tokens
     tight, ready = make_engine(
-        smollm2.path,
+        qwen3.path,
         packing,
         kv_cache_gib=36.5 * bytes_per_block / 2**30,
         block_size=4,
@@ -446,11 +455,11 @@ def test_answers_do_not_depend_on_chunks_preemption_or_the_batch(smollm2: Refere
 
 
 @pytest.mark.parametrize("kind", ["kv", "embeddings"])
-def test_soft_prompts_steer_as_without_packing(smollm2: Reference, kind: str, tmp_path: Path) -> None:
-    prompts = [smollm2.tokenizer(text)["input_ids"] for text in sample_texts(8)]
+def test_soft_prompts_steer_as_without_packing(qwen3: Reference, kind: str, tmp_path: Path) -> None:
+    prompts = [qwen3.tokenizer(text)["input_ids"] for text in sample_texts(8)]
     found = {}
     for packing in ("auto", "int8"):
-        engine, ready = make_engine(smollm2.path, packing)
+        engine, ready = make_engine(qwen3.path, packing)
         prompt: SoftPrompt = make_soft_prompt(kind, 37, ready.model, seed=4)
         path = save_prompt(prompt, tmp_path, f"{kind}-{packing}")
         ref = SoftPromptRef(sha256="a" * 64, path=str(path), num_virtual_tokens=37)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from softbatch.scheduler.model.loader import load
-from softbatch.scheduler.model.model_files import without_marks
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.families import FAMILIES, edit_weights, save_family
@@ -139,6 +138,14 @@ WRONG_CONFIGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model_type": "bert"}, ("lacks bert.", "has lm_head.weight")),
     ({"model_type": "t5"}, ("model_type 't5' is no causal language model",)),
     ({"layer_types": ["full_attention", "linear_attention"]}, ("layer_types", "linear_attention")),
+    ({"layer_types": ["full_attention"]}, ("layer_types", "num_hidden_layers")),
+    ({"hidden_act": "banana"}, ("config.json: hidden_act is 'banana'",)),
+    ({"pad_token_id": 512}, ("config.json: pad_token_id is 512, but vocab_size is 512",)),
+    ({"rope_parameters": {"rope_type": "banana", "rope_theta": 1e4}}, ("rope_parameters.rope_type is 'banana'",)),
+    ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, ("rope_parameters.factor is 4.0", "'default'")),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ("config.json: Missing required keys", "factor")),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**40}}, ("rope_parameters.rope_theta",)),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, ("rope_parameters.rope_theta",)),
 ]
 
 
@@ -160,23 +167,6 @@ def test_a_byte_order_mark_is_passed_over(directory: Path, monkeypatch: pytest.M
     assert "model.layers.2." in refusal(directory) or "tokenizer.json" in refusal(directory)
 
 
-def test_other_texts_with_a_byte_order_mark_need_no_copy(directory: Path, tmp_path: Path) -> None:
-    (directory / "LICENSE.txt").write_bytes(b"\xef\xbb\xbfAnybody may use it.")
-    (directory / "merges.txt").symlink_to("/proc/self/mem")  # whose first read fails, whoever asks
-    assert without_marks(directory, tmp_path / "cache") == directory
-
-
-def test_a_copy_without_marks_is_whole(directory: Path, tmp_path: Path) -> None:
-    (directory / "additional_chat_templates").mkdir()
-    (directory / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
-    (directory / "config.json").write_bytes(b"\xef\xbb\xbf" + (directory / "config.json").read_bytes())
-    (tmp_path / "cache" / ".unmarking-killed").mkdir(parents=True)
-    copy = without_marks(directory, tmp_path / "cache")
-    assert {entry.name for entry in copy.iterdir()} == {entry.name for entry in directory.iterdir()}
-    assert (copy / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
-    assert list((tmp_path / "cache").iterdir()) == [copy]
-
-
 @pytest.mark.parametrize("has_generation_config", [True, False])
 def test_only_end_tokens_that_a_file_names(has_generation_config: bool, directory: Path) -> None:
     """2 is the default of Llama's config."""
@@ -193,6 +183,20 @@ def test_only_end_tokens_that_a_file_names(has_generation_config: bool, director
     assert start(directory).info.eos_token_ids == ([0, 7] if has_generation_config else [0])
 
 
+@pytest.mark.parametrize("field", ["eos_token_id", "bos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["2", [2, "0"], {"id": 2}, True, [[2]], 2.5])
+def test_token_ids_that_are_none(field: str, value: Any, directory: Path) -> None:
+    edit_json(directory / "generation_config.json", **{field: value})
+    assert f"generation_config.json: {field} is {value!r}, but must be a token id" in refusal(directory)
+
+
+@pytest.mark.parametrize("chosen", [0, 5])
+def test_more_or_fewer_experts_than_there_are(chosen: int, tokenizer: str, tmp_path: Path) -> None:
+    path = save_family(tmp_path / "mixtral", tokenizer, "mixtral")
+    edit_json(path / "config.json", num_experts_per_tok=chosen)
+    assert f"num_experts_per_tok is {chosen}, but must be from 1 to num_local_experts, 4" in refusal(path)
+
+
 def test_files_that_are_no_models(directory: Path) -> None:
     (directory / "adapter_config.json").write_text("{}")
     assert "adapter_config.json" in refusal(directory)
@@ -204,6 +208,37 @@ def test_files_that_are_no_models(directory: Path) -> None:
 def test_a_tokenizer_that_is_none(content: str, directory: Path) -> None:
     (directory / "tokenizer.json").write_text(content)
     assert "tokenizer.json" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null"])
+def test_files_beside_a_tokenizer_are_named(name: str, content: str, directory: Path) -> None:
+    (directory / name).write_text(content)
+    assert f"model/{name}: " in refusal(directory)
+
+
+def test_a_chat_template_that_cannot_be_read(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_text("{% for message in messages %}\n{{ message.content }")
+    assert "its chat template cannot be read: line 2: " in refusal(directory)
+    (directory / "chat_template.jinja").unlink()
+    edit_json(directory / "tokenizer_config.json", chat_template=5)
+    assert "tokenizer_config.json: chat_template is 5" in refusal(directory)
+    edit_json(directory / "tokenizer_config.json", chat_template="{{ raise_exception('not these') }}")
+    start(directory)
+
+
+def test_a_length_that_is_no_number(directory: Path) -> None:
+    edit_json(directory / "tokenizer_config.json", model_max_length="512")
+    assert "tokenizer_config.json: model_max_length is '512'" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "a.gguf"])
+def test_what_git_leaves_without_its_large_files(name: str, directory: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4368439584\n"
+    (directory / name).write_text(pointer)
+    message = refusal(directory / name if name == "a.gguf" else directory)
+    assert f"{name}: " in message
+    assert "git lfs pull" in message
 
 
 def test_a_tokenizer_with_its_own_code(directory: Path) -> None:

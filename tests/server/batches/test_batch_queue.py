@@ -59,7 +59,7 @@ async def add_batch(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(4000):
+    for _ in range(20_000):
         if condition():
             return
         await asyncio.sleep(0.005)

@@ -113,7 +113,7 @@ def test_a_key_sees_its_own_and_an_admin_key_all(tmp_path: Path) -> None:
         for call in calls:
             with pytest.raises(openai.NotFoundError):
                 await call()
-        for _ in range(1000):
+        for _ in range(10_000):
             batch = await root.batches.retrieve(batch.id)
             if batch.status == "completed":
                 break
