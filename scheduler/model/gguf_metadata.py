@@ -83,7 +83,7 @@ class GgufFile:
         from gguf import GGUFReader
 
         try:
-            self._reader = GGUFReader(str(path), "c")  # torch takes no memory that must not be written
+            self._reader = GGUFReader(str(path))
             # Not the tokenizer's, which are hundreds of thousands of strings.
             names = [name for name in self._reader.fields if not name.startswith("tokenizer.")]
             self.fields: dict[str, Any] = {name: self._reader.fields[name].contents() for name in names}
@@ -112,12 +112,6 @@ class GgufFile:
 
         found = next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
         return None if found is None else np.array(found.data, dtype=np.float32).reshape(-1)
-
-    def blocks(self, name: str) -> tuple[str, int, np.ndarray[Any, Any]] | None:
-        """The name and the number of a tensor's kind, and its rows [outputs, bytes]; of other bytes than uint8 if they
-        are plain numbers. None if there is no such tensor."""
-        found = next((tensor for tensor in self._reader.tensors if tensor.name == name), None)
-        return found and (found.tensor_type.name, int(found.tensor_type), found.data)
 
     def of_tokenizer(self, name: str) -> Any:
         """None where nothing is said."""

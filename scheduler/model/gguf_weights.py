@@ -11,7 +11,7 @@ import torch
 
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.formats import BlockKind
-from softbatch.scheduler.model.gguf_metadata import GgufFile
+from softbatch.scheduler.model.gguf_tensors import GgufTensors
 from softbatch.scheduler.model.model_error import ModelError
 
 _ROWS_AT_ONCE = 8192  # so that no matrix lies in memory in float32 too
@@ -43,7 +43,7 @@ class GgufWeights:
 def read_blocks(path: Path, model: Any, linears: Iterable[Any]) -> GgufWeights:
     """Those of `linears`, whose weights must be what became of them in bfloat16; a model in float32 gets their exact
     values. Raises ModelError where the file has something else than blocks that the kernels know."""
-    file = GgufFile(path)
+    file = GgufTensors(path)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     origins = _origins(file, model)
     found: dict[int, Blocks] = {}
@@ -62,7 +62,7 @@ def read_blocks(path: Path, model: Any, linears: Iterable[Any]) -> GgufWeights:
     return GgufWeights(found)
 
 
-def _origins(file: GgufFile, model: Any) -> dict[str, str]:
+def _origins(file: GgufTensors, model: Any) -> dict[str, str]:
     """The tensors of the file by the names of the parameters that transformers makes of them."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
@@ -70,17 +70,17 @@ def _origins(file: GgufFile, model: Any) -> dict[str, str]:
     return {parameter: tensor for tensor, parameter in named.items()}
 
 
-def _processor(file: GgufFile, config: Any) -> Any:
+def _processor(file: GgufTensors, config: Any) -> Any:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     return TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
 
 
-def _blocks_of(file: GgufFile, origins: Mapping[str, str], parameter: str, config: Any) -> Blocks:
+def _blocks_of(file: GgufTensors, origins: Mapping[str, str], parameter: str, config: Any) -> Blocks:
     import numpy as np
 
     name = origins.get(parameter, "")
-    found = file.blocks(name)
+    found = file.rows(name)
     if found is None:
         raise ModelError(f"the file has no tensor for {parameter}")
     kind, number, rows = found

@@ -60,12 +60,12 @@ def random_blocks(kind: BlockKind, rows: int, inputs: int, seed: int = 0, larges
 
 def exact(blocks: np.ndarray[Any, Any], kind: BlockKind) -> np.ndarray[Any, Any]:
     """float32 values by GGUF's own reference."""
-    return gguf.dequantize(blocks, gguf.GGMLQuantizationType(kind.value))
+    return np.asarray(gguf.dequantize(blocks, gguf.GGMLQuantizationType(kind.value)))
 
 
 def nearest_blocks(weights: torch.Tensor, kind: BlockKind = BlockKind.Q8_0) -> np.ndarray[Any, Any]:
     """Of a kind that gguf can write: none of the K kinds."""
-    return gguf.quantize(weights.float().numpy(), gguf.GGMLQuantizationType(kind.value))
+    return np.asarray(gguf.quantize(weights.float().numpy(), gguf.GGMLQuantizationType(kind.value)))
 
 
 @torch.no_grad()

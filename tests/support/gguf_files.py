@@ -173,10 +173,10 @@ def write_gguf(
     fields: Mapping[str, Any] | None = None,
     weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
     architecture: str = "llama",
-    kinds: Mapping[str, BlockKind] | None = None,
+    block_kinds: Mapping[str, BlockKind] | None = None,
 ) -> Path:
     """A Llama whose metadata is `NUMBERS` with `fields` over it; for another architecture, `fields` are all. What
-    `kinds` names is bytes of blocks."""
+    `block_kinds` names is bytes of blocks."""
     writer = GGUFWriter(str(path), architecture)
     numbers = (NUMBERS if architecture == "llama" else {}) | dict(fields or {})
     for name, (value, types) in _tokenizer().items():
@@ -194,7 +194,7 @@ def write_gguf(
         else:
             writer.add_key_value(name, value, kinds[type(value)])
     for name, tensor in (weights or tensors()).items():
-        kind = (kinds or {}).get(name)
+        kind = (block_kinds or {}).get(name)
         writer.add_tensor(name, tensor, raw_dtype=None if kind is None else GGMLQuantizationType(kind.value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

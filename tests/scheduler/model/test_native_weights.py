@@ -6,14 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from softbatch.scheduler.model.batch import Row
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import BlockKind, WeightFormat
+from softbatch.scheduler.model.gguf_tensors import GgufTensors
 from softbatch.scheduler.model.loader import Loaded, load
 from softbatch.scheduler.model.source import ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
@@ -31,12 +34,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gguf_of(directory: Path, *kinds: BlockKind) -> Path:
     weights, of_each = block_tensors(kinds)
-    return write_gguf(directory / "a.gguf", block_numbers(), weights, kinds=of_each)
+    return write_gguf(directory / "a.gguf", block_numbers(), weights, block_kinds=of_each)
 
 
 def loaded(file: Path, **options: Any) -> tuple[Loaded, dict[str, str]]:
     phases: dict[str, str] = {}
-    config = EngineConfig(**({"model": str(file), "kv_cache_gib": 0.01, "dtype": "float32"} | options))
+    given: dict[str, Any] = {"model": str(file), "kv_cache_gib": 0.01, "dtype": "float32"} | options
+    config = EngineConfig(**given)
     return load(config, lambda phase, _, detail: phases.update({phase: detail})), phases
 
 
@@ -74,7 +78,18 @@ def test_a_file_of_each_kind_equals_transformers(kinds: list[BlockKind], tmp_pat
     expected, exact = reference(file, 12)
     assert tokens == expected
     off = (logits - exact).norm() / exact.std() / exact.numel() ** 0.5
-    assert off < 2e-4
+    assert off < 5e-4
+
+
+def test_tensors_are_found_where_gguf_finds_them(tmp_path: Path) -> None:
+    file = gguf_of(tmp_path, *BlockKind)
+    found, reader = GgufTensors(file), GGUFReader(str(file))
+    assert found.architecture == "llama"
+    for tensor in reader.tensors:
+        kind, number, rows = found.rows(tensor.name) or ("", 0, np.empty(0))
+        assert (kind, number) == (tensor.tensor_type.name, tensor.tensor_type.value)
+        assert np.array_equal(rows.reshape(-1), tensor.data.view(np.uint8).reshape(-1))
+    assert found.rows("blk.9.attn_q.weight") is None
 
 
 def test_in_bfloat16_they_are_nearer_to_the_file_than_when_widened(tmp_path: Path) -> None:
