@@ -62,7 +62,7 @@ class GgufTensors:
         import numpy as np
 
         self._data = np.memmap(path, np.uint8, "c")  # torch takes no memory that must not be written
-        header = _Header(memoryview(self._data))
+        header = _Header(self._data.data)
         _, version, num_tensors, num_fields = header.numbers("IIQQ")
         if version not in (2, 3):
             raise ModelError(f"the file is of version {version} of GGUF, or not little-endian, which is not supported")
