@@ -241,8 +241,10 @@ transformers that calls its attention through transformers' interface is served 
 """
 _BELOW_MODELS = """
 On a CPU, *one call* is the C++ decoder, with all of `--quantization` and `--kv-cache-dtype`; *layer by layer* is
-transformers' own code around our attention kernels, several times slower. On a GPU, *fused* kernels are for models
-without a window that some sequence reaches.
+transformers' own code around our attention kernels, several times slower. A GGUF file of a family in one call may be
+served with its own blocks (`--quantization native`): tested on a tiny Llama of every kind of blocks, against
+transformers on the file's exact values (`tests/scheduler/model/test_native_weights.py`). On a GPU, *fused* kernels are
+for models without a window that some sequence reaches.
 
 Compression trains with *kernels* on a CPU, or through *torch*, after a check like the one above; *no* means that it
 refuses. [Compression](../internals/compression.md#windows) says what windows change.

@@ -48,8 +48,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and, by default, KV cache; auto: bfloat16 where the processor computes in it"
     )
-    quantization: Literal["none", "int8"] = Field(
-        "none", description="of the weights; int8 halves what a step reads: faster on CPUs, a little less exact"
+    quantization: Literal["none", "native", "int8"] = Field(
+        "none",
+        description="of the weights; native: those of a GGUF file as they are, not widened to bfloat16; int8 halves "
+        "what a step reads: faster on CPUs, a little less exact",
     )
     kv_cache_dtype: Literal["auto", "int8", "k6v4"] = Field(
         "auto",

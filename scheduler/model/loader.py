@@ -29,10 +29,12 @@ from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, wit
 from softbatch.scheduler.model.end_tokens import end_tokens
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
+from softbatch.scheduler.model.gguf_weights import GgufWeights
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.model_files import check_config, config_content, first_line, read_config
+from softbatch.scheduler.model.native_weights import NATIVE, native_weights, refuse_native
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
@@ -44,6 +46,8 @@ from softbatch.scheduler.protocol import EngineConfig, ModelInfo
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Report = Callable[[str, float, str], None]
+# Values of --quantization with which weights are those of the model's file.
+_NOT_CHANGED = frozenset({"none", NATIVE})
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,9 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     device = _device(config.device)
     _refuse_on_gpu(config, device)
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     dtype = _dtype(config.dtype, device)
     source = source or _resolve(config, device)
+    refuse_native(config, source, on_gpu)
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -93,12 +96,13 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     phases.done("attention kernel", name)
 
     spec = spec_of(config.served_model_name or source.name, model, tokenizer)
+    blocks = native_weights(config, source, model)
     longest = max(Family.of(model.config).length(config.max_model_len), LENGTH)
     yardstick = _measure(model, spec, tokenizer, longest)  # before weights are laid out anew and memory is taken
     phases.done("yardstick", "a short sequence in float32")
     kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, longest)
     phases.done("KV cache", kv_cache.describe())
-    forward, layout = _forward(model, kv_cache, backend, config, longest)
+    forward, layout = _forward(model, kv_cache, backend, config, longest, blocks)
     phases.done("weight layout", layout)
 
     info = ModelInfo(
@@ -207,20 +211,27 @@ def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
 
 
 def _forward(
-    model: Any, kv_cache: KVCache, backend: AttentionBackend, config: EngineConfig, longest: int
+    model: Any,
+    kv_cache: KVCache,
+    backend: AttentionBackend,
+    config: EngineConfig,
+    longest: int,
+    blocks: GgufWeights | None,
 ) -> tuple[Forward, str]:
     """The fastest way to run this model here, and how its weights lie for it. Raises ModelError."""
     quantization = config.quantization
     if supports(model, kv_cache.dtype) and build_kernels():
         try:
-            weights = None if quantization == "none" else WeightFormat.named(quantization)
-            decoder = DecoderForward(model, kv_cache, weights, release=True, longest=longest)
+            weights = None if quantization in _NOT_CHANGED else WeightFormat.named(quantization)
+            decoder = DecoderForward(model, kv_cache, weights, release=True, longest=longest, blocks=blocks)
             formats = " and ".join(map(str, dict.fromkeys((decoder.weights, decoder.weights_of_long_steps))))
-            return decoder, f"packed for the decoder in C++, {formats}"
+            kinds = f" ({blocks.kinds})" if blocks else ""
+            size = f"{decoder.weight_bytes / 1e6:,.0f} MB"
+            return decoder, f"packed for the decoder in C++, {formats}{kinds}, {size}"
         except (RuntimeError, MemoryError, ValueError) as error:
             reason = (str(error).splitlines() or ["not enough memory"])[0]
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
-    if quantization != "none":
+    if quantization not in _NOT_CHANGED:
         raise unsupported_option_error(f"--quantization {quantization}", model, "--quantization none")
     if config.deterministic:
         raise unsupported_option_error("--deterministic", model, "another model, or leave it out")
@@ -277,7 +288,7 @@ def _rounding(config: EngineConfig) -> list[tuple[str, str]]:
     """Options that round more than the dtype does: as they were given, and as they would not."""
     found = []
     for name, value, plain in (
-        ("--quantization", config.quantization, "none"),
+        ("--quantization", "none" if config.quantization in _NOT_CHANGED else config.quantization, "none"),
         ("--kv-cache-dtype", config.kv_cache_dtype, "auto"),
     ):
         if value != plain:
@@ -298,6 +309,8 @@ def _device(name: str) -> torch.device:
         raise ModelError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False  # in float32 it would round positions, too
     return torch.device(name)
 
 

@@ -33,10 +33,12 @@ _EMBEDDED = PackagedFile(
 
 @dataclass(frozen=True)
 class ModelSource:
-    """`path` is what `from_pretrained` takes, `name` what clients may call the model."""
+    """`path` is what `from_pretrained` takes, `name` what clients may call the model, `gguf` the file that it was
+    converted from if it was."""
 
     path: str
     name: str
+    gguf: Path | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -59,7 +61,7 @@ def resolve(
         path = Path(source.path)
         if not path.is_dir():
             path = Path(downloaded(source.path))
-        return ModelSource(str(with_chat_template(path, _models(), Path(chat_template))), source.name)
+        return ModelSource(str(with_chat_template(path, _models(), Path(chat_template))), source.name, source.gguf)
     except HubError as error:
         raise ModelError(f"--model {model}: {error}") from error
     except OSError as error:
@@ -69,7 +71,7 @@ def resolve(
 
 def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if model == EMBEDDED_ALIAS:
-        return ModelSource(str(converted(_embedded_gguf(), _models(), accept)), EMBEDDED_ALIAS)
+        return _from_gguf(_embedded_gguf(), EMBEDDED_ALIAS, accept)
     path = Path(model).expanduser()
     if path.is_dir():
         check_directory(path.resolve())
@@ -79,13 +81,17 @@ def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
         raise ModelError(f"--model {model}: no such file")
     if is_named_so or (path.is_file() and is_gguf(path)):
         refuse_pointer(path)
-        return ModelSource(str(converted(path.resolve(), _models(), accept)), path.stem if is_named_so else path.name)
+        return _from_gguf(path.resolve(), path.stem if is_named_so else path.name, accept)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
     return ModelSource(reachable_path(model), model.rsplit("/", 1)[-1])
+
+
+def _from_gguf(file: Path, name: str, accept: Callable[[Any], None]) -> ModelSource:
+    return ModelSource(str(converted(file, _models(), accept)), name, file)
 
 
 def _models() -> Path:

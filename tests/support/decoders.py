@@ -32,6 +32,7 @@ from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports
 from softbatch.scheduler.model.llama.description import key_offsets_of
+from tests.support.gguf_blocks import in_blocks
 
 CPU = torch.device("cpu")
 BLOCKS = 160
@@ -133,6 +134,8 @@ def make_decoder(name: str, weights: WeightFormat) -> DecoderForward:
 def decoder_of(model: Any, weights: WeightFormat) -> DecoderForward:
     assert supports(model, model.dtype)
     assert build_kernels()
+    if weights is WeightFormat.GGUF_BLOCKS:
+        return DecoderForward(model, make_cache(model, model.dtype), blocks=in_blocks(model))
     try:
         return DecoderForward(model, make_cache(model, model.dtype), weights)
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 
+from softbatch.scheduler.model.cpu.formats import BlockKind
 from softbatch.scheduler.model.source import _embedded_gguf
+from tests.support.gguf_blocks import random_blocks
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 8
 VOCAB = 512  # of the embedded model's, whose merges come in the order of the tokens they make
@@ -117,6 +119,41 @@ def tensors() -> dict[str, np.ndarray[Any, Any]]:
     return {name: rng.normal(0, 0.15, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+BLOCK_SIZES = (256, 512)  # of a Llama whose rows hold whole blocks of every kind: hidden, and of the MLP
+
+
+def block_numbers() -> dict[str, Any]:
+    hidden, feed_forward = BLOCK_SIZES
+    return {
+        "llama.embedding_length": hidden,
+        "llama.feed_forward_length": feed_forward,
+        "llama.rope.dimension_count": hidden // HEADS,
+    }
+
+
+def block_tensors(kinds: Sequence[BlockKind]) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, BlockKind]]:
+    """Its weights with a head of its own, in blocks of these kinds in turn, and which each is of."""
+    hidden, feed_forward = BLOCK_SIZES
+    shapes = dict.fromkeys(("token_embd.weight", "output.weight"), (VOCAB, hidden))
+    found: dict[str, np.ndarray[Any, Any]] = {"output_norm.weight": np.ones(hidden, np.float32)}
+    for layer in range(LAYERS):
+        shapes |= {
+            f"blk.{layer}.attn_q.weight": (hidden, hidden),
+            f"blk.{layer}.attn_k.weight": (hidden * KV_HEADS // HEADS, hidden),
+            f"blk.{layer}.attn_v.weight": (hidden * KV_HEADS // HEADS, hidden),
+            f"blk.{layer}.attn_output.weight": (hidden, hidden),
+            f"blk.{layer}.ffn_gate.weight": (feed_forward, hidden),
+            f"blk.{layer}.ffn_up.weight": (feed_forward, hidden),
+            f"blk.{layer}.ffn_down.weight": (hidden, feed_forward),
+        }
+        for norm in ("attn_norm", "ffn_norm"):
+            found[f"blk.{layer}.{norm}.weight"] = np.ones(hidden, np.float32)
+    of_each = {name: kinds[i % len(kinds)] for i, name in enumerate(shapes)}
+    for i, (name, (rows, inputs)) in enumerate(shapes.items()):
+        found[name] = random_blocks(of_each[name], rows, inputs, seed=i, largest=0.2)
+    return found, of_each
+
+
 @cache
 def _tokenizer() -> dict[str, tuple[Any, list[GGUFValueType]]]:
     """The embedded model's, cut off behind VOCAB tokens."""
@@ -138,8 +175,10 @@ def write_gguf(
     weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
     architecture: str = "llama",
     quantized: GGMLQuantizationType | None = None,
+    block_kinds: Mapping[str, BlockKind] | None = None,
 ) -> Path:
-    """A Llama whose metadata is `NUMBERS` with `fields` over it; for another architecture, `fields` are all."""
+    """A Llama whose metadata is `NUMBERS` with `fields` over it; for another architecture, `fields` are all. What
+    `block_kinds` names is bytes of blocks."""
     writer = GGUFWriter(str(path), architecture)
     numbers = (NUMBERS if architecture == "llama" else {}) | dict(fields or {})
     for name, (value, types) in _tokenizer().items():
@@ -157,10 +196,11 @@ def write_gguf(
         else:
             writer.add_key_value(name, value, kinds[type(value)])
     for name, tensor in (weights or tensors()).items():
+        kind = (block_kinds or {}).get(name)
         if quantized is not None and tensor.ndim > 1:
             writer.add_tensor(name, quantize(tensor, quantized), raw_dtype=quantized)
         else:
-            writer.add_tensor(name, tensor)
+            writer.add_tensor(name, tensor, raw_dtype=None if kind is None else GGMLQuantizationType(kind.value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

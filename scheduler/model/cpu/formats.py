@@ -32,6 +32,7 @@ class WeightFormat(_Format):
     BFLOAT16 = 2
     BFLOAT16_IN_12_BITS = 3
     INT8 = 4
+    GGUF_BLOCKS = 5
 
 
 class KvFormat(_Format):
@@ -43,3 +44,19 @@ class KvFormat(_Format):
     PLAIN = 101
     INT8 = 102
     K6V4 = 103
+
+
+class BlockKind(Enum):
+    """The kinds of GGUF's blocks that the kernels multiply, by their names and numbers in GGUF."""
+
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+
+    def __str__(self) -> str:
+        return self.name

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softbatch.scheduler.model.cpu.formats import KvFormat, WeightFormat
+from softbatch.scheduler.model.cpu.formats import BlockKind, KvFormat, WeightFormat
 
 
 def are_loaded() -> bool:
@@ -36,6 +36,24 @@ def weight_formats() -> dict[str, int]:
 def kv_formats() -> dict[str, int]:
     """The same of KV caches."""
     return dict(torch.ops.softbatch.kv_formats())
+
+
+def block_kinds() -> dict[str, int]:
+    """Every kind of GGUF's blocks that C++ knows, by name."""
+    return dict(torch.ops.softbatch.block_kinds())
+
+
+def dequantize_blocks(data: Tensor, kind: BlockKind) -> Tensor:
+    """uint8 [rows, bytes of a row] as float32 [rows, inputs]. Raises RuntimeError for other bytes."""
+    numbers: Tensor = torch.ops.softbatch.dequantize_blocks(data, kind.value)
+    return numbers
+
+
+def multiply_blocks(x: Tensor, matrices: Sequence[tuple[Tensor, BlockKind]]) -> Tensor:
+    """float32 [rows, inputs] times each matrix of blocks, whose outputs lie one behind another."""
+    data, kinds = [data for data, _ in matrices], [kind.value for _, kind in matrices]
+    products: Tensor = torch.ops.softbatch.multiply_blocks(x, data, kinds)
+    return products
 
 
 def packed_row_bytes(kv_format: KvFormat, head_dim: int) -> tuple[int, int]:

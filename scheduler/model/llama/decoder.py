@@ -13,10 +13,12 @@ from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.cpu import ops
 from softbatch.scheduler.model.cpu.formats import WeightFormat
 from softbatch.scheduler.model.family import Family
+from softbatch.scheduler.model.gguf_weights import GgufWeights
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.llama.description import (
     FAMILIES,
     is_described,
+    layer_blocks,
     layer_weights,
     linears,
     norm_of,
@@ -37,7 +39,7 @@ def supports(model: Any, dtype: torch.dtype) -> bool:
         dtype in _AS_IT_IS
         and model.device.type == "cpu"
         and is_described(model)
-        and all(_is_plain(linear, dtype) for linear in _linears(model))
+        and all(_is_plain(linear, dtype) for linear in products(model))
     )
 
 
@@ -58,7 +60,8 @@ def unsupported_option_error(named: str, model: Any, instead: str) -> ModelError
     )
 
 
-def _linears(model: Any) -> Iterator[Any]:
+def products(model: Any) -> Iterator[Any]:
+    """All linear modules whose weights the decoder has its own copy of."""
     for layer in model.model.layers:
         yield from (linear for linear, _ in linears(layer))
     yield model.lm_head
@@ -72,7 +75,7 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
 def _has_room_for_a_copy(model: Any) -> bool:
     """Whether one more copy of the weights would hardly be felt: a 32nd of the machine's memory, an eighth of what is
     free."""
-    copy, memory = sum(linear.weight.nbytes for linear in _linears(model)), psutil.virtual_memory()
+    copy, memory = sum(linear.weight.nbytes for linear in products(model)), psutil.virtual_memory()
     return bool(copy <= min(memory.total // 32, memory.available // 8))
 
 
@@ -92,7 +95,7 @@ def release_linears(layer: Any) -> None:
 class DecoderForward:
     """`Forward` in C++. It has its own copy of the weights, as `weights` says: float32, bfloat16, the same in 12 bits
     or int8; by default as `plain_weights` has it, and if that is 12 bits and memory is plenty, in 16 bits too, for
-    steps of LONG_STEP rows and more: results are the same bit for bit.
+    steps of LONG_STEP rows and more: results are the same bit for bit. With `blocks`, products are those of the file.
 
     No sequence has more than `longest` tokens, so that a window of as many hides nothing. With `release` the model's
     own weights go layer by layer, so that they never all lie beside their copies; it cannot run any more.
@@ -105,8 +108,11 @@ class DecoderForward:
         weights: WeightFormat | None = None,
         release: bool = False,
         longest: int | None = None,
+        blocks: GgufWeights | None = None,
     ) -> None:
         self._embed = model.get_input_embeddings()
+        if blocks is not None:
+            weights = WeightFormat.GGUF_BLOCKS
         self.weights = weights or plain_weights(kv_cache.dtype)
         also = weights is None and self.weights is WeightFormat.BFLOAT16_IN_12_BITS and _has_room_for_a_copy(model)
         self.weights_of_long_steps = _AS_IT_IS[kv_cache.dtype] if also else self.weights
@@ -118,13 +124,21 @@ class DecoderForward:
         for index, (layer, keys, values, window, rotary) in enumerate(layers):
             for decoder in decoders.values():
                 weights_of_layer = layer_weights(layer, parts)
+                own = {} if blocks is None else layer_blocks(layer, blocks)
+                weights_of_layer |= {name: each.data for name, each in own.items()}
                 if kv_cache.key_offsets is not None:
                     weights_of_layer["key_offset"] = kv_cache.key_offsets.offsets[index]
-                decoder.add_layer(weights_of_layer, keys, values, window or 0, rotary)
+                kinds = {name: each.kind.value for name, each in own.items()}
+                decoder.add_layer(weights_of_layer, kinds, keys, values, window or 0, rotary)
             if release:
                 release_linears(layer)
         for decoder in decoders.values():
-            decoder.set_head(norm_of(parts, model.model.norm), model.lm_head.weight, model.lm_head.bias)
+            head, norm = model.lm_head, norm_of(parts, model.model.norm)
+            if blocks is None:
+                decoder.set_head(norm, head.weight, None, head.bias)
+            else:
+                decoder.set_head(norm, blocks.of(head).data, blocks.of(head).kind.value, head.bias)
+        self.weight_bytes = sum(decoder.weight_bytes() for decoder in decoders.values())
         self._decoder, self._decoder_of_long_steps = decoders[self.weights], decoders[self.weights_of_long_steps]
 
     def limit_windows(self, most: int | None) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from softbatch.scheduler.model.family import Family
+from softbatch.scheduler.model.gguf_weights import Blocks, GgufWeights
 from softbatch.scheduler.model.key_offsets import KeyOffsets
 
 # Norms by their names in csrc/llama/layer_weights.h, and the modules of a layer that they are.
@@ -183,6 +184,16 @@ def layer_weights(layer: Any, parts: DecoderParts) -> dict[str, torch.Tensor]:
     if hasattr(attention, "q_norm"):
         norms |= {"query_norm": attention.q_norm, "key_norm": attention.k_norm}
     return weights | {name: norm_of(parts, norm) for name, norm in norms.items()}
+
+
+def layer_blocks(layer: Any, weights: GgufWeights) -> dict[str, Blocks]:
+    """A layer's products as the file has them, by the same names."""
+    found: dict[str, Blocks] = {}
+    for linear, names in linears(layer):
+        blocks = weights.of(linear)
+        pieces = _pieces(blocks.data, names, layer.self_attn)
+        found |= {name: Blocks(piece, blocks.kind) for name, piece in zip(names, pieces, strict=True)}
+    return found
 
 
 def _pieces(tensor: Any, names: tuple[str, ...], attention: Any) -> Any:

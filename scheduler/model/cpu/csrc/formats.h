@@ -11,7 +11,7 @@
 
 namespace softbatch {
 
-enum class WeightFormat : int64_t { kFloat32 = 1, kBfloat16 = 2, kBfloat16In12Bits = 3, kInt8 = 4 };
+enum class WeightFormat : int64_t { kFloat32 = 1, kBfloat16 = 2, kBfloat16In12Bits = 3, kInt8 = 4, kGgufBlocks = 5 };
 
 enum class KvFormat : int64_t { kPlain = 101, kInt8 = 102, kK6V4 = 103 };
 
@@ -21,11 +21,12 @@ struct NamedFormat {
   E format;
 };
 
-inline constexpr std::array<NamedFormat<WeightFormat>, 4> kWeightFormats{{
+inline constexpr std::array<NamedFormat<WeightFormat>, 5> kWeightFormats{{
     {"float32", WeightFormat::kFloat32},
     {"bfloat16", WeightFormat::kBfloat16},
     {"bfloat16 in 12 bits", WeightFormat::kBfloat16In12Bits},
     {"int8", WeightFormat::kInt8},
+    {"gguf blocks", WeightFormat::kGgufBlocks},
 }};
 
 inline constexpr std::array<NamedFormat<KvFormat>, 3> kKvFormats{{

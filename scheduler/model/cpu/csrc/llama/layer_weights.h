@@ -14,16 +14,17 @@ namespace softbatch {
 // A layer's weights as they were loaded. layer_weights() of llama/decoder.py gives them these names.
 struct LayerWeights {
   using Named = c10::Dict<std::string, at::Tensor>;
+  using Kinds = c10::Dict<std::string, int64_t>;  // of those that are GGUF's blocks
 
-  at::Tensor query, key, value, output, gate, up, down;
+  LoadedMatrix query, key, value, output, gate, up, down;
   OptionalTensor query_bias, key_bias, value_bias, output_bias;
   // Of what enters attention and the MLP, of what leaves them, and of queries and keys: of each head, or of all together.
   OptionalTensor input_norm, mlp_norm, attended_norm, mlp_output_norm, query_norm, key_norm;
   OptionalTensor sinks;
   OptionalTensor key_offset;  // what a packed cache's keys lack (position_keys.h)
 
-  explicit LayerWeights(const Named& named) {
-    size_t known = 0;
+  explicit LayerWeights(const Named& named, const Kinds& kinds = Kinds()) {
+    size_t known = 0, known_kinds = 0;
     const auto optional = [&](const char* name) {
       const auto found = named.find(name);
       if (found == named.end()) return OptionalTensor();
@@ -33,7 +34,10 @@ struct LayerWeights {
     const auto required = [&](const char* name) {
       const OptionalTensor found = optional(name);
       TORCH_CHECK(found, "a layer must have the tensor ", name);
-      return *found;
+      const auto kind = kinds.find(name);
+      if (kind == kinds.end()) return LoadedMatrix{*found};
+      ++known_kinds;
+      return LoadedMatrix{*found, &block_format_of(kind->value())};
     };
     query = required("query");
     key = required("key");
@@ -55,10 +59,11 @@ struct LayerWeights {
     query_norm = optional("query_norm");
     key_norm = optional("key_norm");
     TORCH_CHECK(known == named.size(), "a layer has tensors that these kernels do not know");
+    TORCH_CHECK(known_kinds == kinds.size(), "a layer has blocks where these kernels take none");
   }
 
-  int64_t hidden_size() const { return query.size(-1); }
-  int64_t intermediate_size() const { return gate.size(0); }
+  int64_t hidden_size() const { return query.inputs(); }
+  int64_t intermediate_size() const { return gate.outputs(); }
 
   void check(int64_t heads, int64_t kv_heads, int64_t head_dim) const {
     const int64_t size = hidden_size(), inner = intermediate_size();
@@ -76,7 +81,7 @@ struct LayerWeights {
                 "a key offset must have the dimensions of all keys");
     TORCH_CHECK(query_norm.has_value() == key_norm.has_value(), "queries and keys have norms, or neither has");
     const bool of_heads = query_norm && query_norm->numel() == head_dim && key_norm->numel() == head_dim;
-    const bool of_all = query_norm && query_norm->numel() == query.size(0) && key_norm->numel() == key.size(0);
+    const bool of_all = query_norm && query_norm->numel() == query.outputs() && key_norm->numel() == key.outputs();
     TORCH_CHECK(!query_norm || of_heads || of_all, "a norm must have the dimensions of a head, or of all heads");
   }
 };

@@ -57,16 +57,16 @@ class Layers final : public LayersBase {
     layers_.push_back(std::make_unique<Layer>(Layer{{arena_, weights}, {}, {}, {}, {}}));
     Layer& layer = *layers_.back();
     const auto backwards = [&](Packed<W>& packed, const at::Tensor& weight) {
-      stack(arena_, packed, {weight.t().contiguous()}, {std::nullopt});
+      stack(arena_, packed, {{weight.t().contiguous()}}, {std::nullopt});
     };
-    backwards(layer.qkv_back, at::cat({weights.query, weights.key, weights.value}));
-    backwards(layer.out_back, weights.output);
+    backwards(layer.qkv_back, at::cat({weights.query.data, weights.key.data, weights.value.data}));
+    backwards(layer.out_back, weights.output.data);
     // As interleave() has them: kLanes of the gate, then the same of the other half.
     const auto in_vectors = [&](const at::Tensor& weight) {
       return at::constant_pad_nd(weight, {0, 0, 0, gated() - inner}).reshape({-1, kLanes, size});
     };
-    backwards(layer.gate_up_back, at::stack({in_vectors(weights.gate), in_vectors(weights.up)}, 1).reshape({-1, size}));
-    backwards(layer.down_back, weights.down);
+    backwards(layer.gate_up_back, at::stack({in_vectors(weights.gate.data), in_vectors(weights.up.data)}, 1).reshape({-1, size}));
+    backwards(layer.down_back, weights.down.data);
   }
 
   Tensors into_attention(int64_t index, const at::Tensor& inputs, const at::Tensor& cosines, const at::Tensor& sines,

@@ -9,6 +9,7 @@
 
 #include "simd/amx.h"
 #include "matmul/bf16_12bit.h"
+#include "matmul/block_panels.h"
 #include "matmul/memory.h"
 #include "threads/team.h"
 
@@ -31,6 +32,10 @@ struct Packed {
 
   int64_t panels() const { return (outputs + kColumns - 1) / kColumns; }
   const char* panel(int64_t p) const { return data + p * Layout<W>::panel_bytes(inputs); }
+  // One of `shares` parts of a panel, to be fetched while another is multiplied.
+  Prefetch part_of(int64_t p, int64_t share, int64_t shares) const {
+    return Prefetch::share(panel(p), Layout<W>::panel_bytes(inputs), Layout<W>::kStep, share, shares);
+  }
 
   // row(i, buffer): the weights of output i, float32 [inputs], perhaps in the buffer, or null for zeros.
   template <typename F>
@@ -47,6 +52,48 @@ struct Packed {
           return i < outputs ? row(i, buffer.data()) : nullptr;
         };
         Layout<W>::pack(weights, inputs, data + p * bytes, arena);
+      }
+    });
+  }
+};
+
+// One whose panels differ in their kind of blocks, and so in size.
+template <>
+struct Packed<Blocks> {
+  int64_t outputs = 0, inputs = 0;
+  std::vector<const char*> starts;  // of the panels, and the end of the last
+  std::vector<float> bias;
+
+  int64_t panels() const { return (outputs + kColumns - 1) / kColumns; }
+  const char* panel(int64_t p) const { return starts[p]; }
+  Prefetch part_of(int64_t p, int64_t share, int64_t shares) const {
+    const int64_t bytes = starts[p + 1] - starts[p], groups = inputs / kBlockGroup;
+    return Prefetch::share(starts[p], bytes, (bytes + groups - 1) / groups, share, shares);
+  }
+
+  // row(i): the blocks of output i.
+  template <typename F>
+  void pack(Arena& arena, int64_t new_outputs, int64_t new_inputs, const F& row) {
+    outputs = new_outputs;
+    inputs = new_inputs;
+    const auto rows_of = [&](int64_t p) {
+      std::array<BlockRow, kColumns> rows;
+      for (int64_t i = p * kColumns; i < std::min(outputs, (p + 1) * kColumns); ++i)
+        rows[i - p * kColumns] = row(i);
+      return rows;
+    };
+    std::vector<int64_t> ends;
+    int64_t end = 0;
+    for (int64_t p = 0; p < panels(); ++p)
+      ends.push_back(end += Layout<Blocks>::head_of(rows_of(p).data()).panel_bytes(inputs));
+    char* data = arena.allocate<char>(end);
+    starts.push_back(data);
+    for (int64_t each : ends)
+      starts.push_back(data + each);
+    at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t last) {
+      for (int64_t p = begin; p < last; ++p) {
+        const auto rows = rows_of(p);
+        Layout<Blocks>::pack(Layout<Blocks>::head_of(rows.data()), rows.data(), inputs, const_cast<char*>(starts[p]));
       }
     });
   }
@@ -125,7 +172,7 @@ template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
   static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
   const Division division = divide(x, weights.panels(), team.size());
-  const int64_t bytes = Layout<W>::panel_bytes(weights.inputs), items_of_group = weights.panels() * division.parts;
+  const int64_t items_of_group = weights.panels() * division.parts;
   const int64_t items = division.groups * items_of_group;
   alignas(64) float sums[2 * kMostRows * kColumns];
   team.for_each_ahead(items, false, [&](int64_t item, int64_t after) {
@@ -133,9 +180,8 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
     const int64_t part = item / items_of_group * division.parts + item % division.parts;
     const int64_t panel = panel_of(item), panel_after = after < items ? panel_of(after) : panel;
     const int64_t first_tile = division.first_tile(part), tiles = division.first_tile(part + 1) - first_tile;
-    const char* next = weights.panel(panel_after);
     const auto ahead = [&](int64_t share, int64_t shares) {
-      return panel_after == panel ? Prefetch::none(next) : Prefetch::share(next, bytes, Layout<W>::kStep, share, shares);
+      return panel_after == panel ? Prefetch::none(weights.panel(panel)) : weights.part_of(panel_after, share, shares);
     };
     const auto finish = [&](int64_t t, float* of_tile) {
       for (int64_t row = 0, rows = x.rows_of(t); row < rows; ++row) {
@@ -170,9 +216,12 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
         return;
       }
     }
+    const char* columns = weights.panel(panel);
+    if constexpr (requires { Layout<W>::opened(columns, weights.inputs, tiles); })
+      columns = Layout<W>::opened(columns, weights.inputs, tiles);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t = first_tile + i;
-      kernels[x.rows_of(t) - 1](x.tile(t), weights.panel(panel), weights.inputs, ahead(i, tiles), sums);
+      kernels[x.rows_of(t) - 1](x.tile(t), columns, weights.inputs, ahead(i, tiles), sums);
       finish(t, sums);
     }
   });

@@ -58,8 +58,10 @@ class Arena {
     char* found = next_;
     next_ += bytes;
     free_ -= bytes;
+    allocated_ += bytes;
     return reinterpret_cast<T*>(found);
   }
+  int64_t allocated() const { return allocated_; }
 
  private:
   static constexpr size_t kChunk = 64 << 20;  // the system provides only the pages that are used
@@ -67,6 +69,7 @@ class Arena {
   std::vector<Buffer<char>> chunks_;
   char* next_ = nullptr;
   size_t free_ = 0;
+  int64_t allocated_ = 0;
 };
 
 }  // namespace softbatch

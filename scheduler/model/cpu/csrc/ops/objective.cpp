@@ -53,8 +53,8 @@ template <typename W, typename T>
 class Objective final : public ObjectiveBase {
  public:
   Objective(const at::Tensor& weight, const OptionalTensor& bias) : vocab_(weight.size(0)), size_(weight.size(1)) {
-    stack(arena_, head_, {weight}, {bias});
-    stack(arena_, back_, {weight.t().contiguous()}, {std::nullopt});
+    stack(arena_, head_, {{weight}}, {bias});
+    stack(arena_, back_, {{weight.t().contiguous()}}, {std::nullopt});
   }
 
   // The mean over positions, and its gradient in the student's states, float32 [positions, hidden].
