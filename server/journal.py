@@ -65,7 +65,8 @@ class Journal:
         return self._brought.get(place, [])
 
     def bring(self, place: int, outputs: list[SequenceOutput]) -> None:
-        self._write(SequenceBrought(place, outputs))
+        # Their names are that of the sequence: not kept again with each.
+        self._write(SequenceBrought(place, [msgspec.structs.replace(output, request_id="") for output in outputs]))
 
     def draw(self) -> str:
         """32 hexadecimal digits, the same on every server."""
