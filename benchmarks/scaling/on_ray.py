@@ -40,7 +40,7 @@ CONTEXT_TOKENS, VOCAB = 512, 49152
 SOFT_PROMPTS, HELD = 40, 20
 BLOCK_BYTES = 368_640  # of the embedded model, in bfloat16
 BLOCKS = HELD * VIRTUAL_TOKENS // 16 + 8  # and those of the requests that run
-ASKED = 600
+ASKED = 8 * SOFT_PROMPTS
 
 
 def main() -> None:
@@ -138,15 +138,18 @@ class Bench:
     def affinity(self) -> dict[str, Any]:
         found: dict[str, Any] = {"soft_prompts": SOFT_PROMPTS, "held_by_each": HELD}
         for router in ("affinity", "default"):
-            serve.delete("softbatch")
+            if "softbatch" in serve.status().applications:
+                serve.delete("softbatch")
             self.deploy(2, router=router, kv_cache_gib=(BLOCKS + 0.5) * BLOCK_BYTES / 2**30)
+            start = self.hits()
             asyncio.run(self.ask_soft_prompts(seed=1))  # until each is where it will be
-            before = self.hits()
+            before = self.hits_after(start)
             asyncio.run(self.ask_soft_prompts(seed=2))
-            after = self.hits()
+            after = self.hits_after(before)
             each = {
                 key: tuple(a - b for a, b in zip(after[key], before.get(key, (0, 0)), strict=True)) for key in after
             }
+            each = {key: counts for key, counts in each.items() if any(counts)}  # not those of an earlier deployment
             rates = {key: round(hits / max(1, hits + misses), 3) for key, (hits, misses) in each.items()}
             total = sum(hits for hits, _ in each.values())
             asked = sum(hits + misses for hits, misses in each.values())
@@ -167,17 +170,19 @@ class Bench:
 
             await asyncio.gather(*(client() for _ in range(4)))
 
+    def hits_after(self, before: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """Once all that was asked since is counted: Ray reports every few seconds."""
+        for _ in range(60):
+            after = self.hits()
+            if _total(after) >= _total(before) + ASKED:
+                return after
+            time.sleep(1)
+        raise RuntimeError(f"Ray's metrics do not count all requests: {before}, {after}")
+
     def hits(self) -> dict[str, tuple[float, float]]:
-        """Hits and misses of each replica, by Ray's metrics, once they have stopped changing."""
-        seen: dict[str, tuple[float, float]] = {}
-        for _ in range(20):
-            time.sleep(3)
-            text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
-            now = {key: (_sample(text, "hits", key), _sample(text, "misses", key)) for key in _replica_names(text)}
-            if now and now == seen:
-                return now
-            seen = now
-        raise RuntimeError("the metrics do not come to rest")
+        """Hits and misses of each replica, by Ray's metrics."""
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=30).text
+        return {key: (_sample(text, "hits", key), _sample(text, "misses", key)) for key in _replica_names(text)}
 
     @property
     def url(self) -> str:
@@ -228,6 +233,10 @@ def _count_in_logs(what: str) -> int:
     """Lines of Ray's workers in this session."""
     logs = Path("/tmp/ray/session_latest/logs")
     return sum(path.read_text(errors="replace").count(what) for path in logs.glob("worker-*.err"))
+
+
+def _total(counts: dict[str, tuple[float, float]]) -> float:
+    return sum(hits + misses for hits, misses in counts.values())
 
 
 async def _until(condition: Callable[[], bool]) -> None:

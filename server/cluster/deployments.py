@@ -38,10 +38,10 @@ def application(deployed: Sequence[tuple[ClusterSettings, Settings]]) -> Applica
     """One deployment for each pair; what concerns all of them the first says. Raises ValueError."""
     clusters = [cluster for cluster, _ in deployed]
     models = [one.model_copy(update={"model": absolute_model(one.model)}) for _, one in deployed]
-    names = [_names(one) for one in models]
-    shared = {name for at, these in enumerate(names) for name in these if any(name in other for other in names[:at])}
-    if shared:
-        raise ValueError(f"models: two are called {sorted(shared)[0]!r}; give each a served_model_name of its own")
+    names = [_name(one) for one in models]
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise ValueError(f"models: two are called {name!r}; give each a served_model_name of its own")
     replicas = [
         _replicas(cluster, one, f"model-{at}") for at, (cluster, one) in enumerate(zip(clusters, models, strict=True))
     ]
@@ -53,7 +53,8 @@ def application(deployed: Sequence[tuple[ClusterSettings, Settings]]) -> Applica
         graceful_shutdown_timeout_s=models[0].drain_timeout,
         ray_actor_options={"num_cpus": 0},
     )
-    return ingress.bind(models[0], names, *replicas)
+    known = [frozenset({name, one.model}) for name, one in zip(names, models, strict=True)]
+    return ingress.bind(models[0], known, *replicas)
 
 
 def _replicas(cluster: ClusterSettings, settings: Settings, name: str) -> Application:
@@ -88,8 +89,7 @@ def _scaling(cluster: ClusterSettings, settings: Settings) -> AutoscalingConfig:
     )
 
 
-def _names(settings: Settings) -> frozenset[str]:
-    """As the server will take them."""
+def _name(settings: Settings) -> str:
+    """As the server will call its model."""
     path = Path(settings.model)
-    name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
-    return frozenset({name, settings.model})
+    return settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)

@@ -74,6 +74,6 @@ def cards_in(body: bytes) -> list[dict[str, Any]]:
     """Of a reply of `/v1/models`."""
     try:
         listed = msgspec.json.decode(body)["data"]
+        return [card for card in listed if isinstance(card, dict) and isinstance(card.get("id"), str)]
     except (msgspec.MsgspecError, KeyError, TypeError):
         return []
-    return [card for card in listed if isinstance(card, dict) and isinstance(card.get("id"), str)]

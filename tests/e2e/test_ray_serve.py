@@ -125,3 +125,11 @@ def test_wrong_flags_are_refused(
     flags: tuple[str, ...], parts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_refusal(main(["ray-serve", *flags]), capsys.readouterr().err, parts)
+
+
+@needs_ray
+def test_models_of_one_name_are_refused() -> None:
+    from softbatch.server.cluster.deployments import build
+
+    with pytest.raises(ValueError, match=r"'smollm2-135m'.*served_model_name"):
+        build({"replicas": 1, "models": [{"max_batch_size": 4}, {"max_batch_size": 8}]})
