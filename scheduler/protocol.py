@@ -181,6 +181,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     served_model_name: str | None = None
+    chat_template: str | None = None
     dtype: str = "auto"
     quantization: str = "none"
     kv_cache_dtype: str = "auto"

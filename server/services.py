@@ -36,7 +36,7 @@ from softbatch.server.requests.prompt_encoder import PromptEncoder
 from softbatch.server.requests.recall import PassageIndexes, Recaller
 from softbatch.server.requests.scoring import Scorer
 from softbatch.server.requests.text import TextProcessor
-from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.settings import Settings, absolute_model, absolute_path
 from softbatch.server.store_of_settings import store_of
 from softbatch.server.tools.dialect import Dialect
 
@@ -251,6 +251,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
     return EngineConfig(
         model=absolute_model(settings.model),
         served_model_name=settings.served_model_name,
+        chat_template=absolute_path(settings.chat_template),
         dtype=settings.dtype,
         quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,

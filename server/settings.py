@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,255}$",
         description="name that clients use for the model; default: the last part of --model",
     )
+    chat_template: Path | None = Field(
+        None,
+        description="file with a Jinja template that makes a prompt of a chat, for models that bring none; default: "
+        "the model's. A soft prompt fits the template that it was made with",
+    )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: Port = Field(8000, description="port to listen on")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -320,3 +325,8 @@ def absolute_model(model: str) -> str:
     """A model on disk, named independently of the directory a command was started in."""
     path = Path(model).expanduser()
     return str(path.resolve()) if path.exists() else model
+
+
+def absolute_path(path: Path | None) -> str | None:
+    """A file on disk, named like that."""
+    return None if path is None else str(path.expanduser().resolve())

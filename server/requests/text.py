@@ -99,7 +99,10 @@ class TextProcessor:
         if replaces == "system" and chat.beside_system is not None:
             chat = chat.beside_system
         if not self.tokenizer.chat_template:
-            raise InvalidPrompt("this model has no chat template; use /v1/completions", param="messages")
+            raise InvalidPrompt(
+                "this model has no chat template; use /v1/completions, or start the server with --chat-template FILE",
+                param="messages",
+            )
         try:
             turns, fields = self._control.quote_turns(chat.turns), self._control.quote_all(chat.fields)
             if end != "open turn":

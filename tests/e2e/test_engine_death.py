@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,3 +161,25 @@ def test_an_engine_that_dies_too_often_ends_the_server(start_server: StartServer
     assert "died 2 times" in error_of(reply)["message"]
     assert stream.result().events[-1]["error"]["code"] == "engine_gone"
     assert "Traceback" not in server.log.read_text()
+
+
+def test_another_engine_never_serves_another_model(
+    start_server: StartServer, tiny_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Nor the same one with another chat template, which counts as part of it."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    server = start_server(*tiny_flags, "--chat-template", str(template))
+    chat = {"messages": [{"role": "user", "content": "Why?"}]}
+    shown = server.http.post("/tokenize", json=chat | {"add_special_tokens": False}).json()
+    plain = server.http.post("/tokenize", json={"prompt": "<Why?>", "add_special_tokens": False}).json()
+    assert shown["tokens"] == plain["tokens"]
+    whole = in_background(server, COMPLETE, body(15000))
+    wait_for(lambda: server.metric("requests_running") == 1, "the request does not run")
+    template.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    kill_engine(server)
+    assert server.wait_exit() == 1
+    reply = whole.result().reply
+    assert reply is not None
+    assert reply.status_code == 503
+    assert "files have changed" in error_of(reply)["message"]

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from softbatch.scheduler.model.loader import load
-from softbatch.scheduler.model.model_files import without_marks
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.families import FAMILIES, edit_weights, save_family
@@ -158,23 +157,6 @@ def test_a_byte_order_mark_is_passed_over(directory: Path, monkeypatch: pytest.M
     edit_json(directory / "config.json", num_hidden_layers=3)
     (directory / "tokenizer.json").write_bytes(b"\xef\xbb\xbf{}")
     assert "model.layers.2." in refusal(directory) or "tokenizer.json" in refusal(directory)
-
-
-def test_other_texts_with_a_byte_order_mark_need_no_copy(directory: Path, tmp_path: Path) -> None:
-    (directory / "LICENSE.txt").write_bytes(b"\xef\xbb\xbfAnybody may use it.")
-    (directory / "merges.txt").symlink_to("/proc/self/mem")  # whose first read fails, whoever asks
-    assert without_marks(directory, tmp_path / "cache") == directory
-
-
-def test_a_copy_without_marks_is_whole(directory: Path, tmp_path: Path) -> None:
-    (directory / "additional_chat_templates").mkdir()
-    (directory / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
-    (directory / "config.json").write_bytes(b"\xef\xbb\xbf" + (directory / "config.json").read_bytes())
-    (tmp_path / "cache" / ".unmarking-killed").mkdir(parents=True)
-    copy = without_marks(directory, tmp_path / "cache")
-    assert {entry.name for entry in copy.iterdir()} == {entry.name for entry in directory.iterdir()}
-    assert (copy / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
-    assert list((tmp_path / "cache").iterdir()) == [copy]
 
 
 @pytest.mark.parametrize("has_generation_config", [True, False])

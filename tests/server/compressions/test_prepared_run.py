@@ -75,7 +75,7 @@ def test_a_model_without_a_chat_template_is_refused_by_what_it_lacks(tiny_path: 
         store=str(tmp_path),
         max_prompt_bytes=1 << 30,
     )
-    with pytest.raises(InputError, match=r"model: .* has no chat template .* chat_template\.jinja") as refused:
+    with pytest.raises(InputError, match=r"model: .* has no chat template .* --chat-template FILE") as refused:
         PreparedRun.checked(request, files, tmp_path, 1 << 30)
     assert refused.value.code == "no_chat_template"
 
