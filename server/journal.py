@@ -14,12 +14,14 @@ from softbatch.scheduler.protocol import SequenceOutput
 
 
 class SequenceOpened(msgspec.Struct, frozen=True, tag="opened"):
-    """All of a sequence that neither the HTTP request nor the engine says; `place` is its number in the request."""
+    """All of a sequence that neither the HTTP request nor the engine says; `place` is its number in the request, and
+    `model` the fingerprint of the only model that can go on with it."""
 
     place: int
     request_id: str
     seed: int
     created: int
+    model: str = ""
 
 
 class SequenceBrought(msgspec.Struct, frozen=True, tag="brought"):
@@ -39,8 +41,9 @@ class Journal:
     Sequences are prepared in the order of the request, so their numbers are the same on every server.
     """
 
-    def __init__(self, write: Callable[[Entry], None], entries: Iterable[Entry] = ()) -> None:
+    def __init__(self, write: Callable[[Entry], None], entries: Iterable[Entry] = (), model: str = "") -> None:
         self._write = write
+        self._model = model
         self._opened: dict[int, SequenceOpened] = {}
         self._brought: dict[int, list[list[SequenceOutput]]] = {}
         self._num_sequences = 0
@@ -56,7 +59,7 @@ class Journal:
         place, self._num_sequences = self._num_sequences, self._num_sequences + 1
         opened = self._opened.get(place)
         if opened is None:
-            opened = self._opened[place] = _opened(place, seed)
+            opened = self._opened[place] = _opened(place, seed, self._model)
             self._write(opened)
         return opened
 
@@ -100,5 +103,5 @@ def unique_hex() -> str:
     return journal.draw() if journal is not None else uuid.uuid4().hex
 
 
-def _opened(place: int, seed: int) -> SequenceOpened:
-    return SequenceOpened(place, uuid.uuid4().hex, seed, int(time.time()))
+def _opened(place: int, seed: int, model: str = "") -> SequenceOpened:
+    return SequenceOpened(place, uuid.uuid4().hex, seed, int(time.time()), model)

@@ -37,7 +37,7 @@ def _split(given: dict[str, Any]) -> tuple[ClusterSettings, Settings]:
 def application(deployed: Sequence[tuple[ClusterSettings, Settings]]) -> Application:
     """One deployment for each pair; what concerns all of them the first says. Raises ValueError."""
     clusters = [cluster for cluster, _ in deployed]
-    models = [one.model_copy(update={"model": absolute_model(one.model)}) for _, one in deployed]
+    models = [_absolute(one) for _, one in deployed]
     names = [_name(one) for one in models]
     for at, name in enumerate(names):
         if name in names[:at]:
@@ -87,6 +87,12 @@ def _scaling(cluster: ClusterSettings, settings: Settings) -> AutoscalingConfig:
         initial_replicas=min(max(cluster.replicas, least), most),
         target_ongoing_requests=cluster.target_requests or float(settings.max_batch_size),
     )
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Replicas run in a directory of Ray's."""
+    paths = {name: value.expanduser().absolute() for name, value in settings if isinstance(value, Path)}
+    return settings.model_copy(update={"model": absolute_model(settings.model), **paths})
 
 
 def _name(settings: Settings) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from softbatch.server.cluster.wire import Asked, ReplyHead, ReplyPart, Said, unpack_entry
-from softbatch.server.journal import Entry, Journal, keep_journal
+from softbatch.server.http.errors import error_response, unavailable
+from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal
 
 # What waits to be fetched; an app that is further ahead waits.
 MOST_BYTES = 1 << 20
@@ -21,10 +22,14 @@ FAREWELL_SECONDS = 5.0
 
 
 class InnerCall:
-    """Runs the app on one request. What the app and the journal say comes out in the order in which they said it."""
+    """Runs the app on one request. What the app and the journal say comes out in the order in which they said it.
 
-    def __init__(self, app: ASGIApp, asked: Asked, body: bytes) -> None:
+    `model` is the fingerprint of the one served here: what another model has begun is refused.
+    """
+
+    def __init__(self, app: ASGIApp, asked: Asked, body: bytes, model: str = "") -> None:
         self._app = app
+        self._model = model
         self._asked = asked
         self._body: bytes | None = body
         self._said: list[Said] = []
@@ -59,9 +64,14 @@ class InnerCall:
                 await running
 
     async def _run(self) -> None:
+        app = self._app
         if self._asked.entries is not None:
-            keep_journal(Journal(self._write, map(unpack_entry, self._asked.entries)))
-        await self._app(_scope(self._asked), self._receive, self._send)
+            entries = [unpack_entry(entry) for entry in self._asked.entries]
+            if any(isinstance(entry, SequenceOpened) and entry.model != self._model for entry in entries):
+                message = "the replica died, and this one serves another model"
+                app = error_response(unavailable(message, code="replica_lost"), self._asked.path)
+            keep_journal(Journal(self._write, entries, self._model))
+        await app(_scope(self._asked), self._receive, self._send)
 
     def _write(self, entry: Entry) -> None:
         """An entry goes with what is made of it. Of a reply that comes as a whole it may wait for others."""

@@ -42,7 +42,7 @@ class ModelReplica:
 
     async def answer(self, head: bytes, body: bytes) -> AsyncGenerator[bytes, None]:
         """A request, as `wire` has it, and what is said to it."""
-        call = InnerCall(self._app, decode_asked(head), body)
+        call = InnerCall(self._app, decode_asked(head), body, self._services.spec.fingerprint)
         async with contextlib.aclosing(call.run()) as all_said:
             async for said in all_said:
                 yield encode_said(said)

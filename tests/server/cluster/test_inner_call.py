@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from softbatch.server.cluster.inner_call import InnerCall
-from softbatch.server.cluster.wire import Asked, ReplyHead, ReplyPart, Said
-from softbatch.server.journal import open_sequence
+from softbatch.server.cluster.wire import Asked, ReplyHead, ReplyPart, Said, pack_entry
+from softbatch.server.journal import SequenceOpened, open_sequence
 
 ASKED = Asked(method="POST", path="/p", raw_path=b"/p", query_string=b"", headers=[(b"a", b"b")], entries=[])
 
@@ -57,6 +58,24 @@ def test_an_app_hears_that_its_client_has_gone_and_waits_for_who_is_slow() -> No
 
     asyncio.run(leave())
     assert heard == ["http.disconnect"]
+
+
+def test_what_another_model_has_begun_is_refused() -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        open_sequence(3)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def first_said(entries: list[Any], model: str) -> list[Said]:
+        asked = msgspec.structs.replace(ASKED, entries=[pack_entry(entry) for entry in entries])
+        return [one async for said in InnerCall(app, asked, b"", model).run() for one in said]
+
+    opened, head, _ = asyncio.run(first_said([], "one"))
+    assert isinstance(opened, SequenceOpened)
+    assert asyncio.run(first_said([opened], "one"))[0] == head
+    refused = asyncio.run(first_said([opened], "two"))[0]
+    assert isinstance(refused, ReplyHead)
+    assert refused.status == 503
 
 
 def test_an_app_that_fails_is_told() -> None:
