@@ -11,8 +11,10 @@ from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, R
 
 from softbatch.server.cluster.affinity import ReplicaLoad, ranked
 
-# So long a replica is taken to hold what was just sent to it, until it says so itself.
+# So long at most a replica is taken to hold what was sent to it without saying so itself, and so long it is not asked
+# to know: what it is sent has to be loaded.
 FRESH_SECONDS = 5.0
+LOAD_SECONDS = 1.0
 MOST_FRESH = 10_000
 
 
@@ -38,14 +40,15 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         name = pending_request.metadata.multiplexed_model_id
         if name:
-            self._sent[name, replica_id] = time.monotonic()
+            self._sent[name, replica_id] = time.time()
             self._sent.move_to_end((name, replica_id))
             if len(self._sent) > MOST_FRESH:
                 self._sent.popitem(last=False)
 
     def _candidate(self, name: str, replica: RunningReplica) -> ReplicaLoad:
         stats = replica.routing_stats
-        is_fresh = time.monotonic() - self._sent.get((name, replica.replica_id), -FRESH_SECONDS) < FRESH_SECONDS
+        sent = self._sent.get((name, replica.replica_id), 0.0)
+        is_fresh = max(time.time() - FRESH_SECONDS, stats.get("at", 0.0) - LOAD_SECONDS) < sent
         return ReplicaLoad(
             key=replica.replica_id.unique_id,
             outstanding=self.replica_queue_len_cache.get(replica.replica_id) or 0,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -63,7 +64,7 @@ class ModelReplica:
             if isinstance(services.compressions, CompressionJobs):
                 services.compressions.list()
             held.append(COMPRESSIONS)
-        return {"held": held, "has_room": services.engine.has_room_for_soft_prompt}
+        return {"at": time.time(), "held": held, "has_room": services.engine.has_room_for_soft_prompt}
 
     async def stop(self) -> None:
         """Whatever still runs is cut off."""
