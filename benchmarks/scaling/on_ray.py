@@ -40,7 +40,7 @@ CONTEXT_TOKENS, VOCAB = 512, 49152
 SOFT_PROMPTS, HELD = 40, 20
 BLOCK_BYTES = 368_640  # of the embedded model, in bfloat16
 BLOCKS = HELD * VIRTUAL_TOKENS // 16 + 8  # and those of the requests that run
-ASKED = 8 * SOFT_PROMPTS
+WARM, ASKED = 4 * SOFT_PROMPTS, 8 * SOFT_PROMPTS
 
 
 def main() -> None:
@@ -62,7 +62,9 @@ class Bench:
     def __init__(self, store: Path) -> None:
         self.port, self.metrics_port = _free_port(), _free_port()
         self.store = store
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=self.metrics_port)
+        often = {"metrics_report_interval_ms": 2000}
+        ports = {"_metrics_export_port": self.metrics_port}
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often, **ports)
         serve.start(http_options={"host": "127.0.0.1", "port": self.port})
 
     def deploy(self, replicas: int, **settings: Any) -> None:
@@ -142,10 +144,10 @@ class Bench:
                 serve.delete("softbatch")
             self.deploy(2, router=router, kv_cache_gib=(BLOCKS + 0.5) * BLOCK_BYTES / 2**30)
             start = self.hits()
-            asyncio.run(self.ask_soft_prompts(seed=1))  # until each is where it will be
-            before = self.hits_after(start)
-            asyncio.run(self.ask_soft_prompts(seed=2))
-            after = self.hits_after(before)
+            asyncio.run(self.ask_soft_prompts(WARM))  # until each is where it will be
+            before = self.hits_after(start, WARM)
+            asyncio.run(self.ask_soft_prompts(ASKED))
+            after = self.hits_after(before, ASKED)
             each = {
                 key: tuple(a - b for a, b in zip(after[key], before.get(key, (0, 0)), strict=True)) for key in after
             }
@@ -157,24 +159,24 @@ class Bench:
             found[router] = {"hit_rate": round(total / asked, 3), "each": rates, "requests": requests}
         return found
 
-    async def ask_soft_prompts(self, seed: int) -> None:
-        names = [f"context-{at % SOFT_PROMPTS}" for at in range(ASKED)]
-        random.Random(seed).shuffle(names)
+    async def ask_soft_prompts(self, count: int) -> None:
+        names = [f"context-{at % SOFT_PROMPTS}" for at in range(count)]
+        random.Random(count).shuffle(names)
         async with httpx.AsyncClient(base_url=self.url, timeout=None) as http:
 
             async def client() -> None:
                 while names:
-                    body = {"model": names.pop(), "prompt": "And then", "max_tokens": 8, "temperature": 0}
+                    body = {"model": names.pop(), "prompt": "And then", "max_tokens": 1, "temperature": 0}
                     reply = await http.post("/v1/completions", json=body)
                     assert reply.status_code == 200, reply.text
 
             await asyncio.gather(*(client() for _ in range(4)))
 
-    def hits_after(self, before: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    def hits_after(self, before: dict[str, tuple[float, float]], asked: int) -> dict[str, tuple[float, float]]:
         """Once all that was asked since is counted: Ray reports every few seconds."""
         for _ in range(60):
             after = self.hits()
-            if _total(after) >= _total(before) + ASKED:
+            if _total(after) >= _total(before) + asked:
                 return after
             time.sleep(1)
         raise RuntimeError(f"Ray's metrics do not count all requests: {before}, {after}")
@@ -247,7 +249,7 @@ async def _until(condition: Callable[[], bool]) -> None:
     raise RuntimeError("it does not come to that")
 
 
-_NAME = r"ray_softbatch_soft_prompt_cache_%s_total{([^}]*)} ([0-9.e+]+)"
+_NAME = r"ray_softbatch_soft_prompt_cache_%s_total\{([^}]*)\} ([0-9.e+]+)"
 
 
 def _replica_names(text: str) -> set[str]:
