@@ -3,7 +3,7 @@
 - death: 100 requests at once, streams and whole replies, greedy and drawn without a seed; one of two replicas is
   killed, with its engine, while they run. Greedy answers must be those of an undisturbed run.
 - scale: 1 replica, then 2, then 1 again, while requests come; none may fail.
-- affinity: 40 soft prompts and two replicas that hold 20 each, by the affinity router and by Serve's own.
+- affinity: 40 soft prompts and two replicas that hold 20 each; default: the same by Serve's own router.
 
     python -m benchmarks.scaling.on_ray --store /tmp/ray-prompts
 """
@@ -46,7 +46,7 @@ WARM, ASKED = 4 * SOFT_PROMPTS, 8 * SOFT_PROMPTS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path("/tmp/softbatch-ray-prompts"))
-    parser.add_argument("--parts", nargs="+", default=["death", "scale", "affinity"])
+    parser.add_argument("--parts", nargs="+", default=["affinity", "death", "scale", "default"])
     options = parser.parse_args()
     register(options.store, SOFT_PROMPTS, CONTEXT_TOKENS, VOCAB)
     bench = Bench(options.store)
@@ -67,10 +67,10 @@ class Bench:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often, **ports)
         serve.start(http_options={"host": "127.0.0.1", "port": self.port})
 
-    def deploy(self, replicas: int, **settings: Any) -> None:
-        router = settings.pop("router", "affinity")
-        cluster = ClusterSettings(replicas=replicas, replica_cpus=0.9, router=router)
-        given = Settings(model="smollm2-135m", prompt_store=self.store, **settings)
+    def deploy(self, replicas: int, router: str = "affinity") -> None:
+        cluster = ClusterSettings.model_validate({"replicas": replicas, "replica_cpus": 0.9, "router": router})
+        memory = (BLOCKS + 0.5) * BLOCK_BYTES / 2**30
+        given = Settings(model="smollm2-135m", prompt_store=self.store, kv_cache_gib=memory)
         serve.run(application([(cluster, given)]), name="softbatch", route_prefix="/")
 
     def death(self) -> dict[str, Any]:
@@ -137,27 +137,27 @@ class Bench:
             ended.set()
             await asyncio.gather(*clients)
 
-    def affinity(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"soft_prompts": SOFT_PROMPTS, "held_by_each": HELD}
-        for router in ("affinity", "default"):
-            if "softbatch" in serve.status().applications:
-                serve.delete("softbatch")
-            self.deploy(2, router=router, kv_cache_gib=(BLOCKS + 0.5) * BLOCK_BYTES / 2**30)
-            start = self.hits()
-            asyncio.run(self.ask_soft_prompts(WARM))  # until each is where it will be
-            before = self.hits_after(start, WARM)
-            asyncio.run(self.ask_soft_prompts(ASKED))
-            after = self.hits_after(before, ASKED)
-            each = {
-                key: tuple(a - b for a, b in zip(after[key], before.get(key, (0, 0)), strict=True)) for key in after
-            }
-            each = {key: counts for key, counts in each.items() if any(counts)}  # not those of an earlier deployment
-            rates = {key: round(hits / max(1, hits + misses), 3) for key, (hits, misses) in each.items()}
-            total = sum(hits for hits, _ in each.values())
-            asked = sum(hits + misses for hits, misses in each.values())
-            requests = [hits + misses for hits, misses in each.values()]
-            found[router] = {"hit_rate": round(total / asked, 3), "each": rates, "requests": requests}
-        return found
+    def affinity(self, router: str = "affinity") -> dict[str, Any]:
+        self.deploy(2, router)
+        start = self.hits()
+        asyncio.run(self.ask_soft_prompts(WARM))  # until each is where it will be
+        before = self.hits_after(start, WARM)
+        asyncio.run(self.ask_soft_prompts(ASKED))
+        after = self.hits_after(before, ASKED)
+        each = {key: tuple(a - b for a, b in zip(after[key], before.get(key, (0, 0)), strict=True)) for key in after}
+        each = {key: counts for key, counts in each.items() if any(counts)}  # not those of an earlier deployment
+        asked = {key: hits + misses for key, (hits, misses) in each.items()}
+        return {
+            "soft_prompts": SOFT_PROMPTS,
+            "held_by_each": HELD,
+            "hit_rate": round(sum(hits for hits, _ in each.values()) / sum(asked.values()), 3),
+            "of_each": {key: round(hits / asked[key], 3) for key, (hits, _) in each.items()},
+            "requests": asked,
+        }
+
+    def default(self) -> dict[str, Any]:
+        serve.delete("softbatch")
+        return self.affinity("default")
 
     async def ask_soft_prompts(self, count: int) -> None:
         names = [f"context-{at % SOFT_PROMPTS}" for at in range(count)]
