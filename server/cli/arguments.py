@@ -12,6 +12,7 @@ from softbatch.prompt_store.stores.kept_text import DEFAULT_RECALL, MAX_RECALL
 from softbatch.server.bench.workload import WORKLOADS
 from softbatch.server.cli.model_flags import add_model_flags, add_server_flags
 from softbatch.server.cli.settings_flags import add_flags
+from softbatch.server.cluster.cluster_settings import ClusterSettings
 from softbatch.server.compressions.limits import MAX_CONTEXT_BYTES, MIB
 from softbatch.server.schemas.score import MAX_CANDIDATES
 from softbatch.server.settings import Settings
@@ -44,6 +45,30 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve a model over HTTP. Every flag can also be set through the environment."
     add_flags(parser)
     parser.set_defaults(run=_runs("serve"))
+
+
+def _ray_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serve by several replicas behind Ray Serve's proxy, on this machine or on a Ray cluster. Takes the flags of "
+        "`softbatch serve`, for each replica, and these."
+    )
+    group = parser.add_argument_group("replicas")
+    for name, field in ClusterSettings.model_fields.items():
+        default = f" (default: {field.default})" if field.default is not None else ""
+        metavar = "{affinity,default}" if name == "router" else "N"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar=metavar,
+            help=f"{field.description}{default}",
+        )
+    group.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="of a running Ray cluster, such as auto; default: start one on this machine",
+    )
+    add_flags(parser)
+    parser.set_defaults(run=_runs("ray_serve"))
 
 
 def _compress(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +318,7 @@ def _positive(text: str) -> float:
 
 ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "serve": _serve,
+    "ray-serve": _ray_serve,
     "compress": _compress,
     "evaluate": _evaluate,
     "score": _score,

@@ -24,6 +24,7 @@ examples:
 """
 _HELP = {
     "serve": "serve a model over HTTP",
+    "ray-serve": "serve it by several replicas on a Ray cluster",
     "compress": "turn a context into a registered soft prompt",
     "evaluate": "measure a registered soft prompt on questions of your own",
     "score": "log-probabilities of given answers",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from softbatch.scheduler.protocol import MAX_PRIORITY, AddRequest, Moment, SamplingParams, SequenceOutput
+from softbatch.server.journal import Journal, SequenceOpened, kept_journal
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.deadline import Deadline
@@ -22,7 +24,8 @@ class ActiveRequest:
     `add` and `received` are all that another engine needs to go on. The engine knows the request as `sequence_id`, a
     new one each time, so that nothing late from an earlier sequence counts; None while it is held back. `alive_since`
     is when that sequence brought its first token, `deaths` how many engines in a row have died on the request. `alarm`
-    rings at the deadline, if there is one. `moments` are the engine's, if the request is traced.
+    rings at the deadline, if there is one. `moments` are the engine's, if the request is traced. `created` is in Unix
+    seconds. If there is a `journal`, `resumed` is what other servers have brought, and this is number `place` in it.
     """
 
     add: AddRequest
@@ -30,6 +33,10 @@ class ActiveRequest:
     soft_prompt: str | None
     context_tokens: int
     arrived: float
+    created: int = field(default_factory=lambda: int(time.time()))
+    journal: Journal | None = None
+    place: int = 0
+    resumed: list[list[SequenceOutput]] = field(default_factory=list)
     owner: str = field(default_factory=lambda: current().owner)
     submitted: float | None = None
     started: float | None = None
@@ -53,10 +60,16 @@ class ActiveRequest:
 
     @classmethod
     def of(
-        cls, add: AddRequest, lease: Lease | None, route: str, arrived: float, deadline: Deadline | None = None
+        cls,
+        add: AddRequest,
+        lease: Lease | None,
+        route: str,
+        arrived: float,
+        deadline: Deadline | None = None,
+        opened: SequenceOpened | None = None,
     ) -> ActiveRequest:
         context = lease.stored.manifest.context if lease else None
-        return cls(
+        request = cls(
             add=add,
             route=route,
             soft_prompt=lease.stored.name if lease else None,
@@ -64,6 +77,28 @@ class ActiveRequest:
             arrived=arrived,
             deadline=deadline,
         )
+        if opened is not None:
+            request.created, request.place = opened.created, opened.place
+            request.journal = kept_journal()
+            if request.journal is not None:
+                request._resume(request.journal.brought(opened.place))
+        return request
+
+    def _resume(self, brought: list[list[SequenceOutput]]) -> None:
+        """Take over from another server, which got these outputs of it."""
+        self.resumed = brought
+        outputs = [output for together in brought for output in together]
+        self.received = [token_id for output in outputs for token_id in output.token_ids]
+        if outputs:
+            self.num_cached = outputs[0].num_cached
+            self.num_sequences = 1
+            if self.deadline is not None:
+                self.deadline.has_output |= bool(self.received)
+
+    @property
+    def has_ended_elsewhere(self) -> bool:
+        """Whether all of it is in `resumed`."""
+        return bool(self.resumed) and self.resumed[-1][-1].finish_reason is not None
 
     def start_sequence(self) -> AddRequest:
         """What the engine is sent: the prompt, and behind it all that has been generated so far."""

@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import math
 import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from softbatch.scheduler.protocol import BACKGROUND, AddRequest, Pooling, SamplingParams, SequenceOutput
+from softbatch.server.journal import open_sequence
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.observability.request_record import current, note_start, own_salt, share_owner
 from softbatch.server.request_failures import EngineAway, QueueFull, TooManySequences
@@ -59,8 +61,11 @@ class Places:
         pooling: Pooling | None = None,
     ) -> ActiveRequest:
         self.prompt_tokens += len(token_ids)
+        opened = open_sequence(params.seed)
+        if opened.seed != params.seed:  # the one that another server has drawn
+            params = msgspec.structs.replace(params, seed=opened.seed)
         add = AddRequest(
-            request_id=uuid.uuid4().hex,
+            request_id=opened.request_id,
             token_ids=token_ids,
             params=params,
             soft_prompt=lease.ref if lease else None,
@@ -73,7 +78,7 @@ class Places:
             pooling=pooling,
             traced=current().is_traced,
         )
-        return ActiveRequest.of(add, lease, route, self._arrived, self.deadline)
+        return ActiveRequest.of(add, lease, route, self._arrived, self.deadline, opened)
 
 
 @dataclass(frozen=True)

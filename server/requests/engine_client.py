@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 
 from softbatch.scheduler.protocol import (
     CancelRequest,
+    EngineStats,
     ForgetSoftPrompt,
     Ready,
     SequenceOutput,
@@ -47,12 +48,22 @@ class EngineClient:
         self.active: dict[str, ActiveRequest] = {}
         self.num_background = 0  # of the active ones
         self.resident: frozenset[str] = frozenset()  # content hashes of the soft prompts in the engine's KV blocks
+        self._stats: EngineStats | None = None
         self.on_give_up: Callable[[], None] = lambda: None
 
     @property
     def has_ended(self) -> bool:
         """Whether there will be no engine any more."""
         return self._supervisor.gave_up
+
+    @property
+    def has_room_for_soft_prompt(self) -> bool:
+        """Whether one more, as large as those that are resident on average, would evict none."""
+        stats, info = self._stats, self._supervisor.info
+        if stats is None or info is None or not stats.soft_prompts_resident:
+            return True
+        free = (info.num_blocks - stats.kv_blocks_used) * info.kv_bytes / info.num_blocks
+        return free >= stats.soft_prompt_resident_bytes / stats.soft_prompts_resident
 
     def waiting(self) -> Iterator[ActiveRequest]:
         """In the order of submission."""
@@ -72,7 +83,10 @@ class EngineClient:
         return self._seconds_per_request * max(1, sum(1 for request in self.waiting() if not request.is_background))
 
     def submit(self, request: ActiveRequest) -> None:
-        """While the engine is away, or one request is on trial, it is held back; its deadline runs on."""
+        """While the engine is away, or one request is on trial, it is held back; its deadline runs on. The engine
+        is not told of what has ended on another server."""
+        if request.has_ended_elsewhere:
+            return
         self.active[request.request_id] = request
         request.submitted = time.monotonic()
         self.num_background += request.is_background
@@ -98,11 +112,15 @@ class EngineClient:
 
     async def outputs(self, request: ActiveRequest) -> AsyncGenerator[list[SequenceOutput], None]:
         """Everything that came since the last look, merged when the reader is slow. Raises Failure."""
-        while True:
+        for batch in request.resumed:
+            yield batch
+        while not request.has_ended_elsewhere:
             await request.changed.wait()
             request.changed.clear()
             batch, request.outputs = request.outputs, []
             if batch and batch[-1].finish_reason != "error":
+                if request.journal is not None:
+                    request.journal.bring(request.place, batch)
                 yield batch
                 if batch[-1].finish_reason is not None:
                     return
@@ -154,6 +172,7 @@ class EngineClient:
     def engine_stepped(self, output: StepOutput) -> None:
         now = time.monotonic()
         self._metrics.observe_step(output)
+        self._stats = output.stats
         if output.resident is not None:
             self.resident = frozenset(output.resident)
         for sequence_id in output.preempted:

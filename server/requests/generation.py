@@ -106,7 +106,7 @@ class Generation:
         recalled: Recalled,
     ) -> None:
         self.recalled = recalled
-        self.created = int(time.time())
+        self.created = active.created
         self.completion_tokens = 0
         # Of the prompt's tokens from the second on; there before the first delta.
         self.prompt_scores: list[PromptLogprobs] = []

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,10 @@ class SoftPromptLeases:
 
     def release(self, lease: Lease) -> None:
         self._release(lease.stored.sha256)
+
+    def names_of(self, hashes: Collection[str]) -> list[str]:
+        """Names that requests have used for soft prompts with these content hashes."""
+        return [name for name, sha256 in self._names.items() if sha256 in hashes]
 
     async def release_deleted(self) -> None:
         """Drop the files of soft prompts that the store has under no name any more, once no request uses them.

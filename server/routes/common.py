@@ -18,6 +18,7 @@ from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import Failure
 from softbatch.server.requests.generation import Generation, GenerationRequest, Token
 from softbatch.server.requests.recall import Recalled
+from softbatch.server.schemas.models import PLACEHOLDERS
 from softbatch.server.schemas.replies import CachedTokens, RecalledPassage, Usage
 from softbatch.server.schemas.sampling import FinishReason, OpenAIRequest, QueuedRequest
 from softbatch.server.services import Services
@@ -30,10 +31,6 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
     # Clients parse no other word; `stop_reason` says which of the two it was.
     "timeout": "length",
 }
-
-
-# What clients call a model that they know no name of; never a name that could be a soft prompt misspelt.
-PLACEHOLDERS = frozenset({"", "tgi", "dummy", "default", "none", "model", "local-model", "unused", "placeholder"})
 
 
 def services_of(request: Request) -> Services:

@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+# What clients call a model that they know no name of; never a name that could be a soft prompt misspelt.
+PLACEHOLDERS = frozenset({"", "tgi", "dummy", "default", "none", "model", "local-model", "unused", "placeholder"})
+
 
 class ModelCard(BaseModel):
     """Something that `model` may name: the base model, or a soft prompt on it."""

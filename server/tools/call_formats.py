@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import secrets
 import string
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from softbatch.server.journal import unique_hex
 from softbatch.server.tools.gemma_calls import gemma_calls
 from softbatch.server.tools.json_calls import JsonCalls, JsonLayout
 from softbatch.server.tools.message_parts import PartSink
@@ -49,7 +48,7 @@ class CallFormat:
     between: str
     bare: str = ""
     tokens: tuple[str, ...] = ()
-    new_id: Callable[[], str] = lambda: f"call_{uuid.uuid4().hex[:24]}"
+    new_id: Callable[[], str] = lambda: f"call_{unique_hex()[:24]}"
     in_elements: bool = False
 
     @property
@@ -66,7 +65,8 @@ class CallFormat:
 
 def mistral_id() -> str:
     letters = string.ascii_letters + string.digits
-    return "".join(secrets.choice(letters) for _ in range(MISTRAL_ID_LENGTH))
+    drawn = int(unique_hex(), 16)
+    return "".join(letters[drawn // len(letters) ** place % len(letters)] for place in range(MISTRAL_ID_LENGTH))
 
 
 def _json(layout: JsonLayout) -> Callable[[PartSink, Signatures, bool], CallReader]:

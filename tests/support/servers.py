@@ -27,6 +27,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 240.0
 TIMEOUT = httpx.Timeout(120.0)
 T = TypeVar("T")
+# Tests that only ask pass on replicas too: SOFTBATCH_TEST_COMMAND="ray-serve --replicas 2"
+COMMAND = os.environ.get("SOFTBATCH_TEST_COMMAND", "serve").split()
 TGI_ROUTES = {"/", "/generate", "/generate_stream"}
 SERVER_ERRORS = {"overloaded", "generation"}
 
@@ -192,7 +194,17 @@ def _start(directory: Path, flags: Sequence[str], env: Mapping[str, str], store:
         log = directory / f"server-{attempt}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "softbatch", "serve", "--port", str(port), "--prompt-store", str(store), *flags],
+                [
+                    sys.executable,
+                    "-m",
+                    "softbatch",
+                    *COMMAND,
+                    "--port",
+                    str(port),
+                    "--prompt-store",
+                    str(store),
+                    *flags,
+                ],
                 cwd=PROJECT,
                 env=environment(**{"TMPDIR": str(temp), **env}),
                 stdin=subprocess.DEVNULL,

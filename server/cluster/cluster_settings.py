@@ -1,0 +1,44 @@
+"""How many replicas there are and what each is given: flags of `softbatch ray-serve`, arguments of `serve run`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ClusterSettings(BaseModel):
+    """Everything of a cluster that is not told to each server of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    replicas: int = Field(
+        1, ge=1, le=10_000, description="servers, each with an engine process and a copy of the model"
+    )
+    min_replicas: int | None = Field(
+        None, ge=1, le=10_000, description="fewest of them; with --max-replicas Serve scales by load"
+    )
+    max_replicas: int | None = Field(None, ge=1, le=10_000, description="most of them")
+    target_requests: float | None = Field(
+        None,
+        gt=0,
+        description="unfinished requests for each replica that scaling aims at; default: --max-batch-size",
+    )
+    ingress_replicas: int = Field(
+        2, ge=1, le=1000, description="processes that forward requests; what is on one that dies is lost"
+    )
+    replica_cpus: float = Field(
+        1, ge=0, le=4096, description="cores that Ray sets aside for each replica, and its engine computes on"
+    )
+    replica_gpus: float = Field(0, ge=0, le=64, description="GPUs of each replica")
+    router: Literal["affinity", "default"] = Field(
+        "affinity", description="affinity: to a replica that holds the soft prompt; default: Serve's own"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.min_replicas is not None and self.max_replicas is None:
+            raise ValueError(f"--min-replicas {self.min_replicas} wants --max-replicas beside it")
+        if self.max_replicas is not None and (self.min_replicas or 1) > self.max_replicas:
+            raise ValueError(f"--min-replicas {self.min_replicas} is more than --max-replicas {self.max_replicas}")
+        return self

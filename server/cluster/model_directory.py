@@ -1,0 +1,79 @@
+"""The models behind one address: which deployment a name belongs to, and what they list together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from softbatch.server.cluster.wire import Headers
+from softbatch.server.schemas.models import PLACEHOLDERS
+
+# A name that nobody knows is looked for no more often than this: who asks for such names should not ask everybody.
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class ModelTarget:
+    """A deployment: `names` are those of its model, and `handle` is Serve's. `headers` carry a key of its own."""
+
+    names: frozenset[str]
+    handle: Any
+    headers: Headers = field(default_factory=list)
+
+
+# From a deployment and headers to the cards that its `/v1/models` lists; empty if it gives none.
+ListCards = Callable[[ModelTarget, Headers], Awaitable[list[dict[str, Any]]]]
+
+
+class ModelDirectory:
+    """Knows the soft prompts of each deployment by what it lists."""
+
+    def __init__(self, targets: Sequence[ModelTarget], list_cards: ListCards) -> None:
+        self.targets = tuple(targets)
+        self._list_cards = list_cards
+        self._soft_prompts: dict[str, ModelTarget] = {}
+        self._looked = -SECONDS_BETWEEN_LOOKS
+
+    async def find(self, model: str, soft_prompt: str) -> tuple[ModelTarget, str]:
+        """The deployment that is to answer, and the soft prompt's name, if there is one. The first deployment gets what
+        belongs to nobody: it says what is wrong."""
+        for target in self.targets:
+            if model in target.names:
+                return target, soft_prompt
+        name = soft_prompt or ("" if model in PLACEHOLDERS else model)
+        if len(self.targets) == 1 or not name:
+            return self.targets[0], name
+        if name not in self._soft_prompts:
+            await self._look()
+        return self._soft_prompts.get(name, self.targets[0]), name
+
+    async def cards(self, headers: Headers) -> list[dict[str, Any]]:
+        """Of all deployments, in their order; a name that several have is listed once."""
+        found: dict[str, dict[str, Any]] = {}
+        for target in self.targets:
+            for card in await self._list_cards(target, headers):
+                found.setdefault(card["id"], card)
+        return list(found.values())
+
+    async def _look(self) -> None:
+        if time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked = time.monotonic()
+        known: dict[str, ModelTarget] = {}
+        for target in self.targets:
+            for card in await self._list_cards(target, target.headers):
+                known.setdefault(card["id"], target)
+        self._soft_prompts = known
+
+
+def cards_in(body: bytes) -> list[dict[str, Any]]:
+    """Of a reply of `/v1/models`."""
+    try:
+        listed = msgspec.json.decode(body)["data"]
+        return [card for card in listed if isinstance(card, dict) and isinstance(card.get("id"), str)]
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return []

@@ -1,0 +1,77 @@
+"""A replica: the whole server but its port, inside of a process of Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from softbatch.server.app import create_app
+from softbatch.server.cluster.inner_call import InnerCall
+from softbatch.server.cluster.ray_metrics import mirror_metrics
+from softbatch.server.cluster.request_kinds import BATCHES, COMPRESSIONS
+from softbatch.server.cluster.wire import decode_asked, encode_said
+from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.http.inner_request import InnerApp
+from softbatch.server.http.request_log import RequestFields
+from softbatch.server.request_failures import BatchesUnavailable, CompressionsUnavailable
+from softbatch.server.routes import BATCH_ROUTERS
+from softbatch.server.services import Services, running_services
+from softbatch.server.settings import Settings
+
+
+class ModelReplica:
+    """Owns its own engine process. That dies and is started again without the replica, as in `softbatch serve`; Serve
+    replaces a replica whose engine cannot be kept alive."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        # For the engine and the compressions, which are processes of their own.
+        os.environ.update({LEVEL_VARIABLE: settings.log_level, FORMAT_VARIABLE: settings.log_format})
+        configure_logging()
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(RequestFields())
+        self._exits = contextlib.AsyncExitStack()
+        self._services: Services = await self._exits.enter_async_context(running_services(settings))
+        self._app = create_app(self._services)
+        self._services.batches.begin(InnerApp(self._services, BATCH_ROUTERS).ask)
+        self._mirroring = asyncio.create_task(mirror_metrics(self._services.metrics.registry))
+
+    async def answer(self, head: bytes, body: bytes) -> AsyncGenerator[bytes, None]:
+        """A request, as `wire` has it, and what is said to it."""
+        call = InnerCall(self._app, decode_asked(head), body, self._services.spec.fingerprint)
+        async with contextlib.aclosing(call.run()) as all_said:
+            async for said in all_said:
+                yield encode_said(said)
+
+    async def check_health(self) -> None:
+        """Serve's. Raises where there will be no engine any more; one that hangs or has died is replaced here."""
+        if self._services.supervisor.gave_up:
+            raise RuntimeError("the engine cannot be kept alive")
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Serve's: what the request router knows of this replica."""
+        services = self._services
+        held = services.leases.names_of(services.engine.resident)
+        with contextlib.suppress(BatchesUnavailable):
+            _ = services.batches.ledger
+            held.append(BATCHES)
+        with contextlib.suppress(CompressionsUnavailable):
+            if isinstance(services.compressions, CompressionJobs):
+                services.compressions.list()
+            held.append(COMPRESSIONS)
+        return {"at": time.time(), "held": held, "has_room": services.engine.has_room_for_soft_prompt}
+
+    async def stop(self) -> None:
+        """Whatever still runs is cut off."""
+        self._services.admission.draining = True
+        self._mirroring.cancel()
+        await self._exits.aclose()
+
+    async def __del__(self) -> None:
+        """Serve calls and awaits this at the end of a replica that it has drained."""
+        await self.stop()

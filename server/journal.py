@@ -1,0 +1,107 @@
+"""What another server needs to go on with an HTTP request: what was drawn at random, and what the engine brought."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+
+import msgspec
+
+from softbatch.scheduler.protocol import SequenceOutput
+
+
+class SequenceOpened(msgspec.Struct, frozen=True, tag="opened"):
+    """All of a sequence that neither the HTTP request nor the engine says; `place` is its number in the request, and
+    `model` the fingerprint of the only model that can go on with it."""
+
+    place: int
+    request_id: str
+    seed: int
+    created: int
+    model: str = ""
+
+
+class SequenceBrought(msgspec.Struct, frozen=True, tag="brought"):
+    """Outputs as a route got them together: made into a reply again, they give the same events."""
+
+    place: int
+    outputs: list[SequenceOutput]
+
+
+Entry = SequenceOpened | SequenceBrought
+
+
+class Journal:
+    """Of one HTTP request. `write` is given every entry before what a route makes of it; `entries` are those of the
+    servers that had the request before.
+
+    Sequences are prepared in the order of the request, so their numbers are the same on every server.
+    """
+
+    def __init__(self, write: Callable[[Entry], None], entries: Iterable[Entry] = (), model: str = "") -> None:
+        self._write = write
+        self._model = model
+        self._opened: dict[int, SequenceOpened] = {}
+        self._brought: dict[int, list[list[SequenceOutput]]] = {}
+        self._num_sequences = 0
+        self._num_ids = 0
+        for entry in entries:
+            if isinstance(entry, SequenceOpened):
+                self._opened[entry.place] = entry
+            else:
+                self._brought.setdefault(entry.place, []).append(entry.outputs)
+
+    def open(self, seed: int) -> SequenceOpened:
+        """The next sequence: as it was opened before, or new."""
+        place, self._num_sequences = self._num_sequences, self._num_sequences + 1
+        opened = self._opened.get(place)
+        if opened is None:
+            opened = self._opened[place] = _opened(place, seed, self._model)
+            self._write(opened)
+        return opened
+
+    def brought(self, place: int) -> list[list[SequenceOutput]]:
+        """What earlier servers have brought of a sequence."""
+        return self._brought.get(place, [])
+
+    def bring(self, place: int, outputs: list[SequenceOutput]) -> None:
+        # Their names are that of the sequence: not kept again with each.
+        self._write(SequenceBrought(place, [msgspec.structs.replace(output, request_id="") for output in outputs]))
+
+    def draw(self) -> str:
+        """32 hexadecimal digits, the same on every server."""
+        self._num_ids += 1
+        first = self._opened.get(0)
+        seed = f"{first.request_id}/{self._num_ids}" if first else uuid.uuid4().hex
+        return hashlib.sha256(seed.encode()).hexdigest()[:32]
+
+
+_kept: ContextVar[Journal | None] = ContextVar("kept", default=None)
+
+
+def keep_journal(journal: Journal) -> None:
+    """From here on, of whatever this task and its children start."""
+    _kept.set(journal)
+
+
+def kept_journal() -> Journal | None:
+    """None where nobody could go on with the request."""
+    return _kept.get()
+
+
+def open_sequence(seed: int) -> SequenceOpened:
+    journal = _kept.get()
+    return journal.open(seed) if journal is not None else _opened(0, seed)
+
+
+def unique_hex() -> str:
+    """32 hexadecimal digits that no other request has."""
+    journal = _kept.get()
+    return journal.draw() if journal is not None else uuid.uuid4().hex
+
+
+def _opened(place: int, seed: int, model: str = "") -> SequenceOpened:
+    return SequenceOpened(place, uuid.uuid4().hex, seed, int(time.time()), model)
