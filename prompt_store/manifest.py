@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_VIRTUAL_TOKENS = 65536
+PREVIEW_OF = "preview_of"  # in `training`, which servers of older code read too
 KINDS = ("embeddings", "kv")
 Replaces = Literal["nothing", "system"]
 # Leaves room in the header for the tensor table.
@@ -82,6 +83,12 @@ class Manifest(_Frozen):
     created_at: int = Field(ge=0, le=253_402_300_799)
     training: dict[Annotated[str, Field(max_length=128)], _Scalar] = Field(default={}, max_length=128)
     fidelity: dict[Annotated[str, Field(max_length=128)], JsonValue] = Field(default={}, max_length=1024)
+
+    @property
+    def preview_of(self) -> str | None:
+        """The compression whose preview this is; None for what is no preview."""
+        found = self.training.get(PREVIEW_OF)
+        return found if isinstance(found, str) else None
 
     @model_validator(mode="after")
     def _is_bounded(self) -> Manifest:
