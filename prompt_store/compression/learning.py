@@ -57,10 +57,15 @@ class Learning:
         self.context, self.settings, self.directory, self.pace = context, settings, directory, pace
 
     def learn(
-        self, examples: Sequence[Example], reserve: float, held_out_loss: Callable[[Prefix], float], look_seconds: float
+        self,
+        examples: Sequence[Example],
+        reserve: float,
+        held_out_loss: Callable[[Prefix], float],
+        look_seconds: float,
+        on_start: Callable[[Student, bool], None] = lambda student, has_time: None,
     ) -> Learned:
-        """`reserve` seconds are kept for what follows; one look at `held_out_loss` takes `look_seconds`. Raises
-        Stopped."""
+        """`reserve` seconds are kept for what follows; one look at `held_out_loss` takes `look_seconds`. `on_start` is
+        given σ before training goes on, and whether there is time for a look. Raises Stopped."""
         if self.settings.matching_steps:
             examples = spread_first(examples, self._observed)
         pairs, teacher = self._teacher_outputs([self.context.pair(example) for example in examples])
@@ -73,7 +78,10 @@ class Learning:
             pairs, teacher = with_passages(
                 asked, teacher, left, self.context.tokenized, self.settings.recall, self.settings.virtual_tokens
             )
-        trainer = self._trainer(student, pairs, teacher, reserve)
+        trainer = self._trainer(student, pairs, teacher)
+        on_start(student, self._has_time(look_seconds, reserve))
+        if self.pace.budget is not None:
+            trainer.allow(trainer.state.elapsed + max(1.0, self.pace.left - reserve))
         # A resumed run that begins behind the look has no loss of that time; a later one would say something else.
         may_look, looked = trainer.fraction < LOOK_AT, list[float]()
 
@@ -151,9 +159,7 @@ class Learning:
         fit(student, teacher.observed, matching, pace.clock, on_step, self.directory / MATCHING_FILE)
         return student
 
-    def _trainer(
-        self, student: Student, pairs: Sequence[TrainingPair], teacher: TeacherOutputs, reserve: float
-    ) -> Trainer:
+    def _trainer(self, student: Student, pairs: Sequence[TrainingPair], teacher: TeacherOutputs) -> Trainer:
         settings = self.settings
         training = TrainingSettings(
             objective=settings.objective,
@@ -168,6 +174,4 @@ class Learning:
         if not trainer.resume():
             trainer.save()
         (self.directory / MATCHING_FILE).unlink(missing_ok=True)
-        if self.pace.budget is not None:
-            trainer.allow(trainer.state.elapsed + max(1.0, self.pace.left - reserve))
         return trainer

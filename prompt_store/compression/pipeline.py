@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.gold import GoldAnswers
 from softbatch.prompt_store.compression.learning import Learned, Learning
+from softbatch.prompt_store.compression.outcome import Outcome as Outcome
+from softbatch.prompt_store.compression.outcome import preview_of
 from softbatch.prompt_store.compression.pace import FIRST_CHUNK, Pace
 from softbatch.prompt_store.compression.progress import Progress
+from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.work_directory import JobDirectory, identity_of
 
 # Shares of a time budget after which a phase takes what it has and goes on.
@@ -63,23 +66,12 @@ EVALUATION_STEPS = 7
 BEHIND_FORECAST = ("train.jsonl", "answers.json", "baselines.json", "teacher.safetensors", "checkpoint/state.json")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """σ's tensors in float32 as a soft prompt file holds them, the report, and what the manifest wants to know."""
-
-    kind: str
-    tensors: dict[str, Tensor]
-    report: dict[str, Any]
-    context_sha256: str
-    context_tokens: int
-
-
 class Compression:
     """One compression of one context. `generate` answers prompts greedily (see data.examples.Generate): every prompt
     begins with the same context tokens, except that a long context's segments come one after another. `respond` does so
     with σ and without it. `opening` seconds of the budget have gone into opening the model, `engine` of them into what
-    answers, which is opened once more for σ. The user's questions that say which answers are right are for measuring,
-    all others for training.
+    answers, which is opened once more for σ. `on_preview` gets σ as training finds it. The user's questions that say
+    which answers are right are for measuring, all others for training.
     """
 
     def __init__(
@@ -94,6 +86,7 @@ class Compression:
         wrong_prefix: Prefix | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_preview: Callable[[Outcome], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         opening: float = 0.0,
         engine: float = 0.0,
@@ -102,6 +95,7 @@ class Compression:
         self.user_examples = [example for example in user_examples if not example.accept]
         self.graded = [example for example in user_examples if example.accept]
         self.wrong_prefix, self.respond, self.engine = wrong_prefix, respond, engine
+        self.on_preview = on_preview
         self.job = JobDirectory(directory, identity_of(settings, context.text, user_examples), clock)
         told, stop = on_progress or (lambda _: None), should_stop or (lambda: False)
         self.pace = Pace(settings.seconds, opening, self.job, clock, told, stop)
@@ -128,7 +122,8 @@ class Compression:
         # What is still to come is like one baseline, σ's answers, and writing it all down: only that is kept back.
         dearest = max(measured.seconds for measured in baselines.values())
         reserve = 1.5 * dearest + 4.0 + self.engine + 1.5 * seconds * len(WITH_SIGMA)
-        learned = self.learning.learn(training, reserve, evaluation.loss, dearest)
+        preview = self._preview(evaluation, baselines)
+        learned = self.learning.learn(training, reserve, evaluation.loss, dearest, preview)
         self.pace.check_stop()
         sigma, off_topic = self._measured(evaluation, learned)
         tensors = {name: tensor.cpu() for name, tensor in learned.student.tensors().items()}
@@ -246,6 +241,15 @@ class Compression:
         )
         save_measured(found, self.directory / "baselines.json")
         return found
+
+    def _preview(self, evaluation: Evaluation, baselines: dict[str, Measured]) -> Callable[[Student, bool], None]:
+        def tell(student: Student, has_time: bool) -> None:
+            if self.on_preview is not None:
+                measured = evaluation if has_time else None
+                no_context = baselines["no_context"].scores
+                self.on_preview(preview_of(student, self.context, self.settings, no_context, measured))
+
+        return tell
 
     def _measured(self, evaluation: Evaluation, learned: Learned) -> tuple[Measured, dict[str, float]]:
         """σ on the held-out questions, and off the topic."""
