@@ -26,7 +26,8 @@ _Scalar = bool | int | float | Annotated[str, Field(max_length=4096)] | None
 class SoftPromptError(ValueError):
     """A soft prompt that cannot be used. `param` names the field at fault and `code` is stable for programs:
     invalid_file, invalid_manifest, unsupported_version, unknown_kind, unsupported_adapter, wrong_tensors,
-    wrong_shape, wrong_dtype, non_finite, too_large, wrong_model, invalid_name, name_taken, unknown_prompt."""
+    wrong_shape, wrong_dtype, non_finite, too_large, wrong_model, invalid_name, name_taken, name_changed,
+    unknown_prompt."""
 
     def __init__(self, message: str, *, param: str, code: str) -> None:
         super().__init__(message)
