@@ -66,7 +66,7 @@ function form(jobs) {
         h("p.hint", {}, "What will really be asked. It trains on these beside those that it makes of the text."))),
     h("div.settings", {}, lengths.element, objectives.element, minutes.element,
       h("fieldset", {}, h("legend", {}, "Until it is trained"),
-        h("label.choice", { htmlFor: "preview" }, preview, h("b", {}, "Preview"), h("span", {}, "an untrained one can be asked; the trained one takes its place"))),
+        h("label.choice", { htmlFor: "preview" }, preview, h("b", {}, "Preview"), h("span", {}, "can be asked before it is trained; the trained one takes its place"))),
       problem, button));
   const count = counter(context, length, () => Number(lengths.value()));
   lengths.element.addEventListener("change", count);
