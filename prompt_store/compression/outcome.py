@@ -9,7 +9,6 @@ from torch import Tensor
 
 from softbatch.prompt_store.compression.compression_settings import CompressionSettings
 from softbatch.prompt_store.compression.evaluation.evaluation import Candidate, Evaluation
-from softbatch.prompt_store.compression.evaluation.fidelity import FidelityScores
 from softbatch.prompt_store.compression.frozen.context import Context
 from softbatch.prompt_store.compression.training.student import Student
 
@@ -25,21 +24,17 @@ class Outcome:
     context_tokens: int
 
 
-def preview_of(
-    student: Student,
-    context: Context,
-    settings: CompressionSettings,
-    no_context: FidelityScores,
-    evaluation: Evaluation | None,
-) -> Outcome:
-    """σ where training begins, or goes on. Its report has figures where there is time for an `evaluation`."""
-    report: dict[str, Any] = {"verdict": "preview: not fully trained"}
-    if evaluation is not None:
-        candidate = Candidate.shared(student.fixed_prefix(), len(context.full))
-        scores = evaluation.measure(candidate).scores.closed_against(no_context)
-        report |= {name: value for name, value in scores.as_dict().items() if value is not None}
-        if scores.kl_closed is not None:
-            report["verdict"] += f", {scores.kl_closed:.2f} of the way from no context to the full one"
+def preview_of(student: Student, context: Context, settings: CompressionSettings, evaluation: Evaluation) -> Outcome:
+    """σ before training, with what can be measured of it in a moment."""
+    sigma, nothing = (
+        evaluation.measure(Candidate.shared(prefix, len(context.full))).scores
+        for prefix in (student.fixed_prefix(), evaluation.no_context)
+    )
+    scores = sigma.closed_against(nothing)
+    report: dict[str, Any] = {name: value for name, value in scores.as_dict().items() if value is not None}
+    report["verdict"] = "preview: not trained"
+    if scores.kl_closed is not None:
+        report["verdict"] += f", {scores.kl_closed:.2f} of the way from no context to the full one"
     minutes = None if settings.seconds is None else settings.minutes
     report["training"] = {**asdict(settings), "minutes": minutes, "steps": None}
     tensors = {name: tensor.cpu() for name, tensor in student.tensors().items()}

@@ -55,7 +55,6 @@ from softbatch.prompt_store.compression.outcome import Outcome as Outcome
 from softbatch.prompt_store.compression.outcome import preview_of
 from softbatch.prompt_store.compression.pace import FIRST_CHUNK, Pace
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.compression.training.student import Student
 from softbatch.prompt_store.compression.work_directory import JobDirectory, identity_of
 
 # Shares of a time budget after which a phase takes what it has and goes on.
@@ -70,7 +69,7 @@ class Compression:
     """One compression of one context. `generate` answers prompts greedily (see data.examples.Generate): every prompt
     begins with the same context tokens, except that a long context's segments come one after another. `respond` does so
     with σ and without it. `opening` seconds of the budget have gone into opening the model, `engine` of them into what
-    answers, which is opened once more for σ. `on_preview` gets σ as training finds it. The user's questions that say
+    answers, which is opened once more for σ. `on_preview` gets σ as soon as there is one. The user's questions that say
     which answers are right are for measuring, all others for training.
     """
 
@@ -111,19 +110,19 @@ class Compression:
         if plan is not None:
             training, held_out = training[: plan.training_pairs], held_out[: plan.held_out]
         held_out = self.gold.answer(held_out, "held_out", HELD_OUT_SHARE, "train.jsonl")
+        evaluation = self._preview(training, held_out)
         training = self.gold.answer(training, "train", GOLD_SHARE, "baselines.json")
         if not held_out or not training:
             raise ValueError("the model answers none of the questions about this context")
         free = self._free_answers(held_out, plan)
         answers, seconds = self._answers(free)
         prefill_seconds = self.context.prefill_seconds(self.pace.clock)
-        evaluation = self._evaluation(held_out)
+        evaluation = evaluation or self._evaluation(held_out)
         baselines = self._baselines(evaluation)
         # What is still to come is like one baseline, σ's answers, and writing it all down: only that is kept back.
         dearest = max(measured.seconds for measured in baselines.values())
         reserve = 1.5 * dearest + 4.0 + self.engine + 1.5 * seconds * len(WITH_SIGMA)
-        preview = self._preview(evaluation, baselines)
-        learned = self.learning.learn(training, reserve, evaluation.loss, dearest, preview)
+        learned = self.learning.learn(training, reserve, evaluation.loss, dearest)
         self.pace.check_stop()
         sigma, off_topic = self._measured(evaluation, learned)
         tensors = {name: tensor.cpu() for name, tensor in learned.student.tensors().items()}
@@ -242,14 +241,17 @@ class Compression:
         save_measured(found, self.directory / "baselines.json")
         return found
 
-    def _preview(self, evaluation: Evaluation, baselines: dict[str, Measured]) -> Callable[[Student, bool], None]:
-        def tell(student: Student, has_time: bool) -> None:
-            if self.on_preview is not None:
-                measured = evaluation if has_time else None
-                no_context = baselines["no_context"].scores
-                self.on_preview(preview_of(student, self.context, self.settings, no_context, measured))
-
-        return tell
+    def _preview(self, training: Sequence[Example], held_out: Sequence[Example]) -> Evaluation | None:
+        """If it is asked for: made of the first answers, as those to all the others take far longer."""
+        if self.on_preview is None:
+            return None
+        first = training[: self.learning.preview_pairs]
+        answered = self.gold.answer(first, "train", GOLD_SHARE, "baselines.json")
+        if not held_out or not answered:
+            return None
+        student, evaluation = self.learning.preview(answered), self._evaluation(held_out)
+        self.on_preview(preview_of(student, self.context, self.settings, evaluation))
+        return evaluation
 
     def _measured(self, evaluation: Evaluation, learned: Learned) -> tuple[Measured, dict[str, float]]:
         """σ on the held-out questions, and off the topic."""

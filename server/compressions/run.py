@@ -21,7 +21,7 @@ from softbatch.server.compressions.run_directory import check_same_model, discar
 from softbatch.server.compressions.session import CompressionSession
 
 # Phases that ask the engine for answers; it is released with the first of the others.
-ANSWERING = frozenset({"self_study", "gold", "estimate", "answers"})
+ANSWERING = frozenset({"self_study", "gold", "estimate", "preview", "answers"})
 
 
 @contextmanager

@@ -112,8 +112,9 @@ class CompressionRequestBody(RequestModel):
 
 
 class JobProgress(BaseModel):
-    """Where the running phase stands: loading, self_study, gold, estimate, answers, teacher, matching, training or
-    evaluation. `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
+    """Where the running phase stands: loading, self_study, gold, estimate, preview, answers, teacher, matching,
+    training or evaluation. `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too
+    short."""
 
     phase: str
     done: int

@@ -24,6 +24,7 @@ from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.store import NameChanged, SoftPromptStore
 from tests.prompt_store.conftest import Place
 from tests.support.bucket_server import QUICK, BucketServer, object_store
+from tests.support.faulty_proxy import FaultyProxy
 from tests.support.prompt_store_writer import swap_many
 from tests.support.soft_prompt_samples import MAX_BYTES, names, write
 
@@ -253,4 +254,46 @@ def test_a_bucket_without_conditional_writes_swaps_as_well_as_it_can(file: Path,
         store.swap("a", preview.sha256, file)
     with pytest.raises(NameTaken):
         store.add("a", file)
+    assert len(store.bucket.list("objects/")) == 1
+
+
+def test_a_name_is_known_while_its_new_record_is_read(
+    bucket_server: BucketServer, proxy: FaultyProxy, file: Path, trained: Path, tmp_path: Path
+) -> None:
+    url, known = bucket_server.new_url(), list[bool]()
+    writer, reader = (object_store(url, tmp_path / name, MAX_BYTES) for name in ("writer", "reader"))
+    preview = writer.add("a", file)
+    reader.get("a")
+    stored = writer.swap("a", preview.sha256, trained)
+
+    def look(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("prompts/a.json"):
+            known.append(reader.is_known("a"))
+
+    proxy.choose = look
+    assert reader.get("a").sha256 == stored.sha256
+    assert known == [True]
+
+
+def test_what_is_registered_while_a_swap_is_on_its_way_stays(
+    bucket_server: BucketServer, proxy: FaultyProxy, file: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The name led to the preview when the swap was sent."""
+    url, by_hand = bucket_server.new_url(), list[str]()
+    store, other = (object_store(url, tmp_path / name, MAX_BYTES) for name in ("one", "other"))
+    preview = store.add("a", file)
+    upload = write(tmp_path / "by-hand", seed=2)
+    assert store.offers.replace
+
+    def replace_first(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("prompts/a.json") and not by_hand:
+            by_hand.append("")
+            other.remove("a")
+            by_hand.append(other.add("a", upload).sha256)
+
+    proxy.choose = replace_first
+    with pytest.raises(NameChanged, match="is another one by now"):
+        store.swap("a", preview.sha256, trained)
+    assert store.get("a").sha256 == by_hand[-1]
+    assert store.local_file(store.get("a")).read_bytes() == upload.read_bytes()
     assert len(store.bucket.list("objects/")) == 1

@@ -141,7 +141,7 @@ class JobCard {
     text(this.left, rest === null ? "Finding out how long it will take" : left);
     this.bar.style.setProperty("--part", String(part));
     set(this.bar, { "aria-valuenow": String(Math.round(part * 100)) });
-    const at = ORDER.indexOf(phase);
+    const at = ORDER.indexOf(phase === "preview" ? "gold" : phase); // made of the first answers
     for (const [index, item] of [...this.phases.children].entries()) {
       item.dataset.is = index < at ? "past" : index === at ? "now" : "future";
       if (index === at) item.setAttribute("aria-current", "step");

@@ -90,7 +90,7 @@ def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> 
     server = site.server
     assert server.http.get(ROUTE).json() == {"object": "list", "data": []}
     questions = [{"input": "When does it open?", "output": "At seven."}, {"input": "Who pays?", "accept": ["ships"]}]
-    first = create(server, "harbour", questions=questions, seed=3, keep_text=True, recall=0, preview=True, steps=200)
+    first = create(server, "harbour", questions=questions, seed=3, keep_text=True, recall=0, preview=True)
     wait_phase(server, first, "loading")
     check_queue(server, first)
     wait_phase(server, first, "gold")
@@ -214,8 +214,9 @@ def check_cli_against_server(server: Server, tiny_path: str, tmp_path: Path) -> 
 
 def test_cancel_while_it_runs(site: Site) -> None:
     server = site.server
-    running = create(server, "unwanted", steps=100_000)
-    wait_phase(server, running, "gold")
+    running = create(server, "unwanted", steps=100_000, preview=True)
+    wait_for(lambda: job(server, running)["preview"], "no preview is registered")
+    assert server.http.get("/v1/soft_prompts/unwanted").json()["preview"]
     worker = workers(server)[0]
     cancelled = server.post(f"{ROUTE}/{running}/cancel", None)
     assert cancelled.status_code == 200, cancelled.text

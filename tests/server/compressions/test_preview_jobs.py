@@ -145,7 +145,8 @@ def test_a_server_killed_at_any_write_leaves_one_of_the_two(
             asyncio.run(jobs._take_up(job))
         else:
             assert moment < 2 or found, "a registered name is never none while its job goes on"
-            asyncio.run(end(jobs, job))
+            # Who wants it cancelled does not wait for its worker to begin again.
+            asyncio.run(succeed(jobs, job) if end is succeed else jobs._finish(job, "cancelled"))
         killed(jobs)
         assert hashes(PromptStore(root, MAX_BYTES)) == ([trained] if end is succeed else [])
         record = jobs.get(job_id).record
@@ -177,6 +178,17 @@ def test_a_name_that_a_user_has_changed_is_left_to_him(root: Path, tmp_path: Pat
     jobs = server_on(root)
     asyncio.run(jobs._take_up(jobs.get(job_id)))
     assert store.add("another", result).sha256 == trained, "as the error says"
+
+
+def test_a_preview_that_was_not_written_down_is_its_jobs_own(root: Path) -> None:
+    """Its server was killed right after registering it; the worker had come to its end, and says so at once."""
+    job_id, preview, trained = new_job(root)
+    jobs, store = server_on(root), PromptStore(root, MAX_BYTES)
+    job = jobs.get(job_id)
+    assert store.add(NAME, job.directory / PREVIEW).sha256 == preview
+    asyncio.run(jobs._register(job, DoneMessage({})))
+    assert job.record.status == "succeeded"
+    assert hashes(store) == [trained]
 
 
 def test_a_name_that_is_taken_ends_the_run_early(root: Path, tmp_path: Path) -> None:
