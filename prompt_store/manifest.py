@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_VIRTUAL_TOKENS = 65536
+PREVIEW_OF = "preview_of"  # in `training`, which servers of older code read too
 KINDS = ("embeddings", "kv")
 Replaces = Literal["nothing", "system"]
 # Leaves room in the header for the tensor table.
@@ -25,7 +26,8 @@ _Scalar = bool | int | float | Annotated[str, Field(max_length=4096)] | None
 class SoftPromptError(ValueError):
     """A soft prompt that cannot be used. `param` names the field at fault and `code` is stable for programs:
     invalid_file, invalid_manifest, unsupported_version, unknown_kind, unsupported_adapter, wrong_tensors,
-    wrong_shape, wrong_dtype, non_finite, too_large, wrong_model, invalid_name, name_taken, unknown_prompt."""
+    wrong_shape, wrong_dtype, non_finite, too_large, wrong_model, invalid_name, name_taken, name_changed,
+    unknown_prompt."""
 
     def __init__(self, message: str, *, param: str, code: str) -> None:
         super().__init__(message)
@@ -82,6 +84,12 @@ class Manifest(_Frozen):
     created_at: int = Field(ge=0, le=253_402_300_799)
     training: dict[Annotated[str, Field(max_length=128)], _Scalar] = Field(default={}, max_length=128)
     fidelity: dict[Annotated[str, Field(max_length=128)], JsonValue] = Field(default={}, max_length=1024)
+
+    @property
+    def preview_of(self) -> str | None:
+        """The compression whose preview this is; None for what is no preview."""
+        found = self.training.get(PREVIEW_OF)
+        return found if isinstance(found, str) else None
 
     @model_validator(mode="after")
     def _is_bounded(self) -> Manifest:

@@ -29,8 +29,11 @@ from softbatch.prompt_store.compression.work_directory import load_states, save_
 
 TEACHER_SHARE = 0.14
 MATCHING_SHARE = 0.18
+PREVIEW_SHARE = 0.05
 OBSERVED_PAIRS = 160
 FEWEST_OBSERVED = 16
+PREVIEW_PAIRS = 96
+PREVIEW_STEPS = 100
 # Seconds; with a smaller budget less is observed.
 SMALL_BUDGET = 300.0
 # Pairs that the teacher answers at once. Training takes its own, smaller number: more steps are worth more to it.
@@ -57,7 +60,11 @@ class Learning:
         self.context, self.settings, self.directory, self.pace = context, settings, directory, pace
 
     def learn(
-        self, examples: Sequence[Example], reserve: float, held_out_loss: Callable[[Prefix], float], look_seconds: float
+        self,
+        examples: Sequence[Example],
+        reserve: float,
+        held_out_loss: Callable[[Prefix], float],
+        look_seconds: float,
     ) -> Learned:
         """`reserve` seconds are kept for what follows; one look at `held_out_loss` takes `look_seconds`. Raises
         Stopped."""
@@ -73,7 +80,9 @@ class Learning:
             pairs, teacher = with_passages(
                 asked, teacher, left, self.context.tokenized, self.settings.recall, self.settings.virtual_tokens
             )
-        trainer = self._trainer(student, pairs, teacher, reserve)
+        trainer = self._trainer(student, pairs, teacher)
+        if self.pace.budget is not None:
+            trainer.allow(trainer.state.elapsed + max(1.0, self.pace.left - reserve))
         # A resumed run that begins behind the look has no loss of that time; a later one would say something else.
         may_look, looked = trainer.fraction < LOOK_AT, list[float]()
 
@@ -127,14 +136,8 @@ class Learning:
 
     def _matched(self, teacher: TeacherOutputs, reserve: float) -> Student:
         """Where training starts."""
-        settings, length, began = self.settings, self.settings.virtual_tokens, self.pace.clock()
-        context, decoder, pace = self.context, self.context.decoder, self.pace
-        if settings.kind == "embeddings":
-            student = Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
-        elif teacher.observed:
-            student = Student.from_prefix(decoder, selected(decoder, context.full, teacher.observed, length))
-        else:
-            student = Student.from_prefix(decoder, context.untrained_kv(length))
+        settings, pace, began = self.settings, self.pace, self.pace.clock()
+        student = self._start(teacher.observed)
         if not teacher.observed:
             return student
         steps, seconds = settings.matching_steps, None
@@ -151,9 +154,42 @@ class Learning:
         fit(student, teacher.observed, matching, pace.clock, on_step, self.directory / MATCHING_FILE)
         return student
 
-    def _trainer(
-        self, student: Student, pairs: Sequence[TrainingPair], teacher: TeacherOutputs, reserve: float
-    ) -> Trainer:
+    def _start(self, observed: Sequence[Observed]) -> Student:
+        """Where matching starts."""
+        context, decoder, length = self.context, self.context.decoder, self.settings.virtual_tokens
+        if self.settings.kind == "embeddings":
+            return Student(decoder, "embeddings", {"embeddings": context.untrained_embeddings(length)})
+        if observed:
+            return Student.from_prefix(decoder, selected(decoder, context.full, observed, length))
+        return Student.from_prefix(decoder, context.untrained_kv(length))
+
+    @property
+    def preview_pairs(self) -> int:
+        """How many answered questions a preview is made of."""
+        return min(PREVIEW_PAIRS, self._observed)
+
+    def preview(self, examples: Sequence[Example]) -> Student:
+        """σ matched in haste, and to a few pairs alone. What comes behind it begins anew. Raises Stopped."""
+        settings, pace, decoder = self.settings, self.pace, self.context.decoder
+        shown_all = [example for example in examples if not example.passage] or examples
+        pairs = [self.context.pair(example) for example in shown_all]
+        pace.tell("preview", 0, PREVIEW_STEPS)
+        observed = hidden_states_of(
+            decoder, self.context.full, pairs, TEACHER_BATCH, len(pairs), settings.virtual_tokens
+        ).observed
+        student, began = self._start(observed), pace.clock()
+
+        def on_step(step: int, error: float) -> None:
+            if step % 10 == 0:
+                pace.tell("preview", step, PREVIEW_STEPS, began, error)
+                pace.check_stop()
+
+        seconds = None if pace.budget is None else PREVIEW_SHARE * pace.budget
+        steps = min(PREVIEW_STEPS, settings.matching_steps)
+        fit(student, observed, MatchingSettings(steps, seconds), pace.clock, on_step)
+        return student
+
+    def _trainer(self, student: Student, pairs: Sequence[TrainingPair], teacher: TeacherOutputs) -> Trainer:
         settings = self.settings
         training = TrainingSettings(
             objective=settings.objective,
@@ -168,6 +204,4 @@ class Learning:
         if not trainer.resume():
             trainer.save()
         (self.directory / MATCHING_FILE).unlink(missing_ok=True)
-        if self.pace.budget is not None:
-            trainer.allow(trainer.state.elapsed + max(1.0, self.pace.left - reserve))
         return trainer

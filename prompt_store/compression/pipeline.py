@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ from softbatch.prompt_store.compression.frozen.prefix import Prefix
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.compression.gold import GoldAnswers
 from softbatch.prompt_store.compression.learning import Learned, Learning
+from softbatch.prompt_store.compression.outcome import Outcome as Outcome
+from softbatch.prompt_store.compression.outcome import preview_of
 from softbatch.prompt_store.compression.pace import FIRST_CHUNK, Pace
 from softbatch.prompt_store.compression.progress import Progress
 from softbatch.prompt_store.compression.work_directory import JobDirectory, identity_of
@@ -65,23 +67,12 @@ MOST_PROBED = 16
 BEHIND_FORECAST = ("train.jsonl", "answers.json", "baselines.json", "teacher.safetensors", "checkpoint/state.json")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """σ's tensors in float32 as a soft prompt file holds them, the report, and what the manifest wants to know."""
-
-    kind: str
-    tensors: dict[str, Tensor]
-    report: dict[str, Any]
-    context_sha256: str
-    context_tokens: int
-
-
 class Compression:
     """One compression of one context. `generate` answers prompts greedily (see data.examples.Generate): every prompt
     begins with the same context tokens, except that a long context's segments come one after another. `respond` does so
     with σ and without it. `opening` seconds of the budget have gone into opening the model, `engine` of them into what
-    answers, which is opened once more for σ. The user's questions that say which answers are right are for measuring,
-    all others for training.
+    answers, which is opened once more for σ. `on_preview` gets σ as soon as there is one. The user's questions that say
+    which answers are right are for measuring, all others for training.
     """
 
     def __init__(
@@ -96,6 +87,7 @@ class Compression:
         wrong_prefix: Prefix | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        on_preview: Callable[[Outcome], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         opening: float = 0.0,
         engine: float = 0.0,
@@ -104,6 +96,7 @@ class Compression:
         self.user_examples = [example for example in user_examples if not example.accept]
         self.graded = [example for example in user_examples if example.accept]
         self.wrong_prefix, self.respond, self.engine = wrong_prefix, respond, engine
+        self.on_preview = on_preview
         self.job = JobDirectory(directory, identity_of(settings, context.text, user_examples), clock)
         told, stop = on_progress or (lambda _: None), should_stop or (lambda: False)
         self.pace = Pace(settings.seconds, opening, self.job, clock, told, stop)
@@ -119,13 +112,14 @@ class Compression:
         if plan is not None:
             training, held_out = training[: plan.training_pairs], held_out[: plan.held_out]
         held_out = self.gold.answer(held_out, "held_out", HELD_OUT_SHARE, "train.jsonl")
+        evaluation = self._preview(training, held_out)
         training = self.gold.answer(training, "train", GOLD_SHARE, "baselines.json")
         if not held_out or not training:
             raise ValueError("the model answers none of the questions about this context")
         free = self._free_answers(held_out, plan)
         answers, seconds = self._answers(free)
         prefill_seconds = self.context.prefill_seconds(self.pace.clock)
-        evaluation = self._evaluation(held_out)
+        evaluation = evaluation or self._evaluation(held_out)
         baselines = self._baselines(evaluation)
         # What is still to come is like one baseline, σ's answers, and writing it all down: only that is kept back.
         dearest = max(measured.seconds for measured in baselines.values())
@@ -253,6 +247,18 @@ class Compression:
         )
         save_measured(found, self.directory / "baselines.json")
         return found
+
+    def _preview(self, training: Sequence[Example], held_out: Sequence[Example]) -> Evaluation | None:
+        """If it is asked for: made of the first answers, as those to all the others take far longer."""
+        if self.on_preview is None:
+            return None
+        first = training[: self.learning.preview_pairs]
+        answered = self.gold.answer(first, "train", GOLD_SHARE, "baselines.json")
+        if not held_out or not answered:
+            return None
+        student, evaluation = self.learning.preview(answered), self._evaluation(held_out)
+        self.on_preview(preview_of(student, self.context, self.settings, evaluation))
+        return evaluation
 
     def _measured(self, evaluation: Evaluation, learned: Learned) -> tuple[Measured, dict[str, float]]:
         """σ on the held-out questions, and off the topic."""

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
-import re
-import secrets
-import socket
 import stat
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from softbatch.prompt_store.atomic_files import replacing, sync
+from softbatch.prompt_store.atomic_files import lock, replacing, sync
 from softbatch.prompt_store.names import check_name, is_name
 from softbatch.prompt_store.soft_prompt_file import (
     Manifest,
@@ -28,16 +23,14 @@ from softbatch.prompt_store.soft_prompt_file import (
 from softbatch.prompt_store.stores.bounded_copy import NO_LINK, copy_bounded
 from softbatch.prompt_store.stores.kept_text import DIRECTORY as TEXTS
 from softbatch.prompt_store.stores.kept_text import KeptText, KeptTexts
+from softbatch.prompt_store.stores.store import NameChanged as NameChanged
 from softbatch.prompt_store.stores.store import NameTaken as NameTaken
 from softbatch.prompt_store.stores.store import SoftPromptStore, Version
 from softbatch.prompt_store.stores.store import StoredPrompt as StoredPrompt
 from softbatch.prompt_store.stores.store import UnknownPrompt as UnknownPrompt
+from softbatch.prompt_store.stores.unfinished import new_unfinished, remove_unfinished
 
 _SUFFIX = ".safetensors"
-# A dot at the start: no prompt name begins with one, so a temporary file is never listed.
-_TEMP = re.compile(r"\.add-(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,7})-[0-9a-f]{16}")
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_STALE_SECONDS = 3600
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY
 _TRIES = 5  # to open a file whose name others give away meanwhile
 
@@ -45,8 +38,8 @@ _TRIES = 5  # to open a file whose name others give away meanwhile
 class PromptStore(SoftPromptStore):
     """The directory is the only state, so any number of processes and hosts may share it.
 
-    A file appears whole (by link) and goes (by unlink). `max_bytes` bounds each file. Adding needs a file system with
-    hard links.
+    A file appears whole (by link), takes another's place (by rename) and goes (by unlink). `max_bytes` bounds each
+    file. Adding needs a file system with hard links.
     """
 
     keeps_leases = True
@@ -57,7 +50,7 @@ class PromptStore(SoftPromptStore):
         self._cache: dict[str, tuple[Version, StoredPrompt | SoftPromptError]] = {}
         root.mkdir(parents=True, exist_ok=True)
         self._texts = KeptTexts(root / TEXTS)
-        self._remove_stale_temps()
+        remove_unfinished(root)
         self._texts.remove_stale(lambda name: self._path(name).exists())
 
     def check_free(self, name: str) -> None:
@@ -67,7 +60,28 @@ class PromptStore(SoftPromptStore):
 
     def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
         self.check_free(name)
-        temp = self.root / f".add-{_HOST}-{os.getpid()}-{secrets.token_hex(8)}"
+        with self._checked_copy(file, spec) as (temp, sha256, manifest):
+            with self._kept_with(name, sha256, kept):
+                try:
+                    os.link(temp, self._path(name))
+                except FileExistsError:
+                    raise NameTaken(name) from None
+            return self._registered(name, sha256, manifest, temp.stat())
+
+    def swap(self, name: str, previous: str, file: Path, kept: KeptText | None = None) -> StoredPrompt:
+        """The text of the one before stays until the name goes: requests that still use that one may recall it."""
+        check_name(name)
+        with self._checked_copy(file, None) as (temp, sha256, manifest):
+            found = temp.stat()
+            with self._kept_with(name, sha256, kept), self._alone():
+                self._check_leads_to(name, previous)
+                temp.replace(self._path(name))
+            return self._registered(name, sha256, manifest, found)
+
+    @contextlib.contextmanager
+    def _checked_copy(self, file: Path, spec: ModelSpec | None) -> Iterator[tuple[Path, str, Manifest]]:
+        """Under a temporary name, until the end of the block."""
+        temp = new_unfinished(self.root)
         try:
             # Read-only, because leases share the file's content.
             with file.open("rb") as source, open(os.open(temp, _CREATE, 0o444), "wb") as target:
@@ -75,19 +89,47 @@ class PromptStore(SoftPromptStore):
             prompt = load(temp, self.max_bytes)
             if spec is not None:
                 check_fits(prompt, spec)
-            is_kept = kept is not None and self._texts.add(name, sha256, kept)
-            try:
-                os.link(temp, self._path(name))
-            except OSError as error:
-                if is_kept:
-                    self._texts.remove(name, sha256)
-                if isinstance(error, FileExistsError):
-                    raise NameTaken(name) from None
-                raise
-            sync(self.root)
-            stored = self._stored(name, sha256, prompt.manifest, temp.stat())
+            yield temp, sha256, prompt.manifest
         finally:
             temp.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _kept_with(self, name: str, sha256: str, kept: KeptText | None) -> Iterator[None]:
+        """The text is there before the block gives the name, and goes again if that fails."""
+        is_kept = kept is not None and self._texts.add(name, sha256, kept)
+        try:
+            yield
+        except BaseException:
+            if is_kept:
+                self._texts.remove(name, sha256)
+            raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process swaps or removes meanwhile, if the file system has locks. Adding needs none: it never takes
+        a name that is there."""
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                lock(descriptor, wait=True)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _check_leads_to(self, name: str, sha256: str) -> None:
+        """Raises NameChanged."""
+        try:
+            is_same = self.get(name).sha256 == sha256
+        except UnknownPrompt:
+            raise NameChanged(name, is_gone=True) from None
+        except SoftPromptError:
+            is_same = False
+        if not is_same:
+            raise NameChanged(name, is_gone=False)
+
+    def _registered(self, name: str, sha256: str, manifest: Manifest, found: os.stat_result) -> StoredPrompt:
+        sync(self.root)
+        stored = self._stored(name, sha256, manifest, found)
         self._cache[name] = (stored.version, stored)
         return stored
 
@@ -95,9 +137,24 @@ class PromptStore(SoftPromptStore):
         """One stat if the file is known; otherwise its header and hash are read."""
         if not is_name(name):
             raise UnknownPrompt(name)
+        for _ in range(_TRIES):
+            version = self._version(name)
+            cached = self._cache.get(name)
+            if cached is None or cached[0] != version:
+                found = self._read(name, version)
+                if found is None:
+                    continue  # it took another's place meanwhile, or somebody writes to it
+                cached = self._cache[name] = (version, found)
+            if isinstance(cached[1], SoftPromptError):
+                raise SoftPromptError(str(cached[1]), param=cached[1].param, code=cached[1].code)
+            return cached[1]
+        raise SoftPromptError("the file is being written", param="file", code="invalid_file")
+
+    def _version(self, name: str) -> Version:
+        """Raises UnknownPrompt, or SoftPromptError for a name that leads nowhere."""
         path = self._path(name)
         try:
-            version = _version_of(path.stat())
+            return _version_of(path.stat())
         except OSError as error:
             self._cache.pop(name, None)
             is_missing = isinstance(error, FileNotFoundError)
@@ -108,14 +165,6 @@ class PromptStore(SoftPromptStore):
             if is_missing:
                 raise UnknownPrompt(name) from None
             raise
-        cached = self._cache.get(name)
-        if cached is None or cached[0] != version:
-            cached = (version, self._read(name, version))
-            self._cache[name] = cached
-        found = cached[1]
-        if isinstance(found, SoftPromptError):
-            raise SoftPromptError(str(found), param=found.param, code=found.code)
-        return found
 
     def kept_text(self, stored: StoredPrompt) -> KeptText | None:
         return self._texts.read(stored.name, stored.sha256)
@@ -141,27 +190,30 @@ class PromptStore(SoftPromptStore):
     def changed_at(self) -> int:
         return self.root.stat().st_mtime_ns
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, only: str | None = None) -> None:
         if not is_name(name):
             raise UnknownPrompt(name)
-        self._texts.remove(name)
-        try:
-            self._path(name).unlink()
-        except FileNotFoundError:
-            raise UnknownPrompt(name) from None
-        except OSError:
-            if self._path(name).is_dir():
-                message = "a directory has this name; only whoever runs the server can remove it"
-                raise SoftPromptError(message, param="name", code="invalid_file") from None
-            raise
-        finally:
-            self._cache.pop(name, None)
+        with self._alone():
+            if only is not None:
+                self._check_leads_to(name, only)
+            self._texts.remove(name)
+            try:
+                self._path(name).unlink()
+            except FileNotFoundError:
+                raise UnknownPrompt(name) from None
+            except OSError:
+                if self._path(name).is_dir():
+                    message = "a directory has this name; only whoever runs the server can remove it"
+                    raise SoftPromptError(message, param="name", code="invalid_file") from None
+                raise
+            finally:
+                self._cache.pop(name, None)
         sync(self.root)
 
     def export(self, name: str, path: Path) -> None:
-        stored = self.get(name)
-        with replacing(path) as temp:
-            self._copy_content(stored, temp)
+        _, file = self.open(name)
+        with file, replacing(path) as temp, temp.open("xb") as target:
+            copy_bounded(file, target, self.max_bytes)
         sync(path.parent)
 
     def local_file(self, stored: StoredPrompt) -> Path:
@@ -210,7 +262,8 @@ class PromptStore(SoftPromptStore):
             except SoftPromptError as error:
                 yield name, error
 
-    def _read(self, name: str, version: Version) -> StoredPrompt | SoftPromptError:
+    def _read(self, name: str, version: Version) -> StoredPrompt | SoftPromptError | None:
+        """None for a file of another version by now."""
         path = self._path(name)
         try:
             manifest = read_manifest(path, self.max_bytes)
@@ -224,9 +277,7 @@ class PromptStore(SoftPromptStore):
             raise UnknownPrompt(name) from None
         except OSError:
             return SoftPromptError("the file cannot be read", param="file", code="invalid_file")
-        if not unchanged:
-            return SoftPromptError("the file is being written", param="file", code="invalid_file")
-        return self._stored(name, sha256, manifest, opened)
+        return self._stored(name, sha256, manifest, opened) if unchanged else None
 
     def _stored(self, name: str, sha256: str, manifest: Manifest, found: os.stat_result) -> StoredPrompt:
         kept = self._texts.read(name, sha256)
@@ -243,26 +294,9 @@ class PromptStore(SoftPromptStore):
         if sha256 != stored.sha256:
             raise UnknownPrompt(stored.name)
 
-    def _remove_stale_temps(self) -> None:
-        for path in self.root.iterdir():
-            owner = _TEMP.fullmatch(path.name)
-            with contextlib.suppress(OSError):
-                if owner and (_is_dead(owner) or time.time() - path.stat().st_mtime > _STALE_SECONDS):
-                    path.unlink()
-
 
 def _version_of(found: os.stat_result) -> Version:
     """What tells a file from any that had its name before."""
     if not stat.S_ISREG(found.st_mode):
         return (0, 0, 0, 0)
     return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-def _is_dead(owner: re.Match[str]) -> bool:
-    if owner["host"] != _HOST:
-        return False
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except OSError as error:
-        return error.errno == errno.ESRCH
-    return False

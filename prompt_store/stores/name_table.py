@@ -34,8 +34,8 @@ class _Entry:
 
 
 class NameTable:
-    """Thread-safe. While the bucket gives no answer, what is known stays good: a soft prompt never changes under its
-    name, so only its going is seen late."""
+    """Thread-safe. While the bucket gives no answer, what is known stays good: a name that goes, or whose preview is
+    swapped for the trained one, is seen late. A name that stays is known at every moment."""
 
     def __init__(
         self,
@@ -85,11 +85,12 @@ class NameTable:
         return None if entry is None else (entry.record, entry.etag)
 
     def record(self, stored: StoredPrompt) -> PromptRecord | None:
-        """That of this very registration."""
+        """That of this very registration, or of the one that has taken its place."""
         entry = self._entries.get(stored.name) or self._look(stored.name, None, self._bucket)
         if entry is None or not isinstance(entry.record, PromptRecord):
             return None
-        return entry.record if (int(entry.record.nonce, 16),) == stored.version else None
+        nonces = (entry.record.nonce, entry.record.previous)
+        return entry.record if stored.version in [(int(nonce, 16),) for nonce in nonces if nonce] else None
 
     def records(self) -> Sequence[PromptRecord]:
         """Those known by now."""
@@ -99,6 +100,17 @@ class NameTable:
         """It has come or gone by this process's own doing."""
         self._drop(name)
         self._absent.pop(name, None)
+        self._listed = -float("inf")
+
+    def learn(self, record: PromptRecord) -> None:
+        """By this process's own doing it is this one now."""
+        self._keep(record.name, _Entry("", record, self._describe(record), -float("inf")))
+        self._listed = -float("inf")
+
+    def expire(self, name: str) -> None:
+        """It is looked at again when it is asked for."""
+        if (entry := self._entries.get(name)) is not None:
+            self._entries[name] = replace(entry, seen=-float("inf"))
         self._listed = -float("inf")
 
     def is_known(self, name: str) -> bool:
@@ -137,7 +149,6 @@ class NameTable:
             ):
                 if entry is not None:
                     self._keep(name, entry)
-                    self.changed_at = time.time_ns()
         self._listed, self._was_listed = time.monotonic(), True
 
     def _read_listed(self, name: str, bucket: Bucket) -> _Entry | None:
@@ -157,8 +168,8 @@ class NameTable:
             etag = bucket.etag(record_key(name))
             if etag == known.etag:
                 return _Entry(known.etag, known.record, known.found, time.monotonic())
-            self._drop(name)
             if etag is None:
+                self._drop(name)
                 return None
         entry = self._read(name, bucket)
         if entry is None:
@@ -193,7 +204,12 @@ class NameTable:
 
     def _keep(self, name: str, entry: _Entry) -> _Entry:
         self._absent.pop(name, None)
+        old = self._entries.get(name)
         self._entries[name] = entry
+        if old is None or old.record != entry.record:
+            self.changed_at = time.time_ns()
+        if old is not None and isinstance(old.record, PromptRecord) and old.record != entry.record:
+            self._on_gone(old.record)
         return entry
 
     def _drop(self, name: str) -> None:

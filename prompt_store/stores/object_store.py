@@ -23,6 +23,7 @@ from softbatch.prompt_store.names import check_name, is_name
 from softbatch.prompt_store.soft_prompt_file import check_fits, load
 from softbatch.prompt_store.stores.bounded_copy import NO_LINK, copy_bounded
 from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketError, Offers
+from softbatch.prompt_store.stores.bucket_files import Etag
 from softbatch.prompt_store.stores.bucket_sweep import remove_stale, sweep, tell_of
 from softbatch.prompt_store.stores.kept_text import FORMAT_VERSION as TEXT_VERSION
 from softbatch.prompt_store.stores.kept_text import KeptText, check_kept
@@ -34,7 +35,7 @@ from softbatch.prompt_store.stores.prompt_record import (
     record_key,
     seal,
 )
-from softbatch.prompt_store.stores.store import NameTaken, SoftPromptStore, StoredPrompt, UnknownPrompt
+from softbatch.prompt_store.stores.store import NameChanged, NameTaken, SoftPromptStore, StoredPrompt, UnknownPrompt
 from softbatch.prompt_store.stores.verified_cache import VerifiedCache, WrongContent
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,25 @@ class ObjectStore(SoftPromptStore):
     def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
         return self.publish(self.stage(name, file, spec, kept))
 
-    def stage(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StagedPrompt:
-        """Check all of it and put its objects into the bucket. Raises like `add`."""
-        self.check_free(name)
+    def swap(self, name: str, previous: str, file: Path, kept: KeptText | None = None) -> StoredPrompt:
+        check_name(name)
+        found = self._names.look_up(name)
+        if not isinstance(found, PromptRecord) or found.sha256 != previous:
+            raise NameChanged(name, is_gone=found is None)
+        return self.publish(self.stage(name, file, kept=kept, previous=found))
+
+    def stage(
+        self,
+        name: str,
+        file: Path,
+        spec: ModelSpec | None = None,
+        kept: KeptText | None = None,
+        previous: PromptRecord | None = None,
+    ) -> StagedPrompt:
+        """Check all of it and put its objects into the bucket, for a name that is free, or that leads to `previous`.
+        Raises like `add`."""
+        if previous is None:
+            self.check_free(name)
         if kept is not None:
             check_kept(kept)
         descriptor, path = tempfile.mkstemp(prefix=".add-", dir=self._cache.directory)
@@ -117,6 +134,7 @@ class ObjectStore(SoftPromptStore):
                 text_sha256=None if text is None else hashlib.sha256(text).hexdigest(),
                 text_bytes=0 if text is None else len(text),
                 recall=None if kept is None else kept.recall,
+                previous=None if previous is None else previous.nonce,
             )
             if text is not None:
                 self.bucket.write(record.text_key, text)
@@ -128,9 +146,11 @@ class ObjectStore(SoftPromptStore):
         return StagedPrompt(self.describe(record), record)
 
     def publish(self, staged: StagedPrompt) -> StoredPrompt:
-        """Give what was staged its name; once more does no harm. Raises NameTaken."""
+        """Give what was staged its name; once more does no harm. Raises NameTaken, or NameChanged."""
         record = staged.record
         key = record_key(record.name)
+        if record.previous is not None:
+            return self._take_place(staged)
         if not self.offers.create and self.bucket.etag(key) is not None:
             taken = self.bucket.read(key)
             is_free = taken is None or taken[0] == staged.sealed
@@ -141,6 +161,30 @@ class ObjectStore(SoftPromptStore):
             raise NameTaken(record.name)
         self._names.forget(record.name)
         return self.get(record.name)
+
+    def _take_place(self, staged: StagedPrompt) -> StoredPrompt:
+        """Raises NameChanged."""
+        record, before = staged.record, None
+        for _ in range(_TRIES):
+            found, etag = self._names.look_up_version(record.name) or (None, "")
+            if found == record:  # perhaps by somebody who was killed since
+                self._names.learn(record)  # before the objects go, so that nobody here asks for them
+                if before is not None:
+                    self.discard(before)
+                return self.get(record.name)
+            if not isinstance(found, PromptRecord) or found.nonce != record.previous:
+                self.discard(record)
+                raise NameChanged(record.name, is_gone=found is None)
+            before = found
+            self._replace(record_key(record.name), staged.sealed, etag)
+        raise BucketError(f"{self.location}/{record_key(record.name)} cannot be replaced ({_TRIES} tries)")
+
+    def _replace(self, key: str, sealed: bytes, etag: Etag) -> None:
+        """Unless it is another by now, as exactly as the bucket can tell."""
+        if self.offers.replace:
+            self.bucket.replace(key, sealed, etag)
+        elif self.bucket.etag(key) == etag:
+            self.bucket.write(key, sealed)
 
     def is_whole(self, record: PromptRecord) -> bool:
         """Whether its file is in the bucket, as far as a look tells."""
@@ -218,7 +262,7 @@ class ObjectStore(SoftPromptStore):
 
     def _reason_of_gone(self, stored: StoredPrompt) -> str:
         """Raises UnknownPrompt where its name is gone too."""
-        self._names.forget(stored.name)
+        self._names.expire(stored.name)
         if self._names.get(stored.name) != stored:
             raise UnknownPrompt(stored.name) from None
         return "it is missing"
@@ -239,7 +283,8 @@ class ObjectStore(SoftPromptStore):
     def open(self, name: str) -> tuple[StoredPrompt, BinaryIO]:
         for _ in range(_TRIES):
             stored = self.get(name)
-            with contextlib.suppress(FileNotFoundError):  # others needed its place on the disk
+            # Others needed its place on the disk, or gave another the name.
+            with contextlib.suppress(FileNotFoundError, UnknownPrompt):
                 return stored, self.local_file(stored).open("rb")
         raise UnknownPrompt(name)
 
@@ -262,13 +307,15 @@ class ObjectStore(SoftPromptStore):
     def changed_at(self) -> int:
         return self._names.changed_at
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, only: str | None = None) -> None:
         if not is_name(name):
             raise UnknownPrompt(name)
         found = self._names.look_up_version(name)
         if found is None:
-            raise UnknownPrompt(name)
+            raise UnknownPrompt(name) if only is None else NameChanged(name, is_gone=True)
         record, etag = found
+        if only is not None and (not isinstance(record, PromptRecord) or record.sha256 != only):
+            raise NameChanged(name, is_gone=False)
         self.bucket.delete(record_key(name), etag)
         self._names.forget(name)
         if isinstance(record, PromptRecord):

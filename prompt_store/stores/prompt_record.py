@@ -17,7 +17,8 @@ _SUFFIX = ".json"
 
 
 class PromptRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """`nonce` tells this registration from every other of the name, and is part of its objects' keys."""
+    """`nonce` tells this registration from every other of the name, and is part of its objects' keys; `previous` is
+    that of the one whose place it takes, if any."""
 
     name: str
     sha256: str
@@ -28,6 +29,7 @@ class PromptRecord(msgspec.Struct, frozen=True, kw_only=True):
     text_sha256: str | None = None
     text_bytes: int = 0
     recall: int | None = None
+    previous: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property

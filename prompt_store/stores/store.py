@@ -27,6 +27,17 @@ class UnknownPrompt(SoftPromptError):
         super().__init__(f"there is no soft prompt named '{name[:128]}'", param="soft_prompt", code="unknown_prompt")
 
 
+class NameChanged(SoftPromptError):
+    """The name does not lead any more to the soft prompt whose place another was to take."""
+
+    CODE = "name_changed"
+
+    def __init__(self, name: str, is_gone: bool) -> None:
+        what = "was deleted meanwhile" if is_gone else "is another one by now"
+        super().__init__(f"the soft prompt named '{name}' {what}", param="name", code=self.CODE)
+        self.is_gone = is_gone
+
+
 @dataclass(frozen=True)
 class StoredPrompt:
     """A registered soft prompt. `sha256` is over the file's bytes and is its identity in every cache.
@@ -48,7 +59,7 @@ class StoredPrompt:
 
 
 class SoftPromptStore(Protocol):
-    """Names and their soft prompts. A prompt never changes under its name; adding and removing are atomic.
+    """Names and their soft prompts. Adding, swapping and removing are atomic; nothing else changes where a name leads.
 
     Any number of processes may share one store. Methods may block; they are thread-safe.
     """
@@ -66,6 +77,11 @@ class SoftPromptStore(Protocol):
         """Register a copy of `file` after checking all of it, and that it fits `spec`; keep its text beside it.
 
         Raises NameTaken, or SoftPromptError: invalid_name, or what `load`, `check_fits` and `check_kept` raise."""
+        ...
+
+    def swap(self, name: str, previous: str, file: Path, kept: KeptText | None = None) -> StoredPrompt:
+        """`add`, in the place of the soft prompt with the SHA-256 `previous`: at every moment the name leads to one of
+        the two. Raises NameChanged, and leaves the name alone, if it leads elsewhere; and what `add` raises."""
         ...
 
     def get(self, name: str) -> StoredPrompt:
@@ -105,8 +121,9 @@ class SoftPromptStore(Protocol):
         """When a name last came or went, in Unix nanoseconds, as exactly as the store can tell. Cheap."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Release the name; leases keep the content. Raises UnknownPrompt."""
+    def remove(self, name: str, only: str | None = None) -> None:
+        """Release the name; leases keep the content. Raises UnknownPrompt; with `only`, the SHA-256 that it must lead
+        to, NameChanged."""
         ...
 
     def export(self, name: str, path: Path) -> None:

@@ -90,6 +90,11 @@ def _compress(parser: argparse.ArgumentParser) -> None:
         help="keep the context in the prompt store, so that requests can recall passages",
     )
     parser.add_argument("--recall", type=int, metavar="K", help=_RECALL)
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="register the soft prompt before it is trained; the trained one takes its place",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     add_server_flags(parser, "register at this server instead of in the prompt store")
     add_model_flags(parser)

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from softbatch.prompt_store.compression.pace import Stopped
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.stores.store import NameTaken
+from softbatch.prompt_store.stores.store import NameChanged, NameTaken
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.cli.fidelity_table import fidelity_table, right_answers_table
 from softbatch.server.cli.model_flags import check_report, choice_of
@@ -35,9 +35,9 @@ from softbatch.server.compressions.request import (
     read_context,
     read_questions,
 )
-from softbatch.server.compressions.result import find_finished
+from softbatch.server.compressions.result import Finished, find_finished, previewed, register_once
 from softbatch.server.compressions.run import run_compression
-from softbatch.server.compressions.run_directory import discard, has_work, locked
+from softbatch.server.compressions.run_directory import PREVIEW, RESULT, discard, has_work, locked
 from softbatch.server.settings import Settings
 from softbatch.server.store_of_settings import store_of
 
@@ -78,10 +78,13 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
             _check_no_work(options, directory)
             _describe(prepared, view)
             check_model = partial(registry.check_model, options.name)
+            on_preview = partial(_register_preview, registry, options.name, view)
             with stop:
-                finished = run_compression(prepared, directory, options.resume, view, stop.was_asked, check_model)
+                finished = run_compression(
+                    prepared, directory, options.resume, view, stop.was_asked, check_model, on_preview
+                )
             view.close()
-            registry.add(options.name, finished)
+            registry.add(options.name, finished, previewed(directory))
             report = directory / "report"
             if options.report is not None:
                 shutil.copytree(report, options.report, dirs_exist_ok=True)
@@ -89,7 +92,13 @@ def _compress(settings: Settings, options: argparse.Namespace) -> int:
             discard(directory)
     except Stopped:
         view.note(f"stopped; nothing is lost: run the same command with --resume (work is kept in {directory})")
+        if previewed(directory) is not None:
+            view.note(f"the preview stays registered as {options.name} until then")
         return _INTERRUPTED
+    except NameChanged as error:
+        view.close()
+        where = directory / RESULT
+        return _fail(f"{error}; the trained one is in {where}: `softbatch prompts import` registers it")
     except (ModelError, ValueError, FloatingPointError) as error:
         view.close()
         return _fail(str(error))
@@ -113,6 +122,11 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
         max_answer_tokens=options.answer_tokens,
         model_questions=options.model_questions,
     )
+    if options.preview and options.server:
+        raise UsageError(
+            "--preview with --server: an upload takes no other's place; let the server compress (POST /v1/compressions "
+            "with preview), or give the --prompt-store that it serves from"
+        )
     if options.alpha is not None and options.objective != "mixed":
         raise UsageError(f"--alpha is for --objective mixed; {options.objective} has no use for it")
     context = read_context(options.context)
@@ -128,7 +142,13 @@ def _request(settings: Settings, options: argparse.Namespace) -> CompressionRequ
         max_prompt_bytes=settings.max_prompt_mib << 20,
         keep_text=options.keep_text,
         recall=options.recall,
+        preview=options.preview,
     )
+
+
+def _register_preview(registry: Registry, name: str, view: ProgressView, preview: Finished) -> None:
+    register_once(preview, lambda found: registry.add(name, found))
+    view.note(f"a preview is registered as {name}; the trained one takes its place")
 
 
 def _registry(settings: Settings, options: argparse.Namespace) -> Registry:
@@ -142,8 +162,10 @@ def _check_name(registry: Registry, options: argparse.Namespace, directory: Path
     try:
         registry.check_free(options.name)
     except NameTaken:
-        # A run that was killed between registering and clearing up registers the same again, which does no harm.
-        if not (options.resume and find_finished(directory)):
+        # A run that was killed between registering and clearing up registers the same again, which does no harm. The
+        # preview of a run that was stopped is its own.
+        is_own = has_work(directory) and registry.holds(options.name, directory / PREVIEW)
+        if not is_own and not (options.resume and find_finished(directory)):
             raise
 
 
@@ -151,7 +173,7 @@ def _check_no_work(options: argparse.Namespace, directory: Path) -> None:
     if has_work(directory) and not options.resume:
         raise UsageError(
             f"unfinished work for {options.name} lies in {directory}: add --resume to go on with it, or delete "
-            "the directory to begin anew"
+            f"the directory{', and the preview,' if previewed(directory) else ''} to begin anew"
         )
 
 

@@ -107,6 +107,8 @@ def _summary(stored: StoredPrompt) -> dict[str, str]:
         tokens = manifest.context.num_tokens
         shorter = tokens / manifest.num_virtual_tokens
         lines["context"] = f"{tokens} tokens, {shorter:.1f}x shorter (sha256 {manifest.context.sha256[:12]})"
+    if manifest.preview_of is not None:
+        lines["preview"] = f"of {manifest.preview_of}; when that ends, the trained one takes its place"
     lines["stands for"] = "the system turn" if manifest.replaces == "system" else "text before everything else"
     if manifest.objective is not None:
         lines["objective"] = manifest.objective

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from softbatch.prompt_store.manifest import ModelSpec
@@ -28,7 +29,13 @@ class Registry(Protocol):
 
     def check_model(self, name: str, spec: ModelSpec) -> None: ...
 
-    def add(self, name: str, finished: Finished) -> None: ...
+    def holds(self, name: str, file: Path) -> bool:
+        """Whether the name leads to this very file, if there is one."""
+        ...
+
+    def add(self, name: str, finished: Finished, preview: str | None = None) -> None:
+        """In the place of the registered preview with this SHA-256, if there is one; once more does no harm."""
+        ...
 
 
 class LocalRegistry:
@@ -44,10 +51,15 @@ class LocalRegistry:
     def check_model(self, name: str, spec: ModelSpec) -> None:
         """A store takes the soft prompts of any model."""
 
-    def add(self, name: str, finished: Finished) -> None:
+    def holds(self, name: str, file: Path) -> bool:
+        from softbatch.server.compressions.result import sha256_of_file
+
+        return self._store.get(name).sha256 == sha256_of_file(file)
+
+    def add(self, name: str, finished: Finished, preview: str | None = None) -> None:
         from softbatch.server.compressions.result import register
 
-        register(self._store, name, finished)
+        register(self._store, name, finished, preview)
 
 
 class RemoteRegistry:
@@ -79,7 +91,11 @@ class RemoteRegistry:
                 "compress with the model that will serve the soft prompt"
             )
 
-    def add(self, name: str, finished: Finished) -> None:
+    def holds(self, name: str, file: Path) -> bool:
+        return False  # a server's previews are of its own compressions
+
+    def add(self, name: str, finished: Finished, preview: str | None = None) -> None:
+        """Uploads take no other's place."""
         if self._sha256(name) != hashlib.sha256(finished.prompt.read_bytes()).hexdigest():
             self._client.upload("/v1/soft_prompts", name, finished.prompt, finished.kept)
 

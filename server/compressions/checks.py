@@ -15,8 +15,8 @@ from softbatch.server.compressions.limits import MIB
 from softbatch.server.compressions.request import CompressionRequest, InputError, ModelShape
 
 # σ in float32 lies on disk up to this often at once: the checkpoint (σ and Adam's two moments), its successor while
-# that is being written, the finished file, and the store's copy of it.
-COPIES_ON_DISK = 8
+# that is being written, the finished file and that of a preview, and the store's copies of both.
+COPIES_ON_DISK = 10
 # A user's question, with its answer: in the request, among all questions and in the training data, while that is
 # being written and once more beside the report.
 TEXTS_ON_DISK = 6

@@ -16,14 +16,14 @@ from prometheus_client import CollectorRegistry
 
 from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.prompt_store.stores.store import NameChanged, SoftPromptStore
 from softbatch.server.compressions.job_places import JobPlaces
 from softbatch.server.compressions.job_watch import SECONDS_BETWEEN_LOOKS, watch
 from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, save
 from softbatch.server.compressions.request import DIRECTORY, LOCK, CompressionRequest
-from softbatch.server.compressions.result import find_finished, register
-from softbatch.server.compressions.run_directory import discard
-from softbatch.server.compressions.worker_messages import DoneMessage
+from softbatch.server.compressions.result import find_finished, find_preview, register, sha256_of_file, withdraw
+from softbatch.server.compressions.run_directory import PREVIEW, RESULT, discard
+from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
 from softbatch.server.request_failures import CompressionEnded, CompressionNotFound, CompressionsUnavailable
 
@@ -169,7 +169,7 @@ class CompressionJobs:
         """A job of an earlier server: queue it again, or say why that cannot be."""
         record = job.record
         if job.is_final:
-            await asyncio.to_thread(_clean, job)
+            await asyncio.to_thread(_clean, self._store, job.directory, record)
         elif not (job.directory / "request.json").exists():
             await self._fail(job, "unreadable", "the job's request on disk is gone; send the job again")
         elif record.fingerprint != self._spec.fingerprint:
@@ -188,12 +188,19 @@ class CompressionJobs:
         job.notify()
         logger.info("compression %s of %s begins", record.id, record.name)
 
-        self._worker = WorkerProcess(job.directory, job.tell)
+        previews: list[asyncio.Task[FailedMessage | None]] = []
+        self._worker = worker = WorkerProcess(
+            job.directory,
+            job.tell,
+            lambda: previews.append(asyncio.create_task(self._register_preview(job, worker))),
+        )
         try:
             # Cancelled while its record was being written, it ends as soon as it has begun.
             if job.cancelled:
-                self._worker.kill()
-            result = await self._worker.run()
+                worker.kill()
+            result = await worker.run()
+            for refusal in await asyncio.gather(*previews):
+                result = refusal or result
         finally:
             self._worker = None
         if job.cancelled:
@@ -203,15 +210,43 @@ class CompressionJobs:
         else:
             await self._fail(job, result.code, result.message, result.param)
 
+    async def _register_preview(self, job: Job, worker: WorkerProcess) -> FailedMessage | None:
+        """While its worker trains on. Whatever refuses the preview's name would refuse the trained one's: then the
+        worker ends, and this is why."""
+        if job.record.preview is not None or job.cancelled:
+            return None
+
+        def add() -> str:
+            preview = find_preview(job.directory)
+            if preview is None:
+                raise FileNotFoundError
+            return register(self._store, job.record.name, preview).sha256
+
+        try:
+            job.record.preview = await asyncio.to_thread(add)
+            await asyncio.to_thread(save, job.directory, job.record)
+        except SoftPromptError as error:
+            worker.kill()
+            return FailedMessage(error.code, f"the soft prompt cannot be registered: {error}", error.param)
+        except OSError:
+            logger.exception("the preview of compression %s cannot be registered", job.record.id)
+        job.notify()
+        return None
+
     async def _register(self, job: Job, done: DoneMessage) -> None:
         def add() -> None:
             finished = find_finished(job.directory)
             if finished is None:
                 raise FileNotFoundError
-            register(self._store, job.record.name, finished)
+            register(self._store, job.record.name, finished, job.record.preview)
 
         try:
             await asyncio.to_thread(add)
+        except NameChanged as error:
+            job.record.preview = None  # it is not there any more
+            kept = f"the trained one is in {job.directory / RESULT}: `softbatch prompts import` registers it"
+            await self._fail(job, error.code, f"the soft prompt cannot be registered: {error}; {kept}", error.param)
+            return
         except SoftPromptError as error:
             await self._fail(job, error.code, f"the soft prompt cannot be registered: {error}", error.param)
             return
@@ -219,11 +254,13 @@ class CompressionJobs:
             logger.exception("compression %s cannot be registered", job.record.id)
             await self._fail(job, "disk_error", "the soft prompt cannot be written to the store; see the server's log")
             return
-        await self._finish(job, "succeeded", soft_prompt=job.record.name, fidelity=done.fidelity)
+        await self._finish(job, "succeeded", soft_prompt=job.record.name, fidelity=done.fidelity, preview=None)
 
     async def _fail(self, job: Job, code: str, message: str, param: str | None = None) -> None:
         if not job.is_ending:
             logger.error("compression %s failed: %s", job.record.id, message)
+        if job.record.preview is not None:
+            message += f"; its preview stays registered as {job.record.name}, delete it before you try again"
         await self._finish(job, "failed", error=JobError(code, message, param))
 
     async def _finish(self, job: Job, status: Status, **fields: Any) -> None:
@@ -239,7 +276,7 @@ class CompressionJobs:
     async def _end(self, job: Job, status: Status, **fields: Any) -> None:
         ended = msgspec.structs.replace(job.record, status=status, finished_at=int(time.time()), **fields)
         try:
-            await asyncio.to_thread(_write_end, job, ended)
+            await asyncio.to_thread(_write_end, self._store, job, ended)
         except OSError:
             logger.exception("the end of compression %s cannot be written down", ended.id)
         job.record = ended
@@ -261,12 +298,19 @@ def _write_new(job: Job, request: CompressionRequest) -> None:
     sync(job.directory.parent)
 
 
-def _write_end(job: Job, record: JobRecord) -> None:
+def _write_end(store: SoftPromptStore, job: Job, record: JobRecord) -> None:
     save(job.directory, record)
-    _clean(job)
+    _clean(store, job.directory, record)
 
 
-def _clean(job: Job) -> None:
-    """Delete what only a resumed run would need."""
-    discard(job.directory)
-    (job.directory / "request.json").unlink(missing_ok=True)
+def _clean(store: SoftPromptStore, directory: Path, record: JobRecord) -> None:
+    """Delete what only a resumed run would need, the preview of what was cancelled too; a result that did not get its
+    name stays. Once more does no harm."""
+    preview = record.preview or sha256_of_file(directory / PREVIEW)
+    if record.status == "cancelled" and preview is not None:
+        withdraw(store, record.name, preview)
+    discard(directory, but_result=record.error is not None and record.error.code == NameChanged.CODE)
+    (directory / "request.json").unlink(missing_ok=True)
+    if record.status == "cancelled" and record.preview is not None:
+        record.preview = None
+        save(directory, record)

@@ -18,10 +18,11 @@ import msgspec
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.object_store import ObjectStore, StagedPrompt
 from softbatch.prompt_store.stores.prompt_record import PromptRecord, seal
+from softbatch.prompt_store.stores.store import NameChanged
 from softbatch.server.compressions.job_lease import BEAT_SECONDS, JobLease, LeaseLost
 from softbatch.server.compressions.record import JobError, JobRecord
 from softbatch.server.compressions.request import CompressionRequest, ModelChoice
-from softbatch.server.compressions.result import find_finished
+from softbatch.server.compressions.result import find_finished, find_preview, withdraw
 from softbatch.server.compressions.shared_record import SavedFile, SharedRecord, report_key, request_key
 from softbatch.server.compressions.work_snapshot import WorkSnapshots, restore
 from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage
@@ -51,6 +52,7 @@ class LeasedRun:
         self._renewer = ThreadPoolExecutor(1, "renew-lease")
         self._lost = False
         self._worker: WorkerProcess | None = None
+        self._previews: list[asyncio.Task[FailedMessage | None]] = []
 
     def kill(self) -> None:
         """End the worker, if there is one; `run` then returns."""
@@ -61,10 +63,14 @@ class LeasedRun:
         """Its end, with the lease still held. Raises LeaseLost, or OSError."""
         if not await asyncio.to_thread(self._prepare, choice):
             return FailedMessage("unreadable", "the job's request in the bucket is gone or damaged; send the job again")
-        self._worker = WorkerProcess(self._directory, self._on_progress)
+        if self._lease.shared.preview is not None and (refusal := await self._register_preview()):
+            return refusal
+        self._worker = WorkerProcess(self._directory, self._on_progress, self._on_preview)
         if self._lost:
             raise LeaseLost
         result = await self._worker.run()
+        for refusal in await asyncio.gather(*self._previews):
+            result = refusal or result
         if self._lost:
             raise LeaseLost
         return result
@@ -85,6 +91,23 @@ class LeasedRun:
         self._progress = progress
         self._tell(progress)
 
+    def _on_preview(self) -> None:
+        self._previews.append(asyncio.create_task(self._register_preview()))
+
+    async def _register_preview(self) -> FailedMessage | None:
+        """While the worker trains on. Whatever refuses the preview's name would refuse the trained one's: then the
+        worker ends, and this is why."""
+        try:
+            await asyncio.to_thread(self.publish_preview)
+        except SoftPromptError as error:
+            self.kill()
+            return FailedMessage(error.code, f"the soft prompt cannot be registered: {error}", error.param)
+        except LeaseLost:
+            self._give_up()
+        except OSError as error:  # `publish` tries again
+            logger.warning("the preview of compression %s is not registered: %s", self._id, error.strerror)
+        return None
+
     def _prepare(self, choice: ModelChoice) -> bool:
         """The request, with the model as this machine has it, and what an earlier run has left."""
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -93,7 +116,8 @@ class LeasedRun:
         if found is None or hashlib.sha256(found[0]).hexdigest() != self._lease.shared.request_sha256:
             return False
         request = msgspec.json.decode(found[0], type=CompressionRequest)
-        request = msgspec.structs.replace(request, choice=choice, store=self._store.location)
+        wants_preview = request.preview and self._lease.shared.preview is None  # another server has made it
+        request = msgspec.structs.replace(request, choice=choice, store=self._store.location, preview=wants_preview)
         (self._directory / "request.json").write_bytes(msgspec.json.encode(request))
         if restore(self._store.bucket, self._lease.shared.files, self._directory):
             logger.info("compression %s goes on from what another server did", self._id)
@@ -151,14 +175,45 @@ class LeasedRun:
             if saved is not None:
                 self._files = saved
 
+    def publish_preview(self) -> None:
+        """As `publish` does it: that it will have the name is written first. Raises like it."""
+        if self._lease.shared.preview is None:
+            found = find_preview(self._directory)
+            if found is None:
+                return
+            staged = self._store.stage(self._lease.shared.record.name, found.prompt, kept=found.kept)
+            try:
+                self._lease.write(preview=staged.record)
+            except BaseException:
+                self._store.discard(staged.record)
+                raise
+        self._name_preview()
+
+    def _name_preview(self) -> None:
+        """Also what another server has written. What that one has registered, and somebody has deleted since, stays
+        deleted."""
+        preview = self._lease.shared.preview
+        if preview is None or self._lease.shared.record.preview is not None:
+            return
+        if not self._lease.is_safe:
+            self._lease.write()
+        if self._store.is_whole(preview):
+            self._store.publish(StagedPrompt(self._store.describe(preview), preview))
+        self._lease.change(
+            lambda shared: msgspec.structs.replace(
+                shared, record=msgspec.structs.replace(shared.record, preview=preview.sha256)
+            )
+        )
+
     def publish(self, done: DoneMessage) -> SharedRecord:
         """Give the result its name. That it will have it is written first, by whoever holds the lease: one that has
         lost it gets no further. Raises LeaseLost, SoftPromptError or OSError."""
         finished = find_finished(self._directory)
         if finished is None:
             raise FileNotFoundError(f"{self._directory} holds no result")
-        record = self._lease.shared.record
-        staged = self._store.stage(record.name, finished.prompt, kept=finished.kept)
+        self._name_preview()
+        record, preview = self._lease.shared.record, self._lease.shared.preview
+        staged = self._store.stage(record.name, finished.prompt, kept=finished.kept, previous=preview)
         try:
             report = self._directory / "report" / "report.html"
             with contextlib.suppress(FileNotFoundError):
@@ -184,23 +239,38 @@ class LeasedRun:
         self._store.publish(StagedPrompt(self._store.describe(staged), staged))
         record = self._lease.shared.record
         return self.end(
-            msgspec.structs.replace(record, status="succeeded", finished_at=int(time.time()), soft_prompt=record.name)
+            msgspec.structs.replace(
+                record, status="succeeded", finished_at=int(time.time()), soft_prompt=record.name, preview=None
+            )
         )
 
     def fail(self, code: str, message: str, param: str | None = None) -> SharedRecord:
-        error = JobError(code, message, param)
         record = self._lease.shared.record
+        if code == NameChanged.CODE:
+            message += "; send the compression again, under this name if it is free or under another one"
+            record = msgspec.structs.replace(record, preview=None)
+        elif record.preview is not None:
+            message += f"; its preview stays registered as {record.name}, delete it before you try again"
+        error = JobError(code, message, param)
         return self.end(msgspec.structs.replace(record, status="failed", finished_at=int(time.time()), error=error))
 
     def cancel(self) -> SharedRecord:
+        withdraw_preview(self._store, self._lease.shared)
         record = self._lease.shared.record
-        return self.end(msgspec.structs.replace(record, status="cancelled", finished_at=int(time.time())))
+        return self.end(msgspec.structs.replace(record, status="cancelled", finished_at=int(time.time()), preview=None))
 
     def put_back(self) -> SharedRecord:
         return self._lease.give_back(self._files)
 
     def end(self, record: JobRecord) -> SharedRecord:
         return self._lease.write(record=record, files={}, progress=self._progress)
+
+
+def withdraw_preview(store: ObjectStore, shared: SharedRecord) -> None:
+    """Of a job that is to be cancelled, as its record says already: whoever comes next does it again."""
+    if shared.preview is not None:
+        withdraw(store, shared.preview.name, shared.preview.sha256)
+        store.discard(shared.preview)
 
 
 def _renewed(progress: ProgressMessage | None, files: dict[str, SavedFile], shared: SharedRecord) -> SharedRecord:

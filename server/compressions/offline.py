@@ -8,7 +8,7 @@ from pathlib import Path
 from softbatch.prompt_store.compression.compression_settings import Kind, Objective
 from softbatch.prompt_store.compression.data.examples import Example
 from softbatch.prompt_store.compression.progress import Progress
-from softbatch.prompt_store.stores.store import SoftPromptStore, StoredPrompt
+from softbatch.prompt_store.stores.store import NameTaken, SoftPromptStore, StoredPrompt
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
 from softbatch.server.compressions.request import (
@@ -20,9 +20,9 @@ from softbatch.server.compressions.request import (
     make_settings,
     read_context,
 )
-from softbatch.server.compressions.result import register
+from softbatch.server.compressions.result import previewed, register, register_once, sha256_of_file
 from softbatch.server.compressions.run import run_compression
-from softbatch.server.compressions.run_directory import discard, has_work, locked
+from softbatch.server.compressions.run_directory import PREVIEW, discard, has_work, locked
 
 
 def compress(
@@ -45,6 +45,7 @@ def compress(
     seed: int | None = None,
     keep_text: bool = False,
     recall: int | None = None,
+    preview: bool = False,
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -75,11 +76,21 @@ def compress(
         max_prompt_bytes=store.max_bytes,
         keep_text=keep_text,
         recall=recall,
+        preview=preview,
     )
-    store.check_free(name)
     directory = store.root / DIRECTORY / name
+    _check_name(name, store, directory)
     prepared = PreparedRun.checked(request, ModelFiles.open(request.choice), directory, store.max_bytes)
     return _registered(prepared, store, resume, on_progress, should_stop)
+
+
+def _check_name(name: str, store: SoftPromptStore, directory: Path) -> None:
+    """The preview of a run that was stopped is its own. Raises SoftPromptError."""
+    try:
+        store.check_free(name)
+    except NameTaken:
+        if not has_work(directory) or store.get(name).sha256 != sha256_of_file(directory / PREVIEW):
+            raise
 
 
 def _registered(
@@ -94,7 +105,14 @@ def _registered(
     with locked(directory):
         if has_work(directory) and not resume:
             raise InputError("name", f"unfinished work for {name} lies in {directory}: resume it or delete it")
-        finished = run_compression(prepared, directory, resume, on_progress, should_stop)
-        stored = register(store, name, finished)
+        finished = run_compression(
+            prepared,
+            directory,
+            resume,
+            on_progress,
+            should_stop,
+            on_preview=lambda preview: register_once(preview, lambda found: register(store, name, found)),
+        )
+        stored = register(store, name, finished, previewed(directory))
         discard(directory)
     return stored

@@ -28,7 +28,8 @@ class JobError(msgspec.Struct, frozen=True):
 
 
 class JobRecord(msgspec.Struct, kw_only=True):
-    """Times are Unix seconds. `attempts` counts the workers that were started for it."""
+    """Times are Unix seconds. `attempts` counts the workers that were started for it. `preview` is the SHA-256 of its
+    preview, from when that is registered until it is swapped or withdrawn."""
 
     id: str
     name: str
@@ -41,6 +42,7 @@ class JobRecord(msgspec.Struct, kw_only=True):
     soft_prompt: str | None = None
     fidelity: dict[str, Any] | None = None
     error: JobError | None = None
+    preview: str | None = None
 
 
 @dataclass

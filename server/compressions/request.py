@@ -52,6 +52,7 @@ class CompressionRequest(msgspec.Struct, frozen=True, kw_only=True):
     store: str
     max_prompt_bytes: int
     recall: int | None = None
+    preview: bool = False
 
     @property
     def kept(self) -> KeptText | None:
@@ -110,6 +111,7 @@ def make_request(
     max_prompt_bytes: int,
     keep_text: bool = False,
     recall: int | None = None,
+    preview: bool = False,
 ) -> CompressionRequest:
     """A request whose texts can be used. The model is asked for behind that: a server's may be starting. Raises
     InputError, and what `choice` raises."""
@@ -148,6 +150,7 @@ def make_request(
         store=str(store),
         max_prompt_bytes=max_prompt_bytes,
         recall=passages,
+        preview=preview,
     )
 
 

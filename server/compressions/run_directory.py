@@ -3,7 +3,9 @@
 work/                     the library's: questions, gold answers, checkpoint
 model                     fingerprint of the model that `work` was made with
 report/                   report.json, report.html, the training and held-out data
-kept_text.json            what is kept with the result, if anything
+preview.safetensors       σ as training found it, if a preview was asked for
+previewed                 its SHA-256, once the command has registered it; a server's job says so in its record
+kept_text.json            what is kept with the result, and with the preview, if anything
 soft_prompt.safetensors   the result; when it is there, the run is over
 """
 
@@ -20,6 +22,8 @@ from softbatch.server.compressions.request import LOCK, InputError
 DATA = ("questions.jsonl", "train.jsonl", "held_out.jsonl")
 RESULT = "soft_prompt.safetensors"
 KEPT = "kept_text.json"
+PREVIEW = "preview.safetensors"
+PREVIEWED = "previewed"
 
 
 @contextmanager
@@ -41,9 +45,9 @@ def has_work(directory: Path) -> bool:
     return (directory / RESULT).exists() or any((directory / "work" / name).exists() for name in DATA)
 
 
-def discard(directory: Path) -> None:
+def discard(directory: Path, but_result: bool = False) -> None:
     """Delete what a run leaves for resuming, its result first; the report stays."""
-    for name in (RESULT, KEPT, "model"):
+    for name in (PREVIEW, PREVIEWED, "model") if but_result else (RESULT, KEPT, PREVIEW, PREVIEWED, "model"):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "work", ignore_errors=True)
 

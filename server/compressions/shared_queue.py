@@ -26,7 +26,7 @@ from softbatch.server.compressions.job_lease import LEASE_SECONDS, JobLease, Lea
 from softbatch.server.compressions.job_places import JobPlaces
 from softbatch.server.compressions.job_queue import MAX_ATTEMPTS, MAX_FINISHED
 from softbatch.server.compressions.job_watch import watch
-from softbatch.server.compressions.leased_run import LeasedRun
+from softbatch.server.compressions.leased_run import LeasedRun, withdraw_preview
 from softbatch.server.compressions.record import FINAL, Job, JobRecord
 from softbatch.server.compressions.request import DIRECTORY, CompressionRequest, ModelChoice
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, report_key, request_key
@@ -214,7 +214,15 @@ class SharedCompressions:
         shared, known = seen.shared, self._known.get(job_id)
         is_alone = known is not None and known.seen.etag == seen.etag and self._is_free(known)
         if shared.record.status == "queued" or is_alone:  # no server has to hear of it
-            ended = msgspec.structs.replace(shared.record, status="cancelled", finished_at=int(time.time()))
+            if shared.preview is not None:
+                wished = self._records.replace(seen, msgspec.structs.replace(shared, cancelled=True))
+                if wished is None:
+                    return
+                seen, shared = wished, wished.shared
+                withdraw_preview(self._store, shared)
+            ended = msgspec.structs.replace(
+                shared.record, status="cancelled", finished_at=int(time.time()), preview=None
+            )
             shared = msgspec.structs.replace(shared, record=ended, cancelled=True, token=shared.token + 1, files={})
             if self._records.replace(seen, shared) is not None:
                 self._clean(shared)

@@ -34,7 +34,7 @@ class SavedFile(msgspec.Struct, frozen=True):
 
 class SharedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """`token` grows whenever a server takes the job, `changes` with every write. `staged` is the result, which
-    waits for its name alone."""
+    waits for its name alone; `preview` will have the name until then, and has it once the job's record says so."""
 
     record: JobRecord
     request_sha256: str
@@ -45,6 +45,7 @@ class SharedRecord(msgspec.Struct, frozen=True, kw_only=True):
     progress: ProgressMessage | None = None
     files: dict[str, SavedFile] = {}
     staged: PromptRecord | None = None
+    preview: PromptRecord | None = None
 
 
 @dataclass(frozen=True)

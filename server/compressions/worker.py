@@ -19,7 +19,13 @@ import msgspec
 
 from softbatch.scheduler.engine.logs import configure_logging
 from softbatch.server.compressions.request import CompressionRequest, InputError
-from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
+from softbatch.server.compressions.worker_messages import (
+    DoneMessage,
+    FailedMessage,
+    PreviewMessage,
+    ProgressMessage,
+    WorkerMessage,
+)
 
 logger = logging.getLogger(__name__)
 NICENESS = 19
@@ -69,6 +75,9 @@ class WorkerReporter:
             self._phase, self._sent = progress.phase, now
             _send(self._output, progress)
 
+    def tell_of_preview(self) -> None:
+        _send(self._output, PreviewMessage())
+
 
 def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
     report(ProgressMessage("loading", 0, 1))
@@ -90,7 +99,14 @@ def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
     # A worker of a server that was killed may still be on its way out.
     with locked(directory, wait=True):
         prepared = PreparedRun.of(request, ModelFiles.open(request.choice))
-        finished = run_compression(prepared, directory, True, on_progress, lambda: False)
+        finished = run_compression(
+            prepared,
+            directory,
+            True,
+            on_progress,
+            lambda: False,
+            on_preview=lambda preview: report.tell_of_preview(),
+        )
     return DoneMessage(summary(finished.report))
 
 

@@ -18,6 +18,10 @@ class ProgressMessage(msgspec.Struct, frozen=True, tag="progress", tag_field="ty
     note: str | None = None
 
 
+class PreviewMessage(msgspec.Struct, frozen=True, tag="preview", tag_field="type"):
+    """The preview's file lies in the directory; a run that goes on says so again."""
+
+
 class DoneMessage(msgspec.Struct, frozen=True, tag="done", tag_field="type"):
     """The soft prompt's file lies in the directory; `fidelity` is the report's summary."""
 
@@ -32,4 +36,4 @@ class FailedMessage(msgspec.Struct, frozen=True, tag="failed", tag_field="type")
     param: str | None = None
 
 
-WorkerMessage = ProgressMessage | DoneMessage | FailedMessage
+WorkerMessage = ProgressMessage | PreviewMessage | DoneMessage | FailedMessage

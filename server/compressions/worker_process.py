@@ -11,7 +11,13 @@ from pathlib import Path
 import msgspec
 
 import softbatch
-from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage, WorkerMessage
+from softbatch.server.compressions.worker_messages import (
+    DoneMessage,
+    FailedMessage,
+    PreviewMessage,
+    ProgressMessage,
+    WorkerMessage,
+)
 
 PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
 MAX_LINE = 1 << 20
@@ -20,9 +26,11 @@ MAX_LINE = 1 << 20
 class WorkerProcess:
     """One process for one job's directory. It ends itself when this process is gone."""
 
-    def __init__(self, directory: Path, on_progress: Callable[[ProgressMessage], None]) -> None:
+    def __init__(
+        self, directory: Path, on_progress: Callable[[ProgressMessage], None], on_preview: Callable[[], None]
+    ) -> None:
         self._directory = directory
-        self._on_progress = on_progress
+        self._on_progress, self._on_preview = on_progress, on_preview
         self._process: asyncio.subprocess.Process | None = None
         self._killed = False
 
@@ -49,6 +57,8 @@ class WorkerProcess:
                 message = decoder.decode(line)
                 if isinstance(message, ProgressMessage):
                     self._on_progress(message)
+                elif isinstance(message, PreviewMessage):
+                    self._on_preview()
                 else:
                     result = message
             status = await process.wait()

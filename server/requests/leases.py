@@ -26,6 +26,8 @@ from softbatch.server.request_failures import (
 )
 
 logger = logging.getLogger(__name__)
+# A name may lead elsewhere as often as this while one request looks at it.
+_TRIES = 5
 # Two changes of a directory within so short a time may leave it with one and the same time.
 DIRECTORY_TIME_NS = 2_000_000_000
 
@@ -123,8 +125,15 @@ class SoftPromptLeases:
             self._drop_unused(sha256)
 
     async def _hold(self, name: str) -> StoredPrompt:
+        """As the name leads between looking and linking: a preview may be swapped for the trained one meanwhile."""
+        for _ in range(_TRIES):
+            stored = await asyncio.to_thread(self._store.get, name)
+            with contextlib.suppress(UnknownPrompt, FileNotFoundError):
+                return await self._hold_file(name, stored)
+        raise UnknownPrompt(name)
+
+    async def _hold_file(self, name: str, stored: StoredPrompt) -> StoredPrompt:
         """Counts one more user of the soft prompt's leased file, linking it first when it is not there yet."""
-        stored = await asyncio.to_thread(self._store.get, name)
         # Counted before the file is linked, so that `release_deleted` meanwhile cannot take it away.
         self._users[stored.sha256] += 1
         try:

@@ -46,7 +46,7 @@ _REPORT_HEADERS = {
 @router.post("", status_code=202, response_model=CompressionJob, summary="Compress a context")
 async def create_compression(request: Request, body: CompressionRequestBody) -> Response:
     """Queue a job. One runs at a time, at low priority beside serving, and survives a restart of the server; the
-    soft prompt can be used as soon as the job has succeeded."""
+    soft prompt can be used as soon as the job has succeeded, with `preview` before it is trained."""
     services = services_of(request)
     services.compressions.check_place(body.name)
     try:
@@ -147,6 +147,7 @@ def _checked(services: Services, body: CompressionRequestBody) -> CompressionReq
         max_prompt_bytes=max_bytes,
         keep_text=body.keep_text,
         recall=body.recall,
+        preview=body.preview,
     )
     # The window is the model's own, which --max-model-len may cut short for requests.
     files = ModelFiles.served(request.choice, services.text.tokenizer)
@@ -180,6 +181,7 @@ def _object(job: Job) -> CompressionJob:
         if progress is not None
         else None,
         soft_prompt=record.soft_prompt,
+        preview=record.name if record.preview is not None else None,
         fidelity=record.fidelity,
         error=JobErrorBody(code=record.error.code, message=record.error.message, param=record.error.param)
         if record.error is not None

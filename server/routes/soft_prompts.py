@@ -117,6 +117,8 @@ def _object(services: Services, stored: StoredPrompt, full: bool = False) -> Sof
         base_model=manifest.model.name,
         resident=stored.sha256 in services.engine.resident,
         context_tokens=manifest.context.num_tokens if manifest.context else None,
+        preview=manifest.preview_of is not None,
+        compression=manifest.preview_of,
         recall=stored.recall,
         verdict=verdict if isinstance(verdict := manifest.fidelity.get("verdict"), str) else None,
         kl_closed=_number(manifest.fidelity.get("kl_closed")),

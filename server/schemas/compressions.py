@@ -99,6 +99,11 @@ class CompressionRequestBody(RequestModel):
         description=f"passages of the kept text that a request gets which does not say; left out: {DEFAULT_RECALL}",
     )
 
+    preview: bool = Field(
+        default=False,
+        description="register the soft prompt as a preview before training begins; the trained one takes its place",
+    )
+
     @model_validator(mode="after")
     def _has_one_length(self) -> CompressionRequestBody:
         if self.minutes is not None and self.steps is not None:
@@ -107,8 +112,9 @@ class CompressionRequestBody(RequestModel):
 
 
 class JobProgress(BaseModel):
-    """Where the running phase stands: loading, self_study, gold, estimate, answers, teacher, matching, training or
-    evaluation. `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too short."""
+    """Where the running phase stands: loading, self_study, gold, estimate, preview, answers, teacher, matching,
+    training or evaluation. `elapsed` and `expected` are seconds of the whole run; `note` says that its budget is too
+    short."""
 
     phase: str
     done: int
@@ -138,6 +144,7 @@ class CompressionJob(BaseModel):
     finished_at: int | None
     progress: JobProgress | None
     soft_prompt: str | None = Field(description="what to name in requests, once the job has succeeded")
+    preview: str | None = Field(description="what to name until then: its preview is registered")
     fidelity: dict[str, Any] | None = Field(description="the figures of the report")
     error: JobErrorBody | None
 

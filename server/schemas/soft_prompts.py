@@ -24,6 +24,10 @@ class SoftPromptObject(BaseModel):
     base_model: str
     context_tokens: int | None = Field(description="how long the compressed context was, where that is known")
     resident: bool = Field(description="whether its keys and values are in the KV cache at the moment")
+    preview: bool = Field(
+        default=False, description="whether it is a preview, whose place a trained one takes when its compression ends"
+    )
+    compression: str | None = Field(default=None, description="of a preview: the compression that made it")
     recall: int | None = Field(
         default=None,
         description="passages of its kept text that a request gets which does not say; null: no text is kept",

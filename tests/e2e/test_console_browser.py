@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from softbatch.prompt_store.manifest import PREVIEW_OF
+from softbatch.prompt_store.soft_prompt_file import SoftPrompt, load, save
 from tests.support.browser import Visitor, chromium, visiting
 from tests.support.servers import Server, running_server
 from tests.support.small_compressions import CONTEXT
@@ -139,6 +141,7 @@ def test_a_text_becomes_a_soft_prompt_that_is_asked_and_deleted(
     read_the_report(visitor)
     ask(visitor)
     bring_it_back(server, visitor, tmp_path)
+    bring_a_preview(server, visitor, tmp_path)
     assert server.http.get("/v1/soft_prompts").json()["data"] == []
 
 
@@ -154,6 +157,7 @@ def compress(visitor: Visitor) -> None:
     page.get_by_label("Name", exact=True).fill("lamps")
     page.get_by_label("Length in virtual tokens: another number").fill("8")
     page.get_by_label("Time to learn: another number").fill("0.3")
+    page.get_by_label("Preview").check()
     page.get_by_role("button", name="Compress").click()
     page.get_by_role("progressbar", name="Compression of lamps").wait_for()
     visitor.look("compress")
@@ -213,6 +217,34 @@ def bring_it_back(server: Server, visitor: Visitor, tmp_path: Path) -> None:
     page.get_by_role("table", name="Soft prompts").wait_for()
     again = server.http.get("/v1/soft_prompts/lamps/content")
     assert again.content == file.read_bytes()
+    assert page.get_by_text("preview", exact=True).count() == 0, "its compression has ended"
+    delete_lamps(visitor)
+
+
+def bring_a_preview(server: Server, visitor: Visitor, tmp_path: Path) -> None:
+    """A list says what it is, and so do its page and the job that made it."""
+    page, trained = visitor.page, load(tmp_path / "lamps.safetensors", 1 << 24)
+    manifest = trained.manifest.model_copy(update={"training": {PREVIEW_OF: "cmpr-1"}})
+    file = tmp_path / "preview.safetensors"
+    save(SoftPrompt(manifest, **trained.tensors), file)
+    assert server.upload("lamps", file).status_code == 201
+    visitor.open("prompts")
+    page.get_by_role("table", name="Soft prompts").get_by_text("preview", exact=True).wait_for()
+    visitor.look("preview")
+    page.get_by_role("link", name="lamps").click()
+    page.get_by_text("A preview: requests may use it").wait_for()
+    visitor.open("prompts")
+    page.get_by_role("table", name="Soft prompts").wait_for()
+    show = """async (preview) => {
+        const { Jobs } = await import("/console/assets/jobs.js");
+        const jobs = new Jobs(), job = { id: "cmpr-1", name: "lamps", status: "running", progress: null, preview };
+        const element = jobs.make(job);
+        jobs.cards.get("cmpr-1").show(job);
+        const hint = [...element.querySelectorAll(".hint")].find((one) => one.textContent.includes("preview"));
+        return !hint.hidden && hint.querySelector("a").getAttribute("href");
+    }"""
+    assert page.evaluate(show, "lamps") == "console#ask/lamps"
+    assert page.evaluate(show, None) is False
     delete_lamps(visitor)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from softbatch.prompt_store.soft_prompt_file import load, read_manifest
-from softbatch.prompt_store.stores.directory import NameTaken, PromptStore, UnknownPrompt
+from softbatch.prompt_store.stores.directory import NameChanged, NameTaken, PromptStore, UnknownPrompt
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from tests.prompt_store.conftest import BucketPlace, Place
 from tests.support.bucket_server import object_store
@@ -190,6 +190,17 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.stores[which].add(name, upload)
         else:
             self.expected[name] = self.stores[which].add(name, upload).sha256
+
+    @rule(name=some_name, seed=st.integers(0, 3), which=which, previous=st.integers(0, 3))
+    def swap(self, name: str, seed: int, which: int, previous: int) -> None:
+        """For the one that is there, and as often for another."""
+        upload = write(self.base / "upload", seed)
+        wanted = self.expected.get(name, "") if previous < 2 else str(previous) * 64
+        if self.expected.get(name) == wanted:
+            self.expected[name] = self.stores[which].swap(name, wanted, upload).sha256
+        else:
+            with pytest.raises(NameChanged):
+                self.stores[which].swap(name, wanted, upload)
 
     @rule(name=some_name, which=which)
     def remove(self, name: str, which: int) -> None:

@@ -139,3 +139,28 @@ def test_a_store_that_cannot_be_listed_fails_nobody(
         assert unused == [stored.sha256], "what this process deleted itself it knows without a list"
 
     asyncio.run(scenario())
+
+
+def test_a_request_at_the_moment_of_a_swap_gets_the_trained_one(store: SlowStore, tmp_path: Path) -> None:
+    """Its preview was swapped between looking and linking; one that began before goes on with the preview."""
+    other, unused = PromptStore(store.root, 1 << 20), list[str]()
+    trained = save_prompt(make_soft_prompt("kv", 4, SPEC, seed=1), tmp_path, "trained")
+
+    async def scenario() -> None:
+        preview = other.get("manual").sha256
+        leases = leases_of(store, tmp_path, unused)
+        request = asyncio.create_task(leases.acquire("manual"))
+        await asyncio.to_thread(store.linking.wait, 60)
+        stored = other.swap("manual", preview, trained)
+        store.may_link.set()
+        first = await request
+        assert first.stored.sha256 == stored.sha256 == first.ref.sha256
+        again = other.swap("manual", stored.sha256, save_prompt(make_soft_prompt("kv", 4, SPEC), tmp_path, "again"))
+        second = await leases.acquire("manual")
+        assert second.stored.sha256 == again.sha256
+        assert unused == [], "the first still uses it"
+        leases.release(first)
+        assert unused == [stored.sha256]
+        leases.release(second)
+
+    asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The process that the crash test kills; imports little, as it is started many times."""
+"""The process that the crash tests kill; imports little, as it is started many times."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ def add_many(root: Path, uploads: list[Path], prefix: str, ready: Event) -> None
         store.add(f"{prefix}-{number}", uploads[number % len(uploads)])
         if number % 3 == 2:
             store.remove(f"{prefix}-{number - 1}")
+
+
+def swap_many(root: Path, uploads: list[Path], ready: Event) -> None:
+    """Puts one in the other's place as fast as it can."""
+    store = PromptStore(root, MAX_BYTES)
+    ready.set()
+    for number in range(1000):
+        store.swap("a", store.get("a").sha256, uploads[number % len(uploads)])

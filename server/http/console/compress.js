@@ -47,6 +47,7 @@ function form(jobs) {
   const lengths = choice("virtual_tokens", "Length in virtual tokens", LENGTHS, "64", { min: 2, max: 65536, step: 1 });
   const objectives = choice("objective", "What it should keep", OBJECTIVES, "kl");
   const minutes = choice("minutes", "Time to learn", MINUTES, "10", { min: 0.1, max: 43200, step: "any", unit: "minutes" });
+  const preview = h("input", { id: "preview", type: "checkbox" });
   const problem = h("p.notice.bad", { role: "alert", hidden: true });
   const button = h("button.primary.large", { type: "submit" }, "Compress");
   const take = takesFiles(context, (file) => {
@@ -63,7 +64,10 @@ function form(jobs) {
       h("details", {}, h("summary", {}, "Questions of your own"),
         h("label.unseen", { htmlFor: "questions" }, "Questions of your own"), questions,
         h("p.hint", {}, "What will really be asked. It trains on these beside those that it makes of the text."))),
-    h("div.settings", {}, lengths.element, objectives.element, minutes.element, problem, button));
+    h("div.settings", {}, lengths.element, objectives.element, minutes.element,
+      h("fieldset", {}, h("legend", {}, "Until it is trained"),
+        h("label.choice", { htmlFor: "preview" }, preview, h("b", {}, "Preview"), h("span", {}, "can be asked before it is trained; the trained one takes its place"))),
+      problem, button));
   const count = counter(context, length, () => Number(lengths.value()));
   lengths.element.addEventListener("change", count);
   element.addEventListener("submit", async (event) => {
@@ -77,6 +81,7 @@ function form(jobs) {
         objective: objectives.value(),
         virtual_tokens: Number(lengths.value()),
         minutes: Number(minutes.value()),
+        preview: preview.checked,
         questions: questions.value.split("\n").map((line) => line.trim()).filter(Boolean).map((input) => ({ input })),
       });
       await jobs.follow(job);

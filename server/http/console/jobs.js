@@ -94,6 +94,7 @@ class JobCard {
     this.words = h("p.hint");
     this.left = h("b.left", {}, "Starting");
     this.note = h("p.notice", { hidden: true });
+    this.preview = h("p.hint", { hidden: true }, "Its ", h("a", { href: `console#ask/${encodeURIComponent(job.name)}` }, "preview"), " can be asked already.");
     this.bar = h(".bar.thick", { role: "progressbar", "aria-label": `Compression of ${job.name}`, "aria-valuemin": "0", "aria-valuemax": "100" }, h("i"));
     this.phases = h("ol.phases", {}, ORDER.map((phase) => h("li", { data: { phase } }, PHASES[phase])));
     this.plot = new Plot({ title: "Loss", of: "by seconds of the run", format: (value) => value.toFixed(3), time: false, height: 150 });
@@ -104,7 +105,7 @@ class JobCard {
     this.live = h(".live", {}, h(".row.between", {}, this.left, h("span")), this.bar, this.phases, this.plot.element);
     this.element = h("article.job", {},
       h(".row.between", {}, h("h3", {}, job.name), h(".row", {}, this.state, this.cancel, this.report)),
-      this.words, this.note, this.live, this.problem);
+      this.words, this.preview, this.note, this.live, this.problem);
   }
 
   async stop() {
@@ -127,6 +128,7 @@ class JobCard {
     this.report.hidden = status !== "succeeded";
     if (job.soft_prompt) set(this.report, { href: `console#prompts/${encodeURIComponent(job.soft_prompt)}` });
     text(this.words, sentence(job));
+    this.preview.hidden = status !== "running" || !job.preview;
     if (progress && !FINAL.has(status)) this.showProgress(progress);
     else this.note.hidden = true;
   }
@@ -139,7 +141,7 @@ class JobCard {
     text(this.left, rest === null ? "Finding out how long it will take" : left);
     this.bar.style.setProperty("--part", String(part));
     set(this.bar, { "aria-valuenow": String(Math.round(part * 100)) });
-    const at = ORDER.indexOf(phase);
+    const at = ORDER.indexOf(phase === "preview" ? "gold" : phase); // made of the first answers
     for (const [index, item] of [...this.phases.children].entries()) {
       item.dataset.is = index < at ? "past" : index === at ? "now" : "future";
       if (index === at) item.setAttribute("aria-current", "step");

@@ -50,6 +50,7 @@ export async function showPrompt(place, name) {
       ? `${count(length)} tokens of context in ${count(prompt.num_virtual_tokens)} virtual ones, ${ratio(length / prompt.num_virtual_tokens)} shorter.`
       : `${count(prompt.num_virtual_tokens)} virtual tokens; how long the context was is not known.`),
     problem,
+    prompt.preview ? h("p.notice", {}, "A preview: requests may use it, and when its compression ends the trained one takes its place.") : "",
     prompt.verdict ? h(isPoor(prompt.verdict) ? "p.verdict.poor" : "p.verdict", {}, prompt.verdict) : "",
     figures(report),
     comparison(report),

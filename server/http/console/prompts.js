@@ -43,6 +43,7 @@ function row(prompt) {
   return h(".prompts-row", { role: "row" },
     h("span.name", { role: "cell" },
       h("a", { href: `console#prompts/${encodeURIComponent(prompt.name)}` }, prompt.name),
+      prompt.preview ? h("span.tag", { title: "Not trained yet; when its compression ends, the trained one takes its place" }, "preview") : null,
       h("small", {}, prompt.verdict || `since ${date(prompt.created)}`)),
     cell("Kind", prompt.kind),
     cell("Tokens", count(prompt.num_virtual_tokens), length ? h("small", {}, `for ${count(length)}`) : null),

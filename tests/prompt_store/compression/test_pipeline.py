@@ -51,7 +51,16 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 def compression(llama: Reference, directory: Path, context: str = CONTEXT, **options: Any) -> Compression:
     decoder = Decoder(copy.deepcopy(llama.model))
     decoder.window = 4096
-    names = ("user_examples", "on_progress", "should_stop", "clock", "wrong_prefix", "generate", "opening")
+    names = (
+        "user_examples",
+        "on_progress",
+        "on_preview",
+        "should_stop",
+        "clock",
+        "wrong_prefix",
+        "generate",
+        "opening",
+    )
     extra = {name: options.pop(name) for name in names if name in options}
     settings = CompressionSettings(**(SMALL | options))
     generate = extra.pop("generate", engine(decoder))
@@ -136,6 +145,34 @@ def test_a_stopped_run_goes_on_and_gives_the_same(
     assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.outcome.tensors.items())
     with pytest.raises(ValueError, match="resume"):
         compression(llama, tmp_path / "cut", seed=9).run(resume=True)
+
+
+@pytest.mark.parametrize("kind", ["kv", "embeddings"])
+def test_a_preview_comes_before_all_else_and_changes_nothing(
+    llama: Reference, whole: Whole, tmp_path: Path, kind: str
+) -> None:
+    previews: list[Outcome] = []
+    phases: list[str] = []
+
+    def on_preview(preview: Outcome) -> None:
+        assert not {"answers", "teacher", "matching", "training"} & set(phases), "made of the first answers"
+        assert "preview" in phases
+        previews.append(preview)
+
+    outcome = compression(
+        llama, tmp_path, kind=kind, on_preview=on_preview, on_progress=lambda progress: phases.append(progress.phase)
+    ).run()
+    (preview,) = previews
+    assert {name: t.shape for name, t in preview.tensors.items()} == {n: t.shape for n, t in outcome.tensors.items()}
+    assert not all(torch.equal(tensor, outcome.tensors[name]) for name, tensor in preview.tensors.items())
+    assert (preview.kind, preview.context_sha256) == (kind, outcome.context_sha256)
+    assert preview.report["kl"] > 0
+    assert preview.report["kl_closed"] == pytest.approx(
+        1 - preview.report["kl"] / outcome.report["baselines"]["no_context"]["kl"], abs=1e-4
+    )
+    assert preview.report["verdict"].startswith("preview: not trained")
+    if kind == "kv":
+        assert all(torch.equal(tensor, whole.outcome.tensors[name]) for name, tensor in outcome.tensors.items())
 
 
 def test_gold_answers_are_not_asked_for_twice(llama: Reference, tmp_path: Path) -> None:

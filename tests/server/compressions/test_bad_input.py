@@ -86,6 +86,11 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         ["--server", "http://127.0.0.1:9"],
         ["--server http://127.0.0.1:9", "is the server running?"],
     ),
+    "a preview for a server": (
+        "good.md",
+        ["--preview", "--server", "http://127.0.0.1:9"],
+        ["--preview with --server", "POST /v1/compressions"],
+    ),
     "not an address": ("good.md", ["--server", "localhost"], ["--server localhost", "http://"]),
 }
 

@@ -196,17 +196,32 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def test_a_budget_survives_being_killed(tiny_path: str, harbour: Path, tmp_path: Path) -> None:
-    """--minutes: killed while it trains, resumed, and at its end within what was left."""
-    flags = ["--name", "harbour", "--virtual-tokens", "8", "--minutes", "0.25"]
+def test_a_budget_and_a_preview_survive_being_killed(
+    tiny_path: str, harbour: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """--minutes: killed when its preview is there, resumed, and at its end within what was left."""
+    flags = ["--name", "harbour", "--virtual-tokens", "8", "--minutes", "0.25", "--preview", "--keep-text"]
     arguments = ["compress", str(harbour), *flags, *model_flags(tiny_path, tmp_path / "store")]
-    checkpoint = tmp_path / "store" / ".compressions" / "harbour" / "work" / "checkpoint" / "state.json"
+    store = PromptStore(tmp_path / "store", MAX_BYTES)
     process = start(arguments)
-    wait_for(lambda: checkpoint.exists() or process.poll() is not None, "no checkpoint")
+    wait_for(lambda: store.list() or process.poll() is not None, "no preview")
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    preview = store.get("harbour")
+    assert preview.manifest.preview_of is not None
+    assert preview.manifest.fidelity["verdict"].startswith("preview")
+    assert store.kept_text(preview) == KeptText(text=CONTEXT, recall=2)
+    for action in (["list"], ["show", "harbour"]):
+        assert main(["prompts", *action, "--prompt-store", str(store.root)]) == 0
+        assert "preview" in capfd.readouterr().out
+    assert main(arguments) == 2
+    assert "add --resume" in capfd.readouterr().err
     assert main([*arguments, "--resume"]) == 0
-    manifest = PromptStore(tmp_path / "store", MAX_BYTES).get("harbour").manifest
+    assert {path.name for path in (store.root / ".compressions" / "harbour").iterdir()} == {"lock", "report"}
+    manifest = store.get("harbour").manifest
+    assert manifest.preview_of is None
+    assert store.kept_text(store.get("harbour")) == KeptText(text=CONTEXT, recall=2)
     assert manifest.training["minutes"] == 0.25
     assert manifest.training["steps"] > 0
 

@@ -93,7 +93,7 @@ def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> 
     server = site.server
     assert server.http.get(ROUTE).json() == {"object": "list", "data": []}
     questions = [{"input": "When does it open?", "output": "At seven."}, {"input": "Who pays?", "accept": ["ships"]}]
-    first = create(server, "harbour", questions=questions, seed=3, keep_text=True, recall=0)
+    first = create(server, "harbour", questions=questions, seed=3, keep_text=True, recall=0, preview=True)
     wait_phase(server, first, "loading")
     check_queue(server, first)
     wait_phase(server, first, "gold")
@@ -106,7 +106,9 @@ def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> 
 
     server = site.server = site.start()
     assert server.complete("The sea", 4) == answer
+    worker = check_preview(server, first, tiny_path)
     with server.http.stream("GET", f"{ROUTE}/{first}/events") as reply:
+        worker.resume()
         assert reply.headers["content-type"].startswith("text/event-stream")
         events = [json.loads(event) for event in events_of(reply.iter_lines())]
     assert {event["id"] for event in events} == {first}
@@ -117,11 +119,13 @@ def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> 
     done = events[-1]
     assert done == job(server, first)
     assert (done["status"], done["soft_prompt"], done["error"]) == ("succeeded", "harbour", None)
+    assert done["preview"] is None
     assert done["created_at"] <= done["started_at"] <= done["finished_at"]
     assert {"kl", "kl_closed", "top1_agreement", "compression_ratio", "seconds"} <= set(done["fidelity"])
 
-    assert server.http.get("/v1/soft_prompts/harbour").json()["recall"] == 0
-    shown = server.http.get("/v1/soft_prompts/harbour").json()["manifest"]
+    found = server.http.get("/v1/soft_prompts/harbour").json()
+    assert (found["recall"], found["preview"], found["compression"]) == (0, False, None)
+    shown = found["manifest"]
     assert shown["fidelity"]["right_answers"]["soft_prompt"]["questions"] == 1
     assert shown["fidelity"]["kl"] == done["fidelity"]["kl"]
     assert shown["training"]["seed"] == 3
@@ -139,6 +143,20 @@ def test_from_request_to_answers(site: Site, tiny_path: str, tmp_path: Path) -> 
 
     check_student(server, tiny_path)
     check_cli_against_server(server, tiny_path, tmp_path)
+
+
+def check_preview(server: Server, job_id: str, tiny_path: str) -> psutil.Process:
+    """It answers before it is trained. The worker, which would go on, is stopped meanwhile."""
+    wait_for(lambda: job(server, job_id)["preview"], "no preview is registered")
+    worker = workers(server)[0]
+    worker.suspend()
+    found = job(server, job_id)
+    assert (found["status"], found["preview"], found["soft_prompt"]) == ("running", "harbour", None)
+    (listed,) = server.http.get("/v1/soft_prompts").json()["data"]
+    assert (listed["name"], listed["preview"], listed["compression"]) == ("harbour", True, job_id)
+    assert (listed["recall"], listed["kl_closed"] is not None) == (0, True)
+    check_student(server, tiny_path)
+    return worker
 
 
 def check_queue(server: Server, running: str) -> None:
@@ -163,7 +181,7 @@ def check_queue(server: Server, running: str) -> None:
 
 
 def check_student(server: Server, tiny_path: str) -> None:
-    """Greedy answers over HTTP are those of the student that was trained."""
+    """Greedy answers over HTTP are those of the student whose file has the name, whoever had it before."""
     reference = load_reference(tiny_path)
     model = reference.model
     decoder = Decoder(model)
@@ -199,12 +217,13 @@ def check_cli_against_server(server: Server, tiny_path: str, tmp_path: Path) -> 
 
 def test_cancel_while_it_runs(site: Site) -> None:
     server = site.server
-    running = create(server, "unwanted", steps=100_000)
-    wait_phase(server, running, "gold")
+    running = create(server, "unwanted", steps=100_000, preview=True)
+    wait_for(lambda: job(server, running)["preview"], "no preview is registered")
+    assert server.http.get("/v1/soft_prompts/unwanted").json()["preview"]
     worker = workers(server)[0]
     cancelled = server.post(f"{ROUTE}/{running}/cancel", None)
     assert cancelled.status_code == 200, cancelled.text
-    assert cancelled.json()["status"] == "cancelled"
+    assert (cancelled.json()["status"], cancelled.json()["preview"]) == ("cancelled", None)
     assert not worker.is_running()
     assert {path.name for path in (server.store / ".compressions" / running).iterdir()} == {"job.json", "lock"}
     assert server.http.get("/v1/soft_prompts/unwanted").status_code == 404
@@ -277,6 +296,7 @@ def test_bad_requests(site: Site) -> None:
         "question without input": ({"questions": [{"output": "x"}]}, 400, "questions.0.input"),
         "blank accepted text": ({"questions": [{"input": "x", "accept": [" "]}]}, 400, "questions.0.accept"),
         "recall without a kept text": ({"recall": 2}, 400, "recall"),
+        "no yes or no": ({"preview": "later"}, 400, "preview"),
         "too many passages": ({"keep_text": True, "recall": 17}, 400, "recall"),
         "invalid name": ({"name": "../up"}, 400, "name"),
         "name of the model": ({"name": "tiny-llama"}, 409, "name"),

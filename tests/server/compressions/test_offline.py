@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import softbatch
+from softbatch.prompt_store.compression.progress import Progress
 from softbatch.server.compressions.request import InputError
 from tests.server.compressions.conftest import OPENED_ONCE, VIRTUAL_TOKENS
 
@@ -17,6 +18,12 @@ def test_compress_registers_a_soft_prompt(
 ) -> None:
     store = softbatch.PromptStore(tmp_path / "store", 1 << 30)
     phases: list[str] = []
+    registered: list[str | None] = []
+
+    def on_progress(progress: Progress) -> None:
+        phases.append(progress.phase)
+        registered.extend(found.manifest.preview_of for found in store.list() if progress.phase == "training")
+
     stored = softbatch.compress(
         context_file,
         "harbour",
@@ -27,13 +34,17 @@ def test_compress_registers_a_soft_prompt(
         virtual_tokens=VIRTUAL_TOKENS,
         steps=2,
         answer_tokens=6,
-        on_progress=lambda progress: phases.append(progress.phase),
+        preview=True,
+        on_progress=on_progress,
     )
     assert counted == OPENED_ONCE
     assert store.get("harbour").sha256 == stored.sha256
     assert stored.manifest.num_virtual_tokens == VIRTUAL_TOKENS
     assert {"self_study", "gold", "teacher", "training", "evaluation"} <= set(phases)
     assert "kl_closed" in stored.manifest.fidelity
+    assert None not in registered
+    assert len(set(registered)) == 1
+    assert stored.manifest.preview_of is None
 
 
 def test_what_cannot_be_compressed_is_refused_before_any_work(tiny_path: str, tmp_path: Path) -> None:

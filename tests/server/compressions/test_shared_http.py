@@ -41,24 +41,26 @@ def pair(
 def test_a_compression_killed_with_its_server_ends_on_the_other(pair: tuple[Server, Server], url: str) -> None:
     one, other = pair
     records = SharedRecords(Bucket(url))
-    job_id = create(one, "harbour", steps=300, seed=3, keep_text=True, recall=0)
+    job_id = create(one, "harbour", steps=300, seed=3, keep_text=True, recall=0, preview=True)
 
-    def has_answers() -> bool:
+    def has_answers_and_a_preview() -> bool:
         seen = records.read(job_id)
         assert seen is not None
         assert seen.shared.record.status in ("queued", "running"), seen
-        return "work/held_out.jsonl" in seen.shared.files
+        return "work/held_out.jsonl" in seen.shared.files and seen.shared.record.preview is not None
 
     wait_for(lambda: workers(one) or workers(other), "nobody takes the job")
     first, second = (one, other) if workers(one) else (other, one)
     assert not workers(second), "one at a time"
-    wait_for(has_answers, "what it does is not saved")
+    wait_for(has_answers_and_a_preview, "what it does is not saved")
     assert job(second, job_id)["progress"], "the other server does not see it"
     first.kill()
+    asked = {"model": "harbour", "prompt": "The sea", "max_tokens": 4}
+    wait_for(lambda: second.post("/v1/completions", asked).status_code == 200, "the other server has no preview")
 
     with second.http.stream("GET", f"{ROUTE}/{job_id}/events") as reply:
         events = [json.loads(event) for event in events_of(reply.iter_lines())]
-    assert events[-1]["status"] == "succeeded", events[-1]
+    assert (events[-1]["status"], events[-1]["preview"]) == ("succeeded", None), events[-1]
     told = [event["progress"]["phase"] for event in events if event["progress"]]
     # The first that are told may be the last that the other server has said.
     phases = set(itertools.dropwhile(lambda phase: phase == "self_study", told))
@@ -69,8 +71,9 @@ def test_a_compression_killed_with_its_server_ends_on_the_other(pair: tuple[Serv
     assert "attempt 2" in log
     assert second.http.get(f"{ROUTE}/{job_id}/report").status_code == 200
     found = second.http.get("/v1/soft_prompts/harbour").json()
+    assert not found["preview"]
     assert (found["num_virtual_tokens"], found["recall"]) == (VIRTUAL_TOKENS, 0)
-    reply = second.post("/v1/completions", {"model": "harbour", "prompt": "The sea", "max_tokens": 4})
+    reply = second.post("/v1/completions", asked)
     assert reply.status_code == 200, reply.text
 
     queued = create(second, "cancelled", steps=5000)
@@ -78,5 +81,5 @@ def test_a_compression_killed_with_its_server_ends_on_the_other(pair: tuple[Serv
     reply = second.http.post(f"{ROUTE}/{queued}/cancel")
     assert reply.json()["status"] == "cancelled", reply.text
     assert second.http.delete("/v1/soft_prompts/harbour").status_code == 200
-    reply = second.post("/v1/completions", {"model": "harbour", "prompt": "The sea", "max_tokens": 4})
+    reply = second.post("/v1/completions", asked)
     assert error_of(reply)["code"] == "model_not_found"

@@ -1,0 +1,350 @@
+"""A job's preview: whenever its server is killed, its name leads to the preview or to the trained one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry
+
+from softbatch.prompt_store.manifest import PREVIEW_OF
+from softbatch.prompt_store.stores.bucket import Bucket
+from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.server.compressions import job_queue
+from softbatch.server.compressions.job_lease import JobLease, LeaseLost
+from softbatch.server.compressions.job_queue import CompressionJobs
+from softbatch.server.compressions.leased_run import LeasedRun
+from softbatch.server.compressions.record import Job, JobRecord, new_id, save
+from softbatch.server.compressions.request import DIRECTORY, ModelChoice
+from softbatch.server.compressions.run_directory import PREVIEW, RESULT
+from softbatch.server.compressions.shared_queue import SharedCompressions
+from softbatch.server.compressions.shared_record import SharedRecord, SharedRecords
+from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage
+from softbatch.server.compressions.worker_process import WorkerProcess
+from tests.support.bucket_server import QUICK, BucketServer, object_store
+from tests.support.models import make_soft_prompt, save_prompt
+from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
+
+NAME = "manual"
+
+
+class Killed(BaseException):
+    """As if the process were gone from here on."""
+
+
+def make_files(directory: Path, job_id: str) -> tuple[str, str]:
+    """What a worker leaves, and the hashes of preview and trained one."""
+    (directory / "report").mkdir(parents=True)
+    preview = make_soft_prompt("kv", 4, SPEC, seed=1, training={PREVIEW_OF: job_id})
+    save_prompt(preview, directory, PREVIEW.removesuffix(".safetensors"))
+    save_prompt(make_soft_prompt("kv", 4, SPEC, seed=2), directory, RESULT.removesuffix(".safetensors"))
+    (directory / "report" / "report.json").write_text("{}")
+    preview_hash, trained = (hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in (PREVIEW, RESULT))
+    return preview_hash, trained
+
+
+def hashes(store: SoftPromptStore) -> list[str]:
+    assert store.broken() == []
+    return [stored.sha256 for stored in store.list()]
+
+
+# --- a directory --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def new_job(root: Path) -> tuple[str, str, str]:
+    record = JobRecord(id=new_id(), name=NAME, status="running", created_at=1, fingerprint=SPEC.fingerprint)
+    directory = root / DIRECTORY / record.id
+    directory.mkdir(parents=True)
+    (directory / "request.json").write_text("{}")
+    save(directory, record)
+    return record.id, *make_files(directory, record.id)
+
+
+def server_on(root: Path) -> CompressionJobs:
+    """One that has just begun, and starts no worker."""
+    jobs = CompressionJobs(PromptStore(root, MAX_BYTES), SPEC, CollectorRegistry(), lambda: False)
+    jobs._try_lock()
+    return jobs
+
+
+def killed(jobs: CompressionJobs) -> None:
+    assert jobs._lock is not None
+    jobs._lock.close()
+
+
+async def register_preview(jobs: CompressionJobs, job: Job) -> FailedMessage | None:
+    return await jobs._register_preview(job, WorkerProcess(job.directory, job.tell, lambda: None))
+
+
+async def succeed(jobs: CompressionJobs, job: Job) -> None:
+    """As if a worker had told of its preview, and of its end."""
+    await register_preview(jobs, job)
+    await jobs._register(job, DoneMessage({}))
+
+
+async def cancel(jobs: CompressionJobs, job: Job) -> None:
+    await register_preview(jobs, job)
+    await jobs._finish(job, "cancelled")
+
+
+def dying_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Before or after any write, which are counted from here."""
+    counted = iter(range(moment))
+
+    def mortal(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if next(counted, None) is None:
+                raise Killed
+            found = function(*arguments, **named)
+            if next(counted, None) is None:
+                raise Killed
+            return found
+
+        return call
+
+    for name in ("save", "discard"):
+        monkeypatch.setattr(job_queue, name, mortal(getattr(job_queue, name)))
+    for name in ("add", "swap", "remove"):
+        monkeypatch.setattr(PromptStore, name, mortal(getattr(PromptStore, name)))
+    return monkeypatch
+
+
+@pytest.mark.parametrize("end", [succeed, cancel])
+def test_a_server_killed_at_any_write_leaves_one_of_the_two(
+    tmp_path: Path, end: Callable[[CompressionJobs, Job], Any]
+) -> None:
+    seen = set[tuple[str, ...]]()
+    for moment in range(24):
+        root = tmp_path / str(moment)
+        job_id, preview, trained = new_job(root)
+        jobs = server_on(root)
+        with contextlib.suppress(Killed), pytest.MonkeyPatch.context() as patch:
+            dying_at(moment, patch)
+            asyncio.run(end(jobs, jobs.get(job_id)))
+        killed(jobs)
+        found = hashes(PromptStore(root, MAX_BYTES))
+        seen.add(tuple({preview: "preview", trained: "trained"}[sha256] for sha256 in found))
+
+        jobs = server_on(root)
+        job = jobs.get(job_id)
+        if found == [trained]:
+            assert end is succeed
+        if job.is_final:
+            asyncio.run(jobs._take_up(job))
+        else:
+            assert moment < 2 or found, "a registered name is never none while its job goes on"
+            # Who wants it cancelled does not wait for its worker to begin again.
+            asyncio.run(succeed(jobs, job) if end is succeed else jobs._finish(job, "cancelled"))
+        killed(jobs)
+        assert hashes(PromptStore(root, MAX_BYTES)) == ([trained] if end is succeed else [])
+        record = jobs.get(job_id).record
+        assert (record.status, record.preview) == ("succeeded" if end is succeed else "cancelled", None)
+        assert {path.name for path in job.directory.iterdir()} <= {"job.json", "report"}
+    assert seen == {(), ("preview",), ("trained",)} if end is succeed else {(), ("preview",)}
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "deleted while its server was away"])
+def test_a_name_that_a_user_has_changed_is_left_to_him(root: Path, tmp_path: Path, how: str) -> None:
+    job_id, _, trained = new_job(root)
+    jobs, store = server_on(root), PromptStore(root, MAX_BYTES)
+    job = jobs.get(job_id)
+    assert asyncio.run(register_preview(jobs, job)) is None
+    store.remove(NAME)
+    by_hand = [] if how.startswith("deleted") else [store.add(NAME, write(tmp_path / "upload", seed=7)).sha256]
+    if how.endswith("away"):
+        killed(jobs)
+        jobs = server_on(root)
+        job = jobs.get(job_id)
+    asyncio.run(succeed(jobs, job))
+    assert hashes(store) == by_hand
+    assert (job.record.status, job.record.preview) == ("failed", None)
+    assert job.record.error is not None
+    assert (job.record.error.code, job.record.error.param) == ("name_changed", "name")
+    result = job.directory / RESULT
+    assert str(result) in job.record.error.message
+    killed(jobs)
+    jobs = server_on(root)
+    asyncio.run(jobs._take_up(jobs.get(job_id)))
+    assert store.add("another", result).sha256 == trained, "as the error says"
+
+
+def test_a_preview_that_was_not_written_down_is_its_jobs_own(root: Path) -> None:
+    """Its server was killed right after registering it; the worker had come to its end, and says so at once."""
+    job_id, preview, trained = new_job(root)
+    jobs, store = server_on(root), PromptStore(root, MAX_BYTES)
+    job = jobs.get(job_id)
+    assert store.add(NAME, job.directory / PREVIEW).sha256 == preview
+    asyncio.run(jobs._register(job, DoneMessage({})))
+    assert job.record.status == "succeeded"
+    assert hashes(store) == [trained]
+
+
+def test_a_name_that_is_taken_ends_the_run_early(root: Path, tmp_path: Path) -> None:
+    job_id, *_ = new_job(root)
+    taken = PromptStore(root, MAX_BYTES).add(NAME, write(tmp_path / "upload", seed=7))
+    jobs = server_on(root)
+    refusal = asyncio.run(register_preview(jobs, jobs.get(job_id)))
+    assert refusal is not None
+    assert (refusal.code, refusal.param) == ("name_taken", "name")
+    assert hashes(PromptStore(root, MAX_BYTES)) == [taken.sha256]
+
+
+def test_a_failure_leaves_the_preview_and_says_so(root: Path) -> None:
+    job_id, preview, _ = new_job(root)
+    jobs = server_on(root)
+    job = jobs.get(job_id)
+    asyncio.run(register_preview(jobs, job))
+    asyncio.run(jobs._fail(job, "worker_died", "it was killed"))
+    assert hashes(PromptStore(root, MAX_BYTES)) == [preview]
+    assert job.record.error is not None
+    assert "stays registered as manual" in job.record.error.message
+
+
+# --- a bucket -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(bucket_server: BucketServer) -> str:
+    return bucket_server.new_url()
+
+
+def shared_job(url: str) -> tuple[SharedRecords, str]:
+    records = SharedRecords(Bucket(url, QUICK))
+    record = JobRecord(id=new_id(), name=NAME, status="queued", created_at=1, fingerprint=SPEC.fingerprint)
+    assert records.create(SharedRecord(record=record, request_sha256="")) is not None
+    return records, record.id
+
+
+def taken(records: SharedRecords, job_id: str, holder: str) -> JobLease:
+    seen = records.read(job_id)
+    assert seen is not None
+    record = msgspec.structs.replace(seen.shared.record, status="running")
+    lease = JobLease.take(records, seen, holder, record)
+    assert lease is not None
+    return lease
+
+
+def end_shared(run: LeasedRun, lease: JobLease) -> None:
+    """As a server that has taken it goes on."""
+    if lease.shared.staged is not None:
+        run.publish_staged(lease.shared.staged)
+        return
+    run.publish_preview()
+    run.publish(DoneMessage({}))
+
+
+def test_a_job_of_all_servers_killed_at_any_call_goes_on_elsewhere(bucket_server: BucketServer, tmp_path: Path) -> None:
+    base, ask, seen = bucket_server.new_url(), Bucket._ask, set[tuple[str, ...]]()
+    preview, trained = make_files(tmp_path / "run", "cmpr-1")
+    for last in range(1, 34, 3):
+        url = f"{base}/{last}"
+        records, job_id = shared_job(url)
+        store = object_store(url, tmp_path / f"one{last}", MAX_BYTES)
+        assert store.offers.replace
+        lease = taken(records, job_id, "one")
+        left = iter(range(last))
+
+        def until_killed(self: Bucket, *arguments: Any, left: Iterator[int] = left) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return ask(self, *arguments)
+
+        with contextlib.suppress(Killed), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bucket, "_ask", until_killed)
+            end_shared(LeasedRun(store, lease, tmp_path / "run"), lease)
+        other = object_store(url, tmp_path / f"two{last}", MAX_BYTES)
+        found = hashes(other)
+        seen.add(tuple({preview: "preview", trained: "trained"}[sha256] for sha256 in found))
+        shared = records.read(job_id)
+        assert shared is not None
+        assert found or shared.shared.record.preview is None
+        if shared.shared.record.status == "running":
+            lease = taken(records, job_id, "two")
+            end_shared(LeasedRun(other, lease, tmp_path / "run"), lease)
+        assert hashes(other) == [trained]
+        assert other.local_file(other.get(NAME)).read_bytes() == (tmp_path / "run" / RESULT).read_bytes()
+        shared = records.read(job_id)
+        assert shared is not None
+        assert (shared.shared.record.status, shared.shared.record.preview) == ("succeeded", None)
+    assert seen == {(), ("preview",), ("trained",)}
+
+
+def test_a_preview_of_whoever_was_overtaken_gets_no_name(url: str, tmp_path: Path) -> None:
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    make_files(tmp_path / "run", job_id)
+    first = LeasedRun(store, taken(records, job_id, "one"), tmp_path / "run")
+    second = taken(records, job_id, "two")
+    with pytest.raises(LeaseLost):
+        first.publish_preview()
+    assert store.list() == []
+    assert store.bucket.list("objects/") == []
+    end_shared(LeasedRun(store, second, tmp_path / "run"), second)
+    assert len(store.bucket.list("objects/")) == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_name_that_a_user_has_changed_is_left_to_him_in_a_bucket(url: str, tmp_path: Path, how: str) -> None:
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    make_files(tmp_path / "run", job_id)
+    queue = queue_of(url, tmp_path / "server")
+    lease = taken(records, job_id, "one")
+    run = LeasedRun(store, lease, tmp_path / "run")
+    run.publish_preview()
+    assert lease.shared.record.preview is not None
+    store.remove(NAME)
+    by_hand = [] if how == "deleted" else [store.add(NAME, write(tmp_path / "upload", seed=7)).sha256]
+    run.publish_preview()
+    assert hashes(store) == by_hand, "a run that goes on says again that it has a preview"
+    asyncio.run(queue._publish(run, lambda: run.publish(DoneMessage({}))))
+    assert hashes(store) == by_hand
+    record = lease.shared.record
+    assert (record.status, record.preview) == ("failed", None)
+    assert record.error is not None
+    assert record.error.code == "name_changed"
+
+
+def queue_of(url: str, root: Path) -> SharedCompressions:
+    store = object_store(url, root, MAX_BYTES)
+    assert store.offers.replace
+    choice = ModelChoice("model", "model", "float32", "cpu")
+    return SharedCompressions(store, SPEC, CollectorRegistry(), lambda: False, lambda: choice)
+
+
+@pytest.mark.parametrize("when", ["it waits for a server", "a server is at work on it"])
+def test_a_cancelled_job_takes_its_preview_along(url: str, tmp_path: Path, when: str) -> None:
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    make_files(tmp_path / "run", job_id)
+    lease = taken(records, job_id, "one")
+    run = LeasedRun(store, lease, tmp_path / "run")
+    run.publish_preview()
+    assert len(hashes(store)) == 1
+    queue = queue_of(url, tmp_path / "server")
+    if when == "it waits for a server":
+        run.put_back()
+    seen = records.read(job_id)
+    assert seen is not None
+    queue._learn(seen)
+    queue._wish_cancelled(job_id)
+    if when != "it waits for a server":
+        assert len(hashes(store)) == 1, "its server hears of it first"
+        run.cancel()
+    ended = records.read(job_id)
+    assert ended is not None
+    assert (ended.shared.record.status, ended.shared.record.preview) == ("cancelled", None)
+    assert hashes(store) == []
+    assert store.bucket.list("objects/") == []
