@@ -58,6 +58,7 @@ def _serve(cluster: ClusterSettings, settings: Settings, address: str | None) ->
     """Raises UsageError."""
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from softbatch.server.cluster.deployments import application
 
@@ -74,8 +75,12 @@ def _serve(cluster: ClusterSettings, settings: Settings, address: str | None) ->
         serve.run(application([(cluster, settings)]), name=APPLICATION, route_prefix="/")
         logger.info("serving %s on http://%s:%d", settings.model, settings.host, settings.port)
         stopped.wait()
-    except RuntimeError as error:  # Serve's, of what cannot be deployed
-        raise UsageError(f"{error}; the replicas' logs say more: /tmp/ray/session_latest/logs/serve") from error
+    except (
+        RuntimeError,
+        RayError,
+    ) as error:  # Serve's, of what cannot be deployed; Ray's, of a machine too busy for it
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{first}; the logs say more: /tmp/ray/session_latest/logs/serve") from error
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -98,4 +98,4 @@ def _absolute(settings: Settings) -> Settings:
 def _name(settings: Settings) -> str:
     """As the server will call its model."""
     path = Path(settings.model)
-    return settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    return settings.served_model_name or (path.stem if path.suffix.lower() == ".gguf" else path.name)

@@ -58,12 +58,13 @@ class EngineClient:
 
     @property
     def has_room_for_soft_prompt(self) -> bool:
-        """Whether one more, as large as those that are resident on average, would evict none."""
+        """Whether one more, as large as those that are resident on average, would leave as much again: a request that
+        uses it needs blocks of its own, and would evict another one for them."""
         stats, info = self._stats, self._supervisor.info
         if stats is None or info is None or not stats.soft_prompts_resident:
             return True
         free = (info.num_blocks - stats.kv_blocks_used) * info.kv_bytes / info.num_blocks
-        return free >= stats.soft_prompt_resident_bytes / stats.soft_prompts_resident
+        return free >= 2 * stats.soft_prompt_resident_bytes / stats.soft_prompts_resident
 
     def waiting(self) -> Iterator[ActiveRequest]:
         """In the order of submission."""
