@@ -88,18 +88,28 @@ class ObjectStore(SoftPromptStore):
 
     def check_free(self, name: str) -> None:
         check_name(name)
-        if self.bucket.etag(record_key(name)) is not None:
+        if not self.is_free(name):
             raise NameTaken(name)
 
+    def is_free(self, name: str) -> bool:
+        return self.bucket.etag(record_key(name)) is None
+
     def add(self, name: str, file: Path, spec: ModelSpec | None = None, kept: KeptText | None = None) -> StoredPrompt:
-        return self.publish(self.stage(name, file, spec, kept))
+        return self._publish_or_discard(self.stage(name, file, spec, kept))
 
     def swap(self, name: str, previous: str, file: Path, kept: KeptText | None = None) -> StoredPrompt:
         check_name(name)
         found = self._names.look_up(name)
         if not isinstance(found, PromptRecord) or found.sha256 != previous:
             raise NameChanged(name, is_gone=found is None)
-        return self.publish(self.stage(name, file, kept=kept, previous=found))
+        return self._publish_or_discard(self.stage(name, file, kept=kept, previous=found))
+
+    def _publish_or_discard(self, staged: StagedPrompt) -> StoredPrompt:
+        try:
+            return self.publish(staged)
+        except (NameTaken, NameChanged):
+            self.discard(staged.record)
+            raise
 
     def stage(
         self,
@@ -146,7 +156,8 @@ class ObjectStore(SoftPromptStore):
         return StagedPrompt(self.describe(record), record)
 
     def publish(self, staged: StagedPrompt) -> StoredPrompt:
-        """Give what was staged its name; once more does no harm. Raises NameTaken, or NameChanged."""
+        """Give what was staged its name; once more does no harm. Raises NameTaken, or NameChanged: its objects are for
+        `discard` then."""
         record = staged.record
         key = record_key(record.name)
         if record.previous is not None:
@@ -157,7 +168,6 @@ class ObjectStore(SoftPromptStore):
         else:
             is_free = True
         if not is_free or not self._create(key, staged.sealed):
-            self.discard(record)
             raise NameTaken(record.name)
         self._names.forget(record.name)
         return self.get(record.name)
@@ -173,7 +183,6 @@ class ObjectStore(SoftPromptStore):
                     self.discard(before)
                 return self.get(record.name)
             if not isinstance(found, PromptRecord) or found.nonce != record.previous:
-                self.discard(record)
                 raise NameChanged(record.name, is_gone=found is None)
             before = found
             self._replace(record_key(record.name), staged.sealed, etag)

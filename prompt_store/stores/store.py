@@ -16,8 +16,10 @@ Version = tuple[int, ...]
 class NameTaken(SoftPromptError):
     """Another soft prompt has this name."""
 
+    CODE = "name_taken"
+
     def __init__(self, name: str) -> None:
-        super().__init__(f"a soft prompt named '{name}' exists already", param="name", code="name_taken")
+        super().__init__(f"a soft prompt named '{name}' exists already", param="name", code=self.CODE)
 
 
 class UnknownPrompt(SoftPromptError):

@@ -57,9 +57,9 @@ class LocalRegistry:
         return self._store.get(name).sha256 == sha256_of_file(file)
 
     def add(self, name: str, finished: Finished, preview: str | None = None) -> None:
-        from softbatch.server.compressions.result import register
+        from softbatch.server.compressions.result import register_own
 
-        register(self._store, name, finished, preview)
+        register_own(self._store, name, finished, preview)
 
 
 class RemoteRegistry:

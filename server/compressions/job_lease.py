@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from softbatch.prompt_store.stores.prompt_record import PromptRecord
 from softbatch.server.compressions.record import FINAL, JobRecord
 from softbatch.server.compressions.shared_record import SavedFile, Seen, SharedRecord, SharedRecords
 
@@ -58,6 +59,14 @@ class JobLease:
     def write(self, **changes: Any) -> SharedRecord:
         """Change these fields, which renews the lease. Raises LeaseLost, or BucketError when nothing is known."""
         return self.change(lambda shared: msgspec.structs.replace(shared, **changes))
+
+    def may_name(self, staged: PromptRecord) -> bool:
+        """Whether the record may say so, by a write whose answer was lost. False only where it certainly does not."""
+        try:
+            found = self._records.read(self.shared.record.id)
+        except OSError:
+            return True
+        return found is None or staged in (found.shared.preview, found.shared.staged)
 
     def give_back(self, files: dict[str, SavedFile]) -> SharedRecord:
         """For others to go on with `files` at once, unless the job has come to its end. Nothing is written after it,

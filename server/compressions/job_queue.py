@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from softbatch.prompt_store.atomic_files import lock, sync
 from softbatch.prompt_store.manifest import ModelSpec, SoftPromptError
-from softbatch.prompt_store.stores.store import NameChanged, SoftPromptStore
+from softbatch.prompt_store.stores.store import NameChanged, NameTaken, SoftPromptStore
 from softbatch.server.compressions.job_places import JobPlaces
 from softbatch.server.compressions.job_watch import SECONDS_BETWEEN_LOOKS, watch
 from softbatch.server.compressions.record import FINAL, Job, JobError, JobRecord, Status, load_jobs, save
@@ -242,8 +242,8 @@ class CompressionJobs:
 
         try:
             await asyncio.to_thread(add)
-        except NameChanged as error:
-            job.record.preview = None  # it is not there any more
+        except (NameChanged, NameTaken) as error:
+            job.record.preview = None  # it is not there any more, or never was
             kept = f"the trained one is in {job.directory / RESULT}: `softbatch prompts import` registers it"
             await self._fail(job, error.code, f"the soft prompt cannot be registered: {error}; {kept}", error.param)
             return
@@ -309,7 +309,8 @@ def _clean(store: SoftPromptStore, directory: Path, record: JobRecord) -> None:
     preview = record.preview or sha256_of_file(directory / PREVIEW)
     if record.status == "cancelled" and preview is not None:
         withdraw(store, record.name, preview)
-    discard(directory, but_result=record.error is not None and record.error.code == NameChanged.CODE)
+    has_no_name = record.error is not None and record.error.code in (NameChanged.CODE, NameTaken.CODE)
+    discard(directory, but_result=has_no_name and (directory / RESULT).exists())
     (directory / "request.json").unlink(missing_ok=True)
     if record.status == "cancelled" and record.preview is not None:
         record.preview = None

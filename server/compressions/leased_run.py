@@ -12,18 +12,19 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from softbatch.prompt_store.manifest import SoftPromptError
 from softbatch.prompt_store.stores.object_store import ObjectStore, StagedPrompt
 from softbatch.prompt_store.stores.prompt_record import PromptRecord, seal
-from softbatch.prompt_store.stores.store import NameChanged
+from softbatch.prompt_store.stores.store import NameChanged, NameTaken
 from softbatch.server.compressions.job_lease import BEAT_SECONDS, JobLease, LeaseLost
 from softbatch.server.compressions.record import JobError, JobRecord
 from softbatch.server.compressions.request import CompressionRequest, ModelChoice
 from softbatch.server.compressions.result import find_finished, find_preview, withdraw
-from softbatch.server.compressions.shared_record import SavedFile, SharedRecord, report_key, request_key
+from softbatch.server.compressions.shared_record import SavedFile, SharedRecord, report_key, request_key, result_key
 from softbatch.server.compressions.work_snapshot import WorkSnapshots, restore
 from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage, ProgressMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
@@ -50,7 +51,7 @@ class LeasedRun:
         self._unneeded: asyncio.Queue[set[SavedFile]] = asyncio.Queue()
         # Of its own: while the bucket is slow, others keep all threads of the process waiting.
         self._renewer = ThreadPoolExecutor(1, "renew-lease")
-        self._lost = False
+        self._lost = self._is_kept = False
         self._worker: WorkerProcess | None = None
         self._previews: list[asyncio.Task[FailedMessage | None]] = []
 
@@ -182,23 +183,37 @@ class LeasedRun:
             if found is None:
                 return
             staged = self._store.stage(self._lease.shared.record.name, found.prompt, kept=found.kept)
-            try:
-                self._lease.write(preview=staged.record)
-            except BaseException:
-                self._store.discard(staged.record)
-                raise
+            self._promise(staged.record, preview=staged.record)
         self._name_preview()
 
+    def _promise(self, promised: PromptRecord, /, **changes: Any) -> None:
+        """Write down that it will have its name. Where no answer came it may be written: its objects stay then, and
+        `remove_stale` finds them if no record names them. Raises like `JobLease.write`."""
+        try:
+            self._lease.write(**changes)
+        except LeaseLost:
+            if not self._lease.may_name(promised):
+                self._store.discard(promised)
+            raise
+
     def _name_preview(self) -> None:
-        """Also what another server has written. What that one has registered, and somebody has deleted since, stays
-        deleted."""
+        """Also what another server has written. One whose objects are gone stays without a name, which is then free for
+        the trained one."""
         preview = self._lease.shared.preview
         if preview is None or self._lease.shared.record.preview is not None:
             return
         if not self._lease.is_safe:
             self._lease.write()
-        if self._store.is_whole(preview):
-            self._store.publish(StagedPrompt(self._store.describe(preview), preview))
+        try:
+            if self._store.is_whole(preview):
+                self._store.publish(StagedPrompt(self._store.describe(preview), preview))
+            elif self._store.is_free(preview.name):
+                self._lease.write(preview=None)
+                return
+        except NameTaken:
+            self._lease.write(preview=None)  # first: nobody goes on with objects that are gone
+            self._store.discard(preview)
+            raise
         self._lease.change(
             lambda shared: msgspec.structs.replace(
                 shared, record=msgspec.structs.replace(shared.record, preview=preview.sha256)
@@ -212,18 +227,18 @@ class LeasedRun:
         if finished is None:
             raise FileNotFoundError(f"{self._directory} holds no result")
         self._name_preview()
+        report = self._directory / "report" / "report.html"
+        with contextlib.suppress(FileNotFoundError):
+            self._store.bucket.write(report_key(self._id), seal(report.read_bytes()))
         record, preview = self._lease.shared.record, self._lease.shared.preview
-        staged = self._store.stage(record.name, finished.prompt, kept=finished.kept, previous=preview)
         try:
-            report = self._directory / "report" / "report.html"
-            with contextlib.suppress(FileNotFoundError):
-                self._store.bucket.write(report_key(self._id), seal(report.read_bytes()))
-            record = msgspec.structs.replace(record, fidelity=done.fidelity)
-            self._lease.write(record=record, staged=staged.record)
-        except BaseException:
-            self._store.discard(staged.record)
+            staged = self._store.stage(record.name, finished.prompt, kept=finished.kept, previous=preview).record
+        except NameTaken:
+            self._keep(finished.prompt)
             raise
-        return self.publish_staged(staged.record)
+        record = msgspec.structs.replace(record, fidelity=done.fidelity)
+        self._promise(staged, record=record, staged=staged)
+        return self.publish_staged(staged)
 
     def publish_staged(self, staged: PromptRecord) -> SharedRecord:
         """Also what another server has staged: the name's record says the same, whoever writes it. Raises
@@ -236,7 +251,11 @@ class LeasedRun:
                 param="file",
                 code="invalid_file",
             )
-        self._store.publish(StagedPrompt(self._store.describe(staged), staged))
+        try:
+            self._store.publish(StagedPrompt(self._store.describe(staged), staged))
+        except (NameTaken, NameChanged):
+            self._keep(self._store.local_file(self._store.describe(staged)))
+            raise
         record = self._lease.shared.record
         return self.end(
             msgspec.structs.replace(
@@ -244,15 +263,27 @@ class LeasedRun:
             )
         )
 
+    def _keep(self, result: Path) -> None:
+        """What does not get its name, for whoever waited for it. It goes when the job's record goes."""
+        self._store.bucket.upload(result, result_key(self._id))
+        self._is_kept = True
+
     def fail(self, code: str, message: str, param: str | None = None) -> SharedRecord:
-        record = self._lease.shared.record
+        record, staged = self._lease.shared.record, self._lease.shared.staged
+        if self._is_kept:
+            message += (
+                f"; the trained one is {self._store.bucket.url}/{result_key(self._id)}: download it, and "
+                "`softbatch prompts import` registers it"
+            )
         if code == NameChanged.CODE:
-            message += "; send the compression again, under this name if it is free or under another one"
             record = msgspec.structs.replace(record, preview=None)
         elif record.preview is not None:
             message += f"; its preview stays registered as {record.name}, delete it before you try again"
         error = JobError(code, message, param)
-        return self.end(msgspec.structs.replace(record, status="failed", finished_at=int(time.time()), error=error))
+        ended = self.end(msgspec.structs.replace(record, status="failed", finished_at=int(time.time()), error=error))
+        if self._is_kept and staged is not None:  # not before: another server would find that it is gone
+            self._store.discard(staged)
+        return ended
 
     def cancel(self) -> SharedRecord:
         withdraw_preview(self._store, self._lease.shared)

@@ -20,7 +20,7 @@ from softbatch.server.compressions.request import (
     make_settings,
     read_context,
 )
-from softbatch.server.compressions.result import previewed, register, register_once, sha256_of_file
+from softbatch.server.compressions.result import previewed, register, register_once, register_own, sha256_of_file
 from softbatch.server.compressions.run import run_compression
 from softbatch.server.compressions.run_directory import PREVIEW, discard, has_work, locked
 
@@ -113,6 +113,6 @@ def _registered(
             should_stop,
             on_preview=lambda preview: register_once(preview, lambda found: register(store, name, found)),
         )
-        stored = register(store, name, finished, previewed(directory))
+        stored = register_own(store, name, finished, previewed(directory))
         discard(directory)
     return stored

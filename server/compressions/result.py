@@ -54,12 +54,17 @@ def finished_before(prepared: PreparedRun, directory: Path) -> Finished | None:
     """The result of this very run, if it came to its end. Raises InputError or ValueError when it is another's."""
     finished = find_finished(directory)
     if finished is not None:
-        request = prepared.request
-        seconds_spent(directory / "work", identity_of(request.settings, request.context, request.questions))
-        made_for = read_manifest(finished.prompt, request.max_prompt_bytes).model.name
+        check_same_run(prepared, directory)
+        made_for = read_manifest(finished.prompt, prepared.request.max_prompt_bytes).model.name
         if made_for != prepared.model.name:
             raise InputError("model", f"this compression was made with {made_for}; resume it with that model")
     return finished
+
+
+def check_same_run(prepared: PreparedRun, directory: Path) -> None:
+    """Raises ValueError where the directory's work is another run's."""
+    request = prepared.request
+    seconds_spent(directory / "work", identity_of(request.settings, request.context, request.questions))
 
 
 def keep(outcome: Outcome, request: CompressionRequest, spec: ModelSpec, directory: Path) -> Finished:
@@ -139,6 +144,16 @@ def register(store: SoftPromptStore, name: str, finished: Finished, preview: str
         if preview is None and stored is not None and stored.sha256 == sha256_of_file(own):
             return register(store, name, finished, stored.sha256)  # killed before it wrote that down
         raise
+
+
+def register_own(store: SoftPromptStore, name: str, finished: Finished, preview: str | None) -> StoredPrompt:
+    """`register` for a command, whose user asks for the name: also where the preview was deleted. Raises like it."""
+    try:
+        return register(store, name, finished, preview)
+    except NameChanged as error:
+        if not error.is_gone:
+            raise
+        return register(store, name, finished)
 
 
 def sha256_of_file(path: Path) -> str | None:

@@ -16,7 +16,14 @@ from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model.source import ModelError
 from softbatch.server.compressions.other_prompts import another_prefix
 from softbatch.server.compressions.prepare import PreparedRun
-from softbatch.server.compressions.result import Finished, find_preview, finished_before, keep, keep_preview
+from softbatch.server.compressions.result import (
+    Finished,
+    check_same_run,
+    find_preview,
+    finished_before,
+    keep,
+    keep_preview,
+)
 from softbatch.server.compressions.run_directory import check_same_model, discard
 from softbatch.server.compressions.session import CompressionSession
 
@@ -56,8 +63,10 @@ def run_compression(
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
         discard(directory)
+    request, preview = prepared.request, find_preview(directory)
+    if preview is not None:
+        check_same_run(prepared, directory)
     on_progress(Progress("loading", 0, 1))
-    request = prepared.request
     session = CompressionSession.open(prepared.model, prepared.context, request.max_prompt_bytes)
     try:
         check_model(session.spec)
@@ -71,7 +80,6 @@ def run_compression(
         def make_preview(outcome: Outcome) -> None:
             on_preview(keep_preview(outcome, request, session.spec, directory))
 
-        preview = find_preview(directory)
         if preview is not None and request.preview:
             on_preview(preview)
         outcome = Compression(

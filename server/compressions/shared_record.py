@@ -4,6 +4,7 @@ compressions/<id>/job.json      the record below, with its own hash in front
 compressions/<id>/request.json  what is to be compressed; goes with the end of the job
 compressions/<id>/files/…       what a run goes on from, named by the record; goes with the end of the job
 compressions/<id>/report        the page, with its own hash in front
+compressions/<id>/soft_prompt.safetensors  a result that did not get its name
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class SharedRecords:
         self.bucket.delete(record_key(job_id))
         self.clean(job_id)
         self.bucket.delete(report_key(job_id))
+        self.bucket.delete(result_key(job_id))
 
     def clean(self, job_id: str) -> None:
         """Delete what only a run needs."""
@@ -116,6 +118,10 @@ def record_key(job_id: str) -> str:
 
 def request_key(job_id: str) -> str:
     return f"{FOLDER}{job_id}/request.json"
+
+
+def result_key(job_id: str) -> str:
+    return f"{FOLDER}{job_id}/soft_prompt.safetensors"
 
 
 def report_key(job_id: str) -> str:

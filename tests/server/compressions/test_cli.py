@@ -261,6 +261,24 @@ def test_a_finished_run_is_registered_for_its_own_context_only(
         assert (tmp_path / "store" / "harbour.safetensors").exists()
         shutil.rmtree(directory)
         kept.rename(directory)
+    (directory / "previewed").write_text("0" * 64)
+    (tmp_path / "store" / "harbour.safetensors").unlink()  # the preview, say, while the run was stopped
+    assert main(compress(harbour, tiny_path, tmp_path / "store", *flags)) == 0
+    assert (tmp_path / "store" / "harbour.safetensors").exists()
+
+
+def test_the_preview_of_another_run_is_not_registered(
+    store: Path, tiny_path: str, harbour: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "store" / ".compressions" / "harbour"
+    (directory / "work").mkdir(parents=True)
+    shutil.copyfile(store / "harbour.safetensors", directory / "preview.safetensors")
+    wanted = make_settings(virtual_tokens=VIRTUAL_TOKENS, steps=3, seed=5)
+    record = {**identity_of(wanted, CONTEXT.replace("seven", "nine"), ()), "elapsed": 1.0}
+    (directory / "work" / "job.json").write_text(json.dumps(record))
+    assert main(compress(harbour, tiny_path, tmp_path / "store", "--preview", "--resume")) == 2
+    assert "another context" in capfd.readouterr().err
+    assert not (tmp_path / "store" / "harbour.safetensors").exists()
 
 
 @pytest.mark.parametrize("before", ["nothing", "context", "soft prompt"])

@@ -14,9 +14,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from softbatch.prompt_store.manifest import PREVIEW_OF
-from softbatch.prompt_store.stores.bucket import Bucket
+from softbatch.prompt_store.stores.bucket import Bucket, BucketError
 from softbatch.prompt_store.stores.directory import PromptStore
-from softbatch.prompt_store.stores.store import SoftPromptStore
+from softbatch.prompt_store.stores.object_store import ObjectStore
+from softbatch.prompt_store.stores.store import NameTaken, SoftPromptStore
 from softbatch.server.compressions import job_queue
 from softbatch.server.compressions.job_lease import JobLease, LeaseLost
 from softbatch.server.compressions.job_queue import CompressionJobs
@@ -25,7 +26,7 @@ from softbatch.server.compressions.record import Job, JobRecord, new_id, save
 from softbatch.server.compressions.request import DIRECTORY, ModelChoice
 from softbatch.server.compressions.run_directory import PREVIEW, RESULT
 from softbatch.server.compressions.shared_queue import SharedCompressions
-from softbatch.server.compressions.shared_record import SharedRecord, SharedRecords
+from softbatch.server.compressions.shared_record import SharedRecord, SharedRecords, result_key
 from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
 from tests.support.bucket_server import QUICK, BucketServer, object_store
@@ -201,6 +202,20 @@ def test_a_name_that_is_taken_ends_the_run_early(root: Path, tmp_path: Path) -> 
     assert hashes(PromptStore(root, MAX_BYTES)) == [taken.sha256]
 
 
+def test_a_name_taken_meanwhile_costs_no_result(root: Path, tmp_path: Path) -> None:
+    job_id, *_ = new_job(root)
+    jobs, store = server_on(root), PromptStore(root, MAX_BYTES)
+    job = jobs.get(job_id)
+    (job.directory / PREVIEW).unlink()
+    taken = store.add(NAME, write(tmp_path / "upload", seed=7))
+    asyncio.run(jobs._register(job, DoneMessage({})))
+    assert hashes(store) == [taken.sha256]
+    assert job.record.error is not None
+    assert job.record.error.code == "name_taken"
+    assert str(job.directory / RESULT) in job.record.error.message
+    assert (job.directory / RESULT).exists()
+
+
 def test_a_failure_leaves_the_preview_and_says_so(root: Path) -> None:
     job_id, preview, _ = new_job(root)
     jobs = server_on(root)
@@ -236,35 +251,39 @@ def taken(records: SharedRecords, job_id: str, holder: str) -> JobLease:
     return lease
 
 
-def end_shared(run: LeasedRun, lease: JobLease) -> None:
+def end_shared(run: LeasedRun, lease: JobLease) -> SharedRecord:
     """As a server that has taken it goes on."""
     if lease.shared.staged is not None:
-        run.publish_staged(lease.shared.staged)
-        return
+        return run.publish_staged(lease.shared.staged)
     run.publish_preview()
-    run.publish(DoneMessage({}))
+    return run.publish(DoneMessage({}))
 
 
 def test_a_job_of_all_servers_killed_at_any_call_goes_on_elsewhere(bucket_server: BucketServer, tmp_path: Path) -> None:
+    """Before each call that changes something: between two of them the bucket stays the same."""
     base, ask, seen = bucket_server.new_url(), Bucket._ask, set[tuple[str, ...]]()
     preview, trained = make_files(tmp_path / "run", "cmpr-1")
-    for last in range(1, 34, 3):
+    offers, is_killed, last = Bucket(base, QUICK).probe(), True, 0
+    while is_killed:
         url = f"{base}/{last}"
         records, job_id = shared_job(url)
-        store = object_store(url, tmp_path / f"one{last}", MAX_BYTES)
-        assert store.offers.replace
+        store, other = (object_store(url, tmp_path / f"{name}{last}", MAX_BYTES) for name in ("one", "two"))
+        store.offers = other.offers = offers
         lease = taken(records, job_id, "one")
         left = iter(range(last))
 
-        def until_killed(self: Bucket, *arguments: Any, left: Iterator[int] = left) -> Any:
-            if next(left, None) is None:
+        def until_killed(self: Bucket, what: str, *arguments: Any, left: Iterator[int] = left) -> Any:
+            if what not in ("read", "look at", "list") and next(left, None) is None:
                 raise Killed
-            return ask(self, *arguments)
+            return ask(self, what, *arguments)
 
-        with contextlib.suppress(Killed), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Bucket, "_ask", until_killed)
-            end_shared(LeasedRun(store, lease, tmp_path / "run"), lease)
-        other = object_store(url, tmp_path / f"two{last}", MAX_BYTES)
+            try:
+                end_shared(LeasedRun(store, lease, tmp_path / "run"), lease)
+                is_killed = False
+            except Killed:
+                last += 1
         found = hashes(other)
         seen.add(tuple({preview: "preview", trained: "trained"}[sha256] for sha256 in found))
         shared = records.read(job_id)
@@ -315,6 +334,106 @@ def test_a_name_that_a_user_has_changed_is_left_to_him_in_a_bucket(url: str, tmp
     assert (record.status, record.preview) == ("failed", None)
     assert record.error is not None
     assert record.error.code == "name_changed"
+    assert_kept(store, lease, by_hand, tmp_path)
+
+
+def assert_kept(store: ObjectStore, lease: JobLease, by_hand: list[str], tmp_path: Path) -> None:
+    """The trained one can be downloaded, as the error says, and nothing else is left of it."""
+    record = lease.shared.record
+    key = result_key(record.id)
+    assert record.error is not None
+    assert f"{store.bucket.url}/{key}" in record.error.message
+    store.bucket.download(key, tmp_path / "downloaded")
+    assert (tmp_path / "downloaded").read_bytes() == (tmp_path / "run" / RESULT).read_bytes()
+    assert len(store.bucket.list("objects/")) == len(by_hand)
+    SharedRecords(store.bucket).delete(record.id)
+    assert store.bucket.list(f"compressions/{record.id}") == []
+
+
+@pytest.mark.parametrize("when", ["nothing is staged", "its preview is staged", "it is staged"])
+def test_a_name_taken_meanwhile_costs_no_result_in_a_bucket(url: str, tmp_path: Path, when: str) -> None:
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    make_files(tmp_path / "run", job_id)
+    lease = taken(records, job_id, "one")
+    queue, run = queue_of(url, tmp_path / "server"), LeasedRun(store, lease, tmp_path / "run")
+    if when == "its preview is staged":
+        lease.write(preview=store.stage(NAME, tmp_path / "run" / PREVIEW).record)
+    if when == "it is staged":
+        lease.write(staged=store.stage(NAME, tmp_path / "run" / RESULT).record)
+    by_hand = store.add(NAME, write(tmp_path / "upload", seed=7)).sha256
+    (tmp_path / "run" / PREVIEW).unlink()
+    if when == "its preview is staged":
+        with pytest.raises(NameTaken):
+            run.publish_preview()
+        assert lease.shared.preview is None, "before its objects go: whoever comes must not take that for a deletion"
+    asyncio.run(queue._publish(run, lambda: end_shared(run, lease)))
+    assert hashes(store) == [by_hand]
+    assert lease.shared.record.error is not None
+    assert lease.shared.record.error.code == "name_taken"
+    assert_kept(store, lease, [by_hand], tmp_path)
+
+
+@pytest.mark.parametrize("what", ["preview", "staged"])
+def test_what_was_written_without_an_answer_is_there_for_whoever_reads_it(url: str, tmp_path: Path, what: str) -> None:
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    _, trained = make_files(tmp_path / "run", job_id)
+    lease = taken(records, job_id, "one")
+    run, write_record = LeasedRun(store, lease, tmp_path / "run"), JobLease.write
+
+    def without_an_answer(self: JobLease, **changes: Any) -> SharedRecord:
+        write_record(JobLease(records, self.seen), **changes)
+        raise BucketError("no answer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobLease, "write", without_an_answer)
+        with pytest.raises(BucketError):
+            run.publish_preview() if what == "preview" else run.publish(DoneMessage({}))
+    lease.write()  # the next beat
+    promised = lease.shared.preview if what == "preview" else lease.shared.staged
+    assert promised is not None
+    assert store.is_whole(promised)
+    end_shared(run, lease)
+    assert hashes(store) == [trained]
+    assert lease.shared.record.status == "succeeded"
+
+
+def test_what_the_next_holder_reads_is_not_taken_from_it(url: str, tmp_path: Path) -> None:
+    """The write was done, its answer lost, and the lease too before it was asked for again."""
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    _, trained = make_files(tmp_path / "run", job_id)
+    lease = taken(records, job_id, "one")
+    write_record = JobLease.write
+
+    def overtaken(self: JobLease, **changes: Any) -> SharedRecord:
+        write_record(JobLease(records, self.seen), **changes)
+        taken(records, job_id, "two")
+        return write_record(self, **changes)
+
+    run = LeasedRun(store, lease, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobLease, "write", overtaken)
+        with pytest.raises(LeaseLost):
+            run.publish_preview()
+    second = taken(records, job_id, "three")
+    end_shared(LeasedRun(store, second, tmp_path / "run"), second)
+    assert hashes(store) == [trained]
+
+
+def test_a_preview_whose_objects_went_before_it_had_its_name_leaves_it_free(url: str, tmp_path: Path) -> None:
+    """All servers were away for longer than what no name leads to is kept."""
+    records, job_id = shared_job(url)
+    store = object_store(url, tmp_path / "copies", MAX_BYTES)
+    _, trained = make_files(tmp_path / "run", job_id)
+    lease = taken(records, job_id, "one")
+    staged = store.stage(NAME, tmp_path / "run" / PREVIEW).record
+    lease.write(preview=staged)
+    store.discard(staged)
+    LeasedRun(store, lease, tmp_path / "run").publish(DoneMessage({}))
+    assert hashes(store) == [trained]
+    assert lease.shared.record.status == "succeeded"
 
 
 def queue_of(url: str, root: Path) -> SharedCompressions:
