@@ -14,9 +14,12 @@ export class TokenText {
     this.element.addEventListener("pointerleave", (event) => rests(event) || this.select(null));
     this.element.addEventListener("blur", () => this.select(null));
     this.element.addEventListener("keydown", (event) => this.onKey(event));
+    this.onResize = () => this.selected && this.place();
+    addEventListener("resize", this.onResize);
   }
 
   close() {
+    removeEventListener("resize", this.onResize);
     this.tip.remove();
   }
 
@@ -68,7 +71,12 @@ export class TokenText {
     this.fill(found);
     // Beside the place rather than inside: what the pointer is over must not change the text below it.
     if (!this.tip.isConnected) document.body.append(this.tip);
-    const box = span.getBoundingClientRect();
+    this.place();
+  }
+
+  place() {
+    this.tip.style.setProperty("left", "0px"); // near the window's edge it would be measured narrower than it becomes
+    const box = this.selected.getBoundingClientRect();
     const width = this.tip.offsetWidth;
     const left = Math.min(Math.max(8, box.left), document.documentElement.clientWidth - width - 8);
     const above = box.top - this.tip.offsetHeight - 8;
