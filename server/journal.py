@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 
 import msgspec
 
 from softbatch.scheduler.protocol import SequenceOutput
+from softbatch.server.request_failures import SequenceChanged
 
 
 class SequenceOpened(msgspec.Struct, frozen=True, tag="opened"):
-    """All of a sequence that neither the HTTP request nor the engine says; `place` is its number in the request, and
-    `model` the fingerprint of the only model that can go on with it."""
+    """All of a sequence that neither the HTTP request nor the engine says; `place` is its number in the request.
+    Only the model with the fingerprint `model` can go on with it, and only behind the same soft prompt and the same
+    prompt, of which `behind` is a hash: names and texts may mean something else by then."""
 
     place: int
     request_id: str
     seed: int
     created: int
     model: str = ""
+    behind: str = ""
 
 
 class SequenceBrought(msgspec.Struct, frozen=True, tag="brought"):
@@ -54,13 +58,16 @@ class Journal:
             else:
                 self._brought.setdefault(entry.place, []).append(entry.outputs)
 
-    def open(self, seed: int) -> SequenceOpened:
-        """The next sequence: as it was opened before, or new."""
+    def open(self, seed: int, token_ids: list[int], soft_prompt: str) -> SequenceOpened:
+        """The next sequence: as it was opened before, or new. Raises SequenceChanged."""
         place, self._num_sequences = self._num_sequences, self._num_sequences + 1
         opened = self._opened.get(place)
+        behind = hashlib.blake2b(array("q", token_ids).tobytes(), key=soft_prompt.encode(), digest_size=16).hexdigest()
         if opened is None:
-            opened = self._opened[place] = _opened(place, seed, self._model)
+            opened = self._opened[place] = msgspec.structs.replace(_opened(place, seed, self._model), behind=behind)
             self._write(opened)
+        elif opened.behind != behind:
+            raise SequenceChanged
         return opened
 
     def brought(self, place: int) -> list[list[SequenceOutput]]:
@@ -92,9 +99,10 @@ def kept_journal() -> Journal | None:
     return _kept.get()
 
 
-def open_sequence(seed: int) -> SequenceOpened:
+def open_sequence(seed: int, token_ids: list[int], soft_prompt: str = "") -> SequenceOpened:
+    """`soft_prompt` is a content hash, empty if there is none. Raises SequenceChanged."""
     journal = _kept.get()
-    return journal.open(seed) if journal is not None else _opened(0, seed)
+    return journal.open(seed, token_ids, soft_prompt) if journal is not None else _opened(0, seed)
 
 
 def unique_hex() -> str:

@@ -21,6 +21,8 @@ MOST_DEATHS = 3
 PATIENCE_SECONDS = 120.0
 SECONDS_TO_ASK_AGAIN = 0.5
 NOT_NOW = frozenset({429, 503})
+# A refusal without it stays one.
+_ASK_AGAIN = b"retry-after"
 # Serve's proxy sends the request's id itself.
 _DROPPED = frozenset({b"x-request-id", b"transfer-encoding", b"connection"})
 _KEPT_ALIVE = (b": ", b"event: ping")
@@ -112,7 +114,7 @@ class Forwarding:
         return not said.more
 
     async def _begin(self, head: ReplyHead, *, may_refuse: bool) -> None:
-        if head.status in NOT_NOW and not may_refuse:
+        if head.status in NOT_NOW and not may_refuse and any(name.lower() == _ASK_AGAIN for name, _ in head.headers):
             raise _NoRoom
         if self._head is None:
             self._head = head

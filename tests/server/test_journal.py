@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
 from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal, open_sequence, unique_hex
+from softbatch.server.request_failures import SequenceChanged
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.tools.call_formats import mistral_id
 from tests.support.in_process_engine import InProcessEngine
@@ -14,7 +17,7 @@ TOKENS = 12
 
 
 async def begun(seed: int, max_tokens: int = TOKENS) -> ActiveRequest:
-    opened = open_sequence(seed)
+    opened = open_sequence(seed, [1, 2, 3])
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=opened.seed)
     add = AddRequest(request_id=opened.request_id, token_ids=[1, 2, 3], params=params)
     return ActiveRequest.of(add, None, "", 0.0, opened=opened)
@@ -78,11 +81,28 @@ def test_another_server_goes_on_and_says_the_same_before() -> None:
     asyncio.run(check())
 
 
+def test_nobody_goes_on_behind_another_prompt_or_soft_prompt() -> None:
+    """The name that a request gives may be another soft prompt's by then, and its text other tokens."""
+
+    async def check() -> None:
+        written: list[Entry] = []
+        keep_journal(Journal(written.append))
+        opened = [open_sequence(1, [1, 2], "preview"), open_sequence(1, [1, 2])]
+        for token_ids, soft_prompt in (([1, 2], "trained"), ([1, 2], ""), ([1, 3], "preview")):
+            keep_journal(Journal(written.append, opened))
+            with pytest.raises(SequenceChanged):
+                open_sequence(1, token_ids, soft_prompt)
+        keep_journal(Journal(written.append, opened))
+        assert [open_sequence(2, [1, 2], "preview"), open_sequence(2, [1, 2])] == opened == written
+
+    asyncio.run(check())
+
+
 def test_names_that_are_drawn_are_the_same_on_every_server() -> None:
     async def drawn(entries: list[Entry]) -> tuple[list[Entry], list[str]]:
         written: list[Entry] = []
         keep_journal(Journal(written.append, entries))
-        open_sequence(1)
+        open_sequence(1, [1])
         return written, [unique_hex(), mistral_id(), unique_hex()]
 
     async def check() -> None:

@@ -36,7 +36,7 @@ def brought(*token_ids: int) -> SequenceBrought:
 class Replicas:
     """Each says its own script and dies behind it, the last one does not; keeps what each was told of the journal."""
 
-    def __init__(self, *scripts: Sequence[Said]) -> None:
+    def __init__(self, *scripts: Sequence[Any]) -> None:
         self.scripts = list(scripts)
         self.told: list[list[Entry] | None] = []
 
@@ -117,7 +117,7 @@ def test_what_changes_something_is_asked_once() -> None:
 
 def test_a_full_replica_takes_in_what_had_been_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwarding, "SECONDS_TO_ASK_AGAIN", 0.0)
-    full = [ReplyHead(429, []), ReplyPart(b"full", more=False)]
+    full = [ReplyHead(429, [(b"Retry-After", b"1")]), ReplyPart(b"full", more=False)]
     replicas = Replicas([STREAM, event("a")], full, full, [STREAM, event("a"), event("b"), END])
     assert forward(replicas) == (200, [b"data: a\n\n", b"data: b\n\n"])
     # Whoever comes first hears it at once.
@@ -134,3 +134,11 @@ def test_another_answer_in_the_midst_of_a_stream_is_told() -> None:
     status, parts = forward(Replicas([STREAM, event("a")], [ReplyHead(404, []), END]))
     assert status == 200
     assert "404" in json.loads(parts[1].removeprefix(b"data: "))["error"]["message"]
+
+
+def test_a_refusal_that_stays_one_is_not_waited_for() -> None:
+    """A soft prompt that is another one by now."""
+    changed = [ReplyHead(503, []), ReplyPart(b"changed", more=False)]
+    _, parts = forward(Replicas([STREAM, event("a")], changed))
+    assert json.loads(parts[1].removeprefix(b"data: "))["error"]["code"] == "replica_lost"
+    assert forward(Replicas([OPENED], changed)) == (503, [b"changed"])
