@@ -69,6 +69,8 @@ class Ingress:
         repeatable = may_be_asked_twice(scope["method"], path)
         forwarding = Forwarding(asked, send, (RayActorError,), repeatable=repeatable)
         await _until_gone(forwarding.run(lambda entries: self._ask(target, asked, entries, body, needed)), receive)
+        if several and forwarding.status == 404:
+            self._directory.forget(needed)
 
     async def _target(self, scope: Scope, path: str, body: bytes) -> tuple[ModelTarget, str]:
         """Who is to answer, and what it should hold."""

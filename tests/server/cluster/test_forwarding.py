@@ -48,6 +48,14 @@ class Replicas:
             raise Died
 
 
+class Refusing(Replicas):
+    """None of them dies."""
+
+    async def ask(self, entries: list[bytes] | None) -> AsyncGenerator[list[Said], None]:
+        for said in self.scripts.pop(0):
+            yield decode_said(encode_said([said]))
+
+
 def forward(
     replicas: Replicas, path: str = "/v1/completions", *, repeatable: bool = True
 ) -> tuple[int | None, list[bytes]]:
@@ -134,6 +142,19 @@ def test_another_answer_in_the_midst_of_a_stream_is_told() -> None:
     status, parts = forward(Replicas([STREAM, event("a")], [ReplyHead(404, []), END]))
     assert status == 200
     assert "404" in json.loads(parts[1].removeprefix(b"data: "))["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/batches", "/v1/files/file-1", "/v1/compressions"])
+def test_the_replica_that_has_it_is_looked_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarding, "SECONDS_TO_ASK_OTHERS", 0.0)
+    code = "compressions_elsewhere" if "compressions" in path else "batches_elsewhere"
+    body = json.dumps({"error": {"code": code}}).encode()
+    refusal = [ReplyHead(503, []), ReplyPart(body, more=False)]
+    assert forward(Refusing(refusal, refusal, [PLAIN, ReplyPart(b"{}", more=False)]), path) == (200, [b"{}"])
+    # Whatever else it says is passed on, and so is that nobody has it.
+    other = [ReplyHead(503, []), ReplyPart(b"full", more=True), END]
+    assert forward(Refusing(refusal, other), path) == (503, [b"full"])
+    assert forward(Refusing(*[refusal] * 100), path) == (503, [body])
 
 
 def test_a_refusal_that_stays_one_is_not_waited_for() -> None:
