@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 import uuid
 from array import array
@@ -51,7 +52,7 @@ class Journal:
         self._opened: dict[int, SequenceOpened] = {}
         self._brought: dict[int, list[list[SequenceOutput]]] = {}
         self._num_sequences = 0
-        self._num_ids = 0
+        self._num_namers = 0
         for entry in entries:
             if isinstance(entry, SequenceOpened):
                 self._opened[entry.place] = entry
@@ -78,12 +79,18 @@ class Journal:
         # Their names are that of the sequence: not kept again with each.
         self._write(SequenceBrought(place, [msgspec.structs.replace(output, request_id="") for output in outputs]))
 
-    def draw(self) -> str:
-        """32 hexadecimal digits, the same on every server."""
-        self._num_ids += 1
-        first = self._opened.get(0)
-        seed = f"{first.request_id}/{self._num_ids}" if first else uuid.uuid4().hex
-        return hashlib.sha256(seed.encode()).hexdigest()[:32]
+    def namer(self) -> Callable[[], str]:
+        """Draws 32 hexadecimal digits, the same on every server, whatever other namers have drawn: the choices of a
+        request may come in another order there."""
+        self._num_namers += 1
+        number, drawn = self._num_namers, itertools.count()
+
+        def draw() -> str:
+            first = self._opened.get(0)
+            seed = f"{first.request_id}/{number}/{next(drawn)}" if first else uuid.uuid4().hex
+            return hashlib.sha256(seed.encode()).hexdigest()[:32]
+
+        return draw
 
 
 _kept: ContextVar[Journal | None] = ContextVar("kept", default=None)
@@ -105,10 +112,10 @@ def open_sequence(seed: int, token_ids: list[int], soft_prompt: str = "") -> Seq
     return journal.open(seed, token_ids, soft_prompt) if journal is not None else _opened(0, seed)
 
 
-def unique_hex() -> str:
-    """32 hexadecimal digits that no other request has."""
+def unique_names() -> Callable[[], str]:
+    """Draws 32 hexadecimal digits that nobody else has. One for each choice, made in their order."""
     journal = _kept.get()
-    return journal.draw() if journal is not None else uuid.uuid4().hex
+    return journal.namer() if journal is not None else lambda: uuid.uuid4().hex
 
 
 def _opened(place: int, seed: int, model: str = "") -> SequenceOpened:

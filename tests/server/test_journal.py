@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
-from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal, open_sequence, unique_hex
+from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal, open_sequence, unique_names
 from softbatch.server.request_failures import SequenceChanged
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.tools.call_formats import mistral_id
@@ -103,11 +103,15 @@ def test_names_that_are_drawn_are_the_same_on_every_server() -> None:
         written: list[Entry] = []
         keep_journal(Journal(written.append, entries))
         open_sequence(1, [1])
-        return written, [unique_hex(), mistral_id(), unique_hex()]
+        first, second = unique_names(), unique_names()
+        if entries:  # the choices come in another order
+            others = [second(), mistral_id(second())]
+            return written, [first(), mistral_id(first()), *others]
+        return written, [first(), mistral_id(first()), second(), mistral_id(second())]
 
     async def check() -> None:
         entries, names = await asyncio.create_task(drawn([]))
-        assert len(set(names)) == 3
+        assert len(set(names)) == 4
         assert await asyncio.create_task(drawn(entries)) == ([], names)
         assert (await asyncio.create_task(drawn([])))[1] != names
 
@@ -119,7 +123,8 @@ def test_without_a_journal_nothing_is_kept() -> None:
         request = await begun(3)
         assert request.journal is None
         assert not request.resumed
-        assert len({unique_hex() for _ in range(50)}) == 50
+        draw = unique_names()
+        assert len({draw() for _ in range(50)}) == 50
         assert SequenceOutput("a", 1).token_ids == []
 
     asyncio.run(check())
