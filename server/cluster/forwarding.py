@@ -153,6 +153,8 @@ class Forwarding:
         elif self._head.status != head.status:
             message = f"the replica died, and another one answers {head.status} where it said {self._head.status}"
             raise _GoesOnOtherwise(message)
+        elif not self._is_stream and _content(head) != _content(self._head):
+            raise _GoesOnOtherwise("the replica died, and another one has another content")
 
     def _new_part(self, data: bytes) -> bytes:
         """Without what the client has."""
@@ -180,6 +182,11 @@ class Forwarding:
             await self._send(_body(b"%bdata: %b\n\n" % (name, error_json(error, path).encode()), more=False))
         else:
             raise RuntimeError(error.message)  # the connection breaks: nothing else says that a reply is not whole
+
+
+def _content(head: ReplyHead) -> dict[bytes, bytes]:
+    """What tells whether the bytes behind it are those of another reply."""
+    return {name.lower(): value for name, value in head.headers if name.lower() in (b"content-length", b"etag")}
 
 
 def _start(status: int, headers: Headers) -> Message:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +25,8 @@ from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.settings import Settings
 
 MODELS_PATH = "/v1/models"
+# What a replica's death looks like, and that of its node, which takes along what had been said and not yet fetched.
+LOST_BY = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
 # Of several models: whose soft prompts, files, metrics or health are meant.
 MODEL_HEADER = b"x-softbatch-model"
 
@@ -67,7 +69,7 @@ class Ingress:
         if is_generating(scope["method"], path):
             asked = msgspec.structs.replace(asked, entries=[])
         repeatable = may_be_asked_twice(scope["method"], path)
-        forwarding = Forwarding(asked, send, (RayActorError,), repeatable=repeatable)
+        forwarding = Forwarding(asked, send, LOST_BY, repeatable=repeatable)
         await _until_gone(forwarding.run(lambda entries: self._ask(target, asked, entries, body, needed)), receive)
         if several and forwarding.status == 404:
             self._directory.forget(needed)
@@ -104,7 +106,7 @@ class Ingress:
         asked = Asked(method="GET", path=MODELS_PATH, raw_path=MODELS_PATH.encode(), query_string=b"", headers=headers)
         body = b""
         for _ in range(2):  # a second time if the first replica dies
-            with contextlib.suppress(RayActorError):
+            with contextlib.suppress(*LOST_BY):
                 async for said in self._ask(target, asked, None, b"", ""):
                     body += b"".join(part.data for part in said if isinstance(part, ReplyPart))
                 break

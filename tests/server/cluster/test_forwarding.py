@@ -116,6 +116,16 @@ def test_bytes_that_were_sent_are_not_sent_again() -> None:
     assert forward(Replicas(first, second)) == (200, [b"abc", b"def"])
 
 
+@pytest.mark.parametrize("name", [b"Content-Length", b"etag"])
+def test_two_contents_are_not_made_one(name: bytes) -> None:
+    """A file, say, that was another one when it was asked for again."""
+    one, two = (ReplyHead(200, [*PLAIN.headers, (name, value)]) for value in (b"3", b"4"))
+    first = [one, ReplyPart(b"ab", more=True)]
+    with pytest.raises(RuntimeError, match="another content"):
+        forward(Replicas(first, [two, ReplyPart(b"abcd", more=False)]))
+    assert forward(Replicas(first, [one, ReplyPart(b"abc", more=False)])) == (200, [b"ab", b"c"])
+
+
 def test_what_changes_something_is_asked_once() -> None:
     replicas = Replicas([], [PLAIN, END])
     status, parts = forward(replicas, "/v1/soft_prompts", repeatable=False)
