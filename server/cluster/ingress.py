@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from softbatch.server.cluster.body_room import BodyRoom, HeldBody, NoRoom
 from softbatch.server.cluster.forwarding import Forwarding
 from softbatch.server.cluster.model_directory import ModelDirectory, ModelTarget, cards_in
 from softbatch.server.cluster.request_kinds import is_generating, may_be_asked_twice, names_in, place_of
@@ -22,6 +23,7 @@ from softbatch.server.cluster.wire import Asked, Headers, ReplyPart, Said, decod
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MAX_JSON_BYTES, BodyLimitMiddleware
 from softbatch.server.http.content_encoding import ContentEncodingMiddleware
+from softbatch.server.http.errors import error_response
 from softbatch.server.settings import Settings
 
 MODELS_PATH = "/v1/models"
@@ -41,6 +43,7 @@ class Ingress:
             [ModelTarget(names, handle, _own_key(settings)) for names, handle in zip(models, handles, strict=True)],
             self._list_cards,
         )
+        self._room = BodyRoom()
         read = BodyLimitMiddleware(
             ContentEncodingMiddleware(self._forward),
             max_upload_bytes=settings.max_prompt_mib << 20,
@@ -56,9 +59,16 @@ class Ingress:
         return _Forwarded(self._app)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
-        if body is None:
-            return
+        with self._room.held() as held:
+            try:
+                body = await _body(receive, held)
+            except NoRoom as error:
+                await error_response(error, scope["path"])(scope, receive, send)
+                return
+            if body is not None:
+                await self._answer(scope, body, receive, send)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/") or "/"
         several = len(self._directory.targets) > 1
         if several and path == MODELS_PATH and scope["method"] == "GET":
@@ -129,15 +139,17 @@ class _Forwarded(Response):
         await self._app(scope, receive, send)
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """None if the client has gone."""
+async def _body(receive: Receive, held: HeldBody) -> bytes | None:
+    """None if the client has gone. Raises NoRoom."""
     body = bytearray()
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        data = message.get("body", b"")
+        held.grow(len(data))
+        body += data
         more = message.get("more_body", False)
     return bytes(body)
 
