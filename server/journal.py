@@ -30,10 +30,12 @@ class SequenceOpened(msgspec.Struct, frozen=True, tag="opened"):
 
 
 class SequenceBrought(msgspec.Struct, frozen=True, tag="brought"):
-    """Outputs as a route got them together: made into a reply again, they give the same events."""
+    """Outputs as a route got them together, `at` so many Unix seconds: made into a reply again, they give the same
+    events."""
 
     place: int
     outputs: list[SequenceOutput]
+    at: int = 0
 
 
 Entry = SequenceOpened | SequenceBrought
@@ -51,6 +53,7 @@ class Journal:
         self._model = model
         self._opened: dict[int, SequenceOpened] = {}
         self._brought: dict[int, list[list[SequenceOutput]]] = {}
+        self._ended: dict[int, int] = {}
         self._num_sequences = 0
         self._num_namers = 0
         for entry in entries:
@@ -58,6 +61,7 @@ class Journal:
                 self._opened[entry.place] = entry
             else:
                 self._brought.setdefault(entry.place, []).append(entry.outputs)
+                self._ended[entry.place] = entry.at
 
     def open(self, seed: int, token_ids: list[int], soft_prompt: str) -> SequenceOpened:
         """The next sequence: as it was opened before, or new. Raises SequenceChanged."""
@@ -75,9 +79,15 @@ class Journal:
         """What earlier servers have brought of a sequence."""
         return self._brought.get(place, [])
 
+    def ended_at(self, place: int) -> int:
+        """When the last of a sequence was brought, on whichever server: now, if nothing was."""
+        return self._ended.get(place) or int(time.time())
+
     def bring(self, place: int, outputs: list[SequenceOutput]) -> None:
         # Their names are that of the sequence: not kept again with each.
-        self._write(SequenceBrought(place, [msgspec.structs.replace(output, request_id="") for output in outputs]))
+        kept = [msgspec.structs.replace(output, request_id="") for output in outputs]
+        self._ended[place] = at = int(time.time())
+        self._write(SequenceBrought(place, kept, at))
 
     def namer(self) -> Callable[[], str]:
         """Draws 32 hexadecimal digits, the same on every server, whatever other namers have drawn: the choices of a

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
-from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal, open_sequence, unique_names
+from softbatch.server.journal import (
+    Entry,
+    Journal,
+    SequenceBrought,
+    SequenceOpened,
+    keep_journal,
+    open_sequence,
+    unique_names,
+)
 from softbatch.server.request_failures import SequenceChanged
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.tools.call_formats import mistral_id
@@ -72,11 +81,17 @@ def test_another_server_goes_on_and_says_the_same_before() -> None:
         ) == (TOKENS - sum(map(len, got)))
         assert (after.request_id, after.params.seed, after.created) == (before.request_id, 5, before.created)
 
-        # Of one that had ended there is nothing to compute.
+        last_at = [entry.at for entry in second if isinstance(entry, SequenceBrought)][-1]
+        second = [
+            msgspec.structs.replace(entry, at=entry.at - 1000) if isinstance(entry, SequenceBrought) else entry
+            for entry in second
+        ]
+        # Of one that had ended there is nothing to compute, and it ends when it had.
         third = InProcessEngine()
-        _, last, _ = await serve(third, [*first, *second], 1, 7)
+        _, last, said_again = await serve(third, [*first, *second], 1, 7)
         assert [token_id for batch in last for token_id in batch] == expected
         assert not third.computed
+        assert said_again.ended_at == last_at - 1000
 
     asyncio.run(check())
 
