@@ -75,6 +75,14 @@ class EngineGone(Failure):
         super().__init__(message, code="engine_gone", retry_after=retry_after)
 
 
+class SequenceChanged(Failure):
+    """Another server has begun the sequence behind another prompt or soft prompt: what it brought does not fit here."""
+
+    def __init__(self) -> None:
+        message = "the replica died, and the request's soft prompt or its prompt is another one now; ask again"
+        super().__init__(message, code="replica_lost")
+
+
 class RequestCancelled(Failure):
     """Somebody who may has taken the request out of the batch or the queue."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,29 +61,54 @@ def _serve(cluster: ClusterSettings, settings: Settings, address: str | None) ->
     import ray
     from ray import serve
     from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from softbatch.server.cluster.deployments import application
 
     stopped = threading.Event()
     try:
+        # "local": never a cluster that RAY_ADDRESS, or a file of Ray's, happens to name.
         own = {} if address else {"include_dashboard": False}
-        ray.init(address=address, logging_level=logging.WARNING, **own)
+        ray.init(address=address or "local", logging_level=logging.WARNING, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"--address {address}: {error}" if address else f"Ray does not start: {error}") from error
     for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray has handlers of its own, which abort
         signal.signal(number, lambda *_: stopped.set())
     try:
-        serve.start(http_options={"host": settings.host, "port": settings.port})
-        serve.run(application([(cluster, settings)]), name=APPLICATION, route_prefix="/")
-        logger.info("serving %s on http://%s:%d", settings.model, settings.host, settings.port)
-        stopped.wait()
-    except (
-        RuntimeError,
-        RayError,
-    ) as error:  # Serve's, of what cannot be deployed; Ray's, of a machine too busy for it
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{first}; the logs say more: /tmp/ray/session_latest/logs/serve") from error
+        with deployed(serve, lambda: application([(cluster, settings)]), settings.host, settings.port) as where:
+            logger.info("serving %s on %s", settings.model, where)
+            stopped.wait()
+    except (RuntimeError, ValueError, TypeError, TimeoutError, RayError, RayServeException) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        logs = "the replicas' logs say more: /tmp/ray/session_latest/logs/serve"
+        raise UsageError(f"it cannot be deployed: {reason[0]}; {logs}") from error
     finally:
-        serve.shutdown()
         ray.shutdown()
     return 0
+
+
+@contextlib.contextmanager
+def deployed(serve: Any, make: Callable[[], object], host: str, port: int) -> Iterator[str]:
+    """Where it listens. `serve` is Ray's. At the end it is taken away, and Serve with it if that was started here and
+    nobody else has put anything there: a cluster has other applications. Raises UsageError, and what Ray does."""
+    before = serve.status()
+    if APPLICATION in before.applications:
+        raise UsageError(
+            f"--address: an application {APPLICATION!r} runs on this cluster already; end that one first "
+            f"(`serve shutdown` ends all of them)"
+        )
+    runs_already = bool(before.proxies)
+    if runs_already:
+        logger.warning("Serve runs on this cluster already, and listens as before: --host and --port do not count")
+    try:
+        app = make()
+        if not runs_already:
+            serve.start(http_options={"host": host, "port": port})
+        try:
+            serve.run(app, name=APPLICATION, route_prefix="/")
+            yield "Serve's own address" if runs_already else f"http://{host}:{port}"
+        finally:
+            serve.delete(APPLICATION)
+    finally:
+        if not runs_already and not serve.status().applications:
+            serve.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,15 +23,16 @@ class ReplicaLoad:
     has_room: bool = True
 
 
-def ranked(name: str, candidates: Sequence[ReplicaLoad]) -> list[list[str]]:
+def ranked(name: str, candidates: Sequence[ReplicaLoad], *, only_holders: bool = False) -> list[list[str]]:
     """Groups of keys, best first; within a group the least busy is to be taken.
 
     Those that hold `name` come first. Where none does, the name has an order of its own among the replicas, the same
     for whoever asks, and those with room come before those that would have to lose another soft prompt. Replicas that
-    have too much to do come last, so a name that is asked for very often spreads.
+    have too much to do come last, so a name that is asked for very often spreads. With `only_holders` the others cannot
+    serve it at all, so load says nothing.
     """
     mean = sum(candidate.outstanding for candidate in candidates) / max(1, len(candidates))
-    most = max(BUSY_REQUESTS, BUSY_SHARE * mean)
+    most = math.inf if only_holders else max(BUSY_REQUESTS, BUSY_SHARE * mean)
     order = sorted(candidates, key=lambda candidate: _draw(name, candidate.key))
     free = [candidate for candidate in order if candidate.outstanding <= most]
     busy = [candidate for candidate in order if candidate.outstanding > most]

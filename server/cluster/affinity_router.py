@@ -10,6 +10,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
 from softbatch.server.cluster.affinity import ReplicaLoad, ranked
+from softbatch.server.cluster.request_kinds import PLACES
 
 # So long at most a replica is taken to hold what was sent to it without saying so itself, and so long it is not asked
 # to know: what it is sent has to be loaded.
@@ -34,7 +35,8 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
             two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
             return [two, candidate_replicas]
         by_key = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        groups = ranked(name, [self._candidate(name, replica) for replica in candidate_replicas])
+        candidates = [self._candidate(name, replica) for replica in candidate_replicas]
+        groups = ranked(name, candidates, only_holders=name in PLACES)
         return [[by_key[key] for key in group] for group in groups]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
@@ -48,7 +50,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
     def _candidate(self, name: str, replica: RunningReplica) -> ReplicaLoad:
         stats = replica.routing_stats
         sent = self._sent.get((name, replica.replica_id), 0.0)
-        is_fresh = max(time.time() - FRESH_SECONDS, stats.get("at", 0.0) - LOAD_SECONDS) < sent
+        is_fresh = name not in PLACES and max(time.time() - FRESH_SECONDS, stats.get("at", 0.0) - LOAD_SECONDS) < sent
         return ReplicaLoad(
             key=replica.replica_id.unique_id,
             outstanding=self.replica_queue_len_cache.get(replica.replica_id) or 0,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from softbatch.server.settings import Settings
 
 
 class ClusterSettings(BaseModel):
@@ -42,3 +47,29 @@ class ClusterSettings(BaseModel):
         if self.max_replicas is not None and (self.min_replicas or 1) > self.max_replicas:
             raise ValueError(f"--min-replicas {self.min_replicas} is more than --max-replicas {self.max_replicas}")
         return self
+
+
+def with_own_directories(models: Mapping[str, Settings]) -> list[Settings]:
+    """Several models, by their names, none of which keeps compressions or batches where another one does: whoever comes
+    first to such a directory takes all in it for its own. Raises ValueError."""
+    if len(models) == 1:
+        return list(models.values())
+    found = []
+    stores: dict[Path, str] = {}
+    batches: dict[Path, str] = {}
+    for name, settings in models.items():
+        if isinstance(settings.prompt_store, Path):
+            _take(stores, settings.prompt_store, name, "prompt_store, or all of them a bucket")
+        elif settings.batch_dir is None:
+            own = settings.store_root / ".batches" / quote(name, safe="")
+            settings = settings.model_copy(update={"batch_dir": own})
+        if settings.batch_dir is not None:
+            _take(batches, settings.batch_dir, name, "batch_dir")
+        found.append(settings)
+    return found
+
+
+def _take(taken: dict[Path, str], directory: Path, name: str, what: str) -> None:
+    other = taken.setdefault(directory.expanduser().resolve(), name)
+    if other != name:
+        raise ValueError(f"models: {other!r} and {name!r} are both on {directory}; give each its own {what}")

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from softbatch.server.cluster.cluster_settings import ClusterSettings
+from softbatch.server.cluster.cluster_settings import ClusterSettings, with_own_directories
 from softbatch.server.cluster.ingress import Ingress
 from softbatch.server.settings import Settings, absolute_model
 
@@ -42,6 +42,7 @@ def application(deployed: Sequence[tuple[ClusterSettings, Settings]]) -> Applica
     for at, name in enumerate(names):
         if name in names[:at]:
             raise ValueError(f"models: two are called {name!r}; give each a served_model_name of its own")
+    models = with_own_directories(dict(zip(names, models, strict=True)))
     replicas = [
         _replicas(cluster, one, f"model-{at}") for at, (cluster, one) in enumerate(zip(clusters, models, strict=True))
     ]

@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 from starlette.types import Message, Send
 
+from softbatch.server.cluster.request_kinds import place_of
 from softbatch.server.cluster.wire import Asked, Headers, ReplyHead, ReplyPart, Said, pack_entry
 from softbatch.server.http.errors import ANTHROPIC_PATHS, ApiError, error_json, error_response, unavailable
 
@@ -21,6 +22,12 @@ MOST_DEATHS = 3
 PATIENCE_SECONDS = 120.0
 SECONDS_TO_ASK_AGAIN = 0.5
 NOT_NOW = frozenset({429, 503})
+# Of files, batches and compressions, one replica has them: so often at most the others are asked who refuse.
+MOST_ELSEWHERE = 25
+SECONDS_TO_ASK_OTHERS = 0.2
+_ELSEWHERE = (b'"batches_elsewhere"', b'"compressions_elsewhere"')
+# A refusal without it stays one.
+_ASK_AGAIN = b"retry-after"
 # Serve's proxy sends the request's id itself.
 _DROPPED = frozenset({b"x-request-id", b"transfer-encoding", b"connection"})
 _KEPT_ALIVE = (b": ", b"event: ping")
@@ -33,6 +40,10 @@ Ask = Callable[[list[bytes] | None], AsyncGenerator[list[Said], None]]
 
 class _NoRoom(Exception):
     """Another replica has no room for what had been taken."""
+
+
+class _Elsewhere(Exception):
+    """Another replica has what this is about; nothing was done."""
 
 
 class _GoesOnOtherwise(Exception):
@@ -58,12 +69,20 @@ class Forwarding:
         self._sent: Counter[int] = Counter()  # events, by their hashes
         self._skip_bytes = 0
         self._skip: Counter[int] = Counter()
+        self._held: ReplyHead | None = None  # may yet be told to go elsewhere
+        self._num_elsewhere = 0
         self.deaths = 0
+
+    @property
+    def status(self) -> int | None:
+        """Of the reply that the client has been sent."""
+        return self._head.status if self._head is not None else None
 
     async def run(self, ask: Ask) -> None:
         loop = asyncio.get_running_loop()
         until = None
         while True:
+            self._held = None
             self._skip_bytes, self._skip = self._num_sent, Counter(self._sent)
             is_whole = False
             try:
@@ -74,6 +93,8 @@ class Forwarding:
                 if not is_whole:
                     raise RuntimeError("a replica's reply broke off")
                 return
+            except _Elsewhere:
+                await asyncio.sleep(SECONDS_TO_ASK_OTHERS)
             except _NoRoom:
                 await asyncio.sleep(SECONDS_TO_ASK_AGAIN)
             except _GoesOnOtherwise as error:
@@ -100,19 +121,28 @@ class Forwarding:
     async def _take(self, said: Said, *, may_refuse: bool) -> bool:
         """Whether that was the last of the reply."""
         if isinstance(said, ReplyHead):
-            await self._begin(said, may_refuse=may_refuse)
+            if said.status == 503 and self._head is None and place_of(self._asked.path):
+                self._held = said
+            else:
+                await self._begin(said, may_refuse=may_refuse)
             return False
         if not isinstance(said, ReplyPart):
             if self._entries is not None:
                 self._entries.append(pack_entry(said))
             return False
+        if self._held is not None:
+            if self._num_elsewhere < MOST_ELSEWHERE and any(code in said.data for code in _ELSEWHERE):
+                self._num_elsewhere += 1
+                raise _Elsewhere
+            held, self._held = self._held, None
+            await self._begin(held, may_refuse=may_refuse)
         data = self._new_part(said.data)
         if data or not said.more:
             await self._send(_body(data, more=said.more))
         return not said.more
 
     async def _begin(self, head: ReplyHead, *, may_refuse: bool) -> None:
-        if head.status in NOT_NOW and not may_refuse:
+        if head.status in NOT_NOW and not may_refuse and any(name.lower() == _ASK_AGAIN for name, _ in head.headers):
             raise _NoRoom
         if self._head is None:
             self._head = head
@@ -123,6 +153,8 @@ class Forwarding:
         elif self._head.status != head.status:
             message = f"the replica died, and another one answers {head.status} where it said {self._head.status}"
             raise _GoesOnOtherwise(message)
+        elif not self._is_stream and _content(head) != _content(self._head):
+            raise _GoesOnOtherwise("the replica died, and another one has another content")
 
     def _new_part(self, data: bytes) -> bytes:
         """Without what the client has."""
@@ -150,6 +182,11 @@ class Forwarding:
             await self._send(_body(b"%bdata: %b\n\n" % (name, error_json(error, path).encode()), more=False))
         else:
             raise RuntimeError(error.message)  # the connection breaks: nothing else says that a reply is not whole
+
+
+def _content(head: ReplyHead) -> dict[bytes, bytes]:
+    """What tells whether the bytes behind it are those of another reply."""
+    return {name.lower(): value for name, value in head.headers if name.lower() in (b"content-length", b"etag")}
 
 
 def _start(status: int, headers: Headers) -> Message:

@@ -9,12 +9,13 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from softbatch.server.cluster.body_room import BodyRoom, HeldBody, NoRoom
 from softbatch.server.cluster.forwarding import Forwarding
 from softbatch.server.cluster.model_directory import ModelDirectory, ModelTarget, cards_in
 from softbatch.server.cluster.request_kinds import is_generating, may_be_asked_twice, names_in, place_of
@@ -22,9 +23,12 @@ from softbatch.server.cluster.wire import Asked, Headers, ReplyPart, Said, decod
 from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MAX_JSON_BYTES, BodyLimitMiddleware
 from softbatch.server.http.content_encoding import ContentEncodingMiddleware
+from softbatch.server.http.errors import error_response
 from softbatch.server.settings import Settings
 
 MODELS_PATH = "/v1/models"
+# What a replica's death looks like, and that of its node, which takes along what had been said and not yet fetched.
+LOST_BY = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
 # Of several models: whose soft prompts, files, metrics or health are meant.
 MODEL_HEADER = b"x-softbatch-model"
 
@@ -39,6 +43,7 @@ class Ingress:
             [ModelTarget(names, handle, _own_key(settings)) for names, handle in zip(models, handles, strict=True)],
             self._list_cards,
         )
+        self._room = BodyRoom()
         read = BodyLimitMiddleware(
             ContentEncodingMiddleware(self._forward),
             max_upload_bytes=settings.max_prompt_mib << 20,
@@ -54,9 +59,16 @@ class Ingress:
         return _Forwarded(self._app)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
-        if body is None:
-            return
+        with self._room.held() as held:
+            try:
+                body = await _body(receive, held)
+            except NoRoom as error:
+                await error_response(error, scope["path"])(scope, receive, send)
+                return
+            if body is not None:
+                await self._answer(scope, body, receive, send)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/") or "/"
         several = len(self._directory.targets) > 1
         if several and path == MODELS_PATH and scope["method"] == "GET":
@@ -67,8 +79,10 @@ class Ingress:
         if is_generating(scope["method"], path):
             asked = msgspec.structs.replace(asked, entries=[])
         repeatable = may_be_asked_twice(scope["method"], path)
-        forwarding = Forwarding(asked, send, (RayActorError,), repeatable=repeatable)
+        forwarding = Forwarding(asked, send, LOST_BY, repeatable=repeatable)
         await _until_gone(forwarding.run(lambda entries: self._ask(target, asked, entries, body, needed)), receive)
+        if several and forwarding.status == 404:
+            self._directory.forget(needed)
 
     async def _target(self, scope: Scope, path: str, body: bytes) -> tuple[ModelTarget, str]:
         """Who is to answer, and what it should hold."""
@@ -102,7 +116,7 @@ class Ingress:
         asked = Asked(method="GET", path=MODELS_PATH, raw_path=MODELS_PATH.encode(), query_string=b"", headers=headers)
         body = b""
         for _ in range(2):  # a second time if the first replica dies
-            with contextlib.suppress(RayActorError):
+            with contextlib.suppress(*LOST_BY):
                 async for said in self._ask(target, asked, None, b"", ""):
                     body += b"".join(part.data for part in said if isinstance(part, ReplyPart))
                 break
@@ -125,15 +139,17 @@ class _Forwarded(Response):
         await self._app(scope, receive, send)
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """None if the client has gone."""
+async def _body(receive: Receive, held: HeldBody) -> bytes | None:
+    """None if the client has gone. Raises NoRoom."""
     body = bytearray()
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        data = message.get("body", b"")
+        held.grow(len(data))
+        body += data
         more = message.get("more_body", False)
     return bytes(body)
 

@@ -13,7 +13,8 @@ from softbatch.server.cluster.wire import Asked, ReplyHead, ReplyPart, Said, unp
 from softbatch.server.http.errors import error_response, unavailable
 from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal
 
-# What waits to be fetched; an app that is further ahead waits.
+# What waits to be taken by Ray; an app that is further ahead waits. Ray takes at once what it can get, and keeps it for
+# an ingress whose client reads slowly: as much as the reply is long.
 MOST_BYTES = 1 << 20
 # What is computed in so short a time, another replica may compute again.
 ENTRY_SECONDS = 0.2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,8 @@ import msgspec
 from softbatch.server.cluster.wire import Headers
 from softbatch.server.schemas.models import PLACEHOLDERS
 
-# A name that nobody knows is looked for no more often than this: who asks for such names should not ask everybody.
+# Names that nobody knows are looked for together, and no more often than this: who asks for such names should not ask
+# everybody each time.
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -36,7 +39,8 @@ class ModelDirectory:
         self.targets = tuple(targets)
         self._list_cards = list_cards
         self._soft_prompts: dict[str, ModelTarget] = {}
-        self._looked = -SECONDS_BETWEEN_LOOKS
+        self._looked = -math.inf  # when the last look began
+        self._looking: asyncio.Future[None] | None = None
 
     async def find(self, model: str, soft_prompt: str) -> tuple[ModelTarget, str]:
         """The deployment that is to answer, and the soft prompt's name, if there is one. The first deployment gets what
@@ -47,9 +51,17 @@ class ModelDirectory:
         name = soft_prompt or ("" if model in PLACEHOLDERS else model)
         if len(self.targets) == 1 or not name:
             return self.targets[0], name
-        if name not in self._soft_prompts:
-            await self._look()
+        arrived = time.monotonic()
+        # Until a look that has begun since: the name may have been registered just now.
+        while name not in self._soft_prompts and self._looked <= arrived:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.ensure_future(self._look())
+            await asyncio.shield(self._looking)
         return self._soft_prompts.get(name, self.targets[0]), name
+
+    def forget(self, soft_prompt: str) -> None:
+        """Who was asked for it does not have it any more: it may be another one's by now."""
+        self._soft_prompts.pop(soft_prompt, None)
 
     async def cards(self, headers: Headers) -> list[dict[str, Any]]:
         """Of all deployments, in their order; a name that several have is listed once."""
@@ -60,8 +72,7 @@ class ModelDirectory:
         return list(found.values())
 
     async def _look(self) -> None:
-        if time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
-            return
+        await asyncio.sleep(max(0.0, self._looked + SECONDS_BETWEEN_LOOKS - time.monotonic()))
         self._looked = time.monotonic()
         known: dict[str, ModelTarget] = {}
         for target in self.targets:

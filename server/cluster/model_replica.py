@@ -7,29 +7,31 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 from softbatch.server.app import create_app
 from softbatch.server.cluster.inner_call import InnerCall
-from softbatch.server.cluster.ray_metrics import mirror_metrics
 from softbatch.server.cluster.request_kinds import BATCHES, COMPRESSIONS
 from softbatch.server.cluster.wire import decode_asked, encode_said
 from softbatch.server.compressions.job_queue import CompressionJobs
 from softbatch.server.http.inner_request import InnerApp
 from softbatch.server.http.request_log import RequestFields
 from softbatch.server.request_failures import BatchesUnavailable, CompressionsUnavailable
+from softbatch.server.requests.engine_client import EngineClient
 from softbatch.server.routes import BATCH_ROUTERS
 from softbatch.server.services import Services, running_services
 from softbatch.server.settings import Settings
 
 
 class ModelReplica:
-    """Owns its own engine process. That dies and is started again without the replica, as in `softbatch serve`; Serve
-    replaces a replica whose engine cannot be kept alive."""
+    """Owns its own engine process. That dies and is started again without the replica, as in `softbatch serve`; a
+    replica whose engine cannot be kept alive ends with it, and Serve starts another."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        from softbatch.server.cluster.ray_metrics import mirror_metrics  # imports Ray
+
         # For the engine and the compressions, which are processes of their own.
         os.environ.update({LEVEL_VARIABLE: settings.log_level, FORMAT_VARIABLE: settings.log_format})
         configure_logging()
@@ -40,6 +42,7 @@ class ModelReplica:
         self._app = create_app(self._services)
         self._services.batches.begin(InnerApp(self._services, BATCH_ROUTERS).ask)
         self._mirroring = asyncio.create_task(mirror_metrics(self._services.metrics.registry))
+        end_with_engine(self._services.engine)
 
     async def answer(self, head: bytes, body: bytes) -> AsyncGenerator[bytes, None]:
         """A request, as `wire` has it, and what is said to it."""
@@ -47,11 +50,6 @@ class ModelReplica:
         async with contextlib.aclosing(call.run()) as all_said:
             async for said in all_said:
                 yield encode_said(said)
-
-    async def check_health(self) -> None:
-        """Serve's. Raises where there will be no engine any more; one that hangs or has died is replaced here."""
-        if self._services.supervisor.gave_up:
-            raise RuntimeError("the engine cannot be kept alive")
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Serve's: what the request router knows of this replica."""
@@ -75,3 +73,12 @@ class ModelReplica:
     async def __del__(self) -> None:
         """Serve calls and awaits this at the end of a replica that it has drained."""
         await self.stop()
+
+
+def end_with_engine(engine: EngineClient, end: Callable[[int], None] = os._exit) -> None:
+    """End the process when there will be no engine any more, before anybody is told that it has failed: the ingress
+    then takes what was asked here to another replica, and Serve sends nothing more. Raises RuntimeError where there is
+    none already."""
+    engine.on_give_up = lambda: end(1)
+    if engine.has_ended:
+        raise RuntimeError("the engine cannot be kept alive; the log says why")

@@ -8,6 +8,7 @@ import msgspec
 CHANGING_PATHS = ("/v1/soft_prompts", "/v1/compressions", "/v1/files", "/v1/batches", "/v1/queue")
 # Of the servers on one directory, one has the files and batches, and one the compressions. No soft prompt is named so.
 BATCHES, COMPRESSIONS = "/v1/batches", "/v1/compressions"
+PLACES = frozenset({BATCHES, COMPRESSIONS})
 _PLACES = {"/v1/files": BATCHES, "/v1/batches": BATCHES, "/v1/compressions": COMPRESSIONS}
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 

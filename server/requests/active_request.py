@@ -100,6 +100,11 @@ class ActiveRequest:
         """Whether all of it is in `resumed`."""
         return bool(self.resumed) and self.resumed[-1][-1].finish_reason is not None
 
+    @property
+    def ended_at(self) -> int:
+        """In Unix seconds, of one that has ended: the same on a server that says it again."""
+        return int(time.time()) if self.journal is None else self.journal.ended_at(self.place)
+
     def start_sequence(self) -> AddRequest:
         """What the engine is sent: the prompt, and behind it all that has been generated so far."""
         self.sequence_id = f"{self.request_id}-{self.num_sequences}" if self.num_sequences else self.request_id

@@ -60,8 +60,9 @@ class Places:
         score_top: int = 0,
         pooling: Pooling | None = None,
     ) -> ActiveRequest:
+        """Raises SequenceChanged."""
         self.prompt_tokens += len(token_ids)
-        opened = open_sequence(params.seed)
+        opened = open_sequence(params.seed, token_ids, lease.stored.sha256 if lease else "")
         if opened.seed != params.seed:  # the one that another server has drawn
             params = msgspec.structs.replace(params, seed=opened.seed)
         add = AddRequest(

@@ -34,6 +34,7 @@ class Choice:
 async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
     """(index, delta) of each generation in the order they come; all are cancelled when the reader leaves.
 
+    A generation is not asked for more before the reader is done with what it brought: its counts are those of that.
     The first error of any generation ends them all.
     """
     if len(generations) == 1:
@@ -55,14 +56,16 @@ async def merge(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, 
                 index = pending.pop(task)
                 delta = task.result()
                 if delta is not None:
-                    pending[asyncio.ensure_future(anext(iterators[index], None))] = index
                     yield index, delta
+                    pending[asyncio.ensure_future(anext(iterators[index], None))] = index
     finally:
         for generation in generations:
             generation.cancel()
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+        for iterator in iterators:
+            await iterator.aclose()
 
 
 def best_first(choices: Sequence[Choice]) -> list[Choice]:

@@ -133,6 +133,10 @@ class Generation:
         return self._active.request_id
 
     @property
+    def ended_at(self) -> int:
+        return self._active.ended_at
+
+    @property
     def prompt_ids(self) -> list[int]:
         return self._active.token_ids
 

@@ -73,7 +73,8 @@ class ChatStream:
         yield DONE
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
-        usage = usage_of(self._generations, self._body.n) if self._options.continuous_usage_stats else None
+        mine = self._generations[choice.index : choice.index + 1]
+        usage = usage_of(mine, 1) if self._options.continuous_usage_stats else None
         return ChatCompletionChunk(**self._reply, choices=[choice], usage=usage)
 
     def _events_of(self, index: int, delta: Delta) -> Iterator[str | bytes]:

@@ -195,7 +195,7 @@ async def _events(
             token_ids=[token.id for token in delta.tokens] if delta and with_ids else None,
             prompt_token_ids=generations[index].prompt_ids if with_ids and is_first else None,
         )
-        usage = usage_of(generations, body.n) if options.continuous_usage_stats else None
+        usage = usage_of(generations[index : index + 1], 1) if options.continuous_usage_stats else None
         return Completion(**reply, choices=[choice], usage=usage)
 
     # What all but the last chunks of a choice look like, unless log-probabilities are asked for.

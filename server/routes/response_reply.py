@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +56,7 @@ def ended_response(
     return begun.model_copy(
         update={
             "status": status,
-            "completed_at": int(time.time()) if status == "completed" else None,
+            "completed_at": generation.ended_at if status == "completed" else None,
             "incomplete_details": None if status == "completed" else IncompleteDetails(reason="max_output_tokens"),
             "output": list(output),
             "usage": ResponseUsage(

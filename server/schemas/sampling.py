@@ -158,7 +158,7 @@ class StreamOptions(RequestModel):
 
     include_usage: bool = Field(default=False, description="end with a chunk with the usage")
     continuous_usage_stats: bool = Field(
-        default=False, description="the usage so far in every chunk; not from OpenAI's API"
+        default=False, description="the usage so far of its choice in every chunk; not from OpenAI's API"
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from softbatch.server.journal import unique_hex
 from softbatch.server.tools.gemma_calls import gemma_calls
 from softbatch.server.tools.json_calls import JsonCalls, JsonLayout
 from softbatch.server.tools.message_parts import PartSink
@@ -36,7 +35,8 @@ class CallReader(Protocol):
 class CallFormat:
     """Calls stand behind any of `marks`, or, if a text begins with `bare`, without a mark. `tokens` are the words of
     the format that may be special tokens. `before`, `between` and `behind` enclose calls that are written as
-    `head`, JSON arguments, `tail`; with `in_elements` each argument is an element of XML instead."""
+    `head`, JSON arguments, `tail`; with `in_elements` each argument is an element of XML instead. `new_id` makes a
+    call's id of 32 hexadecimal digits."""
 
     name: CallFormatName
     marks: tuple[str, ...]
@@ -48,7 +48,7 @@ class CallFormat:
     between: str
     bare: str = ""
     tokens: tuple[str, ...] = ()
-    new_id: Callable[[], str] = lambda: f"call_{unique_hex()[:24]}"
+    new_id: Callable[[str], str] = lambda drawn: f"call_{drawn[:24]}"
     in_elements: bool = False
 
     @property
@@ -63,10 +63,10 @@ class CallFormat:
         return self.before + self.between.join(written) + self.behind
 
 
-def mistral_id() -> str:
+def mistral_id(drawn: str) -> str:
     letters = string.ascii_letters + string.digits
-    drawn = int(unique_hex(), 16)
-    return "".join(letters[drawn // len(letters) ** place % len(letters)] for place in range(MISTRAL_ID_LENGTH))
+    number = int(drawn, 16)
+    return "".join(letters[number // len(letters) ** place % len(letters)] for place in range(MISTRAL_ID_LENGTH))
 
 
 def _json(layout: JsonLayout) -> Callable[[PartSink, Signatures, bool], CallReader]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from softbatch.server.journal import unique_names
 from softbatch.server.tools.call_formats import CallFormat, CallReader
 from softbatch.server.tools.message_parts import MessagePart, PartSink
 from softbatch.server.tools.whole_calls import Signatures
@@ -42,7 +43,8 @@ class MessageReader:
         self._calls = calls
         self._reasoning = reasoning
         self._signatures = signatures
-        self._sink = PartSink(calls.new_id if calls else str, parallel=parallel)
+        draw = unique_names()
+        self._sink = PartSink(lambda: calls.new_id(draw()) if calls else "", parallel=parallel)
         self._marks = re.compile("|".join(map(re.escape, calls.marks))) if calls else None
         self._reader: CallReader | None = None
         self._held = ""

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+import pytest
+
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SequenceOutput
-from softbatch.server.journal import Entry, Journal, SequenceOpened, keep_journal, open_sequence, unique_hex
+from softbatch.server.journal import (
+    Entry,
+    Journal,
+    SequenceBrought,
+    SequenceOpened,
+    keep_journal,
+    open_sequence,
+    unique_names,
+)
+from softbatch.server.request_failures import SequenceChanged
 from softbatch.server.requests.active_request import ActiveRequest
 from softbatch.server.tools.call_formats import mistral_id
 from tests.support.in_process_engine import InProcessEngine
@@ -14,7 +26,7 @@ TOKENS = 12
 
 
 async def begun(seed: int, max_tokens: int = TOKENS) -> ActiveRequest:
-    opened = open_sequence(seed)
+    opened = open_sequence(seed, [1, 2, 3])
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=opened.seed)
     add = AddRequest(request_id=opened.request_id, token_ids=[1, 2, 3], params=params)
     return ActiveRequest.of(add, None, "", 0.0, opened=opened)
@@ -69,11 +81,34 @@ def test_another_server_goes_on_and_says_the_same_before() -> None:
         ) == (TOKENS - sum(map(len, got)))
         assert (after.request_id, after.params.seed, after.created) == (before.request_id, 5, before.created)
 
-        # Of one that had ended there is nothing to compute.
+        last_at = [entry.at for entry in second if isinstance(entry, SequenceBrought)][-1]
+        second = [
+            msgspec.structs.replace(entry, at=entry.at - 1000) if isinstance(entry, SequenceBrought) else entry
+            for entry in second
+        ]
+        # Of one that had ended there is nothing to compute, and it ends when it had.
         third = InProcessEngine()
-        _, last, _ = await serve(third, [*first, *second], 1, 7)
+        _, last, said_again = await serve(third, [*first, *second], 1, 7)
         assert [token_id for batch in last for token_id in batch] == expected
         assert not third.computed
+        assert said_again.ended_at == last_at - 1000
+
+    asyncio.run(check())
+
+
+def test_nobody_goes_on_behind_another_prompt_or_soft_prompt() -> None:
+    """The name that a request gives may be another soft prompt's by then, and its text other tokens."""
+
+    async def check() -> None:
+        written: list[Entry] = []
+        keep_journal(Journal(written.append))
+        opened = [open_sequence(1, [1, 2], "preview"), open_sequence(1, [1, 2])]
+        for token_ids, soft_prompt in (([1, 2], "trained"), ([1, 2], ""), ([1, 3], "preview")):
+            keep_journal(Journal(written.append, opened))
+            with pytest.raises(SequenceChanged):
+                open_sequence(1, token_ids, soft_prompt)
+        keep_journal(Journal(written.append, opened))
+        assert [open_sequence(2, [1, 2], "preview"), open_sequence(2, [1, 2])] == opened == written
 
     asyncio.run(check())
 
@@ -82,12 +117,16 @@ def test_names_that_are_drawn_are_the_same_on_every_server() -> None:
     async def drawn(entries: list[Entry]) -> tuple[list[Entry], list[str]]:
         written: list[Entry] = []
         keep_journal(Journal(written.append, entries))
-        open_sequence(1)
-        return written, [unique_hex(), mistral_id(), unique_hex()]
+        open_sequence(1, [1])
+        first, second = unique_names(), unique_names()
+        if entries:  # the choices come in another order
+            others = [second(), mistral_id(second())]
+            return written, [first(), mistral_id(first()), *others]
+        return written, [first(), mistral_id(first()), second(), mistral_id(second())]
 
     async def check() -> None:
         entries, names = await asyncio.create_task(drawn([]))
-        assert len(set(names)) == 3
+        assert len(set(names)) == 4
         assert await asyncio.create_task(drawn(entries)) == ([], names)
         assert (await asyncio.create_task(drawn([])))[1] != names
 
@@ -99,7 +138,8 @@ def test_without_a_journal_nothing_is_kept() -> None:
         request = await begun(3)
         assert request.journal is None
         assert not request.resumed
-        assert len({unique_hex() for _ in range(50)}) == 50
+        draw = unique_names()
+        assert len({draw() for _ in range(50)}) == 50
         assert SequenceOutput("a", 1).token_ids == []
 
     asyncio.run(check())

@@ -49,6 +49,11 @@ def test_a_busy_holder_is_passed_over_but_not_for_a_busier_one() -> None:
     assert (sorted(first), second) == (["one", "two"], ["three"])
 
 
+def test_what_one_replica_alone_can_serve_goes_there_however_busy_it_is() -> None:
+    busy = ReplicaLoad("holder", 10 * BUSY_REQUESTS, holds=True)
+    assert ranked(BATCHES, [ReplicaLoad("other", 0), busy], only_holders=True) == [["holder"], ["other"]]
+
+
 def test_what_a_request_is_about() -> None:
     assert names_in(b'{"model": "a", "soft_prompt": "b"}') == Named("a", "b")
     assert names_in(b'{"adapter_id": "b", "model": 3}') == Named("", "b")

@@ -36,7 +36,7 @@ def brought(*token_ids: int) -> SequenceBrought:
 class Replicas:
     """Each says its own script and dies behind it, the last one does not; keeps what each was told of the journal."""
 
-    def __init__(self, *scripts: Sequence[Said]) -> None:
+    def __init__(self, *scripts: Sequence[Any]) -> None:
         self.scripts = list(scripts)
         self.told: list[list[Entry] | None] = []
 
@@ -46,6 +46,14 @@ class Replicas:
             yield decode_said(encode_said([said]))
         if self.scripts:
             raise Died
+
+
+class Refusing(Replicas):
+    """None of them dies."""
+
+    async def ask(self, entries: list[bytes] | None) -> AsyncGenerator[list[Said], None]:
+        for said in self.scripts.pop(0):
+            yield decode_said(encode_said([said]))
 
 
 def forward(
@@ -108,6 +116,16 @@ def test_bytes_that_were_sent_are_not_sent_again() -> None:
     assert forward(Replicas(first, second)) == (200, [b"abc", b"def"])
 
 
+@pytest.mark.parametrize("name", [b"Content-Length", b"etag"])
+def test_two_contents_are_not_made_one(name: bytes) -> None:
+    """A file, say, that was another one when it was asked for again."""
+    one, two = (ReplyHead(200, [*PLAIN.headers, (name, value)]) for value in (b"3", b"4"))
+    first = [one, ReplyPart(b"ab", more=True)]
+    with pytest.raises(RuntimeError, match="another content"):
+        forward(Replicas(first, [two, ReplyPart(b"abcd", more=False)]))
+    assert forward(Replicas(first, [one, ReplyPart(b"abc", more=False)])) == (200, [b"ab", b"c"])
+
+
 def test_what_changes_something_is_asked_once() -> None:
     replicas = Replicas([], [PLAIN, END])
     status, parts = forward(replicas, "/v1/soft_prompts", repeatable=False)
@@ -117,7 +135,7 @@ def test_what_changes_something_is_asked_once() -> None:
 
 def test_a_full_replica_takes_in_what_had_been_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwarding, "SECONDS_TO_ASK_AGAIN", 0.0)
-    full = [ReplyHead(429, []), ReplyPart(b"full", more=False)]
+    full = [ReplyHead(429, [(b"Retry-After", b"1")]), ReplyPart(b"full", more=False)]
     replicas = Replicas([STREAM, event("a")], full, full, [STREAM, event("a"), event("b"), END])
     assert forward(replicas) == (200, [b"data: a\n\n", b"data: b\n\n"])
     # Whoever comes first hears it at once.
@@ -134,3 +152,24 @@ def test_another_answer_in_the_midst_of_a_stream_is_told() -> None:
     status, parts = forward(Replicas([STREAM, event("a")], [ReplyHead(404, []), END]))
     assert status == 200
     assert "404" in json.loads(parts[1].removeprefix(b"data: "))["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/batches", "/v1/files/file-1", "/v1/compressions"])
+def test_the_replica_that_has_it_is_looked_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarding, "SECONDS_TO_ASK_OTHERS", 0.0)
+    code = "compressions_elsewhere" if "compressions" in path else "batches_elsewhere"
+    body = json.dumps({"error": {"code": code}}).encode()
+    refusal = [ReplyHead(503, []), ReplyPart(body, more=False)]
+    assert forward(Refusing(refusal, refusal, [PLAIN, ReplyPart(b"{}", more=False)]), path) == (200, [b"{}"])
+    # Whatever else it says is passed on, and so is that nobody has it.
+    other = [ReplyHead(503, []), ReplyPart(b"full", more=True), END]
+    assert forward(Refusing(refusal, other), path) == (503, [b"full"])
+    assert forward(Refusing(*[refusal] * 100), path) == (503, [body])
+
+
+def test_a_refusal_that_stays_one_is_not_waited_for() -> None:
+    """A soft prompt that is another one by now."""
+    changed = [ReplyHead(503, []), ReplyPart(b"changed", more=False)]
+    _, parts = forward(Replicas([STREAM, event("a")], changed))
+    assert json.loads(parts[1].removeprefix(b"data: "))["error"]["code"] == "replica_lost"
+    assert forward(Replicas([OPENED], changed)) == (503, [b"changed"])

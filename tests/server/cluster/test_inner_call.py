@@ -24,7 +24,7 @@ def test_what_the_journal_says_comes_before_what_is_made_of_it() -> None:
         assert (scope["path"], scope["headers"]) == ("/p", [(b"a", b"b")])
         assert (await receive())["body"] == b"body"
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        opened = open_sequence(3)
+        opened = open_sequence(3, [1])
         await send({"type": "http.response.body", "body": opened.request_id.encode(), "more_body": False})
 
     head, opened, part = asyncio.run(said_by(app))
@@ -62,7 +62,7 @@ def test_an_app_hears_that_its_client_has_gone_and_waits_for_who_is_slow() -> No
 
 def test_what_another_model_has_begun_is_refused() -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        open_sequence(3)
+        open_sequence(3, [1])
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

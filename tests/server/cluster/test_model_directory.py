@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
+from softbatch.server.cluster import model_directory
 from softbatch.server.cluster.model_directory import ModelDirectory, ModelTarget, cards_in
 from softbatch.server.cluster.wire import Headers
 
@@ -16,11 +19,19 @@ class Listing:
 
     def __init__(self) -> None:
         self.names = {"small": ["small", "manual"], "large": ["large", "policy", "manual"]}
-        self.asked = 0
+        self.count = 0
+        self.is_asked = asyncio.Event()
 
     async def cards(self, target: ModelTarget, _: Headers) -> list[dict[str, Any]]:
-        self.asked += 1
+        self.count += 1
+        self.is_asked.set()
+        await asyncio.sleep(0)
         return [{"id": name} for name in self.names[target.handle]]
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_directory, "SECONDS_BETWEEN_LOOKS", 0.01)
 
 
 def test_a_name_belongs_to_who_lists_it() -> None:
@@ -29,16 +40,51 @@ def test_a_name_belongs_to_who_lists_it() -> None:
         directory = ModelDirectory([SMALL, LARGE], listing.cards)
         assert await directory.find("/models/large", "manual") == (LARGE, "manual")
         assert await directory.find("tgi", "") == await directory.find("", "") == (SMALL, "")
-        assert not listing.asked
+        assert listing.count == 0
         assert await directory.find("policy", "") == (LARGE, "policy")
         assert await directory.find("", "policy") == (LARGE, "policy")
         # Both have it: the first one's.
         assert await directory.find("manual", "") == (SMALL, "manual")
-        # What nobody has is not looked for again at once.
-        for _ in range(3):
-            assert await directory.find("nothing", "") == (SMALL, "nothing")
-        assert listing.asked == 2
+        assert listing.count == 2
+        # What nobody has is looked for again, once for all who ask.
+        asked = [directory.find("nothing", "") for _ in range(3)]
+        assert await asyncio.gather(*asked) == [(SMALL, "nothing")] * 3
+        assert listing.count == 4
         assert [card["id"] for card in await directory.cards([])] == ["small", "manual", "large", "policy"]
+
+    asyncio.run(check())
+
+
+def test_a_name_is_found_while_others_look_and_after_it_was_registered() -> None:
+    async def check() -> None:
+        listing = Listing()
+        directory = ModelDirectory([SMALL, LARGE], listing.cards)
+        # Several at once, before anything is known.
+        asked = [directory.find("policy", ""), directory.find("manual", ""), directory.find("policy", "")]
+        assert await asyncio.gather(*asked) == [(LARGE, "policy"), (SMALL, "manual"), (LARGE, "policy")]
+        # Registered during somebody's look for another name, or right behind it.
+        listing.is_asked.clear()
+        looking = asyncio.ensure_future(directory.find("nothing", ""))
+        await listing.is_asked.wait()
+        listing.names["small"] = [*listing.names["small"], "early"]
+        listing.names["large"] = [*listing.names["large"], "new"]
+        assert await directory.find("early", "") == (SMALL, "early")
+        assert await looking == (SMALL, "nothing")
+        listing.names["large"] = [*listing.names["large"], "newest"]
+        assert await directory.find("newest", "") == (LARGE, "newest")
+
+    asyncio.run(check())
+
+
+def test_a_name_that_has_moved_is_found_again() -> None:
+    async def check() -> None:
+        listing = Listing()
+        directory = ModelDirectory([SMALL, LARGE], listing.cards)
+        assert await directory.find("policy", "") == (LARGE, "policy")
+        listing.names = {"small": ["small", "policy"], "large": ["large"]}
+        assert await directory.find("policy", "") == (LARGE, "policy")
+        directory.forget("policy")  # it answered 404
+        assert await directory.find("policy", "") == (SMALL, "policy")
 
     asyncio.run(check())
 
@@ -49,7 +95,7 @@ def test_one_model_is_not_looked_up() -> None:
         directory = ModelDirectory([LARGE], listing.cards)
         assert await directory.find("anything", "") == (LARGE, "anything")
         assert await directory.find("large", "") == (LARGE, "")
-        assert not listing.asked
+        assert listing.count == 0
 
     asyncio.run(check())
 

@@ -37,7 +37,7 @@ OF_OPENAI: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 class ScriptedGeneration:
     """Yields its pieces as deltas; the last of them ends the output."""
 
-    request_id, created, prompt_ids = "r", 1, ()
+    request_id, created, ended_at, prompt_ids = "r", 1, 2, ()
     prompt_tokens, virtual_tokens, cached_tokens, completion_tokens = 12, 4, 7, 9
     recalled = Recalled()
 
