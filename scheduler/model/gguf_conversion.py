@@ -145,6 +145,7 @@ def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
     options = {"gguf_file": gguf.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **options)
+        save_tokenizer(tokenizer, file.of_tokenizer, target)  # first: minutes before the weights of a large file
         model = load_weights(
             gguf.name,
             str(gguf.parent),
@@ -169,7 +170,6 @@ def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(str(target))
-    save_tokenizer(tokenizer, file.of_tokenizer, target)
 
 
 def _refuse_left_out(model: Any, file: GgufFile) -> None:

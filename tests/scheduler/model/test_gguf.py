@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from softbatch.scheduler.model import gguf_conversion
+from softbatch.scheduler.model import weights as weight_loading
 from softbatch.scheduler.model.gguf_tokenizer import check_tokenizer
 from softbatch.scheduler.model.model_files import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
@@ -211,6 +212,16 @@ def test_what_older_code_has_made_of_a_file_is_not_served(tmp_path: Path, monkey
     assert resolve(str(file)).path == old
     monkeypatch.setattr(gguf_conversion, "_VERSION", version)
     assert resolve(str(file)).path != old
+
+
+def test_a_tokenizer_is_refused_before_weights_are_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*_: object, **__: object) -> None:
+        raise Seen
+
+    monkeypatch.setattr(weight_loading, "load_weights", reads)
+    assert "add_bos_token = 2" in refusal(write_gguf(tmp_path / "a.gguf", {"tokenizer.ggml.add_bos_token": 2}), cache)
 
 
 def test_a_tokenizer_that_puts_a_space_first_is_not_one_without() -> None:
