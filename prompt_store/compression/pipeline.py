@@ -175,20 +175,27 @@ class Compression:
     def _measured_forecast(self, training: Sequence[Example], held_out: Sequence[Example]) -> Forecast | None:
         """From the next answers and small steps behind them; None when there is nothing left to answer."""
         gold, pace, done = self.gold, self.pace, self.gold.count("held_out")
+        rates = list[float]()
+
+        def answer(end: int) -> list[Example]:
+            found = gold.answer(held_out[:end], "held_out", 1.0, "train.jsonl")
+            rates.extend([] if gold.seconds_per_answer is None else [gold.seconds_per_answer])
+            return found
+
         # The first answers wait for the context's KV; the next ones show what an answer takes.
         for end in (done + FIRST_CHUNK, done + 2 * FIRST_CHUNK):
-            answered = gold.answer(held_out[:end], "held_out", 1.0, "train.jsonl")
+            answered = answer(end)
         # Many at once take much less each, which the last part of these shows, where they cost little.
         allowed = PROBE_SHARE * (pace.budget or 0.0)
-        if gold.seconds_per_answer and allowed > MOST_PROBED * gold.seconds_per_answer:
-            end = done + 3 * FIRST_CHUNK + MOST_PROBED
-            answered = gold.answer(held_out[:end], "held_out", 1.0, "train.jsonl")
+        if rates and 0 < MOST_PROBED * rates[-1] < allowed:
+            answered = answer(done + 3 * FIRST_CHUNK + MOST_PROBED)
         pairs = [self.context.pair(example) for example in answered[-FIRST_CHUNK:]]
-        if not pairs or gold.seconds_per_answer is None:
+        if not pairs or not rates:
             return None
         # Some questions come with their answers.
         asked = [example.output is None for example in (*training, *held_out)]
-        per_question = gold.seconds_per_answer * sum(asked) / len(asked)
+        # One that is left over at the end takes more than many at once.
+        per_question = min(rates) * sum(asked) / len(asked)
         speeds = measure_speeds(self.context, pairs, self.settings, per_question, pace.clock, self.engine)
         spent, counts = pace.opening + pace.spent, (len(held_out), len(training), len(self.graded))
         return forecast(speeds, self.settings, spent, pace.left, *counts)

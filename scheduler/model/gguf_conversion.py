@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from softbatch.prompt_store.atomic_files import lock, process_directory, replacing
-from softbatch.scheduler.model.gguf_metadata import GgufFile, check_tokenizer, complete_config
+from softbatch.scheduler.model.gguf_metadata import GgufFile, complete_config
+from softbatch.scheduler.model.gguf_tokenizer import save_tokenizer
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.model_files import first_line, load_tokenizer, reason
+from softbatch.scheduler.model.model_files import first_line, reason
 
 logger = logging.getLogger(__name__)
 _MAGIC = b"GGUF"
 # Raised when the same file would become another directory.
-_VERSION = 2
+_VERSION = 3
 # A file that changed so shortly before it was read may change again without a new time stamp.
 _SETTLED_SECONDS = 2.0
 # Keys of files that were read before, and locks of those that are converted.
@@ -93,7 +94,7 @@ def _content_key(path: Path, cache: Path) -> tuple[str, list[int]]:
     note = cache / _NOTES / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
     try:
         known = json.loads(note.read_text(encoding="utf-8"))
-        if known["seen"] == seen:
+        if (known["version"], known["seen"]) == (_VERSION, seen):
             return str(known["key"]), seen
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -105,7 +106,7 @@ def _content_key(path: Path, cache: Path) -> tuple[str, list[int]]:
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
             with replacing(note) as written:
-                written.write_text(json.dumps({"seen": seen, "key": key}), encoding="utf-8")
+                written.write_text(json.dumps({"version": _VERSION, "seen": seen, "key": key}), encoding="utf-8")
         except OSError:
             logger.debug("the key is not remembered", exc_info=True)
     return key, seen
@@ -144,6 +145,7 @@ def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
     options = {"gguf_file": gguf.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), trust_remote_code=False, **options)
+        save_tokenizer(tokenizer, file.of_tokenizer, target)  # first: minutes before the weights of a large file
         model = load_weights(
             gguf.name,
             str(gguf.parent),
@@ -168,8 +170,6 @@ def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
     fresh.save_pretrained(str(target))
-    tokenizer.save_pretrained(str(target))
-    check_tokenizer(load_tokenizer(str(target)), file)
 
 
 def _refuse_left_out(model: Any, file: GgufFile) -> None:

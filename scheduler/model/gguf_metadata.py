@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softbatch.scheduler.model.gguf_tokenizer import refuse_unknown_cut
 from softbatch.scheduler.model.model_error import ModelError
 from softbatch.scheduler.model.model_files import first_line
 
@@ -49,30 +50,6 @@ _SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
 # The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
 _FREQUENCIES, _LONG_FREQUENCIES = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
 _LOW_FACTOR, _HIGH_FACTOR, _ORIGINAL = 1.0, 4.0, 8192
-# Vocabularies that cut text as GPT-2's does; some also cut out each digit, which changes nothing, as they merge none.
-# Of other kinds transformers has the expression, or cuts as GPT-2 does without a word.
-_CUT_AS_GPT2 = frozenset(
-    {
-        "codeshell",
-        "command-r",
-        "default",
-        "exaone",
-        "gigachat",
-        "gpt-2",
-        "granite-docling",
-        "jais",
-        "mellum",
-        "minerva-7b",
-        "modern-bert",
-        "mpt",
-        "olmo",
-        "phi-2",
-        "refact",
-        "smollm",
-        "starcoder",
-        "trillion",
-    }
-)
 
 
 class GgufFile:
@@ -127,7 +104,7 @@ class GgufFile:
 def complete_config(config: Any, file: GgufFile) -> None:
     """Put into the config what transformers leaves out of it. Raises ModelError for what then still differs: a number
     that is dropped in silence makes another model."""
-    _refuse_unknown_cut(file)
+    refuse_unknown_cut(file.of_tokenizer)
     said = file.of_model()
     _scale_positions(config, file, said)
     for name, field in _TAKEN.items():
@@ -138,37 +115,6 @@ def complete_config(config: Any, file: GgufFile) -> None:
         if not name.startswith("rope.") and (has_window or name != "attention.sliding_window"):
             _compare(config, f"{file.architecture}.{name}", _FIELDS.get(name, ()), value)
     _compare_rotary(config, file.architecture, said)
-
-
-def _refuse_unknown_cut(file: GgufFile) -> None:
-    """Raises ModelError where text would be cut otherwise than the vocabulary was made for."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    cut = file.of_tokenizer("pre")
-    if (
-        file.of_tokenizer("model") == "gpt2"
-        and cut is not None
-        and cut not in _CUT_AS_GPT2 | {*GGUF_PRE_TOKENIZER_SPLITS}
-    ):
-        raise ModelError(f"the file says tokenizer.ggml.pre = {cut!r}, a way to cut text that is not supported")
-
-
-def check_tokenizer(tokenizer: Any, file: GgufFile) -> None:
-    """Whether texts begin and end as the file says. Raises ModelError."""
-    backend = tokenizer.backend_tokenizer
-    ids, alone = (backend.encode("a", add_special_tokens=special) for special in (True, False))
-    does = {
-        "add_bos_token": ids.ids[:1] == [file.of_tokenizer("bos_token_id")],
-        "add_eos_token": ids.ids[-1:] == [file.of_tokenizer("eos_token_id")],
-    }
-    if file.of_tokenizer("model") == "llama":
-        does["add_space_prefix"] = "".join(alone.tokens).startswith("▁")
-    for name, is_so in does.items():
-        said = file.of_tokenizer(name)
-        # Gemma 4's template writes the first token, whatever the file says.
-        if said is not None and said != is_so and file.of_tokenizer("model") != "gemma4":
-            made = "makes one that does" if is_so else "makes one that does not"
-            raise ModelError(f"the file says tokenizer.ggml.{name} = {said!r}, but transformers {made}")
 
 
 def _takes_window(config: Any, said: Mapping[str, Any]) -> bool:

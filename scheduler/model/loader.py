@@ -87,7 +87,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, device)
     source = source or _resolve(config, device)
-    refuse_native(config, source, on_gpu)
+    refuse_native(config, source)
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -226,7 +226,8 @@ def _forward(
             decoder = DecoderForward(model, kv_cache, weights, release=True, longest=longest, blocks=blocks)
             formats = " and ".join(map(str, dict.fromkeys((decoder.weights, decoder.weights_of_long_steps))))
             kinds = f" ({blocks.kinds})" if blocks else ""
-            size = f"{decoder.weight_bytes / 1e6:,.0f} MB"
+            embedding = model.get_input_embeddings().weight.nbytes
+            size = f"{decoder.weight_bytes / 1e6:,.0f} MB, embedding {embedding / 1e6:,.0f} MB"
             return decoder, f"packed for the decoder in C++, {formats}{kinds}, {size}"
         except (RuntimeError, MemoryError, ValueError) as error:
             reason = (str(error).splitlines() or ["not enough memory"])[0]
@@ -298,7 +299,8 @@ def _rounding(config: EngineConfig) -> list[tuple[str, str]]:
 
 def _refuse_on_gpu(config: EngineConfig, device: torch.device) -> None:
     """Before gigabytes of weights are loaded. Raises ModelError."""
-    for option, plain in _rounding(config) if device.type != "cpu" else ():
+    given = [(f"--quantization {NATIVE}", "--quantization none")] if config.quantization == NATIVE else []
+    for option, plain in [*given, *_rounding(config)] if device.type != "cpu" else ():
         raise ModelError(f"{option} takes a CPU: use --device cpu, or {plain}")
     if config.deterministic and device.type != "cpu":
         raise ModelError("--deterministic takes a CPU: use --device cpu, or leave it out")

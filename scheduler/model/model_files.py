@@ -110,7 +110,6 @@ def read_config(path: str) -> Any:
         if not is_known:
             raise ModelError(f"config.json: model_type is {kind!r}, which transformers does not know")
         _check_sizes(content)
-        _check_padding(content)
         _check_experts(content)
         _check_token_ids(file.with_name("generation_config.json"))
     try:
@@ -152,13 +151,6 @@ def _check_sizes(content: dict[str, Any]) -> None:
         value = content[field]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ModelError(f"config.json: {field} is {value!r}, but must be a whole number of at least 1")
-
-
-def _check_padding(content: dict[str, Any]) -> None:
-    """Some add a token to fill up with and leave the embedding as it is. Raises ModelError."""
-    token, rows = content.get("pad_token_id"), content.get("vocab_size")
-    if isinstance(token, int) and isinstance(rows, int) and token >= rows:
-        raise ModelError(f"config.json: pad_token_id is {token}, but vocab_size is {rows}; -1 is none")
 
 
 def _check_experts(content: dict[str, Any]) -> None:

@@ -15,12 +15,10 @@ NATIVE = "native"
 _OPTION, _INSTEAD = f"--quantization {NATIVE}", "--quantization none"
 
 
-def refuse_native(config: EngineConfig, source: ModelSource, on_gpu: bool) -> None:
+def refuse_native(config: EngineConfig, source: ModelSource) -> None:
     """Before gigabytes of weights are loaded. Raises ModelError where nothing can be served as it is."""
     if config.quantization != NATIVE:
         return
-    if on_gpu:
-        raise ModelError(f"{_OPTION} takes a CPU: use --device cpu, or {_INSTEAD}")
     if source.gguf is None:
         raise ModelError(f"{_OPTION} takes a GGUF file, which --model {config.model} is not: use {_INSTEAD}")
 

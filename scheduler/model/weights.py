@@ -52,6 +52,10 @@ def _why_not_loaded(error: Exception, config: Any) -> str:
         if field is not None:
             return f"config.json: {field} is {word!r}, which transformers does not know"
         return f"transformers cannot load it: it lacks {word!r}"
+    if isinstance(error, AssertionError) and "padding_idx" in str(error).lower() and config is not None:
+        # Some add a token to fill up with and leave the embedding as it is; only some models look its row up.
+        text = config.get_text_config()
+        return f"config.json: pad_token_id is {text.pad_token_id}, but vocab_size is {text.vocab_size}; -1 is none"
     if type(error).__name__ == "UnpicklingError":
         return "its weights are a pickle of more than tensors, which is never run; save them as safetensors"
     return f"transformers cannot load it: {first_line(error)}"

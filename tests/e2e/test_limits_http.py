@@ -58,10 +58,12 @@ def test_heads_and_silence_are_bounded_and_counted(small_server: Server) -> None
     reply = small_server.http.get("/health", headers={"X-Long": "x" * 3000})
     assert reply.status_code == 431
     assert reply.json()["error"]["code"] == "headers_too_large"
+    # On a busy machine a client of another test may be as slow.
+    before = small_server.metric("connections_refused_total", reason="head_timeout")
     with socket.create_connection(("127.0.0.1", small_server.port), timeout=30) as connection:
         assert connection.recv(1) == b""
     assert small_server.metric("connections_refused_total", reason="head_size") == 1
-    assert small_server.metric("connections_refused_total", reason="head_timeout") >= 1
+    assert small_server.metric("connections_refused_total", reason="head_timeout") >= before + 1
     assert small_server.metric("connections") >= 1
 
 

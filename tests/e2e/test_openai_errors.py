@@ -120,10 +120,16 @@ class TestErrors:
                 assert full.value.code == "rate_limit_exceeded"
                 assert 1 <= int(full.value.response.headers["retry-after"]) <= 60
             server.wait_empty()
-            for route in ("/v1/completions", "/v1/chat/completions", "/generate_stream"):
+            for route, kind in (
+                ("/v1/completions", "guided_regex"),
+                ("/v1/chat/completions", "guided_json"),
+                ("/generate_stream", "regex"),
+            ):
                 # A busy machine may be at the end of the compilation's time first; whoever held the place until then
                 # would hold it each time.
-                assert any(leaves_a_place(client, server, route) for _ in range(5)), "who has left holds its place"
+                assert any(leaves_a_place(client, server, route, kind) for _ in range(5)), (
+                    "who has left holds its place"
+                )
             server.engine().kill()
             assert client.completions.create(**ask).choices[0].text, "it waits for the next engine"
 
@@ -133,7 +139,7 @@ def is_full(server: Server) -> bool:
     return server.http.post("/v1/completions", content=b"no JSON").status_code == 429
 
 
-def leaves_a_place(client: OpenAI, server: Server, route: str) -> bool:
+def leaves_a_place(client: OpenAI, server: Server, route: str, kind: str) -> bool:
     """Ask for a stream whose format is not compiled meanwhile, and close the connection: whether others are let in
     while it still waits for the compiler, which stands still."""
     ask: dict[str, Any] = {"model": "tiny-llama", "prompt": PROMPT, "max_tokens": 4}
@@ -141,13 +147,15 @@ def leaves_a_place(client: OpenAI, server: Server, route: str) -> bool:
     assert client.completions.create(**ask, extra_body={"guided_choice": [f"a{next(NUMBERS)}"]}).choices[0].text
     compiler = server.child("softbatch.server.requests.grammar_checker")
     compiler.suspend()
-    asked = {"stream": True, "guided_regex": f"[a-z]{{{next(NUMBERS)}}}"}
+    number = next(NUMBERS)
+    wanted = {"type": "string", "minLength": number} if kind == "guided_json" else f"[a-z]{{{number}}}"
+    asked = {"stream": True, kind: wanted}
     body = {
         "/v1/completions": {"prompt": PROMPT, **asked},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": PROMPT}], **asked},
         "/generate_stream": {
             "inputs": PROMPT,
-            "parameters": {"grammar": {"type": "regex", "value": asked["guided_regex"]}},
+            "parameters": {"grammar": {"type": kind, "value": wanted}},
         },
     }[route]
     content = json.dumps(body).encode()

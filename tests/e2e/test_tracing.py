@@ -33,7 +33,7 @@ def server(
 ) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("traced")
     flags = ("--otlp-endpoint", collector.url, "--log-format", "json", "--max-queue-size", "8", "--max-batch-size", "4")
-    soon = {"OTEL_BSP_SCHEDULE_DELAY": "50", "OTEL_METRIC_EXPORT_INTERVAL": "200"}
+    soon = {"OTEL_BSP_SCHEDULE_DELAY": "50", "OTEL_METRIC_EXPORT_INTERVAL": "200", "OTEL_EXPORTER_OTLP_TIMEOUT": "3600"}
     with running_server(
         directory, *tiny_flags, *flags, env={**soon, "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test"}
     ) as server:
@@ -230,7 +230,18 @@ def test_the_log_has_both_ids(server: Server) -> None:
     assert [(line["trace_id"], line["message"]) for line in lines] == [(trace_id, "GET /v1/models")]
 
 
-def test_a_dead_collector_is_told_once_and_holds_nobody_up(server: Server, collector: Collector) -> None:
+def test_a_collector_that_does_not_answer_holds_nobody_up(server: Server, collector: Collector) -> None:
+    collector.may_answer.clear()
+    try:
+        seen = collector.requests
+        for _ in range(3):  # whoever waited for the collector would wait for an hour
+            assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+            wait_for(lambda: collector.requests > seen, "nothing was sent")
+    finally:
+        collector.may_answer.set()
+
+
+def test_a_dead_collector_is_told_once(server: Server, collector: Collector) -> None:
     def said(what: str) -> int:
         return sum(what in line for line in Path(server.log).read_text().splitlines())
 

@@ -35,7 +35,8 @@ class GotSpan:
 
 @dataclass
 class Collector:
-    """`status` is what it answers, so that it can be broken for a while; what is sent to `missing` paths gets 404."""
+    """`status` is what it answers, so that it can be broken for a while, nothing while `may_answer` is not set; what is
+    sent to `missing` paths gets 404."""
 
     url: str
     status: int = 200
@@ -43,6 +44,10 @@ class Collector:
     spans: list[GotSpan] = field(default_factory=list)
     points: dict[str, list[tuple[dict[str, Any], Any]]] = field(default_factory=dict)
     requests: int = 0
+    may_answer: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.may_answer.set()
 
     def trace(self, trace_id: str) -> list[GotSpan]:
         return [span for span in list(self.spans) if span.trace_id == trace_id]
@@ -72,6 +77,7 @@ def running_collector() -> Iterator[Collector]:
                 collector.requests += 1
             else:
                 collector.take(self.path, body)
+            collector.may_answer.wait()
             self.send_response(404 if is_missing else collector.status)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -86,6 +92,7 @@ def running_collector() -> Iterator[Collector]:
     try:
         yield collector
     finally:
+        collector.may_answer.set()
         server.shutdown()
         server.server_close()
 

@@ -27,6 +27,8 @@ from softbatch.prompt_store.manifest import Replaces
 WITHOUT_SIGMA = ("full_context", "no_context", "truncated", "retrieval", "retrieval_3x", "retrieval_recall")
 WITH_SIGMA = ("soft_prompt", "recall")
 RECALLED = 2  # passages behind σ
+# Raised when passages stand otherwise in prompts: answers to others do not belong beside them in a report.
+PASSAGE_ORDER = 2
 _MOST_PASSAGES = 16
 
 
@@ -188,7 +190,7 @@ def right_answers(free: FreeAnswers, found: Mapping[str, Answers]) -> dict[str, 
 
 def save_answers(found: Mapping[str, Answers], path: Path) -> None:
     """For a run that goes on later."""
-    record = {name: asdict(answers) for name, answers in found.items()}
+    record = {"order": PASSAGE_ORDER, "answers": {name: asdict(answers) for name, answers in found.items()}}
     replace_file(path, lambda target: target.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8"))
 
 
@@ -196,6 +198,8 @@ def load_answers(path: Path) -> dict[str, Answers]:
     """Empty where there is nothing of use: it is then asked again."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Answers(**answers) for name, answers in record.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        if record["order"] != PASSAGE_ORDER:
+            return {}
+        return {name: Answers(**answers) for name, answers in record["answers"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -97,3 +97,23 @@ def test_an_answer_takes_what_the_model_took_for_it(
             compression(llama, tmp_path, **options).run(resume=attempt > 0)
     assert len(found) == attempts
     assert all(0.5 <= seconds <= 1 for seconds in found)
+
+
+def test_a_question_that_is_left_over_does_not_tell_what_many_take(
+    llama: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, found = 0.0, list[float]()
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        nonlocal now
+        now += 0.1 + 0.02 * len(prompts)
+        return [[40, 41, 42] for _ in prompts]
+
+    def measured(context: Any, pairs: list[TrainingPair], settings: Any, gold: float, *_: Any) -> None:
+        found.append(gold)
+        raise Stopped
+
+    monkeypatch.setattr("softbatch.prompt_store.compression.pipeline.measure_speeds", measured)
+    with pytest.raises(Stopped):
+        compression(llama, tmp_path, **BUDGET, held_out=9, generate=generate, clock=lambda: now).run()
+    assert found[0] <= 0.1 / 4 + 0.02 + 1e-9, "four at a time were asked"

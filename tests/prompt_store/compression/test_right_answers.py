@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from softbatch.prompt_store.compression.data.accepted import Share, is_right
 from softbatch.prompt_store.compression.data.examples import DataError, Example, load_jsonl, save_jsonl
 from softbatch.prompt_store.compression.data.passage_index import PassageIndex, within
 from softbatch.prompt_store.compression.data.passages import before_question, cut, joined
-from softbatch.prompt_store.compression.evaluation.free_answers import FreeAnswers, Response, Sigma
+from softbatch.prompt_store.compression.evaluation.free_answers import (
+    Answers,
+    FreeAnswers,
+    Response,
+    Sigma,
+    load_answers,
+    save_answers,
+)
 from softbatch.prompt_store.compression.evaluation.page import render_page
 from softbatch.prompt_store.compression.evaluation.verdict import verdict_of
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder
@@ -233,6 +241,17 @@ def test_retrieval_gets_as_many_tokens_as_recall_has(llama: Reference) -> None:
     longest = max(len(context.renderer.tokens(passage.text)) for passage in cut(text))
     assert all(abs(64 + a - b) <= longest for a, b in zip(recall, same, strict=True))
     assert abs(64 + sum(recall) / len(recall) - sum(same) / len(same)) < longest / 4
+
+
+def test_answers_to_passages_in_another_order_are_asked_for_again(tmp_path: Path) -> None:
+    found = {"retrieval": Answers(["2"], 40.0, None)}
+    path = tmp_path / "answers.json"
+    save_answers(found, path)
+    assert load_answers(path) == found
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for older in (record | {"order": record["order"] - 1}, record["answers"]):
+        path.write_text(json.dumps(older), encoding="utf-8")
+        assert load_answers(path) == {}
 
 
 def test_the_verdict_says_what_would_do_better() -> None:

@@ -438,6 +438,9 @@ if name == "cpu" and "check" in sys.argv:
     from softbatch.scheduler.model.cpu.formats import WeightFormat
     for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8):
         test_decoder.test_near_transformers_in_every_format(weights)
+    from tests.scheduler.model import test_gguf_blocks
+    for kind in test_gguf_blocks.BlockKind:
+        test_gguf_blocks.test_products_are_near_the_exact_ones(kind, 33, 3)
     from tests.scheduler.model import test_kv_packing
     for packing in test_kv_packing.PACKINGS:
         for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16):

@@ -7,14 +7,15 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from softbatch.scheduler.model.gguf_metadata import check_tokenizer
+from softbatch.scheduler.model import gguf_conversion
+from softbatch.scheduler.model import weights as weight_loading
+from softbatch.scheduler.model.gguf_tokenizer import check_tokenizer
 from softbatch.scheduler.model.model_files import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
 from tests.support.gguf_files import (
@@ -178,11 +179,55 @@ def test_texts_begin_and_end_as_the_file_says(adds: bool, tmp_path: Path) -> Non
     assert (source.tokenizer.encode("a")[-1] == source.tokenizer.eos_token_id) == adds
 
 
+CUT = "\n\n1, a  12 = 3456"
+CUTS = {
+    "gpt-2": ["\n", "\n", "1", ",", " a", " ", " 12", " =", " 3456"],
+    "smollm": ["\n\n", "1", ",", " a", "  ", "1", "2", " =", " ", "3", "4", "5", "6"],
+    "starcoder": ["\n\n", "1", ",", " a", "  ", "1", "2", " =", " ", "3", "4", "5", "6"],
+    "default": ["\n", "\n", "1", ",", " a", " ", " ", "12", " ", "=", " ", "345", "6"],
+}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_texts_are_cut_as_the_file_says(cut: str, architecture: str, tmp_path: Path) -> None:
+    """Also where the architecture has a class of tokenizers that cuts in its own way."""
+    said = {"tokenizer.ggml.pre": cut} | (gpt2_numbers() if architecture == "gpt2" else {})
+    weights = gpt2_tensors(4 * HIDDEN) if architecture == "gpt2" else None
+    backend = resolve(str(write_gguf(tmp_path / "a.gguf", said, weights, architecture))).tokenizer.backend_tokenizer
+    assert [CUT[slice(*place)] for _, place in backend.pre_tokenizer.pre_tokenize_str(CUT)] == CUTS[cut]
+    if cut == "smollm":
+        assert backend.encode("    1").tokens == ["ĠĠĠĠ", "1"]
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_older_code_has_made_of_a_file_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tmp_path / "a.gguf")
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    monkeypatch.setattr(gguf_conversion, "_SETTLED_SECONDS", -1.0)  # the key is remembered at once
+    version = gguf_conversion._VERSION
+    monkeypatch.setattr(gguf_conversion, "_VERSION", version - 1)
+    old = resolve(str(file)).path
+    assert resolve(str(file)).path == old
+    monkeypatch.setattr(gguf_conversion, "_VERSION", version)
+    assert resolve(str(file)).path != old
+
+
+def test_a_tokenizer_is_refused_before_weights_are_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*_: object, **__: object) -> None:
+        raise Seen
+
+    monkeypatch.setattr(weight_loading, "load_weights", reads)
+    assert "add_bos_token = 2" in refusal(write_gguf(tmp_path / "a.gguf", {"tokenizer.ggml.add_bos_token": 2}), cache)
+
+
 def test_a_tokenizer_that_puts_a_space_first_is_not_one_without() -> None:
     def check(said: dict[str, Any], *, strip: bool) -> None:
         fields = {"model": "llama"} | said
-        file: Any = SimpleNamespace(of_tokenizer=fields.get)
-        check_tokenizer(as_transformers(byte_fallback(strip=strip)), file)
+        check_tokenizer(as_transformers(byte_fallback(strip=strip)), fields.get)
 
     check({}, strip=True)
     check({"add_space_prefix": True}, strip=True)

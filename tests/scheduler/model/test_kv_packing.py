@@ -496,10 +496,11 @@ def test_what_cannot_be_packed_is_refused(tiny_models: dict[str, str], name: str
 
 def test_on_a_gpu_it_is_refused_before_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(loader, "resolve", lambda model: pytest.fail("the model's files were looked for"))
+    monkeypatch.setattr(loader, "resolve", lambda *_: pytest.fail("the model's files were looked for"))
     for options, message in (
         ({"kv_cache_dtype": "k6v4"}, "--kv-cache-dtype k6v4 takes a CPU: use --device cpu, or --kv-cache-dtype auto"),
         ({"quantization": "int8"}, "--quantization int8 takes a CPU: use --device cpu, or --quantization none"),
+        ({"quantization": "native"}, "--quantization native takes a CPU: use --device cpu, or --quantization none"),
     ):
         with pytest.raises(ModelError, match=message):
             build_engine(EngineConfig(model="smollm2-135m", dtype="bfloat16", **options), lambda *_: None)

@@ -157,6 +157,12 @@ def test_a_config_that_is_not_the_models(fields: dict[str, Any], parts: tuple[st
         assert part in message, message
 
 
+def test_a_token_to_fill_up_with_that_no_row_is_looked_up_for(tokenizer: str, tmp_path: Path) -> None:
+    gpt2 = save_family(tmp_path / "gpt2", tokenizer, "gpt2")
+    edit_json(gpt2 / "config.json", pad_token_id=512)
+    start(gpt2)
+
+
 def test_a_byte_order_mark_is_passed_over(directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):

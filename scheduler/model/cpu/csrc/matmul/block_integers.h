@@ -59,7 +59,7 @@ struct BlockIntegers {
     const Bits numbers = w & 0x00ff00ffu;
 #if defined(__AVX512BW__)
     return sum + (Ints)_mm512_madd_epi16((__m512i)numbers, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)  // whose vectors are of 512 bits
     return sum + (Ints)_mm256_madd_epi16((__m256i)numbers, _mm256_set1_epi32(x));
 #else
     return sum + (Ints)(numbers & 0xffffu) * static_cast<int32_t>(static_cast<int16_t>(x)) + (Ints)(numbers >> 16) * (x >> 16);
