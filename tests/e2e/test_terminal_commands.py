@@ -103,6 +103,8 @@ class TestChat:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
+            # A terminal's; tests that run in the background of a shell would hand on that it is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(theirs)
         screen = ""
