@@ -12,7 +12,7 @@ from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.model_error import ModelError
 
 logger = logging.getLogger(__name__)
-_CONFIGS = (
+CONFIGS = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
@@ -65,7 +65,7 @@ def check_directory(path: Path) -> None:
             f"--model {path}: an adapter lies beside the model (adapter_config.json); merge it into the weights, or "
             "move its files elsewhere"
         )
-    for name in _CONFIGS:
+    for name in CONFIGS:
         if (path / name).is_file():
             _parse(path / name)
 

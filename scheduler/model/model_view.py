@@ -10,6 +10,7 @@ from pathlib import Path
 
 from softbatch.prompt_store.atomic_files import process_directory
 from softbatch.scheduler.model.model_error import ModelError
+from softbatch.scheduler.model.model_files import CONFIGS
 
 logger = logging.getLogger(__name__)
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -18,12 +19,7 @@ MAX_TEMPLATE_BYTES = 1 << 20
 # What transformers reads beside the weights; a mark in any other text, a licence say, disturbs nobody.
 _TEXTS = frozenset(
     {
-        "config.json",
-        "generation_config.json",
-        "tokenizer_config.json",
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
+        *CONFIGS,
         CHAT_TEMPLATE,
         "chat_template.json",
         "vocab.json",
