@@ -110,6 +110,16 @@ class GrammarMasks:
                 masks[request_id] = error
         return masks
 
+    def allow(self, sequence: Sequence, token: int) -> bool:
+        """Whether this token may come next. False of end tokens and where there is an error: the mask tells more."""
+        try:
+            matcher = self._matcher_of(sequence)
+            allows = matcher.validate_tokens([token]) == 1
+            _check(matcher)
+        except GrammarError:
+            return False
+        return allows
+
     def _matcher_of(self, sequence: Sequence) -> LLMatcher:
         """Behind all tokens of its output. Raises GrammarError."""
         follower = self._followers.get(sequence)
