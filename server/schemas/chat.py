@@ -183,7 +183,6 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
-        "prediction": (),
         "verbosity": ("medium",),
         "web_search_options": (),
         "include_reasoning": (True,),
@@ -197,6 +196,8 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
         "documents": ([],),
         "chat_template": (),
     }
+    # `{}` is a search with its defaults.
+    asks_if_empty: ClassVar[frozenset[str]] = frozenset({"web_search_options"})
     instead: ClassVar[Mapping[str, str]] = {
         "functions": "what replaced it is: 'tools': [{'type': 'function', 'function': {...}}]",
         "function_call": "what replaced it is 'tool_choice'",

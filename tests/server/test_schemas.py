@@ -267,6 +267,7 @@ def generate(**parameters: Any) -> dict[str, Any]:
                 stream_options={"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False},
             ),
         ),
+        ("/chat", chat(prediction={"type": "content", "content": "def f():"}, web_search_options=None)),
         # What programs for several servers send unasked.
         *(
             (route, body(**sampler))
@@ -435,6 +436,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(truncate_prompt_tokens=-2), "truncate_prompt_tokens", "greater than or equal to -1"),
         ("/chat", chat(truncation_side="right"), "truncation_side", "not supported"),
         ("/chat", chat(skip_special_tokens=0), "skip_special_tokens", "valid boolean"),
+        ("/chat", chat(web_search_options={}), "web_search_options", "not supported"),
         (
             "/chat",
             chat(continue_final_message=True, add_generation_prompt=True),
