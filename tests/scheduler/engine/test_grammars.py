@@ -119,6 +119,27 @@ def test_a_resumed_sequence_goes_on_where_it_was(tiny_llama: Reference, alone: d
         assert tokens_of(drain(roomy(tiny_llama), [again])[request.request_id]) == output[delivered:]
 
 
+def test_a_begun_output_goes_on_as_the_grammar_has_it(tiny_llama: Reference) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Ann", "Änne"]}, "age": {"type": "integer", "minimum": 10, "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    beginnings = ["", "{", '{"na', '{"name":"Än', '{"name":"Ann","age":4', '{"name":"Ann","age":42}']
+    made = drain(
+        roomy(tiny_llama),
+        [bound(f"r{at}", tiny_llama, schema, begun=begun, seed=at) for at, begun in enumerate(beginnings)]
+        + [bound("bad", tiny_llama, schema, begun='{"name": "Bob')],
+    )
+    for at, begun in enumerate(beginnings):
+        tokens = tokens_of(made[f"r{at}"])
+        assert tokens[-1] == tiny_llama.tokenizer.eos_token_id
+        jsonschema.validate(json.loads(begun + tiny_llama.tokenizer.decode(tokens[:-1])), schema)
+    assert len(tokens_of(made["r5"])) == 1
+    assert "no beginning" in (made["bad"][-1].error or "")
+
+
 def test_a_grammar_that_cannot_be_followed_fails_its_own_sequence(
     tiny_llama: Reference, alone: dict[str, list[int]]
 ) -> None:
