@@ -26,6 +26,8 @@ EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError)
 # That write one object at the same moment, to see whether the store lets one of them through.
 _RIVALS = 4
+# At an object, before it is taken for another than was written.
+_LOOKS = 4
 
 
 class BucketError(OSError):
@@ -140,16 +142,26 @@ class Bucket:
             self._ask("create", key, lambda seconds: self._files.create(key, content, seconds))
         except FileExistsError:
             # An earlier try may have got through, and only its answer been lost.
-            return (found := self.read(key)) is not None and found[0] == content
+            return self.holds(key, content) is not None
         return True
+
+    def holds(self, key: str, content: bytes) -> Etag | None:
+        """The ETag of the object if it is this; one that is another is read again, as it may have been damaged on its
+        way."""
+        for _ in range(_LOOKS):
+            found = self.read(key)
+            if found is None:
+                return None
+            if found[0] == content:
+                return found[1]
+        return None
 
     def replace(self, key: str, content: bytes, etag: Etag) -> Etag | None:
         """None, and nothing is written, unless the object is still the one with this ETag. Raises like `create`."""
         try:
             return self._ask("replace", key, lambda seconds: self._files.replace(key, content, etag, seconds))
         except (FileExistsError, FileNotFoundError):
-            found = self.read(key)
-            return found[1] if found is not None and found[0] == content else None
+            return self.holds(key, content)
 
     def delete(self, key: str, etag: Etag | None = None) -> None:
         """Does nothing where there is no such object. With `etag` it is only tried again while the object is still

@@ -136,12 +136,7 @@ class ObjectStore(ObjectReader, SoftPromptStore):
         key = record_key(record.name)
         if record.previous is not None:
             return self._take_place(staged)
-        if not self.offers.create and self.bucket.etag(key) is not None:
-            taken = self.bucket.read(key)
-            is_free = taken is None or taken[0] == staged.sealed
-        else:
-            is_free = True
-        if not is_free or not self._create(key, staged.sealed):
+        if not self._create(key, staged.sealed):
             raise NameTaken(record.name)
         self._names.forget(record.name)
         return self.get(record.name)
@@ -174,11 +169,12 @@ class ObjectStore(ObjectReader, SoftPromptStore):
         return self.bucket.etag(record.key) is not None
 
     def _create(self, key: str, sealed: bytes) -> bool:
+        """Unless the name is given to another, as exactly as the bucket can tell."""
         if self.offers.create:
             return self.bucket.create(key, sealed)
-        self.bucket.write(key, sealed)
-        found = self.bucket.read(key)
-        return found is not None and found[0] == sealed
+        if self.bucket.etag(key) is None:
+            self.bucket.write(key, sealed)
+        return self.bucket.holds(key, sealed) is not None
 
     def _upload(self, file: Path, record: PromptRecord) -> None:
         """Read back, as a name must never lead to what was damaged on its way there. Raises BucketError."""

@@ -419,13 +419,15 @@ def test_a_deletion_takes_nothing_from_who_registers_meanwhile(
 
 def test_a_process_killed_at_any_call_leaves_a_name_whole_or_free(url: str, file: Path, tmp_path: Path) -> None:
     outcomes, is_killed, last = set[tuple[str, ...]](), True, 0
+    offers = Bucket(url, QUICK).probe()
     while is_killed:
         store = object_store(f"{url}/{last}", tmp_path / f"one{last}", MAX_BYTES)
-        assert store.offers.write
+        store.offers = offers
         with killed_before_call(last) as fate:
             store.add("a", file, kept=KEPT)
         is_killed, last = fate.is_killed, last + 1
         other = object_store(store.location, tmp_path / f"other{last}", MAX_BYTES)
+        other.offers = offers
         assert other.broken() == []
         outcomes.add(tuple(names(other)))
         if not other.list():
@@ -473,7 +475,9 @@ def test_a_store_that_refuses_conditions_says_so_and_is_written_to(
     assert found[0] == b"whole"
 
 
-def test_a_store_that_compares_without_quotes_keeps_conditions(url: str, proxy: FaultyProxy) -> None:
+def test_a_store_that_compares_without_quotes_keeps_conditions(
+    locking_server: BucketServer, url: str, proxy: FaultyProxy
+) -> None:
     """As older Cephs do."""
     proxy.compares_unquoted = True
     bucket = Bucket(url, QUICK)

@@ -193,13 +193,16 @@ def test_a_swap_killed_at_any_call_is_done_or_not_and_can_be_done_again(
     bucket_server: BucketServer, file: Path, trained: Path, tmp_path: Path
 ) -> None:
     url, outcomes, is_killed, last = bucket_server.new_url(), set[bool](), True, 0
+    offers = Bucket(url, QUICK).probe()
     while is_killed:
         store = object_store(f"{url}/{last}", tmp_path / f"one{last}", MAX_BYTES)
+        store.offers = offers
         preview = store.add("a", file, kept=KEPT)
         with killed_before_call(last) as fate:
             store.swap("a", preview.sha256, trained, KEPT)
         is_killed, last = fate.is_killed, last + 1
         other = object_store(store.location, tmp_path / f"other{last}", MAX_BYTES)
+        other.offers = offers
         assert other.broken() == []
         found = other.get("a")
         outcomes.add(found.sha256 == preview.sha256)
