@@ -64,11 +64,13 @@ def names_in(body: bytes) -> Named:
         fields = _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Named()
-    given = (fields.model, fields.soft_prompt or fields.adapter_id)
+    model, soft_prompt = (
+        value if isinstance(value, str) else "" for value in (fields.model, fields.soft_prompt or fields.adapter_id)
+    )
     asked = (fields.messages, fields.prompt, fields.input, fields.inputs)
     parts = (fields.tools, fields.system, fields.instructions, *asked)
     start = b"".join(memoryview(part)[:LONGEST] for part in parts)[:LONGEST]
-    return Named(*(value if isinstance(value, str) else "" for value in given), start)
+    return Named(model, soft_prompt, start)
 
 
 def _is_below(path: str, prefix: str) -> bool:
