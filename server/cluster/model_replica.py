@@ -77,8 +77,9 @@ class ModelReplica:
         await self._exits.aclose()
 
     async def __del__(self) -> None:
-        """Serve calls and awaits this at the end of a replica that it has drained."""
-        await self.stop()
+        """Serve calls and awaits this at the end of a replica that it has drained, or has not waited for."""
+        if "_mirroring" in vars(self):
+            await self.stop()
 
 
 def end_with_engine(engine: EngineClient, end: Callable[[int], None] = os._exit) -> None:
