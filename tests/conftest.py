@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
-from tests.support.bucket_server import BucketServer, environment_of, running_bucket_server
+from tests.support.bucket_server import BucketServer, running_bucket_server, wanted_kind
 from tests.support.faulty_proxy import FaultyProxy, running_proxy
 from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
 
@@ -54,18 +54,25 @@ def tiny_compressible(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def bucket_server() -> Iterator[BucketServer]:
+def bucket_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
     """One for all tests of a process; each takes a prefix of its own."""
-    with running_bucket_server() as server:
+    with running_bucket_server(wanted_kind(), tmp_path_factory.mktemp("bucket-server")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def locking_server(bucket_server: BucketServer) -> BucketServer:
+    """One that can keep compression jobs."""
+    if not bucket_server.offers.replace:
+        pytest.skip("it offers no conditional writes (If-Match), so it keeps no jobs")
+    return bucket_server
 
 
 @pytest.fixture
 def proxy(bucket_server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """Stores that are opened behind it go through it."""
     with running_proxy(bucket_server.endpoint) as found:
-        for name, value in environment_of(found.endpoint).items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", found.endpoint)
         yield found
 
 

@@ -2,7 +2,8 @@
 
 - death: 100 requests at once, streams and whole replies, greedy and drawn without a seed; one of two replicas is
   killed, with its engine, while they run. Greedy answers must be those of an undisturbed run.
-- scale: 1 replica, then 2, then 1 again, while requests come; none may fail.
+- scale: 1 replica, then 2, then 1 again, while requests come; none may fail. autoscale: the same by Serve itself, as
+  requests come and go; first_token: by what they wait for their first token. update: another setting, as a new version.
 - affinity: 40 soft prompts and two replicas that hold 20 each; default: the same by Serve's own router.
 
     python -m benchmarks.scaling.on_ray --store /tmp/ray-prompts
@@ -17,25 +18,24 @@ import random
 import re
 import signal
 import socket
-import sys
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import ray
 from ray import serve
 
+from benchmarks.scaling.ray_requests import ask, body_of, replicas
+from benchmarks.scaling.ray_scaling import ScalingParts
 from benchmarks.serving.soft_prompts import VIRTUAL_TOKENS, register
 from softbatch.server.cluster.cluster_settings import ClusterSettings
 from softbatch.server.cluster.deployments import application
 from softbatch.server.settings import Settings
 
+PARTS = ["affinity", "death", "scale", "autoscale", "first_token", "update", "default"]
 REQUESTS = 100
-TOKENS = 64
 CONTEXT_TOKENS, VOCAB = 512, 49152
 SOFT_PROMPTS, HELD = 40, 20
 BLOCK_BYTES = 368_640  # of the embedded model, in bfloat16
@@ -46,7 +46,7 @@ WARM, ASKED = 4 * SOFT_PROMPTS, 8 * SOFT_PROMPTS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path("/tmp/softbatch-ray-prompts"))
-    parser.add_argument("--parts", nargs="+", default=["affinity", "death", "scale", "default"])
+    parser.add_argument("--parts", nargs="+", default=PARTS)
     options = parser.parse_args()
     register(options.store, SOFT_PROMPTS, CONTEXT_TOKENS, VOCAB)
     bench = Bench(options.store)
@@ -58,7 +58,7 @@ def main() -> None:
         ray.shutdown()
 
 
-class Bench:
+class Bench(ScalingParts):
     def __init__(self, store: Path) -> None:
         self.port, self.metrics_port = _free_port(), _free_port()
         self.store = store
@@ -67,10 +67,10 @@ class Bench:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often, **ports)
         serve.start(http_options={"host": "127.0.0.1", "port": self.port})
 
-    def deploy(self, replicas: int, router: str = "affinity") -> None:
-        cluster = ClusterSettings.model_validate({"replicas": replicas, "replica_cpus": 0.9, "router": router})
+    def deploy(self, count: int, settings: dict[str, Any] | None = None, **cluster_settings: Any) -> None:
+        cluster = ClusterSettings.model_validate({"replicas": count, "replica_cpus": 0.9, **cluster_settings})
         memory = (BLOCKS + 0.5) * BLOCK_BYTES / 2**30
-        given = Settings(model="smollm2-135m", prompt_store=self.store, kv_cache_gib=memory)
+        given = Settings(model="smollm2-135m", prompt_store=self.store, kv_cache_gib=memory, **(settings or {}))
         serve.run(application([(cluster, given)]), name="softbatch", route_prefix="/")
 
     def death(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Bench:
         limits = httpx.Limits(max_connections=None)
         started = asyncio.Event()
         async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits) as client:
-            asked = [asyncio.create_task(ask(client, _body(at), started)) for at in range(REQUESTS)]
+            asked = [asyncio.create_task(ask(client, body_of(at), started)) for at in range(REQUESTS)]
             if disturb is not None:
                 await started.wait()
                 await asyncio.sleep(0.5)
@@ -100,45 +100,14 @@ class Bench:
             return await asyncio.gather(*asked)
 
     def kill_one(self) -> None:
-        worker = _replicas()[0]
+        worker = replicas()[0]
         dying = [worker, *worker.children(recursive=True)]
         self.killed = len(dying)
         for process in dying:
             process.send_signal(signal.SIGKILL)
 
-    def scale(self) -> dict[str, Any]:
-        self.deploy(1)
-        outcomes: Counter[str] = Counter()
-        replicas: list[int] = [len(_replicas())]
-
-        async def scaled() -> None:
-            for count in (2, 1):
-                await asyncio.to_thread(self.deploy, count)
-                await _until(lambda count=count: len(_replicas()) == count)
-                replicas.append(len(_replicas()))
-                await asyncio.sleep(5)
-
-        asyncio.run(self.under_load(scaled, outcomes))
-        return {"replicas": replicas, "outcomes": dict(outcomes)}
-
-    async def under_load(self, work: Callable[[], Awaitable[None]], outcomes: Counter[str]) -> None:
-        ended = asyncio.Event()
-
-        async def client(number: int, http: httpx.AsyncClient) -> None:
-            at = number
-            while not ended.is_set():
-                answer = await ask(http, _body(at), asyncio.Event())
-                outcomes["failed" if answer is None else "answered"] += 1
-                at += 8
-
-        async with httpx.AsyncClient(base_url=self.url, timeout=None) as http:
-            clients = [asyncio.create_task(client(number, http)) for number in range(8)]
-            await work()
-            ended.set()
-            await asyncio.gather(*clients)
-
     def affinity(self, router: str = "affinity") -> dict[str, Any]:
-        self.deploy(2, router)
+        self.deploy(2, router=router)
         start = self.hits()
         asyncio.run(self.ask_soft_prompts(WARM))  # until each is where it will be
         before = self.hits_after(start, WARM)
@@ -191,46 +160,6 @@ class Bench:
         return f"http://127.0.0.1:{self.port}"
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any], started: asyncio.Event) -> str | None:
-    """The whole answer, or None."""
-    try:
-        if not body["stream"]:
-            reply = await client.post("/v1/completions", json=body)
-            started.set()
-            return str(reply.json()["choices"][0]["text"]) if reply.status_code == 200 else None
-        text, ended = "", False
-        async with client.stream("POST", "/v1/completions", json=body) as reply:
-            async for line in reply.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        return None
-                    started.set()
-                    text += event["choices"][0]["text"]
-                ended |= line == "data: [DONE]"
-        return text if ended else None
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        print(repr(error), file=sys.stderr)
-        return None
-
-
-def _body(at: int) -> dict[str, Any]:
-    body = {"prompt": f"Chapter {at % 17}. The sea", "max_tokens": TOKENS, "ignore_eos": True, "stream": at % 2 == 0}
-    return body | ({"temperature": 0} if at % 4 < 2 else {"temperature": 0.8})
-
-
-def _replicas() -> list[psutil.Process]:
-    """Ray's workers that have an engine, of any session of this user."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if "softbatch.scheduler.engine.process" in process.cmdline():
-                found.append(process.parent())
-        except psutil.Error:
-            continue
-    return [process for process in found if process is not None and "ray::" in " ".join(process.cmdline())]
-
-
 def _count_in_logs(what: str) -> int:
     """Lines of Ray's workers in this session."""
     logs = Path("/tmp/ray/session_latest/logs")
@@ -239,14 +168,6 @@ def _count_in_logs(what: str) -> int:
 
 def _total(counts: dict[str, tuple[float, float]]) -> float:
     return sum(hits + misses for hits, misses in counts.values())
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        await asyncio.sleep(0.2)
-    raise RuntimeError("it does not come to that")
 
 
 _NAME = r"ray_softbatch_soft_prompt_cache_%s_total\{([^}]*)\} ([0-9.e+]+)"

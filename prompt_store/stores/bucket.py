@@ -8,8 +8,10 @@ import importlib
 import logging
 import random
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +22,12 @@ from softbatch.prompt_store.stores.bucket_files import BucketFiles, Etag, Object
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
-_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError)  # which asking again does not change
+# Which asking again does not change.
+_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError)
+# That write one object at the same moment, to see whether the store lets one of them through.
+_RIVALS = 4
+# At an object, before it is taken for another than was written.
+_LOOKS = 4
 
 
 class BucketError(OSError):
@@ -56,7 +63,8 @@ class Retries:
 
 @dataclass(frozen=True)
 class Offers:
-    """What the object store was seen to do: to create only, to replace only what is known, to write at all."""
+    """What the object store was seen to do: to create only, to replace only what is known, to write at all. A store
+    that looks at the condition when a write begins, and not when it ends, lets several through: that is no offer."""
 
     create: bool
     replace: bool
@@ -80,26 +88,34 @@ class Bucket:
             raise BucketDenied(f"{self.url}/{key}: access denied ({error.strerror or error})") from error
 
     def probe(self) -> Offers:
-        """Write, write again and delete a small object. Raises BucketError, or FileNotFoundError without a bucket."""
+        """Write, write again and delete small objects. Raises BucketError, or FileNotFoundError without a bucket."""
         key = f".probe-{secrets.token_hex(8)}"
+        rivals = f"{key}-rivals"
         try:
-            self.create(key, b"1")
+            self.write(key, b"1")
         except PermissionError:
             self.list(key)  # raises where not even this may be done
             return Offers(create=False, replace=False, write=False)
         try:
-            creates = not self.create(key, b"2")
-            found = self.read(key)
-            etag = found[1] if found is not None else ""
-            replaces = self._files.can_replace and self._replaces(key, etag)
-            return Offers(creates, replaces)
+            return Offers(self._creates(key, rivals), self._files.can_replace and self._replaces(key))
         finally:
-            with contextlib.suppress(OSError):
-                self.delete(key)
+            for one in (key, rivals):
+                with contextlib.suppress(OSError):
+                    self.delete(one)
 
-    def _replaces(self, key: str, etag: Etag) -> bool:
-        changed = self.replace(key, b"3", etag)
-        return changed is not None and self.replace(key, b"4", etag) is None
+    def _creates(self, there: str, rivals: str) -> bool:
+        with contextlib.suppress(NotImplementedError):
+            return not self.create(there, b"2") and _is_won_once(lambda content: self.create(rivals, content))
+        return False
+
+    def _replaces(self, key: str) -> bool:
+        found = self.read(key)
+        with contextlib.suppress(NotImplementedError):
+            changed = None if found is None else self.replace(key, b"3", found[1])
+            if found is None or changed is None or self.replace(key, b"4", found[1]) is not None:
+                return False
+            return _is_won_once(lambda content: self.replace(key, content, changed) is not None)
+        return False
 
     def read(self, key: str) -> tuple[bytes, Etag] | None:
         with contextlib.suppress(FileNotFoundError):
@@ -120,21 +136,32 @@ class Bucket:
         self._ask("write", key, lambda seconds: self._files.write(key, content, seconds))
 
     def create(self, key: str, content: bytes) -> bool:
-        """False where there is such an object, with other content. Only where the store offers it is it no race."""
+        """False where there is such an object, with other content. Only where the store offers it is it no race. Raises
+        NotImplementedError if it says that it does not."""
         try:
             self._ask("create", key, lambda seconds: self._files.create(key, content, seconds))
         except FileExistsError:
             # An earlier try may have got through, and only its answer been lost.
-            return (found := self.read(key)) is not None and found[0] == content
+            return self.holds(key, content) is not None
         return True
 
+    def holds(self, key: str, content: bytes) -> Etag | None:
+        """The ETag of the object if it is this; one that is another is read again, as it may have been damaged on its
+        way."""
+        for _ in range(_LOOKS):
+            found = self.read(key)
+            if found is None:
+                return None
+            if found[0] == content:
+                return found[1]
+        return None
+
     def replace(self, key: str, content: bytes, etag: Etag) -> Etag | None:
-        """None, and nothing is written, unless the object is still the one with this ETag."""
+        """None, and nothing is written, unless the object is still the one with this ETag. Raises like `create`."""
         try:
             return self._ask("replace", key, lambda seconds: self._files.replace(key, content, etag, seconds))
         except (FileExistsError, FileNotFoundError):
-            found = self.read(key)
-            return found[1] if found is not None and found[0] == content else None
+            return self.holds(key, content)
 
     def delete(self, key: str, etag: Etag | None = None) -> None:
         """Does nothing where there is no such object. With `etag` it is only tried again while the object is still
@@ -181,6 +208,18 @@ class Bucket:
         other.url, other._files = self.url, self._files
         other.retries = replace(self.retries, tries=tries, seconds=min(seconds, self.retries.seconds))
         return other
+
+
+def _is_won_once(write: Callable[[bytes], bool]) -> bool:
+    """Whether of several that write at the same moment, each another content, one is told that it did."""
+    start = threading.Barrier(_RIVALS)
+
+    def rival(number: int) -> bool:
+        start.wait()
+        return write(f"rival {number}".encode())
+
+    with ThreadPoolExecutor(_RIVALS) as rivals:
+        return sum(rivals.map(rival, range(_RIVALS))) == 1
 
 
 def _files_of(url: str) -> BucketFiles:

@@ -26,7 +26,8 @@ class ObjectInfo:
 
 
 class BucketFiles(Protocol):
-    """Each call may take `seconds`. Raises FileNotFoundError, PermissionError, or whatever the library does."""
+    """Each call may take `seconds`. Raises FileNotFoundError, PermissionError, NotImplementedError for a condition that
+    the store does not know, or whatever the library does."""
 
     can_replace: bool
 
@@ -119,12 +120,13 @@ class S3Files(PlainFiles):
     can_replace = True
 
     def __init__(self, made: Any, root: str) -> None:
-        config = {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+        config = {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}} | _plain_checksums()
         # Named, so that fsspec does not give one client for two endpoints.
         client = {"endpoint_url": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")}
         super().__init__(made, root, config_kwargs=config, client_kwargs=client)
         self._system.retries = 1
         self._bucket, _, self._prefix = self._root.partition("/")
+        self._is_unquoted = False  # how `If-Match` has to be written
 
     def read(self, key: str, seconds: float) -> tuple[bytes, Etag]:
         from fsspec.asyn import sync
@@ -153,22 +155,39 @@ class S3Files(PlainFiles):
         self._system.call_s3("delete_object", **self._where(key), timeout=seconds)
 
     def _put(self, key: str, content: bytes, seconds: float, **condition: str) -> Etag:
-        """What arrived damaged is replaced, unless another did so meanwhile."""
+        """What arrived damaged is replaced, unless another did so meanwhile, as far as the store can tell."""
+        is_damaged = False
         for _ in range(_TRIES):
             try:
-                reply = self._system.call_s3(
-                    "put_object", **self._where(key), Body=content, **condition, timeout=seconds
-                )
-            except Exception as error:
-                if _code_of(error) in ("PreconditionFailed", "412"):
-                    raise FileExistsError(key) from error
-                raise
-            etag = str(reply["ETag"])
+                etag = self._put_once(key, content, seconds, condition)
+            except NotImplementedError:
+                if not is_damaged:
+                    raise
+                condition = {}
+                continue
             # Not the MD5 either where the store encrypts with a key of the user's.
             if etag.strip('"') == _md5(content) or self._is(key, content, seconds):
                 return etag
-            condition = {"IfMatch": etag}
+            is_damaged, condition = True, {"IfMatch": etag}
         raise ConnectionError(f"{key} arrives damaged in the bucket")
+
+    def _put_once(self, key: str, content: bytes, seconds: float, condition: dict[str, str]) -> Etag:
+        known = condition.get("IfMatch")
+        sent = condition if known is None or not self._is_unquoted else {"IfMatch": known.strip('"')}
+        try:
+            reply = self._system.call_s3("put_object", **self._where(key), Body=content, **sent, timeout=seconds)
+            return str(reply["ETag"])
+        except Exception as error:
+            code = _code_of(error)
+            if condition and code in ("NotImplemented", "501"):
+                raise NotImplementedError(str(error)) from error
+            if code not in ("PreconditionFailed", "412"):
+                raise
+            if known is None or self._is_unquoted or self.etag(key, seconds) != known:
+                raise FileExistsError(key) from error
+        # It is that very object: older Cephs compare what stands between the quotes, which S3 takes too.
+        self._is_unquoted = True
+        return self._put_once(key, content, seconds, condition)
 
     def _is(self, key: str, content: bytes, seconds: float) -> bool:
         try:
@@ -178,6 +197,15 @@ class S3Files(PlainFiles):
 
     def _where(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": f"{self._prefix}/{key}" if self._prefix else key}
+
+
+def _plain_checksums() -> dict[str, str]:
+    """Without the checksums that Amazon's client sends since 2025, over TLS as a trailer, which some stores refuse.
+    What is written is read back, or has the MD5 that the store tells."""
+    from botocore.config import Config
+
+    option = "request_checksum_calculation"
+    return {option: "when_required"} if option in Config.OPTION_DEFAULTS else {}
 
 
 def _md5(content: bytes) -> str:

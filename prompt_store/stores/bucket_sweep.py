@@ -44,7 +44,7 @@ def tell_of(url: str, offers: Offers) -> None:
         logger.warning("%s is read-only: none of its soft prompts can be added or deleted", url)
     elif not offers.create:
         logger.warning(
-            "%s offers no conditional writes (If-None-Match): of two that register one name at the same moment, the "
-            "later one may win, and the earlier one's soft prompt is lost",
+            "%s offers no conditional writes (If-None-Match) that keep apart two who write at the same moment: of two "
+            "that register one name then, the later one may win, and the earlier one's soft prompt is lost",
             url,
         )

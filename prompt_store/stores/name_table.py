@@ -21,6 +21,7 @@ Found = StoredPrompt | SoftPromptError
 OUTAGE_SECONDS = 10.0
 _NO_ANSWER = (BucketError, BucketDenied)  # a token that has run out is an outage too
 _READERS = 16
+_LEAST_TRIES = 3  # of a record that arrives damaged
 _LOCKS = 64
 _MAX_ABSENT = 10_000
 
@@ -184,7 +185,8 @@ class NameTable:
         if not is_name(name):
             refused = SoftPromptError(f"{record_key(name)} is no soft prompt's name", param="name", code="invalid_name")
             return _Entry("", refused, refused, time.monotonic())
-        for is_last in (False, False, True):
+        tries = max(_LEAST_TRIES, bucket.retries.tries)
+        while True:
             read = bucket.read(record_key(name))
             if read is None:
                 return None
@@ -192,9 +194,9 @@ class NameTable:
                 record = read_record(name, read[0])
                 return _Entry(read[1], record, self._describe(record), time.monotonic())
             except SoftPromptError as error:
-                if is_last:
+                tries -= 1
+                if not tries:
                     return _Entry(read[1], error, error, time.monotonic())
-        raise AssertionError
 
     def _look_quietly(self, name: str) -> None:
         try:

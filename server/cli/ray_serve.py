@@ -70,7 +70,7 @@ def _serve(cluster: ClusterSettings, settings: Settings, address: str | None) ->
         # "local": never a cluster that RAY_ADDRESS, or a file of Ray's, happens to name.
         own = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", logging_level=logging.WARNING, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of any type, even of none of its own: such as that a node took too long to start
         raise UsageError(f"--address {address}: {error}" if address else f"Ray does not start: {error}") from error
     for number in (signal.SIGINT, signal.SIGTERM):  # only now: Ray has handlers of its own, which abort
         signal.signal(number, lambda *_: stopped.set())

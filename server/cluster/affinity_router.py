@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import random
 import time
-from collections import OrderedDict
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-from softbatch.server.cluster.affinity import ReplicaLoad, ranked
+from softbatch.server.cluster.affinity import PREFIX_BOUND, SOFT_PROMPT_BOUND, ReplicaLoad, ranked
+from softbatch.server.cluster.prefixes import PrefixTable, hashes_in
 from softbatch.server.cluster.request_kinds import PLACES
-
-# So long at most a replica is taken to hold what was sent to it without saying so itself, and so long it is not asked
-# to know: what it is sent has to be loaded.
-FRESH_SECONDS = 5.0
-LOAD_SECONDS = 1.0
-MOST_FRESH = 10_000
+from softbatch.server.cluster.residency import Residency
 
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]
-    """A request's `multiplexed_model_id` is the name of what it needs, and is empty if any replica is as good."""
+    """A request's `multiplexed_model_id` is the name of what it needs, or tells how its prompt begins. It is empty if
+    any replica is as good."""
 
     def initialize_state(self, **_: Any) -> None:
-        self._sent: OrderedDict[tuple[str, ReplicaID], float] = OrderedDict()
+        self._residency = Residency()
+        self._prefixes = PrefixTable()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -35,25 +32,32 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
             two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
             return [two, candidate_replicas]
         by_key = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        candidates = [self._candidate(name, replica) for replica in candidate_replicas]
-        groups = ranked(name, candidates, only_holders=name in PLACES)
+        groups = self._ranked(name, by_key)
         return [[by_key[key] for key in group] for group in groups]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         name = pending_request.metadata.multiplexed_model_id
-        if name:
-            self._sent[name, replica_id] = time.time()
-            self._sent.move_to_end((name, replica_id))
-            if len(self._sent) > MOST_FRESH:
-                self._sent.popitem(last=False)
+        if hashes := hashes_in(name):
+            self._prefixes.sent(hashes, replica_id.unique_id)
+        elif name and name not in PLACES:
+            self._residency.sent(replica_id.unique_id, name, time.time())
 
-    def _candidate(self, name: str, replica: RunningReplica) -> ReplicaLoad:
-        stats = replica.routing_stats
-        sent = self._sent.get((name, replica.replica_id), 0.0)
-        is_fresh = name not in PLACES and max(time.time() - FRESH_SECONDS, stats.get("at", 0.0) - LOAD_SECONDS) < sent
-        return ReplicaLoad(
-            key=replica.replica_id.unique_id,
-            outstanding=self.replica_queue_len_cache.get(replica.replica_id) or 0,
-            holds=is_fresh or name in stats.get("held", ()),
-            has_room=stats.get("has_room", True),
-        )
+    def _ranked(self, name: str, replicas: dict[str, RunningReplica]) -> list[list[str]]:
+        outstanding = {
+            key: self.replica_queue_len_cache.get(replica.replica_id) or 0 for key, replica in replicas.items()
+        }
+        if hashes := hashes_in(name):
+            matches = self._prefixes.matches(hashes)
+            loads = [ReplicaLoad(key, outstanding[key], matches.get(key, 0)) for key in replicas]
+            return ranked(hashes[0], loads, PREFIX_BOUND)
+        now = time.time()
+        self._residency.keep(replicas)
+        for key, replica in replicas.items():
+            self._residency.take(key, replica.routing_stats, now)
+        loads = [
+            ReplicaLoad(
+                key, outstanding[key], int(self._residency.holds(key, name)), has_room=self._residency.has_room(key)
+            )
+            for key in replicas
+        ]
+        return ranked(name, loads, None if name in PLACES else SOFT_PROMPT_BOUND)

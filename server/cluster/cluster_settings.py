@@ -29,6 +29,14 @@ class ClusterSettings(BaseModel):
         gt=0,
         description="unfinished requests for each replica that scaling aims at; default: --max-batch-size",
     )
+    target_first_token: float | None = Field(
+        None,
+        gt=0,
+        description="seconds to the first token, on average, above which scaling adds replicas whatever else it aims "
+        "at; default: no matter",
+    )
+    scale_up_after: float = Field(30.0, ge=0, description="seconds of too much load before scaling adds a replica")
+    scale_down_after: float = Field(600.0, ge=0, description="seconds of too little before it takes one away")
     ingress_replicas: int = Field(
         2, ge=1, le=1000, description="processes that forward requests; what is on one that dies is lost"
     )
@@ -44,6 +52,8 @@ class ClusterSettings(BaseModel):
     def _fits_together(self) -> Self:
         if self.min_replicas is not None and self.max_replicas is None:
             raise ValueError(f"--min-replicas {self.min_replicas} wants --max-replicas beside it")
+        if self.target_first_token is not None and self.max_replicas is None:
+            raise ValueError(f"--target-first-token {self.target_first_token} wants --max-replicas beside it")
         if self.max_replicas is not None and (self.min_replicas or 1) > self.max_replicas:
             raise ValueError(f"--min-replicas {self.min_replicas} is more than --max-replicas {self.max_replicas}")
         return self

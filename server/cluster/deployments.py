@@ -8,13 +8,16 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from softbatch.server.cluster.cluster_settings import ClusterSettings, with_own_directories
 from softbatch.server.cluster.ingress import Ingress
 from softbatch.server.settings import Settings, absolute_model
 
 ROUTER = "softbatch.server.cluster.affinity_router.AffinityRouter"
+POLICY = "softbatch.server.cluster.scaling_policy.ScalingPolicy"
+# Serve hears of the load every 10 s.
+SHORTEST_LOOK_BACK, LONGEST_LOOK_BACK = 12.0, 30.0
 # Between two looks at what the replicas hold.
 STATS_SECONDS = 1.0
 # Beside what a replica takes in: it refuses the others itself, with 429.
@@ -82,11 +85,20 @@ def _replicas(cluster: ClusterSettings, settings: Settings, name: str) -> Applic
 
 def _scaling(cluster: ClusterSettings, settings: Settings) -> AutoscalingConfig:
     least, most = cluster.min_replicas or 1, cluster.max_replicas or 1
+    by_first_token: dict[str, Any] = {}
+    if cluster.target_first_token is not None:
+        aim = {"first_token_seconds": cluster.target_first_token}
+        by_first_token = {"policy": AutoscalingPolicy(policy_function=POLICY, policy_kwargs=aim)}
     return AutoscalingConfig(
         min_replicas=least,
         max_replicas=most,
         initial_replicas=min(max(cluster.replicas, least), most),
         target_ongoing_requests=cluster.target_requests or float(settings.max_batch_size),
+        upscale_delay_s=cluster.scale_up_after,
+        downscale_delay_s=cluster.scale_down_after,
+        # Of what was long before the delay, a decision says nothing.
+        look_back_period_s=min(LONGEST_LOOK_BACK, max(SHORTEST_LOOK_BACK, cluster.scale_up_after)),
+        **by_first_token,
     )
 
 

@@ -18,6 +18,7 @@ from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, con
 from softbatch.server.cluster.body_room import BodyRoom, HeldBody, NoRoom
 from softbatch.server.cluster.forwarding import Forwarding
 from softbatch.server.cluster.model_directory import ModelDirectory, ModelTarget, cards_in
+from softbatch.server.cluster.prefixes import prefix_key
 from softbatch.server.cluster.request_kinds import is_generating, may_be_asked_twice, names_in, place_of
 from softbatch.server.cluster.wire import Asked, Headers, ReplyPart, Said, decode_said, encode_asked
 from softbatch.server.http.auth import AuthMiddleware
@@ -96,7 +97,7 @@ class Ingress:
             target, _ = await self._directory.find(headers.get(MODEL_HEADER, b"").decode("latin-1"), "")
             return target, place
         target, needed = await self._directory.find(model, named.soft_prompt)
-        return target, needed if is_generating(scope["method"], path) else ""
+        return target, needed or prefix_key(named.start) if is_generating(scope["method"], path) else ""
 
     async def _ask(
         self, target: ModelTarget, asked: Asked, entries: list[bytes] | None, body: bytes, needed: str

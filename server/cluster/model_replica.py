@@ -12,6 +12,7 @@ from typing import Any
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
 from softbatch.server.app import create_app
+from softbatch.server.cluster.first_token_watch import FirstTokenWatch
 from softbatch.server.cluster.inner_call import InnerCall
 from softbatch.server.cluster.request_kinds import BATCHES, COMPRESSIONS
 from softbatch.server.cluster.wire import decode_asked, encode_said
@@ -41,6 +42,7 @@ class ModelReplica:
         self._services: Services = await self._exits.enter_async_context(running_services(settings))
         self._app = create_app(self._services)
         self._services.batches.begin(InnerApp(self._services, BATCH_ROUTERS).ask)
+        self._first_tokens = FirstTokenWatch(self._services.metrics, self._services.engine.waiting)
         self._mirroring = asyncio.create_task(mirror_metrics(self._services.metrics.registry))
         end_with_engine(self._services.engine)
 
@@ -62,7 +64,11 @@ class ModelReplica:
             if isinstance(services.compressions, CompressionJobs):
                 services.compressions.list()
             held.append(COMPRESSIONS)
-        return {"at": time.time(), "held": held, "has_room": services.engine.has_room_for_soft_prompt}
+        return {"at": time.time(), "held": held, "room": services.engine.room_for_soft_prompts}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's, if it scales: what the policy knows of this replica."""
+        return self._first_tokens.take()
 
     async def stop(self) -> None:
         """Whatever still runs is cut off."""
@@ -71,8 +77,9 @@ class ModelReplica:
         await self._exits.aclose()
 
     async def __del__(self) -> None:
-        """Serve calls and awaits this at the end of a replica that it has drained."""
-        await self.stop()
+        """Serve calls and awaits this at the end of a replica that it has drained, or has not waited for."""
+        if "_mirroring" in vars(self):
+            await self.stop()
 
 
 def end_with_engine(engine: EngineClient, end: Callable[[int], None] = os._exit) -> None:

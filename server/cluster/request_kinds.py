@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from softbatch.server.cluster.prefixes import LONGEST
+
 # What they change is changed once: registering and deleting soft prompts, compressions, files, batches, and the queue.
 CHANGING_PATHS = ("/v1/soft_prompts", "/v1/compressions", "/v1/files", "/v1/batches", "/v1/queue")
 # Of the servers on one directory, one has the files and batches, and one the compressions. No soft prompt is named so.
@@ -14,16 +16,30 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Named(msgspec.Struct, frozen=True):
-    """What a body names; empty where it says nothing, or cannot be read: the replica will say what is wrong with it."""
+    """What a body names; empty where it says nothing, or cannot be read: the replica will say what is wrong with it.
+    `start` is how its prompt begins, as JSON."""
 
     model: str = ""
     soft_prompt: str = ""
+    start: bytes = b""
+
+
+_NONE = msgspec.Raw(b"")
 
 
 class _Fields(msgspec.Struct):
+    """What makes the prompt comes in the order in which templates write it, whatever the order in the body."""
+
     model: object = None
     soft_prompt: object = None
     adapter_id: object = None  # text-generation-inference's
+    tools: msgspec.Raw = _NONE
+    system: msgspec.Raw = _NONE
+    instructions: msgspec.Raw = _NONE
+    messages: msgspec.Raw = _NONE
+    prompt: msgspec.Raw = _NONE
+    input: msgspec.Raw = _NONE
+    inputs: msgspec.Raw = _NONE
 
 
 _decoder = msgspec.json.Decoder(_Fields)
@@ -48,8 +64,13 @@ def names_in(body: bytes) -> Named:
         fields = _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Named()
-    given = (fields.model, fields.soft_prompt or fields.adapter_id)
-    return Named(*(value if isinstance(value, str) else "" for value in given))
+    model, soft_prompt = (
+        value if isinstance(value, str) else "" for value in (fields.model, fields.soft_prompt or fields.adapter_id)
+    )
+    asked = (fields.messages, fields.prompt, fields.input, fields.inputs)
+    parts = (fields.tools, fields.system, fields.instructions, *asked)
+    start = b"".join(memoryview(part)[:LONGEST] for part in parts)[:LONGEST]
+    return Named(model, soft_prompt, start)
 
 
 def _is_below(path: str, prefix: str) -> bool:

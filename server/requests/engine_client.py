@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 
@@ -57,14 +58,16 @@ class EngineClient:
         return self._supervisor.gave_up
 
     @property
-    def has_room_for_soft_prompt(self) -> bool:
-        """Whether one more, as large as those that are resident on average, would leave as much again: a request that
-        uses it needs blocks of its own, and would evict another one for them."""
+    def room_for_soft_prompts(self) -> float:
+        """For how many more, as large as those that are resident on average, beside what requests use now, or as much
+        as one of them would if that is more: requests that find no blocks evict. Infinite if nothing is known."""
         stats, info = self._stats, self._supervisor.info
         if stats is None or info is None or not stats.soft_prompts_resident:
-            return True
-        free = (info.num_blocks - stats.kv_blocks_used) * info.kv_bytes / info.num_blocks
-        return free >= 2 * stats.soft_prompt_resident_bytes / stats.soft_prompts_resident
+            return math.inf
+        of_soft_prompts = stats.soft_prompt_resident_bytes * info.num_blocks / info.kv_bytes
+        each = of_soft_prompts / stats.soft_prompts_resident
+        of_requests = max(each, stats.kv_blocks_used - of_soft_prompts)
+        return max(0, int((info.num_blocks - of_soft_prompts - of_requests) / each + 1e-6))
 
     def waiting(self) -> Iterator[ActiveRequest]:
         """In the order of submission."""

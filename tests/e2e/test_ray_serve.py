@@ -104,6 +104,17 @@ def test_routes_errors_and_names_are_those_of_one_server(ray_server: Server) -> 
     assert ray_server.http.get("/nowhere").status_code == 404
 
 
+@needs_ray
+def test_a_prompt_goes_where_its_beginning_was_computed(ray_server: Server) -> None:
+    for number in range(6):
+        found = []
+        for end in ("", " and more", " and another end"):
+            ask = {"prompt": f"Manual {number}, which nobody else has. " * 12 + end, "max_tokens": 1}
+            usage = ray_server.post("/v1/completions", ask).json()["usage"]
+            found.append(usage["prompt_tokens_details"]["cached_tokens"] > 0)
+        assert found == [False, True, True]
+
+
 def test_without_ray_one_line_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +128,8 @@ def test_without_ray_one_line_says_what_is_missing(
         (("--replicas", "0"), ("--replicas", "greater than or equal to 1")),
         (("--min-replicas", "2"), ("--min-replicas 2", "--max-replicas")),
         (("--min-replicas", "3", "--max-replicas", "2"), ("--min-replicas 3", "--max-replicas 2")),
+        (("--target-first-token", "2"), ("--target-first-token 2.0", "--max-replicas")),
+        (("--target-first-token", "0", "--max-replicas", "2"), ("--target-first-token", "greater than 0")),
         (("--router", "random"), ("--router", "'affinity'", "'random'")),
         (("--max-batch-size", "0"), ("--max-batch-size",)),
     ],

@@ -12,6 +12,7 @@ import pytest
 
 from softbatch.prompt_store.soft_prompt_file import save
 from softbatch.prompt_store.stores.directory import PromptStore
+from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.store import SoftPromptStore
 from tests.support.bucket_server import BucketServer, object_store
 from tests.support.soft_prompt_samples import MAX_BYTES, soft_prompt, write
@@ -87,6 +88,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 @pytest.fixture
 def any_store(place: Place) -> SoftPromptStore:
     return place.open()
+
+
+@pytest.fixture
+def strict_place(place: Place) -> Place:
+    """One that keeps apart who writes at the same moment."""
+    store = place.open()
+    if isinstance(store, ObjectStore) and not store.offers.create:
+        pytest.skip("it offers no conditional writes, and says so")
+    return place
 
 
 @pytest.fixture

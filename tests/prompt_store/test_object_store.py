@@ -21,6 +21,7 @@ from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.store import NameTaken, StoredPrompt, UnknownPrompt
 from tests.support.bucket_server import NAME, QUICK, BucketServer, object_store
 from tests.support.faulty_proxy import Fault, FaultyProxy
+from tests.support.killed_calls import killed_before_call
 from tests.support.soft_prompt_samples import MAX_BYTES, names, write
 
 KEPT = KeptText(text="The office opens at seven.", recall=3)
@@ -157,11 +158,13 @@ FAULTS: tuple[Fault, ...] = ("slow", "500", "reset", "truncate", "flip", "garble
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_nothing_wrong_is_ever_served(url: str, proxy: FaultyProxy, file: Path, tmp_path: Path, fault: Fault) -> None:
+def test_nothing_wrong_is_ever_served(
+    url: str, bucket_server: BucketServer, proxy: FaultyProxy, file: Path, tmp_path: Path, fault: Fault
+) -> None:
     """Every second request fails; what comes through all the same is right, and what does not says so."""
     draw = random.Random(fault)
     writer = object_store(url, tmp_path / "writer", MAX_BYTES)
-    assert writer.offers == Offers(create=True, replace=True)
+    assert writer.offers == bucket_server.offers
     proxy.choose = lambda method, path: fault if draw.random() < (0.3 if fault == "slow" else 0.5) else None
     content = file.read_bytes()
     named: list[bool] = []
@@ -269,6 +272,32 @@ def test_a_store_without_conditional_writes_says_so(
     with pytest.raises(NameTaken):
         store.add("a", file)
     assert len(store.list()) == 1
+
+
+@pytest.mark.parametrize("decides", ["when it ends", "when it begins"])
+def test_a_store_that_looks_at_the_condition_when_a_write_begins_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decides: str
+) -> None:
+    """Whoever comes later is refused, and all who come at once are told that they were first."""
+    bucket = Bucket(f"memory://{tmp_path.name}/p", QUICK)
+    plain, together, one_at_a_time = type(bucket._files), threading.Barrier(4), threading.Lock()
+    create = plain.create
+
+    def begin_and_end(self: Any, key: str, content: bytes, seconds: float) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.etag(key, seconds)
+            raise FileExistsError(key)
+        if key.endswith("-rivals"):
+            together.wait(60)
+        self.write(key, content, seconds)
+
+    def end(self: Any, key: str, content: bytes, seconds: float) -> None:
+        with one_at_a_time:
+            create(self, key, content, seconds)
+
+    monkeypatch.setattr(plain, "create", begin_and_end if decides == "when it begins" else end)
+    assert bucket.probe() == Offers(create=decides == "when it ends", replace=False)
+    assert bucket.list("") == []
 
 
 def test_what_crashes_left_goes_in_time(url: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,30 +417,17 @@ def test_a_deletion_takes_nothing_from_who_registers_meanwhile(
     assert store.local_file(store.get("a")).read_bytes() == upload.read_bytes()
 
 
-class Killed(BaseException):
-    """As if the process were gone from here on."""
-
-
-def test_a_process_killed_at_any_call_leaves_a_name_whole_or_free(
-    url: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = Bucket._ask
-    outcomes = set()
-    for last in range(12):
+def test_a_process_killed_at_any_call_leaves_a_name_whole_or_free(url: str, file: Path, tmp_path: Path) -> None:
+    outcomes, is_killed, last = set[tuple[str, ...]](), True, 0
+    offers = Bucket(url, QUICK).probe()
+    while is_killed:
         store = object_store(f"{url}/{last}", tmp_path / f"one{last}", MAX_BYTES)
-        assert store.offers.create
-        left = iter(range(last))
-
-        def until_killed(self: Bucket, *arguments: Any, left: Iterator[int] = left) -> Any:
-            if next(left, None) is None:
-                raise Killed
-            return ask(self, *arguments)
-
-        monkeypatch.setattr(Bucket, "_ask", until_killed)
-        with contextlib.suppress(Killed):
+        store.offers = offers
+        with killed_before_call(last) as fate:
             store.add("a", file, kept=KEPT)
-        monkeypatch.setattr(Bucket, "_ask", ask)
-        other = object_store(f"{url}/{last}", tmp_path / f"other{last}", MAX_BYTES)
+        is_killed, last = fate.is_killed, last + 1
+        other = object_store(store.location, tmp_path / f"other{last}", MAX_BYTES)
+        other.offers = offers
         assert other.broken() == []
         outcomes.add(tuple(names(other)))
         if not other.list():
@@ -436,3 +452,40 @@ def test_whoever_may_only_read_serves_and_is_told(
         store.add("b", file)
     with pytest.raises(BucketDenied, match="access denied"):
         store.remove("a")
+
+
+def test_a_store_that_refuses_conditions_says_so_and_is_written_to(
+    url: str, proxy: FaultyProxy, file: Path, tmp_path: Path
+) -> None:
+    """As Swift's S3 API does."""
+    proxy.refuses_conditions = True
+    store = object_store(url, tmp_path / "one", MAX_BYTES)
+    assert store.offers == Offers(create=False, replace=False)
+    stored = store.add("a", file)
+    with pytest.raises(NameTaken):
+        store.add("a", file)
+    assert store.list() == [stored]
+    swapped = store.swap("a", stored.sha256, write(tmp_path / "upload", seed=7))
+    assert store.list() == [swapped]
+    garbled: Iterator[Fault] = iter(["garble"])
+    proxy.choose = lambda method, path: next(garbled, None) if method == "PUT" else None
+    store.bucket.write("texts/a", b"whole")
+    found = store.bucket.read("texts/a")
+    assert found is not None
+    assert found[0] == b"whole"
+
+
+def test_a_store_that_compares_without_quotes_keeps_conditions(
+    locking_server: BucketServer, url: str, proxy: FaultyProxy
+) -> None:
+    """As older Cephs do."""
+    proxy.compares_unquoted = True
+    bucket = Bucket(url, QUICK)
+    assert bucket.probe() == Offers(create=True, replace=True)
+    bucket.write("a", b"1")
+    found = bucket.read("a")
+    assert found is not None
+    changed = bucket.replace("a", b"2", found[1])
+    assert changed is not None
+    assert bucket.replace("a", b"3", found[1]) is None
+    assert bucket.read("a") == (b"2", changed)

@@ -112,7 +112,9 @@ def _own_temp_name(store: PromptStore, file: Path) -> str:
     return seen[0]
 
 
-def test_of_many_adding_one_name_at_once_one_wins(place: Place, any_store: SoftPromptStore, tmp_path: Path) -> None:
+def test_of_many_adding_one_name_at_once_one_wins(
+    strict_place: Place, any_store: SoftPromptStore, tmp_path: Path
+) -> None:
     uploads = [write(tmp_path / f"upload{i}", seed=i) for i in range(8)]
     start = threading.Barrier(len(uploads))
     outcomes: Counter[str] = Counter()
@@ -125,13 +127,13 @@ def test_of_many_adding_one_name_at_once_one_wins(place: Place, any_store: SoftP
         except NameTaken:
             outcomes["taken"] += 1
 
-    threads = [threading.Thread(target=add, args=(upload, place.open())) for upload in uploads]
+    threads = [threading.Thread(target=add, args=(upload, strict_place.open())) for upload in uploads]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert outcomes == {"added": 1, "taken": 7}
-    assert place.traces() == ["a"]
+    assert strict_place.traces() == ["a"]
     load(any_store.local_file(any_store.get("a")), MAX_BYTES)
 
 

@@ -10,9 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,6 +23,7 @@ from softbatch.prompt_store.stores.store import NameChanged, SoftPromptStore
 from tests.prompt_store.conftest import Place
 from tests.support.bucket_server import QUICK, BucketServer, object_store
 from tests.support.faulty_proxy import FaultyProxy
+from tests.support.killed_calls import killed_before_call
 from tests.support.prompt_store_writer import swap_many
 from tests.support.soft_prompt_samples import MAX_BYTES, names, write
 
@@ -130,7 +129,7 @@ def test_whoever_looks_sees_one_of_the_two_at_every_moment(
 
 
 def test_of_many_that_swap_or_delete_at_once_one_gets_through(
-    place: Place, any_store: SoftPromptStore, file: Path, tmp_path: Path
+    strict_place: Place, any_store: SoftPromptStore, file: Path, tmp_path: Path
 ) -> None:
     preview, start, outcomes = any_store.add("a", file), threading.Barrier(6), Counter[str]()
     uploads = [write(tmp_path / f"upload{i}", seed=i + 1) for i in range(5)]
@@ -145,7 +144,7 @@ def test_of_many_that_swap_or_delete_at_once_one_gets_through(
                 store.swap("a", preview.sha256, upload)
                 outcomes["swapped"] += 1
 
-    threads = [threading.Thread(target=change, args=(upload, place.open())) for upload in (*uploads, None)]
+    threads = [threading.Thread(target=change, args=(upload, strict_place.open())) for upload in (*uploads, None)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,29 +189,20 @@ def test_sigkill_during_swaps_leaves_one_of_the_two(tmp_path: Path, file: Path, 
     assert len(known) == 2, "nothing was swapped"
 
 
-class Killed(BaseException):
-    """As if the process were gone from here on."""
-
-
 def test_a_swap_killed_at_any_call_is_done_or_not_and_can_be_done_again(
-    bucket_server: BucketServer, file: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket_server: BucketServer, file: Path, trained: Path, tmp_path: Path
 ) -> None:
-    ask, url, outcomes = Bucket._ask, bucket_server.new_url(), set[bool]()
-    for last in range(12):
+    url, outcomes, is_killed, last = bucket_server.new_url(), set[bool](), True, 0
+    offers = Bucket(url, QUICK).probe()
+    while is_killed:
         store = object_store(f"{url}/{last}", tmp_path / f"one{last}", MAX_BYTES)
+        store.offers = offers
         preview = store.add("a", file, kept=KEPT)
-        left = iter(range(last))
-
-        def until_killed(self: Bucket, *arguments: Any, left: Iterator[int] = left) -> Any:
-            if next(left, None) is None:
-                raise Killed
-            return ask(self, *arguments)
-
-        monkeypatch.setattr(Bucket, "_ask", until_killed)
-        with contextlib.suppress(Killed):
+        with killed_before_call(last) as fate:
             store.swap("a", preview.sha256, trained, KEPT)
-        monkeypatch.setattr(Bucket, "_ask", ask)
-        other = object_store(f"{url}/{last}", tmp_path / f"other{last}", MAX_BYTES)
+        is_killed, last = fate.is_killed, last + 1
+        other = object_store(store.location, tmp_path / f"other{last}", MAX_BYTES)
+        other.offers = offers
         assert other.broken() == []
         found = other.get("a")
         outcomes.add(found.sha256 == preview.sha256)
@@ -276,10 +266,10 @@ def test_a_name_is_known_while_its_new_record_is_read(
 
 
 def test_what_is_registered_while_a_swap_is_on_its_way_stays(
-    bucket_server: BucketServer, proxy: FaultyProxy, file: Path, trained: Path, tmp_path: Path
+    locking_server: BucketServer, proxy: FaultyProxy, file: Path, trained: Path, tmp_path: Path
 ) -> None:
     """The name led to the preview when the swap was sent."""
-    url, by_hand = bucket_server.new_url(), list[str]()
+    url, by_hand = locking_server.new_url(), list[str]()
     store, other = (object_store(url, tmp_path / name, MAX_BYTES) for name in ("one", "other"))
     preview = store.add("a", file)
     upload = write(tmp_path / "by-hand", seed=2)

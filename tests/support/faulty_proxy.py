@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
@@ -26,8 +27,18 @@ class FaultyProxy:
         self.choose: Callable[[str, str], Fault | None] = lambda method, path: None
         self.asked: Counter[str] = Counter()
         self.done: Counter[str] = Counter()
+        self.refuses_conditions = False  # of writes
+        self.compares_unquoted = False
         self.endpoint = ""
         self.release = threading.Event()  # ends those that hang
+
+    def condition_answer(self, headers: Message) -> tuple[int, list[tuple[str, str]], bytes] | None:
+        """To a write under a condition, by a store that does not take it as S3 does."""
+        if self.refuses_conditions and ("If-Match" in headers or "If-None-Match" in headers):
+            return 501, [("Content-Type", "application/xml")], b"<Error><Code>NotImplemented</Code></Error>"
+        if self.compares_unquoted and '"' in headers.get("If-Match", ""):
+            return 412, [("Content-Type", "application/xml")], b"<Error><Code>PreconditionFailed</Code></Error>"
+        return None
 
 
 def flipped(content: bytes) -> bytes:
@@ -60,6 +71,8 @@ def running_proxy(target: str) -> Iterator[FaultyProxy]:
                 )
             if fault == "denied":
                 return self.send(403, [], b"<Error><Code>AccessDenied</Code></Error>")
+            if self.command == "PUT" and (answer := proxy.condition_answer(self.headers)) is not None:
+                return self.send(*answer)
             if fault == "slow":
                 time.sleep(SLOW_SECONDS)
             if fault == "garble" and self.command == "PUT":

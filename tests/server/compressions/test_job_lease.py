@@ -30,8 +30,8 @@ from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
 
 
 @pytest.fixture
-def url(bucket_server: BucketServer) -> str:
-    return bucket_server.new_url()
+def url(locking_server: BucketServer) -> str:
+    return locking_server.new_url()
 
 
 @pytest.fixture

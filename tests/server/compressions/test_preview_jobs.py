@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,11 @@ from softbatch.server.compressions.shared_record import SharedRecord, SharedReco
 from softbatch.server.compressions.worker_messages import DoneMessage, FailedMessage
 from softbatch.server.compressions.worker_process import WorkerProcess
 from tests.support.bucket_server import QUICK, BucketServer, object_store
+from tests.support.killed_calls import Killed, killed_before_call
 from tests.support.models import make_soft_prompt, save_prompt
 from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
 
 NAME = "manual"
-
-
-class Killed(BaseException):
-    """As if the process were gone from here on."""
 
 
 def make_files(directory: Path, job_id: str) -> tuple[str, str]:
@@ -231,8 +228,8 @@ def test_a_failure_leaves_the_preview_and_says_so(root: Path) -> None:
 
 
 @pytest.fixture
-def url(bucket_server: BucketServer) -> str:
-    return bucket_server.new_url()
+def url(locking_server: BucketServer) -> str:
+    return locking_server.new_url()
 
 
 def shared_job(url: str) -> tuple[SharedRecords, str]:
@@ -259,9 +256,11 @@ def end_shared(run: LeasedRun, lease: JobLease) -> SharedRecord:
     return run.publish(DoneMessage({}))
 
 
-def test_a_job_of_all_servers_killed_at_any_call_goes_on_elsewhere(bucket_server: BucketServer, tmp_path: Path) -> None:
+def test_a_job_of_all_servers_killed_at_any_call_goes_on_elsewhere(
+    locking_server: BucketServer, tmp_path: Path
+) -> None:
     """Before each call that changes something: between two of them the bucket stays the same."""
-    base, ask, seen = bucket_server.new_url(), Bucket._ask, set[tuple[str, ...]]()
+    base, seen = locking_server.new_url(), set[tuple[str, ...]]()
     preview, trained = make_files(tmp_path / "run", "cmpr-1")
     offers, is_killed, last = Bucket(base, QUICK).probe(), True, 0
     while is_killed:
@@ -270,20 +269,9 @@ def test_a_job_of_all_servers_killed_at_any_call_goes_on_elsewhere(bucket_server
         store, other = (object_store(url, tmp_path / f"{name}{last}", MAX_BYTES) for name in ("one", "two"))
         store.offers = other.offers = offers
         lease = taken(records, job_id, "one")
-        left = iter(range(last))
-
-        def until_killed(self: Bucket, what: str, *arguments: Any, left: Iterator[int] = left) -> Any:
-            if what not in ("read", "look at", "list") and next(left, None) is None:
-                raise Killed
-            return ask(self, what, *arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Bucket, "_ask", until_killed)
-            try:
-                end_shared(LeasedRun(store, lease, tmp_path / "run"), lease)
-                is_killed = False
-            except Killed:
-                last += 1
+        with killed_before_call(last, writes_only=True) as fate:
+            end_shared(LeasedRun(store, lease, tmp_path / "run"), lease)
+        is_killed, last = fate.is_killed, last + 1
         found = hashes(other)
         seen.add(tuple({preview: "preview", trained: "trained"}[sha256] for sha256 in found))
         shared = records.read(job_id)

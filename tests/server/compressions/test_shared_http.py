@@ -18,13 +18,13 @@ from tests.support.servers import Server, error_of, events_of, running_server, w
 
 
 @pytest.fixture(scope="module")
-def url(bucket_server: BucketServer) -> str:
-    return bucket_server.new_url()
+def url(locking_server: BucketServer) -> str:
+    return locking_server.new_url()
 
 
 @pytest.fixture(scope="module")
 def pair(
-    bucket_server: BucketServer, url: str, tiny_path: str, tmp_path_factory: pytest.TempPathFactory
+    locking_server: BucketServer, url: str, tiny_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Server, Server]]:
     limits = ("--kv-cache-gib", "0.03", "--max-prompt-mib", "2", "--max-model-len", "400")
     place = ("--prompt-store", url, "--prompt-cache-gib", "0.1")
@@ -33,7 +33,7 @@ def pair(
         def start() -> Server:
             directory = tmp_path_factory.mktemp("server")
             flags = ("--model", tiny_path, "--dtype", "float32", *limits, *place, "--prompt-cache", str(directory))
-            return stack.enter_context(running_server(directory, *flags, env=bucket_server.environment))
+            return stack.enter_context(running_server(directory, *flags, env=locking_server.environment))
 
         yield start(), start()
 

@@ -24,8 +24,8 @@ CHOICE = ModelChoice("model", "model", "float32", "cpu")
 
 
 @pytest.fixture
-def url(bucket_server: BucketServer) -> str:
-    return bucket_server.new_url()
+def url(locking_server: BucketServer) -> str:
+    return locking_server.new_url()
 
 
 @pytest.fixture
