@@ -22,13 +22,14 @@ class StepPace:
         self._most = most
         self._limit = most if target is None else min(most, _FIRST)
 
-    def for_prefills(self, num_decodes: int, *, shared: bool = False, background: bool = False) -> int:
-        """How many tokens prefills may take beside so many decodes; `shared`: of which some wait for others' sake;
+    def for_prefills(self, num_decodes: int, shared: int | None = None, *, background: bool = False) -> int:
+        """How many tokens prefills may take beside so many decodes; `shared`: at most so many, for other owners' sake;
         `background`: nobody waits for them, and somebody who does may come during the step."""
         left = self._most - num_decodes
-        if shared or (background and self._target is not None):
+        if background and self._target is not None:
             return min(left, LEAST)
-        return min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, self._limit - num_decodes))
+        left = min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, self._limit - num_decodes))
+        return left if shared is None else min(left, shared)
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long; only one that filled its limit says anything."""
