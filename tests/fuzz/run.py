@@ -123,7 +123,7 @@ def api_holds(options: argparse.Namespace, folder: Path) -> bool:
         command = [
             *(schemathesis, "run", f"{server.url}/openapi.json"),
             *("--checks", "all", "--exclude-checks", LEFT_OUT, "--max-examples", str(options.examples)),
-            *("--include-path-regex", options.paths),
+            *("--include-path-regex", options.paths, "--exclude-path", "/v1/queue/events"),  # this one never ends
             *("--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--suppress-health-check", "all"),
             *("--request-timeout", "120", "--no-color", "--report-ndjson-path", str(report)),
         ]
