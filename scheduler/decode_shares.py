@@ -15,8 +15,8 @@ from softbatch.scheduler.step_pace import LEAST
 _REMEMBERED = 64
 _LEAST_STEPS = 8
 _LEAST_VARIANCE = 1.0
-# Of what an owner may be slowed down by while it decodes; the rest is for its waits for a slot and for its own prompt.
-_PART = 0.8
+# Of what a light owner may be slowed down by while it decodes; the rest is for its waits for a slot and the like.
+_PART = 0.7
 # Until the cost is known, one step in so many takes no prefills, and every other of these one row of each owner.
 _TRIAL = 8
 # What steps took too long is made good by later ones, up to so many times what one of them may take.
@@ -98,11 +98,13 @@ class SharedPace:
         """For the step of that number; None if nobody shares it. `running` is in order of precedence."""
         weights: dict[str, float] = {}
         owners: dict[str, list[Sequence]] = {}
+        load = 0  # rows, and chunks of prompts
         priorities, reading = set(), set()
         for sequence in running:
             if is_background(sequence):
                 break
             weights[sequence.owner] = sequence.weight
+            load += -(-max(1, sequence.length - sequence.num_computed) // LEAST)
             priorities.add(sequence.priority)
             if sequence.is_decoding:
                 owners.setdefault(sequence.owner, []).append(sequence)
@@ -112,12 +114,12 @@ class SharedPace:
             return None
         total = sum(weights.values()) + waiting.weight_beside(priorities.pop(), weights)
         line = self.cost.near_line if len(owners) == 1 else self.cost.line()
-        chosen = who_decodes(owners, self.cost, number, weight=total, late=self._late)
+        chosen = who_decodes(owners, self.cost, number, weight=total, load=load, late=self._late)
         if line is None and number % _TRIAL == 0:
             return Shares(chosen, 0)
         paces: dict[str, tuple[float, float]] = {}
         if line is not None and self._cuts_prefills:
-            paces = {o: (total / weights[o], line[0] + line[1] * len(own)) for o, own in owners.items()}
+            paces = {owner: (_times(own, total, load), line[0] + line[1] * len(own)) for owner, own in owners.items()}
             paces = {owner: pace for owner, pace in paces.items() if owner not in reading}
         if not paces:
             return Shares(chosen, None if chosen is None else LEAST)
@@ -133,9 +135,7 @@ class SharedPace:
             self._late = 0.0
             return
         token = self.cost.prefill_token
-        most = _PART * min(
-            times * (alone + token * prefilled.get(owner, 0)) for owner, (times, alone) in shares.paces.items()
-        )
+        most = min(times * (alone + token * prefilled.get(owner, 0)) for owner, (times, alone) in shares.paces.items())
         late = min(self._late + seconds - most, _MOST_LATE * most)
         if not prefilled:
             late = min(late, (1 - _FORGIVEN) * self._late)
@@ -143,10 +143,10 @@ class SharedPace:
 
 
 def who_decodes(
-    owners: Owners, cost: StepCost, step: int, *, weight: float | None = None, late: float = 0.0
+    owners: Owners, cost: StepCost, step: int, *, weight: float = 0.0, load: int = 0, late: float = 0.0
 ) -> Collection[Sequence] | None:
-    """Those of the owners' sequences that the step of that number takes; None: all. `weight` is that of all owners, of
-    those who do not decode too; the steps before this were so many seconds `late`.
+    """Those of the owners' sequences that the step of that number takes; None: all. `weight` is that of all owners,
+    `load` their rows and chunks of prompts; the steps before this were so many seconds `late`.
 
     With the whole machine to itself, an owner's step would take as long as its own rows do. Beside others of the same
     weight it may take as many times that as there are owners, and by weights accordingly: no owner's tokens come any
@@ -162,14 +162,18 @@ def who_decodes(
     if each == 0:
         return None
     here = sum(own[0].weight for own in owners.values())
-    weight = max(here, weight or 0.0)
-    longest = min(_longest(own, fixed, each, weight, len(owners) - 1) for own in owners.values())
+    weight, count_all = max(here, weight), sum(map(len, owners.values()))
+    load = max(count_all, load)
+    longest = min(
+        # Never less than with one row of each other beside its own.
+        max((fixed + each * len(own)) * _times(own, weight, load), fixed + each * (len(own) + len(owners) - 1))
+        for own in owners.values()
+    )
     room = int((longest - fixed) / each + 1e-6)
     if late > 0:  # but the lightest owner keeps its rows
         least = math.ceil(min(len(own) * here / own[0].weight for own in owners.values()) - 1e-6)
         room = min(room, max(least, int((longest - late - fixed) / each)))
     room = max(len(owners), room)
-    count_all = sum(map(len, owners.values()))
     if room >= count_all:
         return None
     chosen: set[Sequence] = set()
@@ -181,7 +185,8 @@ def who_decodes(
     return chosen if len(chosen) < count_all else None
 
 
-def _longest(own: Collection[Sequence], fixed: float, each: float, weight: float, others: int) -> float:
-    """Seconds that a step may take for this owner: never less than with one row of each other beside its own."""
-    (first, *_), alone = own, fixed + each * len(own)
-    return max(_PART * alone * weight / first.weight, alone + each * others)
+def _times(own: list[Sequence], weight: float, load: int) -> float:
+    """How many times as long as its own rows a step may take for this owner: as its part of the weight has it, and less
+    if its part of the load is smaller than that."""
+    times = weight / own[0].weight
+    return times * (_PART + (1 - _PART) * min(1.0, times * len(own) / load))

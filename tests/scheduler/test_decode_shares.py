@@ -245,7 +245,7 @@ def test_rows_of_other_priorities_take_no_turns() -> None:
 
     def plan(*priorities: int) -> Shares | None:
         running = [
-            Sequence(request(f"{n}", owner=f"{n % 2}", priority=priority), n) for n, priority in enumerate(priorities)
+            Sequence(request(f"{n}", owner=f"{n > 0}", priority=priority), n) for n, priority in enumerate(priorities)
         ]
         for sequence in running:
             sequence.num_computed = sequence.length - 1
