@@ -127,6 +127,15 @@ ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorReply, "description": "The server cannot serve the request now"},
 }
 
+# Of a route that gives nothing but events: FastAPI would take them for errors' type as well.
+ERRORS_OF_STREAMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": reply["description"],
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{reply['model'].__name__}"}}},
+    }
+    for status, reply in ERROR_REPLIES.items()
+}
+
 STREAM_REPLY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream"},
 }
