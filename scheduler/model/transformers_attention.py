@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 from softbatch.scheduler.model.attention.backend import AttentionBackend, AttentionKind, PagedBatch
 from softbatch.scheduler.model.kv_cache import KVCache
@@ -63,4 +62,6 @@ def paged_attention(
 
 def register() -> None:
     """Register the name with transformers. Idempotent."""
+    from transformers import AttentionInterface  # which brings all that its models import
+
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
