@@ -17,8 +17,8 @@ import msgspec
 import zmq
 
 from softbatch.scheduler.engine.engine import Engine, build_engine
-from softbatch.scheduler.engine.lasting_imports import importing_for_good
 from softbatch.scheduler.engine.logs import configure_logging
+from softbatch.scheduler.lasting_imports import importing_for_good
 from softbatch.scheduler.protocol import (
     AddRequest,
     Admitting,
@@ -57,7 +57,7 @@ class EngineProcess:
     def run(self) -> int:
         """Serve until the front end goes away. Returns the exit status."""
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
-        with importing_for_good():
+        with importing_for_good("torch"):
             import softbatch.scheduler.model.loader  # noqa: F401  # build_engine calls it
             from softbatch.scheduler.model.earlier_start import EarlierStarts
             from softbatch.scheduler.model.source import ModelError, cache_directory

@@ -13,8 +13,8 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from softbatch.scheduler.engine.lasting_imports import importing_for_good
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from softbatch.scheduler.lasting_imports import importing_for_good
 from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
 from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.settings import Settings
@@ -122,7 +122,7 @@ def _say_what_next(model: str, settings: Settings, port: int) -> None:
 def _import_what_serves() -> None:
     """Takes seconds, which the engine needs too until it has loaded its model. Only an adapter that is uploaded brings
     torch into this process."""
-    with importing_for_good():
+    with importing_for_good("transformers"):
         with _tokenizers_without_models():
             import transformers
 
