@@ -81,6 +81,13 @@ def test_the_next_start_serves_the_same(name: str, dtype: str, tmp_path: Path, s
     assert torch.equal(logits(second), logits(first))
 
 
+def test_grammars_are_about_the_same_tokens(model: Path, starts: EarlierStarts) -> None:
+    start(model, starts)
+    found = starts.find(str(model), torch.float32)
+    assert found is not None
+    assert found.tokenizer().to_str() == resolve(str(model)).tokenizer.backend_tokenizer.to_str()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"kv_cache_dtype": "int8"}, {"quantization": "int8"}, {"max_model_len": 32}, {"deterministic": True}],
