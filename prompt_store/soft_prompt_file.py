@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from softbatch.prompt_store.atomic_files import replacing, sync
 from softbatch.prompt_store.fingerprint import fingerprint
+from softbatch.prompt_store.finite_numbers import first_non_finite
 from softbatch.prompt_store.manifest import (
     MAX_HEADER_BYTES,
     ContextRef,
@@ -37,6 +38,7 @@ __all__ = [
     "ModelSpec",
     "SoftPrompt",
     "SoftPromptError",
+    "check_file",
     "check_fits",
     "fingerprint",
     "load",
@@ -68,12 +70,7 @@ class SoftPrompt:
         _check_layout(self.manifest, {name: (t.shape, str(t.dtype)) for name, t in tensors.items()})
         for name, tensor in tensors.items():
             if not _all_finite(tensor):
-                where = (~tensor.isfinite()).nonzero()[0].tolist()
-                raise SoftPromptError(
-                    f"tensor {name} holds NaN or an infinite value, the first at {where}",
-                    param=name,
-                    code="non_finite",
-                )
+                raise _non_finite(name, (~tensor.isfinite()).nonzero()[0].tolist())
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -132,6 +129,24 @@ def read_manifest(path: Path, max_bytes: int) -> Manifest:
         return _manifest_of(file)
 
 
+def check_file(path: Path, max_bytes: int, spec: ModelSpec | None = None) -> Manifest:
+    """Check a whole file as `load` does, and then whether it fits `spec`, without torch: who only keeps files never
+    imports it.
+
+    Raises SoftPromptError, or OSError when there is no such file.
+    """
+    with _open(path, max_bytes, "np") as file:
+        manifest = _manifest_of(file)
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in _TENSOR_NAMES[manifest.kind]}
+    for name, shape in shapes.items():
+        if (where := first_non_finite(path, name, shape)) is not None:
+            raise _non_finite(name, where)
+    if spec is not None:
+        check_fits(manifest, spec)
+        _check_sizes(manifest, *next(iter(shapes.items())), spec)
+    return manifest
+
+
 def check_fits(prompt: Manifest | SoftPrompt, spec: ModelSpec) -> None:
     """Refuse a prompt made for another model; a manifest alone knows no tensor sizes, so those go unchecked.
 
@@ -146,8 +161,12 @@ def check_fits(prompt: Manifest | SoftPrompt, spec: ModelSpec) -> None:
             param="model.fingerprint",
             code="wrong_model",
         )
-    if not isinstance(prompt, SoftPrompt):
-        return
+    if isinstance(prompt, SoftPrompt):
+        name, tensor = next(iter(prompt.tensors.items()))
+        _check_sizes(manifest, name, tensor.shape, spec)
+
+
+def _check_sizes(manifest: Manifest, name: str, shape: Sequence[int], spec: ModelSpec) -> None:
     if manifest.kind == "embeddings":
         expected = {"hidden size": (1, spec.hidden_size)}
     else:
@@ -156,11 +175,10 @@ def check_fits(prompt: Manifest | SoftPrompt, spec: ModelSpec) -> None:
             "kv heads": (2, spec.num_kv_heads),
             "head_dim": (3, spec.head_dim),
         }
-    name, tensor = next(iter(prompt.tensors.items()))
     for what, (axis, wanted) in expected.items():
-        if tensor.shape[axis] != wanted:
+        if shape[axis] != wanted:
             raise SoftPromptError(
-                f"{what}: tensor {name} has {tensor.shape[axis]}, but model {spec.name} has {wanted}",
+                f"{what}: tensor {name} has {shape[axis]}, but model {spec.name} has {wanted}",
                 param=name,
                 code="wrong_shape",
             )
@@ -199,6 +217,12 @@ def _open(path: Path, max_bytes: int, framework: str) -> contextlib.AbstractCont
         # torch opens the path once more, and may find that the file was removed in between.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     return file
+
+
+def _non_finite(name: str, where: Sequence[int]) -> SoftPromptError:
+    return SoftPromptError(
+        f"tensor {name} holds NaN or an infinite value, the first at {list(where)}", param=name, code="non_finite"
+    )
 
 
 def _invalid(reason: str) -> SoftPromptError:

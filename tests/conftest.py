@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 
@@ -78,6 +79,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         build_kernels()
         with contextlib.suppress(ModelError):  # the tests that need it tell
             resolve(EMBEDDED_ALIAS)
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """What is read until all tests are collected stays: nobody looks for garbage among it, then or later."""
+    if not session.config.getoption("numprocesses", None):  # pytest-xdist's own process collects none
+        gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

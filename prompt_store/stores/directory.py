@@ -16,8 +16,7 @@ from softbatch.prompt_store.soft_prompt_file import (
     Manifest,
     ModelSpec,
     SoftPromptError,
-    check_fits,
-    load,
+    check_file,
     read_manifest,
 )
 from softbatch.prompt_store.stores.bounded_copy import NO_LINK, copy_bounded
@@ -86,10 +85,7 @@ class PromptStore(SoftPromptStore):
             # Read-only, because leases share the file's content.
             with file.open("rb") as source, open(os.open(temp, _CREATE, 0o444), "wb") as target:
                 sha256 = copy_bounded(source, target, self.max_bytes)
-            prompt = load(temp, self.max_bytes)
-            if spec is not None:
-                check_fits(prompt, spec)
-            yield temp, sha256, prompt.manifest
+            yield temp, sha256, check_file(temp, self.max_bytes, spec)
         finally:
             temp.unlink(missing_ok=True)
 

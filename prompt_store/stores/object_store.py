@@ -15,7 +15,7 @@ import msgspec
 
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.prompt_store.names import check_name, is_name
-from softbatch.prompt_store.soft_prompt_file import check_fits, load
+from softbatch.prompt_store.soft_prompt_file import check_file
 from softbatch.prompt_store.stores.bounded_copy import copy_bounded
 from softbatch.prompt_store.stores.bucket import BucketAddressError, BucketError, Offers
 from softbatch.prompt_store.stores.bucket_files import Etag
@@ -104,15 +104,13 @@ class ObjectStore(ObjectReader, SoftPromptStore):
         try:
             with file.open("rb") as source, open(descriptor, "wb") as target:
                 sha256 = copy_bounded(source, target, self.max_bytes)
-            prompt = load(temp, self.max_bytes)
-            if spec is not None:
-                check_fits(prompt, spec)
+            manifest = check_file(temp, self.max_bytes, spec)
             text = None if kept is None else msgspec.json.encode(kept)
             record = PromptRecord(
                 name=name,
                 sha256=sha256,
                 num_bytes=temp.stat().st_size,
-                manifest=prompt.manifest.model_dump(mode="json"),
+                manifest=manifest.model_dump(mode="json"),
                 created_at=int(time.time()),
                 nonce=new_nonce(),
                 text_sha256=None if text is None else hashlib.sha256(text).hexdigest(),

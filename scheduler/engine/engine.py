@@ -26,6 +26,7 @@ from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.step import TOO_LITTLE_MEMORY, OutOfDeviceMemory, Step, StepResult
 
 if TYPE_CHECKING:
+    from softbatch.scheduler.model.earlier_start import EarlierStarts
     from softbatch.scheduler.model.source import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -225,12 +226,17 @@ class Reporter(Protocol):
     def __call__(self, name: str, seconds: float, detail: str) -> None: ...
 
 
-def build_engine(config: EngineConfig, report: Reporter, source: ModelSource | None = None) -> tuple[Engine, Ready]:
-    """Load the model and put an engine around it; `source` is the model where it was resolved before. Raises
-    ModelError."""
+def build_engine(
+    config: EngineConfig,
+    report: Reporter,
+    source: ModelSource | None = None,
+    starts: EarlierStarts | None = None,
+) -> tuple[Engine, Ready]:
+    """Load the model and put an engine around it; `source` is the model where it was resolved before, `starts` those
+    that this one may go on from. Raises ModelError."""
     from softbatch.scheduler.model.loader import load
 
-    loaded = load(config, report, source)
+    loaded = load(config, report, source, starts)
     kv = loaded.kv_cache
     scheduler = Scheduler(
         SchedulerConfig(

@@ -18,6 +18,7 @@ import zmq
 
 from softbatch.scheduler.engine.engine import Engine, build_engine
 from softbatch.scheduler.engine.logs import configure_logging
+from softbatch.scheduler.lasting_imports import importing_for_good
 from softbatch.scheduler.protocol import (
     AddRequest,
     Admitting,
@@ -55,11 +56,14 @@ class EngineProcess:
 
     def run(self) -> int:
         """Serve until the front end goes away. Returns the exit status."""
-        from softbatch.scheduler.model.source import ModelError
-
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        with importing_for_good("torch"):
+            import softbatch.scheduler.model.loader  # noqa: F401  # build_engine calls it
+            from softbatch.scheduler.model.earlier_start import EarlierStarts
+            from softbatch.scheduler.model.source import ModelError, cache_directory
         try:
-            engine, ready = build_engine(self._config, self._report)
+            starts = EarlierStarts(cache_directory() / "starts")
+            engine, ready = build_engine(self._config, self._report, starts=starts)
         except ModelError as error:
             self._send(StartupFailed(str(error)))
             self._outbox.close()

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from softbatch.prompt_store.fingerprint import fingerprint
-from softbatch.prompt_store.manifest import ModelSpec
-from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.batch import build_batch
 from softbatch.scheduler.model.cpu.build import begin_to_build
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import WeightFormat
-from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
 from softbatch.scheduler.model.cuda.graphs import CudaCapturer
 from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
-from softbatch.scheduler.model.end_tokens import end_tokens
+from softbatch.scheduler.model.earlier_start import EarlierStarts
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.gguf_weights import GgufWeights
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
-from softbatch.scheduler.model.model_files import check_config, config_content, first_line, read_config
-from softbatch.scheduler.model.native_weights import NATIVE, native_weights, refuse_native
+from softbatch.scheduler.model.model_error import ArchitectureError
+from softbatch.scheduler.model.model_files import check_config
+from softbatch.scheduler.model.model_reading import (
+    ReadModel,
+    read_again,
+    read_model,
+    told_as_architecture,
+)
+from softbatch.scheduler.model.model_reading import load_transformers as load_transformers
+from softbatch.scheduler.model.model_reading import spec_of as spec_of
+from softbatch.scheduler.model.native_weights import NATIVE, refuse_native
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
-from softbatch.scheduler.model.self_check import LENGTH, Yardstick, measure, self_check, short_windows
+from softbatch.scheduler.model.self_check import Yardstick, has_short_windows, self_check, short_windows
 from softbatch.scheduler.model.source import ModelError, ModelSource, resolve
-from softbatch.scheduler.model.weights import load_weights
 from softbatch.scheduler.protocol import EngineConfig, ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -72,37 +75,54 @@ class Phases:
         self._since = now
 
 
-def load(config: EngineConfig, report: Report, source: ModelSource | None = None) -> Loaded:
+def load(
+    config: EngineConfig, report: Report, source: ModelSource | None = None, starts: EarlierStarts | None = None
+) -> Loaded:
     """Load what `config` names; `report(phase, seconds, detail)` follows the progress. `source` is its model where that
-    was resolved before. Raises ModelError."""
+    was resolved before. With `starts`, what one of them has found out is not found out again. Raises ModelError."""
     with as_model_error():
-        return _load(config, report, source)
+        return _load(config, report, source, starts)
 
 
-def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> Loaded:
+def _load(config: EngineConfig, report: Report, source: ModelSource | None, starts: EarlierStarts | None) -> Loaded:
     phases = Phases(report, config.started_at or time.monotonic())
-    phases.done("process", "Python, torch and transformers imported")
+    phases.done("process", "Python and torch imported")
     device = _device(config.device)
     _refuse_on_gpu(config, device)
-    on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, device)
     source = source or _resolve(config, device)
     refuse_native(config, source)
     phases.done("model files", source.path)
-    model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    phases.done("weights", f"{num_parameters:,} parameters in {_name(dtype)}")
+    if device.type != "cpu" or config.quantization == NATIVE:
+        starts = None
+    start = starts.find(source.path, dtype) if starts is not None else None
+    if start is not None and build_kernels():
+        try:
+            again = read_again(config, source, start, phases.done)
+            if again is not None:
+                return _put_together(config, source, again, device, phases)
+        except ArchitectureError as error:
+            logger.info("the model is read anew, as what an earlier start has kept does not fit: %s", error)
+    read = read_model(config, source, dtype, device, phases.done)
+    new = starts.begin(source.path, read.model) if starts is not None and supports(read.model, dtype) else None
+    loaded = _put_together(config, source, read, device, phases)
+    if new is not None:
+        is_short = has_short_windows(Family.of(read.model.config), read.longest)
+        new.keep(read.spec.fingerprint, read.eos_token_ids, read.yardstick, is_short, read.tokenizer())
+    return loaded
+
+
+def _put_together(
+    config: EngineConfig, source: ModelSource, read: ReadModel, device: torch.device, phases: Phases
+) -> Loaded:
+    """Lays the model out for this machine, and checks what comes of it. Raises ModelError."""
+    model, spec, dtype, tokenizer = read.model, read.spec, read.yardstick.dtype, read.tokenizer
+    num_parameters = read.num_parameters
     name, backend = choose(device, dtype)
     phases.done("attention kernel", name)
-
-    spec = spec_of(config.served_model_name or source.name, model, tokenizer)
-    blocks = native_weights(config, source, model)
-    longest = max(Family.of(model.config).length(config.max_model_len), LENGTH)
-    yardstick = _measure(model, spec, tokenizer, longest)  # before weights are laid out anew and memory is taken
-    phases.done("yardstick", "a short sequence in float32")
-    kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, longest)
+    kv_cache, max_model_len = make_cache(config, model, dtype, backend, spec, read.longest)
     phases.done("KV cache", kv_cache.describe())
-    forward, layout = _forward(model, kv_cache, backend, config, longest, blocks)
+    forward, layout = _forward(model, kv_cache, backend, config, read.longest, read.blocks)
     phases.done("weight layout", layout)
 
     info = ModelInfo(
@@ -115,18 +135,18 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         max_model_len=max_model_len,
-        eos_token_ids=end_tokens(model, tokenizer, config_content(source.path)),
+        eos_token_ids=read.eos_token_ids,
         dtype=_name(dtype),
         device=str(device),
         attention=name,
         num_parameters=num_parameters,
     )
     grammars = GrammarMasks(
-        lambda: grammar_tokenizer(tokenizer.backend_tokenizer, info.vocab_size, info.eos_token_ids), info.vocab_size
+        lambda: grammar_tokenizer(tokenizer(), info.vocab_size, info.eos_token_ids), info.vocab_size
     )
-    runner, found = _checked_runner(model, longest, yardstick, forward, kv_cache, info, config, grammars)
+    runner, found = _checked_runner(model, read.longest, read.yardstick, forward, kv_cache, info, config, grammars)
     phases.done("self-check", found)
-    if on_gpu:
+    if device.type == "cuda":
         graphs, build = with_graphs(
             forward,
             kv_cache,
@@ -155,59 +175,6 @@ def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
     source = resolve(config.model, accept, config.chat_template)
     begin()
     return source
-
-
-def load_transformers(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
-) -> tuple[Any, Any]:
-    """The frozen model, set to our attention, and its tokenizer. Raises ModelError."""
-    interface.register()
-    try:
-        config = read_config(source.path)
-        check_config(config, max_model_len)
-    except ModelError as error:
-        raise ModelError(f"--model {source.name}: {error}") from error
-    tokenizer = source.tokenizer
-    model = load_weights(source.name, source.path, dtype, config=config, attn_implementation="eager")
-    _check_vocabulary(source.name, model, tokenizer)
-    try:
-        model = model.to(device).eval().requires_grad_(False)
-    except RuntimeError as error:
-        if not is_shortage(error):
-            raise
-        raise ModelError(f"--model {source.name}: its weights do not fit the GPU's free memory") from error
-    model.set_attn_implementation(interface.ATTENTION_NAME)
-    return model, tokenizer
-
-
-def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    """Requests with a token beyond the embedding are refused one by one; a model that begins or ends each of them so is
-    refused here. Raises ModelError."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    for field in ("bos_token", "eos_token"):
-        token = getattr(tokenizer, f"{field}_id")
-        if token is not None and token >= rows:
-            raise ModelError(
-                f"--model {name}: the tokenizer's {field} {getattr(tokenizer, field)!r} is token {token}, but the "
-                f"embedding has {rows} rows"
-            )
-    if len(tokenizer) > rows:
-        logger.warning(
-            "the tokenizer has %d tokens, the embedding %d rows: the last cannot be used", len(tokenizer), rows
-        )
-
-
-def spec_of(name: str, model: Any, tokenizer: Any) -> ModelSpec:
-    """What a soft prompt must fit to be used with this model."""
-    family = Family.of(model.config)
-    return ModelSpec(
-        name=name,
-        fingerprint=fingerprint(model, tokenizer),
-        hidden_size=model.get_input_embeddings().weight.shape[1],
-        num_layers=family.num_layers,
-        num_kv_heads=family.num_kv_heads,
-        head_dim=family.head_dim,
-    )
 
 
 def _forward(
@@ -242,12 +209,6 @@ def _forward(
     return TransformersForward(model, kv_cache, backend, longest), f"{pack_linears(model)} linear layers packed"
 
 
-def _measure(model: Any, spec: ModelSpec, tokenizer: Any, longest: int) -> Yardstick:
-    """Raises ModelError for an architecture that does not pass through paged attention."""
-    with _told_as_architecture(spec.name), short_windows(model, longest):
-        return measure(model, spec, tokenizer)
-
-
 def _checked_runner(
     model: Any,
     longest: int,
@@ -263,26 +224,13 @@ def _checked_runner(
     build = partial(build_batch, block_size=size, device=device, joins_ranges=not config.deterministic)
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
     rounded_by = [option for option, _ in _rounding(config)]
-    with _told_as_architecture(info.name, bool(rounded_by)), short_windows(model, longest) as window:
+    with told_as_architecture(info.name, bool(rounded_by)), short_windows(model, longest) as window:
         if isinstance(forward, DecoderForward):
             forward.limit_windows(window)
         found = self_check(yardstick, runner, kv_cache.block_size, rounded_by)
     if isinstance(forward, DecoderForward):
         forward.limit_windows(None)
     return runner, found
-
-
-@contextmanager
-def _told_as_architecture(name: str, is_optional: bool = False) -> Iterator[None]:
-    """Raises ModelError for what model code and kernels raise where they cannot run a model."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if is_shortage(error):
-            raise
-        logger.debug("the self-check failed", exc_info=True)
-        blamed = "" if is_optional else "this architecture cannot be served: "
-        raise ModelError(f"--model {name}: {blamed}{first_line(error)}") from error
 
 
 def _rounding(config: EngineConfig) -> list[tuple[str, str]]:

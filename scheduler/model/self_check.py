@@ -59,6 +59,11 @@ def check_tokens(tokenizer: Any, rows: int) -> list[int]:
     return [(7919 * (i + 1)) % rows for i in range(LENGTH)]
 
 
+def has_short_windows(family: Family, longest: int) -> bool:
+    """Whether `short_windows` shortens any."""
+    return any(family.windows_within(longest))
+
+
 @contextmanager
 def short_windows(model: Any, longest: int) -> Iterator[int | None]:
     """Meanwhile windows that sequences of `longest` tokens reach the end of are WINDOW tokens, both in the masks that

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
+from softbatch.scheduler.lasting_imports import importing_for_good
 from softbatch.scheduler.model.attention.backend import AttentionBackend, AttentionKind, PagedBatch
 from softbatch.scheduler.model.kv_cache import KVCache
 
@@ -63,4 +63,7 @@ def paged_attention(
 
 def register() -> None:
     """Register the name with transformers. Idempotent."""
+    with importing_for_good("transformers.modeling_utils"):
+        from transformers import AttentionInterface  # which brings all that its models import
+
     AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from softbatch.scheduler.model.model_error import ModelError
 from softbatch.scheduler.model.model_files import first_line
@@ -23,6 +21,9 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 def load_weights(name: str, path: str, dtype: torch.dtype, **options: Any) -> Any:
     """The model with exactly the weights that its config names. Raises ModelError with the first that is not so."""
+    from transformers import AutoModelForCausalLM  # what was outlined at an earlier start is read without
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # the phases say how far the start has come
     try:
         with _quiet():

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from softbatch.scheduler.engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logging
+from softbatch.scheduler.lasting_imports import importing_for_good
 from softbatch.server.cli.settings_flags import UsageError, settings_from, warn_of_unknown_variables
 from softbatch.server.requests.engine_supervisor import StartupError
 from softbatch.server.settings import Settings
@@ -119,19 +120,20 @@ def _say_what_next(model: str, settings: Settings, port: int) -> None:
 
 
 def _import_what_serves() -> None:
-    """Takes seconds, which the engine needs too until it has loaded its model."""
-    with _tokenizers_without_models():
-        import transformers
+    """Takes seconds, which the engine needs too until it has loaded its model. Only an adapter that is uploaded brings
+    torch into this process."""
+    with importing_for_good("transformers"):
+        with _tokenizers_without_models():
+            import transformers
 
-        # Imported when they are asked for; a config, whichever, brings what reading a tokenizer needs beside it.
-        _ = transformers.AutoTokenizer, transformers.LlamaConfig
-    import torch  # noqa: F401  # checks soft prompts that are uploaded
-    import uvicorn  # noqa: F401
+            # Imported when they are asked for; a config, whichever, brings what reading a tokenizer needs beside it.
+            _ = transformers.AutoTokenizer, transformers.LlamaConfig
+        import uvicorn  # noqa: F401
 
-    import softbatch.server.app
-    import softbatch.server.draining
-    import softbatch.server.http.connections
-    import softbatch.server.http.inner_request  # noqa: F401
+        import softbatch.server.app
+        import softbatch.server.draining
+        import softbatch.server.http.connections
+        import softbatch.server.http.inner_request  # noqa: F401
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import msgspec
 
 from softbatch.scheduler.engine.logs import configure_logging
+from softbatch.scheduler.lasting_imports import importing_for_good
 from softbatch.server.compressions.request import CompressionRequest, InputError
 from softbatch.server.compressions.worker_messages import (
     DoneMessage,
@@ -81,13 +82,14 @@ class WorkerReporter:
 
 def _run(directory: Path, report: WorkerReporter) -> WorkerMessage:
     report(ProgressMessage("loading", 0, 1))
-    import torch
+    with importing_for_good("torch"):
+        import torch
 
-    from softbatch.prompt_store.compression.progress import Progress
-    from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
-    from softbatch.server.compressions.result import summary
-    from softbatch.server.compressions.run import run_compression
-    from softbatch.server.compressions.run_directory import locked
+        from softbatch.prompt_store.compression.progress import Progress
+        from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
+        from softbatch.server.compressions.result import summary
+        from softbatch.server.compressions.run import run_compression
+        from softbatch.server.compressions.run_directory import locked
 
     # One processor stays free for serving.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)))

@@ -16,6 +16,7 @@ from softbatch.prompt_store.soft_prompt_file import (
     ContextRef,
     SoftPrompt,
     SoftPromptError,
+    check_file,
     check_fits,
     load,
     read_manifest,
@@ -129,12 +130,17 @@ def test_tensors_must_agree_with_the_kind() -> None:
         ("kv", {"head_dim": 16}, "wrong_shape"),
     ],
 )
-def test_a_prompt_for_another_model_does_not_fit(kind: str, changes: dict[str, Any], code: str) -> None:
+def test_a_prompt_for_another_model_does_not_fit(kind: str, changes: dict[str, Any], code: str, tmp_path: Path) -> None:
     prompt, other = soft_prompt(kind), replace(SPEC, name="other", **changes)
     check_fits(prompt, SPEC)
     with pytest.raises(SoftPromptError) as caught:
         check_fits(prompt, other)
     assert caught.value.code == code
+    save(prompt, tmp_path / "p")
+    assert check_file(tmp_path / "p", MAX_BYTES, SPEC) == prompt.manifest
+    with pytest.raises(SoftPromptError) as of_file:
+        check_file(tmp_path / "p", MAX_BYTES, other)
+    assert (str(of_file.value), of_file.value.code) == (str(caught.value), code)
     assert "other" in str(caught.value)
     if code == "wrong_model":
         assert "abababab" in str(caught.value)

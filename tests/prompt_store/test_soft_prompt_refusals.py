@@ -21,6 +21,7 @@ from softbatch.prompt_store.manifest import MAX_HEADER_BYTES
 from softbatch.prompt_store.soft_prompt_file import (
     Manifest,
     SoftPromptError,
+    check_file,
     load,
     read_manifest,
     save,
@@ -29,9 +30,13 @@ from tests.support.soft_prompt_samples import MAX_BYTES, edit_manifest, join_fil
 
 
 def refused(path: Path, max_bytes: int = MAX_BYTES) -> SoftPromptError:
-    """The error of `load`; the header alone is never judged more strictly."""
+    """The error of `load`, and of the check without torch; the header alone is never judged more strictly."""
     with pytest.raises(SoftPromptError) as caught:
         load(path, max_bytes)
+    with pytest.raises(SoftPromptError) as checked:
+        check_file(path, max_bytes)
+    told = [(str(error.value), error.value.param, error.value.code) for error in (caught, checked)]
+    assert told[0] == told[1]
     return caught.value
 
 
@@ -76,8 +81,9 @@ def test_truncated_and_padded_files_are_refused_by_the_header_alone(saved: Path)
 
 
 def test_missing_files_directories_and_pipes(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "none", MAX_BYTES)
+    for read in (load, check_file):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none", MAX_BYTES)
     assert refused(tmp_path).code == "invalid_file"
     os.mkfifo(tmp_path / "pipe")
     assert refused(tmp_path / "pipe").code == "invalid_file"
@@ -219,7 +225,9 @@ def test_no_damage_to_a_file_gets_past_the_checks(
     try:
         prompt = load(path, MAX_BYTES)
     except SoftPromptError:
+        refused(path)
         return
+    assert check_file(path, MAX_BYTES) == prompt.manifest
     n = prompt.manifest.num_virtual_tokens
     assert all(n in tensor.shape and torch.isfinite(tensor).all() for tensor in prompt.tensors.values())
     assert Manifest.model_validate_json(prompt.manifest.model_dump_json()) == prompt.manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from softbatch.scheduler.model.cpu.prebuilt import CSRC, FLAGS, sources
 _HEADERS = ("torch/custom_class.h", "torch/library.h")  # most of what the compiler reads, and the same for every file
 _HEADER = "torch_headers.h"
 _STANDARD = "-std=c++20"  # that of torch's own headers
+_INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
 _BYTES_A_FILE = 3 << 29  # that a compiler may take
 
 
@@ -36,7 +38,7 @@ def compile_library(directory: Path, name: str, flags: Sequence[str], extra_link
         _run([*command, "-include", _HEADER, "-c", str(source), "-o", f"{source.stem}.o"], directory)
         return f"{source.stem}.o"
 
-    longest_first = sorted(sources(), key=lambda source: source.stat().st_size, reverse=True)
+    longest_first = sorted(sources(), key=lambda source: _bytes_read(source, set()), reverse=True)
     at_once = min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // _BYTES_A_FILE, len(longest_first))
     with ThreadPoolExecutor(max(at_once, 1), "compiler") as pool:
         objects = list(pool.map(compile_file, longest_first))
@@ -44,6 +46,15 @@ def compile_library(directory: Path, name: str, flags: Sequence[str], extra_link
     libraries += ["-Wl,--as-needed", "-lc10", "-ltorch_cpu", "-ltorch"]
     _run([compiler, "-shared", *objects, "-o", name, "-fopenmp", *libraries, *extra_link_flags], directory)
     return directory / name
+
+
+def _bytes_read(file: Path, read: set[Path]) -> int:
+    """Of our sources, for this one: what a file takes the compiler depends on the templates in its headers."""
+    if file in read:
+        return 0
+    read.add(file)
+    text = file.read_text()
+    return len(text) + sum(_bytes_read(CSRC / name, read) for name in _INCLUDED.findall(text))
 
 
 def _run(command: list[str], directory: Path) -> None:

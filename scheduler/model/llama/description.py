@@ -76,7 +76,7 @@ def is_described(model: Any) -> bool:
         parts_of(model) is not None
         and all(rotary.kind in _ROTARY for rotary in Family.of(config).rotary)
         and config.hidden_size % 2 == config.intermediate_size % 2 == 0
-        and all(_activation(layer.mlp) is not None for layer in model.model.layers[:1])
+        and all(activation_of(layer.mlp) is not None for layer in model.model.layers[:1])
         and all(
             linear.bias is None for layer in model.model.layers for linear, names in linears(layer) if names[0] in _MLP
         )
@@ -112,7 +112,7 @@ def shape_of(model: Any) -> dict[str, float]:
         "head_dim": float(family.head_dim),
         "epsilon": float(config.rms_norm_eps),
         "attention_scale": float(attention.scaling),
-        "gelu": float(_activation(model.model.layers[0].mlp) == "gelu"),
+        "gelu": float(activation_of(model.model.layers[0].mlp) == "gelu"),
         **plain,
         **{name: float(value) for name, value in given.items() if value is not None},
     }
@@ -205,7 +205,7 @@ def _pieces(tensor: Any, names: tuple[str, ...], attention: Any) -> Any:
     return tensor.split([rows - 2 * of_keys, of_keys, of_keys])
 
 
-def _activation(mlp: Any) -> str | None:
+def activation_of(mlp: Any) -> str | None:
     """That of the gate; None for one that the kernels have not."""
     function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
     if not isinstance(function, nn.Module):

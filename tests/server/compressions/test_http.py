@@ -268,10 +268,12 @@ def test_another_server_takes_over_and_loses_nothing_silently(site: Site) -> Non
 
     server = site.server = other
     wait_for(lambda: server.http.get(ROUTE).status_code == 200, "the other server did not take over")
-    found = {job_id: job(server, job_id) for job_id in jobs}
-    codes = [found[job_id]["error"]["code"] for job_id in (tired, forgotten, unreadable, other_model)]
+    # It answers while it still looks through them.
+    ended = (tired, forgotten, unreadable, other_model)
+    wait_for(lambda: all(job(server, job_id)["error"] for job_id in ended), "a job is lost silently")
+    codes = [job(server, job_id)["error"]["code"] for job_id in ended]
     assert codes == ["interrupted", "unreadable", "unreadable", "model_changed"]
-    assert found[fine]["status"] in ("queued", "running")
+    assert job(server, fine)["status"] in ("queued", "running")
     assert server.post(f"{ROUTE}/{fine}/cancel", None).status_code == 200
     assert not unacknowledged.exists()
 

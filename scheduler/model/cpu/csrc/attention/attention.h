@@ -1,7 +1,7 @@
 // Attention over a paged KV cache, cut into items that threads take one by one.
 //
 // Query heads that share a kv head are handled together, so that each key and value is read from memory once. Sequences
-// with one query token are computed by decode.h, longer chunks and shared key ranges by prefill.h.
+// with one query token are computed by decode.h, longer chunks and shared key ranges by prefill.h: items.h has both.
 //
 // A long key range is split into items whose results are merged, which keeps all threads busy with a small batch. Where
 // a range is split decides how sums are rounded. It never depends on the number of threads, and on the batch only if
@@ -11,9 +11,8 @@
 
 #include <ATen/Parallel.h>
 
-#include "attention/decode.h"
+#include "attention/problem.h"
 #include "attention/shared_prefix.h"
-#include "attention/prefill.h"
 
 namespace softbatch {
 
@@ -94,23 +93,19 @@ struct Plan {
   std::vector<std::vector<Member>> members_;  // of each range and kv head
 };
 
+// The result of one item. `next` is what this thread takes next if that decodes too, or null. It takes a compiler long,
+// so each T has it once, in the .cpp files beside this one.
+template <typename T>
+void compute_item(const Plan& plan, const Problem<T>& p, const Item& item, const Item* next);
+
 // each(count, f) calls f(i, after) for every i below count, on any thread, and returns when all are done. `after` is
 // the item that the thread takes next, or count.
 template <typename T, typename F>
 void attend(const Plan& plan, const Problem<T>& p, const F& each) {
   const int64_t count = plan.items.size();
   each(count, [&](int64_t i, int64_t after) {
-    const Item& item = plan.items[i];
-    const Group& g = plan.groups[item.group];
-    if (!g.dots) return tile_item(p, g, item.split);
     const Item* next = after < count && plan.groups[plan.items[after].group].dots ? &plan.items[after] : nullptr;
-    auto dot = dot_item<T, 0, 0>;
-    if constexpr (FormatOf<T>::kDepth == 2) {  // decoding is so short that loops of unknown length would be felt
-      const bool is_longer = p.key_dim > p.dim;
-      if (p.dim == 64) dot = is_longer ? dot_item<T, 64, 128> : dot_item<T, 64, 64>;
-      if (p.dim == 128) dot = is_longer ? dot_item<T, 128, 256> : dot_item<T, 128, 128>;
-    }
-    dot(p, g, item.split, next ? &plan.groups[next->group] : nullptr, next ? next->split : 0);
+    compute_item(plan, p, plan.items[i], next);
   });
   if (plan.partials > 0)
     each(plan.groups.size(), [&](int64_t i, int64_t) {
