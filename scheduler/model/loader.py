@@ -34,7 +34,7 @@ from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.model_files import check_config, config_content, first_line, read_config
-from softbatch.scheduler.model.native_weights import NATIVE, native_weights, refuse_native
+from softbatch.scheduler.model.native_weights import NATIVE, native_weights, refuse_native, refuse_native_file
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
@@ -86,7 +86,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     _refuse_on_gpu(config, device)
     on_gpu = device.type == "cuda"
     dtype = _dtype(config.dtype, device)
-    source = source or _resolve(config, device)
+    source = source or _resolve(config, device, dtype)
     refuse_native(config, source)
     phases.done("model files", source.path)
     model, tokenizer = load_transformers(source, dtype, device, config.max_model_len)
@@ -141,7 +141,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None) -> L
     return Loaded(runner, kv_cache, info)
 
 
-def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
+def _resolve(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ModelSource:
     """Kernels are compiled while the model is converted and read, but not for one that is refused at a glance."""
 
     def begin() -> None:
@@ -150,6 +150,7 @@ def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
 
     def accept(found: Any) -> None:
         check_config(found, config.max_model_len)
+        refuse_native_file(config, found, dtype)
         begin()
 
     source = resolve(config.model, accept, config.chat_template)
