@@ -82,6 +82,16 @@ class GgufTensors:
             self._found[name] = (shape, header.number("I"), header.number("Q"))
         self._start = -(-header.at // alignment) * alignment
 
+    def kinds(self) -> dict[str, tuple[str, int]]:
+        """The name and the number of each tensor's kind, of tensors with several rows."""
+        from gguf import GGMLQuantizationType
+
+        return {
+            name: (GGMLQuantizationType(number).name, number)
+            for name, (shape, number, _) in self._found.items()
+            if math.prod(shape[1:]) > 1
+        }
+
     def rows(self, name: str) -> tuple[str, int, np.ndarray[Any, Any]] | None:
         """The name and the number of a tensor's kind, and its rows as bytes. None if there is no such tensor."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType

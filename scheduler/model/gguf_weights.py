@@ -14,6 +14,7 @@ from softbatch.scheduler.model.cpu.formats import BlockKind
 from softbatch.scheduler.model.gguf_tensors import GgufTensors
 from softbatch.scheduler.model.model_error import ModelError
 
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"  # without the second, the first is the head too
 _ROWS_AT_ONCE = 8192  # so that no matrix lies in memory in float32 too
 
 
@@ -62,6 +63,20 @@ def read_blocks(path: Path, model: Any, linears: Iterable[Any]) -> GgufWeights:
     return GgufWeights(found)
 
 
+def refuse_other_kinds(path: Path) -> None:
+    """By the file's header alone, for a model whose matrices are products, but for the embedding. Raises ModelError."""
+    kinds = GgufTensors(path).kinds()
+    for name, (kind, number) in kinds.items():
+        if name != _EMBEDDING or _HEAD not in kinds:
+            _check_kind(name, kind, number)
+
+
+def _check_kind(name: str, kind: str, number: int) -> None:
+    if number not in {each.value for each in BlockKind}:
+        known = ", ".join(map(str, BlockKind))
+        raise ModelError(f"its tensor {name} is {kind}, and the kernels compute with {known}")
+
+
 def _origins(file: GgufTensors, model: Any) -> dict[str, str]:
     """The tensors of the file by the names of the parameters that transformers makes of them."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
@@ -84,9 +99,7 @@ def _blocks_of(file: GgufTensors, origins: Mapping[str, str], parameter: str, co
     if found is None:
         raise ModelError(f"the file has no tensor for {parameter}")
     kind, number, rows = found
-    if number not in {each.value for each in BlockKind}:
-        known = ", ".join(map(str, BlockKind))
-        raise ModelError(f"its tensor {name} is {kind}, and the kernels compute with {known}")
+    _check_kind(name, kind, number)
     # transformers orders the rows of some matrices anew: what it does to their numbers it does to the rows.
     order = np.arange(rows.shape[0])
     moved = _processor(file, config).process(order[:, None], name=name).weights.reshape(-1)

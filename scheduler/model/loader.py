@@ -38,7 +38,7 @@ from softbatch.scheduler.model.model_reading import (
 )
 from softbatch.scheduler.model.model_reading import load_transformers as load_transformers
 from softbatch.scheduler.model.model_reading import spec_of as spec_of
-from softbatch.scheduler.model.native_weights import NATIVE, refuse_native
+from softbatch.scheduler.model.native_weights import NATIVE, refuse_native, refuse_native_file
 from softbatch.scheduler.model.onednn_linear import pack_linears
 from softbatch.scheduler.model.runner import Runner
 from softbatch.scheduler.model.sampling.grammar import GrammarMasks, grammar_tokenizer
@@ -90,7 +90,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None, star
     device = _device(config.device)
     _refuse_on_gpu(config, device)
     dtype = _dtype(config.dtype, device)
-    source = source or _resolve(config, device)
+    source = source or _resolve(config, device, dtype)
     refuse_native(config, source)
     phases.done("model files", source.path)
     if device.type != "cpu" or config.quantization == NATIVE:
@@ -161,7 +161,7 @@ def _put_together(
     return Loaded(runner, kv_cache, info)
 
 
-def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
+def _resolve(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ModelSource:
     """Kernels are compiled while the model is converted and read, but not for one that is refused at a glance."""
 
     def begin() -> None:
@@ -170,6 +170,7 @@ def _resolve(config: EngineConfig, device: torch.device) -> ModelSource:
 
     def accept(found: Any) -> None:
         check_config(found, config.max_model_len)
+        refuse_native_file(config, found, dtype)
         begin()
 
     source = resolve(config.model, accept, config.chat_template)

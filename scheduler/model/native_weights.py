@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.gguf_weights import GgufWeights, read_blocks
-from softbatch.scheduler.model.llama.decoder import products, supports, unsupported_option_error
+from softbatch.scheduler.model.gguf_weights import GgufWeights, read_blocks, refuse_other_kinds
+from softbatch.scheduler.model.llama.decoder import (
+    may_support,
+    products,
+    supports,
+    unsupported_family_error,
+    unsupported_option_error,
+)
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.source import ModelSource
+from softbatch.scheduler.model.source import ModelSource, gguf_of
 from softbatch.scheduler.protocol import EngineConfig
 
 NATIVE = "native"
@@ -21,6 +29,22 @@ def refuse_native(config: EngineConfig, source: ModelSource) -> None:
         return
     if source.gguf is None:
         raise ModelError(f"{_OPTION} takes a GGUF file, which --model {config.model} is not: use {_INSTEAD}")
+
+
+def refuse_native_file(config: EngineConfig, found: Any, dtype: torch.dtype) -> None:
+    """Before the file is converted, which takes minutes; `found` is its config for transformers. Raises ModelError."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    file = gguf_of(config.model) if config.quantization == NATIVE else None
+    if file is None:
+        return
+    family = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None), "__name__", type(found).__name__)
+    if not may_support(family, dtype):
+        raise unsupported_family_error(_OPTION, family, dtype, _INSTEAD)
+    try:
+        refuse_other_kinds(file)
+    except ModelError as error:
+        raise ModelError(f"{_OPTION}: {error}: use {_INSTEAD}") from error
 
 
 def native_weights(config: EngineConfig, source: ModelSource, model: Any) -> GgufWeights | None:

@@ -69,6 +69,14 @@ def resolve(
         raise ModelError(f"--model {model}: {at}{error.strerror or first_line(error)}") from error
 
 
+def gguf_of(model: str) -> Path | None:
+    """The GGUF file that `--model` names, if it does."""
+    if model == EMBEDDED_ALIAS:
+        return _embedded_gguf()
+    path = Path(model).expanduser()
+    return path.resolve() if path.is_file() else None
+
+
 def _resolve(model: str, accept: Callable[[Any], None]) -> ModelSource:
     if model == EMBEDDED_ALIAS:
         return _from_gguf(_embedded_gguf(), EMBEDDED_ALIAS, accept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from gguf.quants import quantize
 from softbatch.scheduler.model.cpu.formats import BlockKind
 from softbatch.scheduler.model.source import _embedded_gguf
 from tests.support.gguf_blocks import random_blocks
+from tests.support.tokenizers_of_bytes import byte_fallback
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 8
 VOCAB = 512  # of the embedded model's, whose merges come in the order of the tokens they make
@@ -167,6 +169,29 @@ def _tokenizer() -> dict[str, tuple[Any, list[GGUFValueType]]]:
                 value = [merge for merge in value[:VOCAB] if merge.replace(" ", "") in tokens]
             found[name] = (value[:VOCAB] if len(field.types) > 1 else value, field.types)
     return found
+
+
+def sentencepiece_fields() -> dict[str, Any]:
+    """A small vocabulary of SentencePiece with bytes, in place of the embedded model's."""
+    model = json.loads(byte_fallback().to_str())["model"]
+    tokens = [*model["vocab"], "<s>", "</s>"]
+    tokens += [f"<pad{i}>" for i in range(VOCAB - len(tokens))]
+    control, byte, normal = 3, 6, 1
+    kinds = [control if t[1:-1] in ("unk", "s", "/s") else byte if t.startswith("<0x") else normal for t in tokens]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(i) for i in range(VOCAB)],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.bos_token_id": tokens.index("<s>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("</s>"),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+    }
 
 
 def write_gguf(

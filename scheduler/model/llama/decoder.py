@@ -50,13 +50,23 @@ def plain_weights(dtype: torch.dtype) -> WeightFormat:
     return _AS_IT_IS[dtype]
 
 
+def may_support(family: str, dtype: torch.dtype) -> bool:
+    """Whether a model of this class may be supported, before there is one."""
+    return family in FAMILIES and dtype in _AS_IT_IS
+
+
 def unsupported_option_error(named: str, model: Any, instead: str) -> ModelError:
     """What to say where an option takes `DecoderForward` and the model does not run so."""
-    dtype = str(model.dtype).removeprefix("torch.")
+    return unsupported_family_error(named, type(model).__name__, model.dtype, instead, model.device.type)
+
+
+def unsupported_family_error(
+    named: str, family: str, dtype: torch.dtype, instead: str, device: str = "cpu"
+) -> ModelError:
     return ModelError(
         f"{named} takes a CPU, a C++ compiler, --dtype float32 or bfloat16, and a model of "
-        f"{', '.join(sorted(FAMILIES))}; this is {type(model).__name__} in {dtype} "
-        f"on {model.device.type}: use {instead}"
+        f"{', '.join(sorted(FAMILIES))}; this is {family} in {str(dtype).removeprefix('torch.')} "
+        f"on {device}: use {instead}"
     )
 
 

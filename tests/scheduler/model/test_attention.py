@@ -436,7 +436,7 @@ if name == "cpu" and "check" in sys.argv:
     for name in test_decoder.CONFIGS:
         test_decoder.test_float32_equals_transformers(name)
     from softbatch.scheduler.model.cpu.formats import WeightFormat
-    for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8):
+    for weights in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8, WeightFormat.GGUF_BLOCKS):
         test_decoder.test_near_transformers_in_every_format(weights)
     from tests.scheduler.model import test_gguf_blocks
     for kind in test_gguf_blocks.BlockKind:

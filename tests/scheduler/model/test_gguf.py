@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from softbatch.scheduler.model import gguf_conversion
+from softbatch.scheduler.model import gguf_conversion, gguf_tokenizer
 from softbatch.scheduler.model import weights as weight_loading
 from softbatch.scheduler.model.gguf_tokenizer import check_tokenizer
 from softbatch.scheduler.model.model_files import check_config
@@ -28,6 +29,7 @@ from tests.support.gguf_files import (
     gpt2_numbers,
     gpt2_tensors,
     phi3_numbers,
+    sentencepiece_fields,
     tensors,
     write_gguf,
 )
@@ -143,7 +145,7 @@ def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path
         ({"llama.attention.head_count_kv": [2, 1]}, {}, "num_key_value_heads: "),
         ({"llama.attention.layer_norm_rms_epsilon": "small"}, {}, "small"),
         ({"llama.attention.sliding_window": 512}, {}, "llama.attention.sliding_window = 512"),
-        ({"tokenizer.ggml.pre": "deepseek-coder"}, {}, "tokenizer.ggml.pre = 'deepseek-coder'"),
+        ({"tokenizer.ggml.pre": "kimi-k2"}, {}, "tokenizer.ggml.pre = 'kimi-k2'"),
     ]
     for index, (fields, more, named) in enumerate(cases):
         file = write_gguf(tmp_path / f"{index}.gguf", fields, tensors() | more)
@@ -199,6 +201,49 @@ def test_texts_are_cut_as_the_file_says(cut: str, architecture: str, tmp_path: P
     assert [CUT[slice(*place)] for _, place in backend.pre_tokenizer.pre_tokenize_str(CUT)] == CUTS[cut]
     if cut == "smollm":
         assert backend.encode("    1").tokens == ["ĠĠĠĠ", "1"]
+
+
+# Contractions, digits, CJK beside Latin letters, signs, ends of lines and spaces.
+MIXED = "It's WE'LL 12345円, 日本a!\n\n  x_1"
+_START, _ONE_BY_ONE = ["It", "'s", " WE", "'LL", " "], ["1", "2", "3", "4", "5"]
+_END = [" ", " x", "_", "1"]
+CUTS_OF_MIXED = {
+    "glm4": [*_START, "123", "45", "円", ",", " 日本a", "!\n\n", *_END],
+    "stablelm2": [*_START, *_ONE_BY_ONE, "円", ",", " 日本a", "!\n\n", *_END],
+    "seed-coder": [*_START, *_ONE_BY_ONE, "円", ",", " 日本a", "!", "\n\n", *_END],
+    "minicpm5": [*_START, "123", "45", "円", ",", " 日本a", "!\n\n", *_END],
+    "deepseek-v3": [*_START, "123", "45", "円", ",", " ", "日本", "a", "!\n\n", *_END],
+    "deepseek-coder": [
+        *["It", "'", "s", " WE", "'", "LL", " ", *_ONE_BY_ONE, "円", ",", " ", "日本", "a", "!", "\n", "\n"],
+        *_END,
+    ],
+}
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("cut", CUTS_OF_MIXED)
+def test_texts_of_any_kind_are_cut_as_the_file_says(cut: str, tmp_path: Path) -> None:
+    backend = resolve(str(write_gguf(tmp_path / "a.gguf", {"tokenizer.ggml.pre": cut}))).tokenizer.backend_tokenizer
+    found = [MIXED[slice(*place)] for _, place in backend.pre_tokenizer.pre_tokenize_str(MIXED)]
+    assert found == CUTS_OF_MIXED[cut]
+
+
+def test_kinds_that_cut_alike_have_one_expression() -> None:
+    """Those that transformers has are the same."""
+    assert gguf_tokenizer._CUTS["glm4"] == (GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"],)
+    assert gguf_tokenizer._CUTS["stablelm2"] == (GGUF_PRE_TOKENIZER_SPLITS["qwen2"],)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_space_is_put_first_unless_the_file_says_no(tmp_path: Path) -> None:
+    """Without one, what is decoded keeps the spaces that it begins with."""
+    for says, first in ((True, ["▁hello"]), (False, [*"hello"])):
+        said = sentencepiece_fields() | {"tokenizer.ggml.add_space_prefix": says}
+        tokenizer = resolve(str(write_gguf(tmp_path / f"{says}.gguf", said))).tokenizer
+        for text, tokens in (("hello", first), (" hello  hello", ["▁hello", "▁▁", *"hello"])):
+            found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            assert found.tokens == tokens
+            assert tokenizer.decode(found.ids) == (text.removeprefix(" ") if says else text)
 
 
 @pytest.mark.usefixtures("cache")

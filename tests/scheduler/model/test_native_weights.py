@@ -13,6 +13,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from softbatch.scheduler.model import gguf_conversion
 from softbatch.scheduler.model.batch import Row
 from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.cpu.formats import BlockKind, WeightFormat
@@ -20,7 +21,15 @@ from softbatch.scheduler.model.gguf_tensors import GgufTensors
 from softbatch.scheduler.model.loader import Loaded, load
 from softbatch.scheduler.model.source import ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
-from tests.support.gguf_files import block_numbers, block_tensors, tensors, write_gguf
+from tests.support.gguf_files import (
+    BLOCK_SIZES,
+    block_numbers,
+    block_tensors,
+    expert_numbers,
+    expert_tensors,
+    tensors,
+    write_gguf,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 PROMPT = [5, 300, 17, 44, 211, 9, 120, 33, 401]
@@ -105,12 +114,36 @@ def test_in_bfloat16_they_are_nearer_to_the_file_than_when_widened(tmp_path: Pat
     assert fingerprints[0] == fingerprints[1]
 
 
-def test_a_file_with_something_else_than_blocks_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_the_kernels_cannot_compute_with_is_refused_before_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, from the file's header: tensors that are no blocks, a family without a decoder, a dtype."""
+    weights, kinds = block_tensors([BlockKind.Q8_0])
+    plain = weights | {"blk.1.ffn_down.weight": np.zeros((BLOCK_SIZES[0], BLOCK_SIZES[1]), np.float16)}
+    del kinds["blk.1.ffn_down.weight"]
+    part = write_gguf(tmp_path / "part.gguf", block_numbers(), plain, block_kinds=kinds)
+    experts = write_gguf(tmp_path / "experts.gguf", expert_numbers(), expert_tensors(), "qwen3moe")
+    monkeypatch.setattr(gguf_conversion, "_convert", lambda *_: pytest.fail("the file was converted"))
+    with pytest.raises(
+        ModelError, match=r"native: its tensor blk\.1\.ffn_down\.weight is F16, and the kernels compute"
+    ):
+        loaded(part, quantization="native")
+    with pytest.raises(
+        ModelError, match=r"--quantization native takes .*; this is Qwen3MoeForCausalLM in float32 on cpu"
+    ):
+        loaded(experts, quantization="native")
+    with pytest.raises(ModelError, match=r"this is LlamaForCausalLM in float16 on cpu: use --quantization none"):
+        loaded(gguf_of(tmp_path, BlockKind.Q8_0), quantization="native", dtype="float16")
+
+
+def test_what_is_no_file_of_blocks_is_refused_by_name(tmp_path: Path) -> None:
+    """Also where the conversion is there already."""
     file = write_gguf(tmp_path / "plain.gguf", {}, tensors())
+    directory = Path(resolve(str(file)).path)
     with pytest.raises(ModelError, match=r"native: its tensor blk\.0\.attn_q\.weight is F32, and the kernels compute"):
         loaded(file, quantization="native")
     with pytest.raises(ModelError, match=r"--quantization native takes a GGUF file, which --model .* is not"):
-        loaded(Path(resolve(str(file)).path), quantization="native")
+        loaded(directory, quantization="native")
 
 
 def test_a_conversion_that_is_not_of_the_file_is_refused(tmp_path: Path) -> None:

@@ -26,11 +26,9 @@ struct BlockGroups {
   typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
-  struct Scales {
-    float scales[2][kColumns];  // of either half; the first is for all if there are no half groups
+  struct OpenGroup {
+    float scales[2][kColumns];  // of either half
     float minimum[kColumns];
-  };
-  struct OpenGroup : Scales {
     uint8_t numbers[kVectors * kVectorBytes];
   };
 
@@ -96,68 +94,105 @@ struct BlockGroups {
     }
   }
 
+  static INLINE void load_both(const float* from, Vec (&to)[2]) {
+    to[0] = load(from);
+    to[1] = load(from + kLanes);
+  }
+
+  // What code for a panel is compiled for: the bits of a number, whether a group's halves have scales of their own,
+  // whether there is a minimum, whether it is open.
+  template <int BitsEach, bool HalfGroups, bool Minimum, bool Open = false>
+  struct Kind {
+    static constexpr int kBits = BitsEach, kParts = HalfGroups ? 2 : 1;
+    static constexpr bool kHasMinimum = Minimum, kIsOpen = Open;
+    static constexpr int kZero = Minimum && !Open ? 0 : 1 << (BitsEach - 1);
+  };
+
+  static constexpr bool kinds_fit() {
+    for (const BlockFormat& format : kBlockFormats) {
+      const bool has_halves = format.bits == 6;
+      if (format.zero != (format.has_minimum ? 0 : 1 << (format.bits - 1))) return false;
+      if (format.has_half_groups != has_halves || (has_halves && !format.in_superblocks)) return false;
+      if (format.has_minimum && format.bits > 5) return false;
+    }
+    return true;
+  }
+
+  // Calls f with the kind of a panel.
+  template <typename F>
+  static INLINE void with_kind(const Head& head, const F& f) {
+    if (head.is_open) return f(Kind<8, true, true, true>{});
+    if (head.bits == 4) return head.has_minimum ? f(Kind<4, false, true>{}) : f(Kind<4, false, false>{});
+    if (head.bits == 5) return head.has_minimum ? f(Kind<5, false, true>{}) : f(Kind<5, false, false>{});
+    if (head.bits == 6) return f(Kind<6, true, false>{});
+    return f(Kind<8, false, false>{});
+  }
+
+  // Of a group.
+  template <typename K>
+  struct Scales {
+    Vec scales[K::kParts][2], minimum[2];
+  };
+
   // Reads one group after another.
+  template <typename K>
   class Reader {
    public:
-    INLINE explicit Reader(const char* panel) : head_(*reinterpret_cast<const Head*>(panel)), at_(panel + sizeof(Head)) {
-      static_cast<Scales&>(open_) = {};
-    }
-    INLINE const Head& head() const { return head_; }
+    INLINE explicit Reader(const char* panel)
+        : in_superblocks_(reinterpret_cast<const Head*>(panel)->in_superblocks), at_(panel + sizeof(Head)) {}
 
-    // Its numbers may lie where they were.
-    INLINE const uint8_t* next(const float*& scales, const float*& minimum) {
-      if (head_.is_open) {
+    // put(v, numbers) takes vector `v` of the group's numbers, a constant.
+    template <typename F>
+    INLINE void next(Scales<K>& scales, const F& put) {
+      if constexpr (K::kIsOpen) {
         const OpenGroup& group = *reinterpret_cast<const OpenGroup*>(at_);
+        load_both(group.scales[0], scales.scales[0]);
+        load_both(group.scales[1], scales.scales[1]);
+        load_both(group.minimum, scales.minimum);
+        open_numbers<8>(group.numbers, put);
         at_ += sizeof group;
-        scales = group.scales[0];
-        minimum = group.minimum;
-        return group.numbers;
+      } else {
+        if (K::kParts == 2 || in_superblocks_) {
+          open_integer_scales(scales);
+        } else {
+          open_scales(scales);
+        }
+        open_numbers<K::kBits>(reinterpret_cast<const uint8_t*>(at_), put);
+        at_ += kVectors * kVectorBytes * K::kBits / 8;
       }
-      scales = open_.scales[0];
-      minimum = open_.minimum;
-      const char* numbers = head_.in_superblocks ? open_integer_scales() : open_scales();
-      const uint8_t* from = reinterpret_cast<const uint8_t*>(numbers);
-      at_ = numbers + kVectors * kVectorBytes * head_.bits / 8;
-      if (head_.bits == 8) return from;
-      if (head_.bits == 4) open_numbers<4>(from, open_.numbers);
-      if (head_.bits == 5) open_numbers<5>(from, open_.numbers);
-      if (head_.bits == 6) open_numbers<6>(from, open_.numbers);
-      return open_.numbers;
     }
 
    private:
-    INLINE const char* open_scales() {
-      convert_halves(at_, open_.scales[0]);
-      if (!head_.has_minimum) return at_ + 2 * kColumns;
-      convert_halves(at_ + 2 * kColumns, open_.minimum);
-      return at_ + 4 * kColumns;
+    INLINE void open_scales(Scales<K>& to) {
+      convert_halves(at_, to.scales[0]);
+      at_ += 2 * kColumns;
+      if constexpr (!K::kHasMinimum) return;
+      convert_halves(at_, to.minimum);
+      at_ += 2 * kColumns;
     }
-    INLINE const char* open_integer_scales() {
+    INLINE void open_integer_scales(Scales<K>& to) {
       if (group_++ % kGroupsOfSuperblock == 0) {
-        convert_halves(at_, superblock_.scales[0]);
-        if (head_.has_minimum) convert_halves(at_ + 2 * kColumns, superblock_.minimum);
-        at_ += head_.superblock_bytes();
+        convert_halves(at_, scale_);
+        at_ += 2 * kColumns;
+        if constexpr (K::kHasMinimum) {
+          convert_halves(at_, minimum_);
+          at_ += 2 * kColumns;
+        }
       }
-      const char* from = at_;
-      for (int part = 0; part < (head_.has_half_groups ? 2 : 1); ++part, from += kColumns)
-        scale_integers(superblock_.scales[0], from, open_.scales[part]);
-      if (!head_.has_minimum) return from;
-      scale_integers(superblock_.minimum, from, open_.minimum);  // they are below 64
-      return from + kColumns;
+      unrolled<K::kParts>([&](auto part) ALWAYS_INLINE {
+        scale_integers(scale_, at_, to.scales[part]);
+        at_ += kColumns;
+      });
+      if constexpr (!K::kHasMinimum) return;
+      scale_integers(minimum_, at_, to.minimum);  // they are below 64
+      at_ += kColumns;
     }
 
-    const Head head_;
+    const bool in_superblocks_;
     const char* at_;
     int64_t group_ = 0;
-    alignas(64) OpenGroup open_;
-    Scales superblock_;
+    Vec scale_[2] = {}, minimum_[2] = {};  // of the superblock
   };
-
-  static INLINE Bits bits_at(const uint8_t* p) {
-    Bits v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
 
  private:
   static void put_halves(const BlockGroup* groups, bool has_minimum, char* to) {
@@ -197,32 +232,41 @@ struct BlockGroups {
       }
   }
 
-  template <int kBits>
-  static INLINE void open_numbers(const uint8_t* from, uint8_t* to) {
+  template <int kBits, typename F>
+  static INLINE void open_numbers(const uint8_t* from, const F& put) {
     constexpr int kHalf = kVectors / 2, kAbove = kBits - 4, kEach = kAbove > 0 ? 8 / kAbove : 1;
     constexpr uint32_t kLow = 0x0f0f0f0f, kHigh = kAbove == 2 ? 0x30303030 : 0x10101010;
     const uint8_t* above = from + kHalf * kVectorBytes;
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      const Bits two = bits_at(from + v % kHalf * kVectorBytes);
-      Bits found = (v < kHalf ? two : two >> 4) & kLow;
-      if constexpr (kAbove > 0) {
-        const Bits high = bits_at(above + v / kEach * kVectorBytes);
-        const int shift = v % kEach * kAbove - 4;
-        found |= (shift < 0 ? high << -shift : high >> shift) & kHigh;
+    unrolled<kVectors>([&](auto v) ALWAYS_INLINE {
+      if constexpr (kBits == 8) {
+        put(v, bits_at(from + v * kVectorBytes));
+      } else {
+        const Bits two = bits_at(from + v % kHalf * kVectorBytes);
+        Bits found = (v < kHalf ? two : two >> 4) & kLow;
+        if constexpr (kAbove > 0) {
+          const Bits high = bits_at(above + v / kEach * kVectorBytes);
+          constexpr int shift = v % kEach * kAbove - 4;
+          found |= (shift < 0 ? high << std::max(-shift, 0) : high >> std::max(shift, 0)) & kHigh;
+        }
+        put(v, found);
       }
-      std::memcpy(to + v * kVectorBytes, &found, sizeof found);
-    }
+    });
   }
 
-  static INLINE void convert_halves(const char* from, float* to) {
-    for (int c = 0; c < kColumns; c += kLanes) {
+  static INLINE Bits bits_at(const uint8_t* p) {
+    Bits v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+
+  static INLINE void convert_halves(const char* from, Vec (&to)[2]) {
+    unrolled<2>([&](auto half) ALWAYS_INLINE {
 #if defined(__AVX512F__)
-      store(to + c, (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * c))));
+      to[half] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + half));
 #else
-      store(to + c, load(reinterpret_cast<const at::Half*>(from) + c));
+      to[half] = load(reinterpret_cast<const at::Half*>(from) + half * kLanes);
 #endif
-    }
+    });
   }
 
   // GCC makes dozens of instructions of these two conversions.
@@ -238,11 +282,12 @@ struct BlockGroups {
 #endif
   }
 
-  static INLINE void scale_integers(const float* scales, const char* from, float* to) {
-    for (int c = 0; c < kColumns; c += kLanes) {
-      store(to + c, load(scales + c) * __builtin_convertvector(widened(from + c), Vec));
-    }
+  static INLINE void scale_integers(const Vec (&scales)[2], const char* from, Vec (&to)[2]) {
+    to[0] = scales[0] * __builtin_convertvector(widened(from), Vec);
+    to[1] = scales[1] * __builtin_convertvector(widened(from + kLanes), Vec);
   }
 };
+
+static_assert(BlockGroups::kinds_fit(), "a panel's kind must follow from its bits and whether it has a minimum");
 
 }  // namespace softbatch

@@ -18,30 +18,10 @@ struct Layout<Blocks> : BlockGroups {
   using Integers = BlockIntegers;
   static constexpr bool kTakesParts = false;  // a scale is for more than the lanes of a vector
   static constexpr int64_t kInputs = kBlockGroup;
+  static constexpr int kTileRows = 64;  // whose sums stay in the L1 cache
 
-  // The panel as it is read soonest by so many tiles of rows: opened once in the thread's own memory if they are several.
-  static const char* opened(const char* panel, int64_t inputs, int64_t tiles) {
-    Reader reader(panel);
-    Head head = reader.head();
-    if (tiles < 2 || head.is_open) return panel;
-    head.is_open = true;
-    thread_local Buffer<char> memory;
-    char* found = memory.resize(head.panel_bytes(inputs));
-    std::memcpy(found, &head, sizeof head);
-    OpenGroup* to = reinterpret_cast<OpenGroup*>(found + sizeof head);
-    for (int64_t g = 0; g < inputs / kBlockGroup; ++g, ++to) {
-      const float *scales, *minimum;
-      const uint8_t* numbers = reader.next(scales, minimum);
-      std::memcpy(to->scales, scales, sizeof to->scales);
-      std::memcpy(to->minimum, minimum, sizeof to->minimum);
-      std::memcpy(to->numbers, numbers, sizeof to->numbers);
-    }
-    return found;
-  }
-
-  // A tile has for each group the scales of its rows, their scaled sums, the sums of the integers of the whole group and
-  // of either half, and the integers.
-  static constexpr int64_t kRowBytes = 5 * sizeof(float) + 2 * kBlockGroup;
+  // A tile has for each group those of its rows, one behind the other.
+  static constexpr int64_t kRowBytes = sizeof(Integers::Row);
   static int64_t row_bytes(int64_t inputs) { return inputs / kBlockGroup * kRowBytes; }
 
   static INLINE void put(const float* values, int64_t inputs, int64_t row, int64_t rows, char* tile) {
@@ -64,57 +44,61 @@ struct Layout<Blocks> : BlockGroups {
         }
         sums[part] = Integers::sum_of(added);
       }
-      float* scales = reinterpret_cast<float*>(tile) + row;
-      scales[0] = most / Integers::kMost + sum(nothing);
-      int32_t* found = reinterpret_cast<int32_t*>(scales) + 2 * rows;
-      found[0] = static_cast<int32_t>(sums[0] + sums[1]);
-      found[rows] = static_cast<int32_t>(sums[0]);
-      found[2 * rows] = static_cast<int32_t>(sums[1]);
-      scales[rows] = scales[0] * static_cast<float>(found[0]);
-      char* bytes = tile + rows * 5 * sizeof(float) + row * kBlockGroup;
-      Integers::split(integers, bytes, bytes + rows * kBlockGroup);
+      Integers::Row& to = reinterpret_cast<Integers::Row*>(tile)[row];
+      to.scale = most / Integers::kMost + sum(nothing);
+      to.minus[0] = static_cast<int32_t>(0u - sums[0] - sums[1]);
+      to.minus[1] = static_cast<int32_t>(0u - sums[0]);
+      to.minus[2] = static_cast<int32_t>(0u - sums[1]);
+      to.scaled_sum = to.scale * static_cast<float>(static_cast<int32_t>(sums[0] + sums[1]));
+      Integers::split(integers, to);
     }
   }
 
-  // sums[m][0 ... kColumns - 1] for the M rows of a tile.
-  template <int M>
-  static void multiply(const char* tile, const char* panel, int64_t inputs, Prefetch ahead, float* sums) {
-    Vec total[M][2] = {};
-    Reader reader(panel);
-    const Head head = reader.head();
-    const int parts = head.has_half_groups ? 2 : 1, steps = Integers::kSteps / parts;
-    for (int64_t g = 0; g < inputs / kBlockGroup; ++g, tile += M * kRowBytes) {
-      const float *scales, *minimum;
-      const uint8_t* w = reader.next(scales, minimum);
+  // sums[row][0 ... kColumns - 1] for the rows of a tile. A group is opened once, for all of them.
+  static void multiply_rows(const char* tile, int64_t rows, const char* panel, int64_t inputs, Prefetch ahead,
+                            float* sums) {
+    const Head& head = *reinterpret_cast<const Head*>(panel);
+    const auto* groups = reinterpret_cast<const Integers::Row*>(tile);
+    with_kind(head, [&](auto kind) { multiply_kind<decltype(kind)>(groups, rows, panel, inputs, ahead, sums); });
+  }
+
+ private:
+  template <typename K>
+  static void multiply_kind(const Integers::Row* x, int64_t rows, const char* panel, int64_t inputs, Prefetch ahead,
+                            float* sums) {
+    std::memset(sums, 0, rows * kColumns * sizeof(float));
+    Reader<K> reader(panel);
+    for (int64_t g = 0; g < inputs / kBlockGroup; ++g) {
+      Scales<K> scales;
+      Bits numbers[kVectors];
+      reader.next(scales, [&](auto v, Bits bytes) ALWAYS_INLINE { numbers[v] = bytes; });
       ahead.fetch(1);
-      const float *scale = reinterpret_cast<const float*>(tile), *sum = scale + M;
-      const int32_t* zeros = reinterpret_cast<const int32_t*>(sum + M);
-      const int32_t *coarse = zeros + 3 * M, *fine = coarse + M * Integers::kSteps;
-      for (int part = 0; part < parts; ++part, w += steps * 2 * kVectorBytes, coarse += steps, fine += steps) {
-        Ints acc[M][2];
-        Integers::multiply<M>(w, steps, coarse, fine, acc);
-        const int32_t* of_zeros = zeros + (parts == 1 ? 0 : (1 + part) * M);
-        const Vec c0 = load(scales + part * kColumns), c1 = load(scales + part * kColumns + kLanes);
-#pragma GCC unroll 14
-        for (int m = 0; m < M; ++m) {
-          const Ints of_zero = Ints{} + of_zeros[m] * head.zero;
-          total[m][0] += __builtin_convertvector(acc[m][0] - of_zero, Vec) * (c0 * scale[m]);
-          total[m][1] += __builtin_convertvector(acc[m][1] - of_zero, Vec) * (c1 * scale[m]);
-        }
+      if (Integers::kTakesApart && rows == 1) {  // for more rows compilers do so once, and keep the halves in memory
+        add_group(scales, numbers, *x++, sums);
+        continue;
       }
-      if (!head.has_minimum) continue;
-      const Vec c0 = load(minimum), c1 = load(minimum + kLanes);
-#pragma GCC unroll 14
-      for (int m = 0; m < M; ++m) {
-        total[m][0] += c0 * sum[m];
-        total[m][1] += c1 * sum[m];
-      }
+      float* to = sums;
+      for (int64_t row = 0; row < rows; ++row, ++x, to += kColumns)
+        add_group(scales, numbers, *x, to);
     }
-#pragma GCC unroll 14
-    for (int m = 0; m < M; ++m) {
-      store(sums + m * kColumns, total[m][0]);
-      store(sums + m * kColumns + kLanes, total[m][1]);
+  }
+
+  template <typename K>
+  static INLINE void add_group(const Scales<K>& scales, const Bits (&numbers)[kVectors], const Integers::Row& row,
+                               float* sums) {
+    Vec left = load(sums), right = load(sums + kLanes);
+    unrolled<K::kParts>([&](auto part) ALWAYS_INLINE {
+      Ints found[2];
+      Integers::multiply<part, K::kParts, K::kZero>(numbers, row, found);
+      left += __builtin_convertvector(found[0], Vec) * (scales.scales[part][0] * row.scale);
+      right += __builtin_convertvector(found[1], Vec) * (scales.scales[part][1] * row.scale);
+    });
+    if constexpr (K::kHasMinimum) {
+      left += scales.minimum[0] * row.scaled_sum;
+      right += scales.minimum[1] * row.scaled_sum;
     }
+    store(sums, left);
+    store(sums + kLanes, right);
   }
 };
 

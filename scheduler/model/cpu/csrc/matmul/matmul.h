@@ -16,12 +16,18 @@
 namespace softbatch {
 
 // Activations of one item, so few that they stay in the L2 cache.
-constexpr int kTilesTogether = 8;
+constexpr int kTilesTogether = 8;  // of kTile rows
 constexpr int64_t kBytesTogether = 768 << 10;  // on matrix tiles, as their processors have larger caches
 constexpr int64_t kItemsEach = 4;              // per thread at least, so that no thread waits long for the last one
 // From so many matrix tiles per thread on, each thread multiplies rows of its own by every panel.
 constexpr int kTilesOfThread = 12;
-constexpr int kMostRows = std::max(kTile, kMatrixRows);
+
+// Rows of a tile of activations for vectors. A layout may know better.
+template <typename W>
+constexpr int tile_rows() {
+  if constexpr (requires { Layout<W>::kTileRows; }) return Layout<W>::kTileRows;
+  return kTile;
+}
 
 // A weight matrix [outputs, inputs], in panels.
 template <typename W>
@@ -109,7 +115,7 @@ struct Activations {
   void resize(int64_t new_rows, int64_t new_inputs) {
     rows = new_rows;
     inputs = new_inputs;
-    const int64_t most = uses_matrix_tiles<W>() ? kMatrixRows : kTile;
+    const int64_t most = uses_matrix_tiles<W>() ? kMatrixRows : tile_rows<W>();
     tiles = (rows + most - 1) / most;
     starts_.resize(tiles + 1);
     for (int64_t t = 0; t <= tiles; ++t)
@@ -152,7 +158,10 @@ struct Division {
 template <typename W>
 Division divide(const Activations<W>& x, int64_t panels, int64_t threads) {
   const auto ceil_div = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
-  if (!uses_matrix_tiles<W>()) return {x.tiles, 1, 1, ceil_div(x.tiles, kTilesTogether)};
+  if (!uses_matrix_tiles<W>()) {
+    constexpr int64_t kTogether = std::max(kTilesTogether * kTile / tile_rows<W>(), 1);
+    return {x.tiles, 1, 1, ceil_div(x.tiles, kTogether)};
+  }
   const int64_t groups = std::clamp<int64_t>(x.tiles / kTilesOfThread, 1, threads), tiles = ceil_div(x.tiles, groups);
   const int64_t fitting =
       std::max<int64_t>(kTilesTogether, kBytesTogether / (kMatrixRows * Layout<W>::row_bytes(x.inputs)));
@@ -167,14 +176,25 @@ constexpr std::array<TileKernel, sizeof...(M)> tile_kernels(std::integer_sequenc
   return {Layout<W>::template multiply<M + 1>...};
 }
 
+// sums[row][0 ... kColumns - 1] for the rows of a tile of vectors.
+template <typename W>
+INLINE void multiply_tile(const char* tile, int64_t rows, const char* panel, int64_t inputs, Prefetch ahead,
+                          float* sums) {
+  if constexpr (requires { &Layout<W>::multiply_rows; }) {
+    Layout<W>::multiply_rows(tile, rows, panel, inputs, ahead, sums);
+  } else {
+    static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
+    kernels[rows - 1](tile, panel, inputs, ahead, sums);
+  }
+}
+
 // Calls done(tile, row, first column, sums [kColumns]) for every row and panel, on any member of the team.
 template <typename W, typename F>
 void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const F& done) {
-  static constexpr auto kernels = tile_kernels<W>(std::make_integer_sequence<int, kTile>{});
   const Division division = divide(x, weights.panels(), team.size());
   const int64_t items_of_group = weights.panels() * division.parts;
   const int64_t items = division.groups * items_of_group;
-  alignas(64) float sums[2 * kMostRows * kColumns];
+  alignas(64) float sums[std::max(2 * kMatrixRows, tile_rows<W>()) * kColumns];
   team.for_each_ahead(items, false, [&](int64_t item, int64_t after) {
     const auto panel_of = [&](int64_t item) { return item % items_of_group / division.parts; };
     const int64_t part = item / items_of_group * division.parts + item % division.parts;
@@ -216,12 +236,9 @@ void matmul(Team& team, const Packed<W>& weights, const Activations<W>& x, const
         return;
       }
     }
-    const char* columns = weights.panel(panel);
-    if constexpr (requires { Layout<W>::opened(columns, weights.inputs, tiles); })
-      columns = Layout<W>::opened(columns, weights.inputs, tiles);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t = first_tile + i;
-      kernels[x.rows_of(t) - 1](x.tile(t), columns, weights.inputs, ahead(i, tiles), sums);
+      multiply_tile<W>(x.tile(t), x.rows_of(t), weights.panel(panel), weights.inputs, ahead(i, tiles), sums);
       finish(t, sums);
     }
   });

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace softbatch {
@@ -31,6 +32,16 @@ typedef uint16_t Short __attribute__((vector_size(kLanes * 2)));
 
 #define ALWAYS_INLINE __attribute__((always_inline))
 #define INLINE inline ALWAYS_INLINE
+
+// Calls f with each of 0 ... Count - 1 as a constant of its own, so that arrays indexed by it can be registers.
+template <typename F, int... I>
+INLINE void unrolled(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int Count, typename F>
+INLINE void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, Count>{});
+}
 
 INLINE Vec fill(float x) { return Vec{} + x; }
 
