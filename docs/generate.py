@@ -123,7 +123,8 @@ def _shapes(used: set[str], schemas: Mapping[str, Any]) -> str:
 
 def _content_schema(part: Mapping[str, Any]) -> Mapping[str, Any]:
     for content in part.get("content", {}).values():
-        return cast(Mapping[str, Any], content.get("schema", {}))
+        schema = content.get("schema", {})
+        return cast(Mapping[str, Any], schema.get("contentSchema", schema))
     return {}
 
 

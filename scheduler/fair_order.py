@@ -4,7 +4,8 @@ by precedence."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from itertools import count
 
 from softbatch.scheduler.policy import precedence
@@ -42,7 +43,8 @@ class FairOrder:
     Tokens are those computed of prompts, charged at admission, and those generated, charged when the sequence leaves
     the batch. Who is new, or comes back after a pause, starts level with the one served last: nobody saves up a share.
     That level also rises by a part of all that is served, so that nobody starves behind ever new owners. An owner with
-    a preempted sequence goes first, for it is paid for. With a single owner the order is that of precedence.
+    a preempted sequence goes first, for it is paid for, unless that gave way to an owner without a slot. With a single
+    owner the order is that of precedence.
     """
 
     def __init__(self, waits: Callable[[Sequence], bool]) -> None:
@@ -50,6 +52,7 @@ class FairOrder:
         self._waits = waits
         self._lines: dict[LineKey, _Line] = {}  # of those who wait
         self._weight = 0.0  # of those lines together
+        self._weights: defaultdict[int, float] = defaultdict(float)  # the same for each priority
         self._idle: dict[LineKey, _Line] = {}  # the one that waited last is last
         self._clocks: dict[int, float] = {}  # per priority: where newcomers start
         self._heap: list[tuple[LinePrecedence, _Line]] = []
@@ -65,8 +68,9 @@ class FairOrder:
             line.number = next(self._numbers)
             line.weight = sequence.weight
             self._weight += line.weight
+            self._weights[sequence.priority] += line.weight
         line.num_waiting += 1
-        line.num_preempted += sequence.was_admitted
+        line.num_preempted += sequence.goes_first
         self.put(sequence)
 
     def put(self, sequence: Sequence) -> None:
@@ -105,7 +109,7 @@ class FairOrder:
         key = (sequence.priority, sequence.owner)
         line = self._lines[key]
         line.num_waiting -= 1
-        line.num_preempted -= sequence.was_admitted
+        line.num_preempted -= sequence.goes_first
         if is_served and not sequence.was_admitted:
             self._clocks[sequence.priority] = max(line.tokens, self._clocks.get(sequence.priority, 0.0))
         if not line.num_waiting:
@@ -113,6 +117,9 @@ class FairOrder:
             line.entry = None
             self._idle[key] = self._lines.pop(key)
             self._weight = self._weight - line.weight if self._lines else 0.0
+            self._weights[sequence.priority] -= line.weight
+            if not self._lines:
+                self._weights.clear()
             if len(self._idle) > MAX_IDLE_LINES:
                 del self._idle[next(iter(self._idle))]
         elif len(line.heap) > 2 * line.num_waiting + 16:
@@ -128,6 +135,11 @@ class FairOrder:
         # A little less than the share of everybody who waits: a light owner starts below a heavy one.
         clock = self._clocks.get(sequence.priority, 0.0)
         self._clocks[sequence.priority] = clock + tokens / (self._weight + 1)
+
+    def weight_beside(self, priority: int, owners: Iterable[str]) -> float:
+        """Of those who wait at the priority, but for these owners."""
+        own = sum(self._lines[key].weight for owner in owners if (key := (priority, owner)) in self._lines)
+        return max(0.0, self._weights.get(priority, 0.0) - own)
 
     def _precedence(self, priority: int, line: _Line) -> LinePrecedence:
         return (priority, not line.num_preempted, line.tokens, line.number)

@@ -47,6 +47,18 @@ def preemption_victim(candidates: Iterable[Sequence]) -> Sequence:
     return max(candidates, key=precedence)
 
 
+def slot_giver(newcomer: Sequence, running: Iterable[Sequence]) -> Sequence | None:
+    """The sequence that leaves its slot to an owner who has none: the last in precedence of the owner who has the most
+    for its weight, if that one keeps another. None: the newcomer waits for a slot as all others do."""
+    slots: dict[str, int] = {}
+    for sequence in running:
+        if sequence.owner == newcomer.owner:
+            return None
+        slots[sequence.owner] = slots.get(sequence.owner, 0) + 1
+    givers = [s for s in running if slots[s.owner] > 1 and s.priority >= newcomer.priority]
+    return max(givers, key=lambda s: (slots[s.owner] / s.weight, precedence(s)), default=None)
+
+
 def must_preempt(running: Iterable[Sequence]) -> bool:
     """Whether a lack of blocks calls for a preemption: not while a running sequence is sure to end with the step in
     flight, for its blocks come free after that step."""

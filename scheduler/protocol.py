@@ -31,7 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     `grammar` is what the output must follow, in llguidance's form; empty: anything. It excludes `allowed_token_ids`. An
     output with a grammar ends with an end token even if `ignore_eos` is set, and when the grammar leaves nothing else
-    to say.
+    to say. `begun` is what the prompt's end has already written of what the grammar is about.
     """
 
     max_tokens: int = 16
@@ -52,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str = ""
+    begun: str = ""
 
 
 class SoftPromptRef(msgspec.Struct, frozen=True):

@@ -6,8 +6,16 @@ from collections.abc import Collection
 
 from softbatch.scheduler.batch_invariants import check_batch
 from softbatch.scheduler.block_pool import BlockPool
-from softbatch.scheduler.decode_shares import DecodeCost, who_decodes
-from softbatch.scheduler.policy import insert, is_background, must_preempt, precedence, preemption_victim, turn
+from softbatch.scheduler.decode_shares import SharedPace
+from softbatch.scheduler.policy import (
+    insert,
+    is_background,
+    must_preempt,
+    precedence,
+    preemption_victim,
+    slot_giver,
+    turn,
+)
 from softbatch.scheduler.protocol import AddRequest, EngineStats, SequenceOutput
 from softbatch.scheduler.scheduler_config import SchedulerConfig
 from softbatch.scheduler.sequence import Sequence
@@ -47,7 +55,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of precedence
         # Lower than the batch size after the device ran out of memory, until a sequence leaves.
         self._admission_limit = config.max_batch_size
-        self.decode_cost = DecodeCost()
+        self.shared_pace = SharedPace(cuts_prefills=config.step_target is not None)
         self._steps = 0
         self._last_foreground = -FOREGROUND_STEPS  # the step that had a row of others than the background
         self._arrivals = 0
@@ -97,9 +105,7 @@ class Scheduler:
             return True
         if len(step.rows) > 1:
             sequence = preemption_victim(row.sequence for row in step.rows)
-            step.rows = [row for row in step.rows if row.sequence is not sequence]
-            step.copies = [copy for copy in step.copies if copy[1] not in sequence.block_table]
-            step.report.admitted = [name for name in step.report.admitted if name != sequence.request_id]
+            step.leave_out(sequence)
             self._preempt(sequence, step)
             self._admission_limit = len(self.running)
             return True
@@ -119,21 +125,19 @@ class Scheduler:
         order of precedence. What runs in the background joins a step that has no prefills of others."""
         step = Step()
         self._steps += 1
-        chosen = None
         if len({sequence.owner for sequence in self.running}) > 1:
-            decoding = [s for s in self.running if s.is_decoding and not is_background(s)]
-            chosen = who_decodes(decoding, self.decode_cost, self._steps)
-        self._continue_decodes(step, chosen)
+            step.shares = self.shared_pace.plan(self.running, self.waiting.order, self._steps)
+        self._continue_decodes(step, step.shares.chosen if step.shares else None)
         decodes = len(step.rows)
         budget = self.config.max_batch_tokens - decodes
-        budget = min(budget, self.pace.for_prefills(decodes, shared=chosen is not None))
+        budget = min(budget, self.pace.for_prefills(decodes, step.shares.prefills if step.shares else None))
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
             if is_background(sequence):
                 break
             budget = self._admit(step, budget, before=sequence)
-            if budget > 0:
+            if budget > 0 and (not step.report.preempted or sequence in self.running):
                 budget -= self._add_row(step, sequence, budget)
         self._admit(step, budget)
         if step.rows:
@@ -160,7 +164,8 @@ class Scheduler:
         """Add soft prompts that were read after `schedule()`, and sequences that waited for them, within the token
         budget."""
         decodes = sum(1 for row in step.rows if row.num_tokens == 1)
-        budget = self.pace.for_prefills(decodes) - (step.num_tokens - decodes)
+        most = step.shares.prefills if step.shares else None
+        budget = self.pace.for_prefills(decodes, most) - (step.num_tokens - decodes)
         self._admit(step, budget - self._prefill_soft_prompts(step, budget, others=False), displacing=False)
 
     def mark_in_flight(self, step: Step) -> None:
@@ -241,8 +246,8 @@ class Scheduler:
     def observe(self, step: Step, seconds: float) -> None:
         """A step took so long."""
         self.pace.observe(step.num_tokens, seconds)
-        if step.num_tokens == len(step.rows):
-            self.decode_cost.observe(len(step.rows), seconds)
+        prefilled = step.prefilled()
+        self.shared_pace.observe(step.num_tokens - sum(prefilled.values()), prefilled, step.shares, seconds)
 
     def _continue_decodes(self, step: Step, chosen: Collection[Sequence] | None, *, background: bool = False) -> None:
         """Schedule one token for each decoding sequence, or each of those chosen. If blocks run out, preempt."""
@@ -295,8 +300,11 @@ class Scheduler:
                 break
             if is_background(sequence) and not background:
                 break
+            giver = None
             if len(self.running) >= self._admission_limit and not (displacing and self._displace(sequence, step)):
-                break
+                giver = self._slot_giver(sequence) if displacing else None
+                if giver is None:
+                    break
             prompt = None
             if sequence.soft_prompt is not None:
                 prompt = self.soft_prompt_loads.find(sequence.soft_prompt, step, len(self.running))
@@ -318,6 +326,9 @@ class Scheduler:
                     continue  # from the start, for a deleted soft prompt goes with its last user
                 break
             self.waiting.pop()
+            if giver is not None:  # only now, as it may be the next to be admitted again
+                step.leave_out(giver)
+                self._preempt(giver, step, gave_way=True)
             if prompt is not None and (copy := self._blocks.copy_of_last(sequence, prompt)) is not None:
                 step.copies.append(copy)
             if not sequence.was_admitted:
@@ -334,6 +345,11 @@ class Scheduler:
             return False
         self._preempt(victim, step)
         return True
+
+    def _slot_giver(self, sequence: Sequence) -> Sequence | None:
+        """Who leaves for a sequence if its owner has no slot, and all are taken."""
+        is_full = len(self.running) >= self.config.max_batch_size
+        return slot_giver(sequence, self.running) if is_full and not is_background(sequence) else None
 
     def _count_admission(self, sequence: Sequence) -> None:
         """Count hits and misses once per request, not again after a preemption."""
@@ -360,11 +376,12 @@ class Scheduler:
         left = self.config.max_scored_tokens - step.num_scored
         return min(count, scored.start + left) if scored else count
 
-    def _preempt(self, sequence: Sequence, step: Step) -> None:
+    def _preempt(self, sequence: Sequence, step: Step, *, gave_way: bool = False) -> None:
         self._leave(sequence)
+        sequence.gave_way = gave_way
         sequence.scores, sequence.state_sum = [], []
         self.waiting.push(sequence, bounded=False)
-        self._preemptions += 1
+        self._preemptions += not gave_way
         step.report.preempted.append(sequence.request_id)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -28,6 +28,7 @@ class Sequence:
         "block_table",
         "cache_salt",
         "epoch",
+        "gave_way",
         "missed_soft_prompt",
         "num_cached",
         "num_charged",
@@ -81,6 +82,12 @@ class Sequence:
         self.num_registered = 0
         self.missed_soft_prompt = False
         self.was_admitted = False
+        self.gave_way = False  # left the batch for another owner's sake
+
+    @property
+    def goes_first(self) -> bool:
+        """Whether its owner does: it was preempted, though it had no more than its share, and is paid for."""
+        return self.was_admitted and not self.gave_way
 
     @property
     def length(self) -> int:

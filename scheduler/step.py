@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from softbatch.scheduler.decode_shares import Shares
 from softbatch.scheduler.protocol import PromptLogprobs, SequenceOutput, SoftPromptRef, TokenLogprobs
 from softbatch.scheduler.sequence import Sequence
 from softbatch.scheduler.soft_prompt_cache import ResidentSoftPrompt
@@ -69,15 +70,33 @@ class Step:
     copies: list[tuple[int, int]] = field(default_factory=list)
     soft_prompts_to_load: list[SoftPromptRef] = field(default_factory=list)
     report: StepReport = field(default_factory=StepReport)
+    shares: Shares | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows) + sum(prefill.num_tokens for prefill in self.prefills)
 
+    def prefilled(self) -> dict[str, int]:
+        """The tokens of prompts, by whose they are; soft prompts are nobody's."""
+        tokens: dict[str, int] = {}
+        if self.num_tokens > len(self.rows):
+            for row in self.rows:
+                if row.num_tokens > 1:
+                    tokens[row.sequence.owner] = tokens.get(row.sequence.owner, 0) + row.num_tokens
+            for prefill in self.prefills:
+                tokens[""] = tokens.get("", 0) + prefill.num_tokens
+        return tokens
+
     @property
     def num_scored(self) -> int:
         """The positions whose logits score a prompt's token."""
         return sum(len(row.sequence.scored_rows(row.start, row.num_tokens)) for row in self.rows)
+
+    def leave_out(self, sequence: Sequence) -> None:
+        """Take a sequence out again, while it has its blocks."""
+        self.rows = [row for row in self.rows if row.sequence is not sequence]
+        self.copies = [copy for copy in self.copies if copy[1] not in sequence.block_table]
+        self.report.admitted = [name for name in self.report.admitted if name != sequence.request_id]
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.prefills)

@@ -20,9 +20,7 @@ from softbatch.scheduler.model.cpu.build import build as build_kernels
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from tests.support.bucket_server import BucketServer, running_bucket_server, wanted_kind
 from tests.support.faulty_proxy import FaultyProxy, running_proxy
-from tests.support.models import TINY_CONFIGS, Reference, keep_first_tokens, load_reference, save_tiny, tiny_config
-
-FEW_TOKENS = 4096
+from tests.support.models import TINY_CONFIGS, Reference, load_reference, save_tiny, save_tiny_compressible
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +40,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_compressible(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny model to compress contexts with: a window that holds one, and a vocabulary that costs little to compare.
-
-    Most of a compression's time goes into distributions over the whole vocabulary.
-    """
-    config = tiny_config("llama", vocab_size=FEW_TOKENS, max_position_embeddings=2048)
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    save_tiny(config, AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path), path)
-    keep_first_tokens(path, FEW_TOKENS)
-    return str(path)
+    return save_tiny_compressible(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

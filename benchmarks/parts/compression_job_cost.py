@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.libraries.step_worker import prompts
+from benchmarks.serving.benched_model import BenchedModel
 from benchmarks.serving.servers import Server, softbatch
 
 CONTEXT = Path(__file__).resolve().parents[2] / "examples" / "manual" / "context.md"
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8398)
     options = parser.parse_args()
     store = tempfile.TemporaryDirectory()
-    server = Server(softbatch(options.port, Path(store.name)), options.port)
+    server = Server(softbatch(options.port, Path(store.name), BenchedModel.embedded()), options.port)
     rounds: dict[tuple[str, int], list[Round]] = {}
     offsets = count(0, 100)
 

@@ -8,6 +8,7 @@ a ramp until every client has had its first token, then a window of fixed length
     make bench ARGS="--servers softbatch,vllm --workloads hot,many"
     make bench ARGS="--servers softbatch --before ../main"      beside another checkout of softbatch
     make bench ARGS="--servers softbatch,softbatch-traced,softbatch-watched --workloads short"   what looking on costs
+    make bench ARGS="--model FILE.gguf --workloads plain --servers softbatch,softbatch-native,llama.cpp-file,vllm"
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 from benchmarks.flags import names_of
 from benchmarks.machine import machine
+from benchmarks.serving.benched_model import BenchedModel
 from benchmarks.serving.peers import BENCH, Unavailable
 from benchmarks.serving.plot import draw
 from benchmarks.serving.servers import (
@@ -39,7 +41,6 @@ from benchmarks.serving.servers import (
 )
 from benchmarks.serving.soft_prompts import register
 from benchmarks.serving.tables import BEFORE, Run, describe
-from softbatch.scheduler.model.source import EMBEDDED_ALIAS
 from softbatch.server.bench.figures import Objective
 from softbatch.server.bench.load import Plan
 from softbatch.server.bench.measurement import measure
@@ -54,8 +55,8 @@ SERVERS = (
     "softbatch-kv-int8",
     "softbatch-kv-k6v4",
 )
-# Only where they are asked for: one that sends traces, and one whose console is open.
-LOOKED_AT = ("softbatch-traced", "softbatch-watched")
+# Only where they are asked for: one that sends traces, one whose console is open, and a GGUF file's own weights.
+ASKED_FOR = ("softbatch-traced", "softbatch-watched", "softbatch-native", "llama.cpp-file")
 CONCURRENCY = {"plain": (1, 8, 32, 64), "short": (1, 8, 32, 64), "hot": (8, 32), "many": (8, 32)}
 # Seconds of a window. A peer computes 1,500 tokens for each request of *many*, so few end in a short one.
 WINDOWS = {"plain": 10.0, "short": 6.0, "hot": 8.0, "many": 10.0}
@@ -110,20 +111,23 @@ def _is_asked(workload: str, server: str) -> bool:
 
 
 def launches(options: argparse.Namespace) -> Iterator[tuple[str, Launch | Unavailable]]:
-    store = BENCH / "prompts"
+    store = BENCH / ("prompts" if options.model.is_embedded else "no-prompts")
+    model = options.model
     makers = {
-        "softbatch": lambda port: softbatch(port, store),
-        "softbatch-traced": lambda port: softbatch_traced(port, store),
-        "softbatch-watched": lambda port: softbatch_watched(port, store),
-        "vllm": vllm,
-        "llama.cpp-BF16": lambda port: llama(port, "BF16"),
-        "softbatch-int8": lambda port: softbatch(port, store, "int8"),
-        "llama.cpp-Q8_0": lambda port: llama(port, "Q8_0"),
-        "softbatch-kv-int8": lambda port: softbatch(port, store, kv_cache_dtype="int8"),
-        "softbatch-kv-k6v4": lambda port: softbatch(port, store, kv_cache_dtype="k6v4"),
+        "softbatch": lambda port: softbatch(port, store, model),
+        "softbatch-traced": lambda port: softbatch_traced(port, store, model),
+        "softbatch-watched": lambda port: softbatch_watched(port, store, model),
+        "vllm": lambda port: vllm(port, model),
+        "llama.cpp-BF16": lambda port: llama(port, model, "BF16"),
+        "softbatch-int8": lambda port: softbatch(port, store, model, "int8"),
+        "llama.cpp-Q8_0": lambda port: llama(port, model, "Q8_0"),
+        "softbatch-native": lambda port: softbatch(port, store, model, "native"),
+        "llama.cpp-file": lambda port: llama(port, model),
+        "softbatch-kv-int8": lambda port: softbatch(port, store, model, kv_cache_dtype="int8"),
+        "softbatch-kv-k6v4": lambda port: softbatch(port, store, model, kv_cache_dtype="k6v4"),
     }
     if options.before:
-        makers[BEFORE] = lambda port: softbatch_before(options.before, port, store)
+        makers[BEFORE] = lambda port: softbatch_before(options.before, port, store, model)
     for number, name in enumerate([*options.servers, *([BEFORE] if options.before else [])]):
         try:
             yield name, makers[name](options.port + number)
@@ -169,7 +173,7 @@ def measure_cell(server: Server, cell: Cell, quick: bool) -> Run:
     soft_prompt = "context-{index}" if server.launch.soft_prompts and work.contexts else None
     # The round is part of the seed: no prefix cache knows a prompt, except the contexts, which are the same each time.
     seed = 100 * cell.round + cell.concurrency
-    requests = Requests(work, EMBEDDED_ALIAS, seed, VOCAB_SIZE, soft_prompt)
+    requests = Requests(work, server.launch.model.name, seed, VOCAB_SIZE, soft_prompt)
     watch = KvWatch(server, work.contexts) if cell.workload == "hot" else None
     server.resume()
     try:
@@ -246,7 +250,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round with windows half as long")
     parser.add_argument("--rounds", type=int, help="default: 3")
-    parser.add_argument("--servers", type=names_of((*SERVERS, *LOOKED_AT)), default=list(SERVERS))
+    parser.add_argument("--servers", type=names_of((*SERVERS, *ASKED_FOR)), default=list(SERVERS))
+    parser.add_argument(
+        "--model",
+        type=BenchedModel.of_file,
+        metavar="FILE",
+        help="a GGUF file; default: the embedded model",
+    )
     parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout of softbatch, measured in turn")
     parser.add_argument("--workloads", type=names_of(CONCURRENCY), default=list(CONCURRENCY))
     parser.add_argument("--concurrency", type=lambda text: [int(part) for part in text.split(",")])
@@ -255,10 +265,14 @@ def main() -> int:
     options = parser.parse_args()
     # Servers are in sessions of their own: whatever ends this, they must be stopped on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    contexts = {"hot", "many"} & set(options.workloads)
+    if contexts and options.model:
+        parser.error("--model: there are no soft prompts for this model; choose --workloads plain,short")
+    options.model = options.model or BenchedModel.embedded()
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    if {"hot", "many"} & set(options.workloads):
+    if contexts:
         work = WORKLOADS["many"]
         register(BENCH / "prompts", work.contexts, work.context_tokens, VOCAB_SIZE)
     servers = start_all(options)

@@ -20,12 +20,13 @@ from typing import Any
 import psutil
 
 from benchmarks.machine import has_matrix_tiles
+from benchmarks.serving.benched_model import BenchedModel
 from benchmarks.serving.peers import BENCH, PROJECT, Unavailable, gguf, install_llama, install_vllm
-from softbatch.scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
 
 START_SECONDS = 600.0
 CORES = os.cpu_count() or 1
 COLLECTOR_PORTS = 100  # above the servers'
+VLLM_LENGTH = 8192  # vLLM refuses a model whose longest prompt its KV cache would not hold
 
 
 @dataclass(frozen=True)
@@ -34,74 +35,89 @@ class Launch:
     it from its first answer on."""
 
     name: str
+    model: BenchedModel
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     soft_prompts: bool = False
     onlooker: tuple[str, ...] = ()
 
 
-def softbatch(port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto") -> Launch:
+def softbatch(
+    port: int, store: Path, model: BenchedModel, quantization: str = "none", kv_cache_dtype: str = "auto"
+) -> Launch:
     """With the flags a user would choose for this load."""
-    return _softbatch(PROJECT, "softbatch", port, store, quantization, kv_cache_dtype)
+    return _softbatch(PROJECT, "softbatch", port, store, model, quantization, kv_cache_dtype)
 
 
-def softbatch_before(checkout: Path, port: int, store: Path) -> Launch:
+def softbatch_before(checkout: Path, port: int, store: Path, model: BenchedModel) -> Launch:
     """Another checkout of softbatch. Raises Unavailable."""
     for package in ("softbatch", "server"):  # older checkouts have no package of softbatch's name
         if (checkout / package / "__main__.py").exists():
-            launch = _softbatch(checkout.resolve(), package, port, store)
+            launch = _softbatch(checkout.resolve(), package, port, store, model)
             return replace(launch, name="softbatch-before")
     raise Unavailable(f"{checkout} is no checkout of softbatch")
 
 
 def _softbatch(
-    checkout: Path, package: str, port: int, store: Path, quantization: str = "none", kv_cache_dtype: str = "auto"
+    checkout: Path,
+    package: str,
+    port: int,
+    store: Path,
+    model: BenchedModel,
+    quantization: str = "none",
+    kv_cache_dtype: str = "auto",
 ) -> Launch:
     command = [sys.executable, "-m", package, "serve", "--port", str(port), "--dtype", "bfloat16"]
+    command += ["--model", model.argument, "--served-model-name", model.name]
     command += ["--max-batch-size", "64", "--prompt-store", str(store)]
     command += ["--quantization", quantization, "--kv-cache-dtype", kv_cache_dtype]
     formats = [quantization] * (quantization != "none") + [f"kv-{kv_cache_dtype}"] * (kv_cache_dtype != "auto")
-    return Launch("-".join(["softbatch", *formats]), tuple(command), {"PYTHONPATH": str(checkout)}, soft_prompts=True)
+    name = "-".join(["softbatch", *formats])
+    return Launch(name, model, tuple(command), {"PYTHONPATH": str(checkout)}, soft_prompts=True)
 
 
-def softbatch_traced(port: int, store: Path) -> Launch:
+def softbatch_traced(port: int, store: Path, model: BenchedModel) -> Launch:
     """With a trace of each request, and the metrics beside it, sent to a collector."""
     collector = port + COLLECTOR_PORTS
-    launch = softbatch(port, store)
+    launch = softbatch(port, store, model)
     command = (*launch.command, "--otlp-endpoint", f"http://127.0.0.1:{collector}")
     return replace(launch, name="softbatch-traced", command=command, onlooker=_onlooker("collector", str(collector)))
 
 
-def softbatch_watched(port: int, store: Path) -> Launch:
+def softbatch_watched(port: int, store: Path, model: BenchedModel) -> Launch:
     """With the console open."""
     onlooker = _onlooker("console", f"http://127.0.0.1:{port}")
-    return replace(softbatch(port, store), name="softbatch-watched", onlooker=onlooker)
+    return replace(softbatch(port, store, model), name="softbatch-watched", onlooker=onlooker)
 
 
 def _onlooker(*words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "benchmarks.serving.onlookers", *words)
 
 
-def vllm(port: int) -> Launch:
-    """vLLM on the very files that softbatch serves. Raises Unavailable."""
+def vllm(port: int, model: BenchedModel) -> Launch:
+    """vLLM on the very weights that softbatch serves. Raises Unavailable."""
     python = install_vllm()
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", resolve(EMBEDDED_ALIAS).path]
-    command += ["--served-model-name", EMBEDDED_ALIAS, "--dtype", "bfloat16", "--port", str(port)]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.directory)]
+    command += ["--served-model-name", model.name, "--dtype", "bfloat16", "--port", str(port)]
+    command += ["--max-model-len", str(min(VLLM_LENGTH, _positions(model)))]
     threads = "0" if CORES == 1 else f"0-{CORES - 1}"
     variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": threads, "VLLM_NO_USAGE_STATS": "1"}
-    return Launch("vllm", tuple(command), variables)
+    return Launch("vllm", model, tuple(command), variables)
 
 
-def llama(port: int, kind: str) -> Launch:
-    """llama.cpp with a slot for each of 64 requests of plain or short, and without a store of old prompts, which here
-    never come again. Raises Unavailable."""
+def llama(port: int, model: BenchedModel, kind: str = "") -> Launch:
+    """llama.cpp on the model's file as it is, or in the format `kind`.
+
+    It has a slot for each of 64 requests of plain or short, and no store of old prompts, which here never come again.
+    Raises Unavailable.
+    """
     programs = install_llama()
-    model = gguf(programs, _embedded_gguf(), kind)
-    command = [str(programs / "llama-server"), "--model", str(model), "--alias", EMBEDDED_ALIAS, "--port", str(port)]
+    file = gguf(programs, model.gguf, kind) if kind else model.gguf
+    command = [str(programs / "llama-server"), "--model", str(file), "--alias", model.name, "--port", str(port)]
     command += ["--parallel", "64", "--ctx-size", str(64 * 384), "--threads", str(CORES), "--cache-ram", "0"]
     if kind == "Q8_0" and has_matrix_tiles():
         command += ["--no-repack"]  # this build's products on Intel's matrix tiles end in an illegal instruction
-    return Launch(f"llama.cpp-{kind}", tuple(command))
+    return Launch(f"llama.cpp-{kind or 'file'}", model, tuple(command))
 
 
 class Server:
@@ -110,7 +126,7 @@ class Server:
     def __init__(self, launch: Launch, port: int) -> None:
         self.launch = launch
         self.port = port
-        self.log = BENCH / "logs" / f"{launch.name}.log"
+        self.log = BENCH / "logs" / f"{launch.name}-{launch.model.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.ready_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -219,7 +235,7 @@ class Server:
         if self.launch.name == "vllm":
             running = _metric(text, "vllm:num_requests_running")
             blocks, size = (int(_label(text, label)) for label in ("num_gpu_blocks", "block_size"))
-            used = _metric(text, "vllm:kv_cache_usage_perc") * blocks * size * _bytes_per_token()
+            used = _metric(text, "vllm:kv_cache_usage_perc") * blocks * size * _bytes_per_token(self.launch.model)
         else:
             running = _metric(text, "softbatch_requests_running")
             used = _metric(text, "softbatch_kv_usage_ratio") * _metric(text, "softbatch_kv_cache_bytes")
@@ -232,7 +248,7 @@ class Server:
             return str(reply.read().decode())
 
     def _answers(self) -> bool:
-        body = {"model": EMBEDDED_ALIAS, "prompt": [1000, 2000, 3000], "max_tokens": 1, "temperature": 0}
+        body = {"model": self.launch.model.name, "prompt": [1000, 2000, 3000], "max_tokens": 1, "temperature": 0}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -260,9 +276,18 @@ class Server:
         return total
 
 
-def _bytes_per_token() -> int:
+def _config(model: BenchedModel) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model.directory / "config.json").read_text())
+    return config
+
+
+def _positions(model: BenchedModel) -> int:
+    return int(_config(model)["max_position_embeddings"])
+
+
+def _bytes_per_token(model: BenchedModel) -> int:
     """Keys and values of one token in bfloat16."""
-    config: dict[str, Any] = json.loads(Path(resolve(EMBEDDED_ALIAS).path, "config.json").read_text())
+    config = _config(model)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return 2 * 2 * int(config["num_hidden_layers"]) * int(config["num_key_value_heads"]) * int(head_dim)
 

@@ -78,6 +78,11 @@ TARGETS = (
         tokens_per_second,
         {1: 1.0, 8: 1.5, 32: 1.5, 64: 1.5},
     ),
+    # On the file that people have: as it is in both, and in 8 bits of ours.
+    *(
+        Target(ours, "llama.cpp-file", _PLAIN, "output tokens/s", tokens_per_second, {1: 1.0, 8: 1.5, 32: 1.8})
+        for ours in ("softbatch", "softbatch-native", "softbatch-int8")
+    ),
     Target("softbatch", "vllm", ("hot",), "requests/s", requests_per_second, {8: 3.0, 32: 4.0}),
     Target("softbatch", "vllm", ("many",), "requests/s", requests_per_second, {8: 15.0, 32: 25.0}),
     # What it may cost to be looked at.

@@ -21,7 +21,7 @@ from softbatch.scheduler.model.kv_cache import KVCache, StagedBlocks
 from softbatch.scheduler.model.sampling.adjustments import SampleInput, needs_history
 from softbatch.scheduler.model.sampling.constraints import Constraint, Constraints
 from softbatch.scheduler.model.sampling.grammar import GrammarError, GrammarMasks
-from softbatch.scheduler.model.sampling.sampler import sample
+from softbatch.scheduler.model.sampling.sampler import own_choice, sample
 from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.scheduler.sequence import Sequence
@@ -169,7 +169,13 @@ class Runner:
 
     def _sample(self, sampled: list[tuple[Sequence, int]], logits: torch.Tensor, launched: InFlightStep) -> None:
         """A token for each of these sequences, by the logits in its row."""
-        constraints = self._constraints.of((sequence for sequence, _ in sampled), logits.shape[-1])
+        own_choices = {
+            sequence.request_id: token
+            for sequence, row in sampled
+            if sequence.params.grammar and (token := own_choice(logits[row], sequence.params)) is not None
+        }
+        sequences = (sequence for sequence, _ in sampled)
+        constraints = self._constraints.of(sequences, logits.shape[-1], own_choices)
         inputs, names, at = [], [], []
         for sequence, row in sampled:
             constraint = constraints.get(sequence.request_id, _FREE)

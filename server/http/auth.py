@@ -23,7 +23,7 @@ class _Key:
 
 
 class AuthMiddleware:
-    """Refuses requests without a known bearer token; lets everything through when no key is set.
+    """Refuses requests without a known key; lets everything through when no key is set.
 
     Decides on `scope["path"]`, the very path that routing uses, never on a URL put together from headers. With admin
     keys, the other keys may use what is there, and change nothing that all share.
@@ -69,10 +69,9 @@ class AuthMiddleware:
     def _known(self, scope: Scope) -> _Key | None:
         headers = Headers(scope=scope)
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = [token.strip()] if scheme.lower() == "bearer" else []
-        if scope["path"] in ANTHROPIC_PATHS:
-            # Their clients send the key so, and beside it a bearer token that is meant for somebody else.
-            given.insert(0, headers.get("x-api-key", "").strip())
+        # As Anthropic's and Azure's clients send it, some beside a bearer token that is meant for somebody else.
+        given = [headers.get(name, "").strip() for name in ("x-api-key", "api-key")]
+        given += [token.strip()] if scheme.lower() == "bearer" else []
         return next((key for key in map(self._key_of, given) if key is not None), None)
 
     def _key_of(self, given: str) -> _Key | None:

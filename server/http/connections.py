@@ -7,9 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from starlette.datastructures import Headers
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from softbatch.server.http.errors import ApiError, error_json
+from softbatch.server.http.request_log import HEADER, SCOPE_KEY, request_id
 from softbatch.server.http.unchunked import answer_without_chunks
 from softbatch.server.observability.metrics import Metrics
 from softbatch.server.settings import Settings
@@ -192,9 +194,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if not (has_begun or is_silent or self.transport.is_closing()):
             path = self.scope["path"] if self._part == "body" else ""  # before the body begins it is not known
             body = error_json(error, path).encode()
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[error.status] + head + body)
+            lines = ("content-type: application/json", f"content-length: {len(body)}", "connection: close")
+            head = "\r\n".join((*lines, f"{HEADER.lower()}: {self._request_id()}", "", ""))
+            self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
         self.transport.close()
+
+    def _request_id(self) -> str:
+        """As the log has it, once the app has begun with the request; before, as far as its head has come."""
+        known = self.scope.get(SCOPE_KEY) if self._part == "body" else None
+        return str(known or request_id(Headers(raw=self.headers or [])))
 
 
 def _too_large(bounds: ConnectionBounds) -> ApiError:

@@ -32,17 +32,27 @@ def install_docs(app: FastAPI, *, has_keys: bool) -> None:
         )
 
     app.mount(ASSETS, StaticFiles(directory=FILES), name="docs-assets")
-    if has_keys:
-        _ask_for_a_key(app)
-
-
-def _ask_for_a_key(app: FastAPI) -> None:
     make = app.openapi
 
-    def with_key() -> dict[str, Any]:
-        document = make()
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
-        return document
+    def document() -> dict[str, Any]:
+        made = make()
+        _tell_of_streams(made)
+        if has_keys:
+            made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            made["security"] = [{"key": []}]
+        return made
 
-    app.openapi = with_key  # type: ignore[method-assign]
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _tell_of_streams(document: dict[str, Any]) -> None:
+    """OpenAPI 3.1 has no word for events, and FastAPI calls a stream a string, if need be one that is an object."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for reply in operation.get("responses", {}).values():
+                stream = reply.get("content", {}).get("text/event-stream")
+                if stream is not None:
+                    shape = {"$ref": stream["schema"]["$ref"]} if "$ref" in stream["schema"] else None
+                    stream["schema"] = {"description": "events; behind `data:` stands JSON"}
+                    if shape is not None:
+                        stream["schema"] |= {"contentMediaType": "application/json", "contentSchema": shape}

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from softbatch.prompt_store.stores.bucket import BucketDenied, BucketError
+from softbatch.server.http.route_hints import meant
 from softbatch.server.observability.request_record import current
 from softbatch.server.request_failures import (
     BatchesUnavailable,
@@ -282,7 +283,9 @@ def _from_http_exception(request: Request, exc: HTTPException) -> ApiError:
     headers = dict(exc.headers or {})
     route = f"{request.method} {shown(request.scope['path'])}"
     if exc.status_code == 404:
-        return ApiError(404, f"there is no route {route}; GET /docs shows those there are", headers=headers)
+        found = meant(request.scope["path"], (getattr(one, "path", "") for one in request.app.routes))
+        hint = f"did you mean {found}?" if found else "GET /docs shows those there are"
+        return ApiError(404, f"there is no route {route}; {hint}", headers=headers)
     if exc.status_code == 405:
         allowed = ", ".join(_methods_at(request))
         return ApiError(405, f"{route} is not allowed; allowed: {allowed}", headers=headers | {"Allow": allowed})

@@ -1,4 +1,4 @@
-"""Requests as people send them: HEAD where there is GET, and a slash too many in the path."""
+"""Requests as people send them: HEAD where there is GET, a slash too many in the path, or Azure's path."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SLASHES = re.compile(r"//+")
+# A deployment has the model's name, which stands in the body too.
+_AZURE = re.compile(r"/openai/(?:deployments/[^/]+|v1)(/(?:chat/completions|completions|embeddings|models|responses))")
 
 
 class HeadAndSlashesMiddleware:
@@ -24,6 +26,8 @@ class HeadAndSlashesMiddleware:
             await self.app(scope, receive, send)
             return
         path = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+        if azure := _AZURE.fullmatch(path):
+            path = f"/v1{azure[1]}"
         if path != scope["path"]:
             scope = {**scope, "path": path, "raw_path": path.encode()}
         if scope["method"] != "HEAD":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 HEADER = "X-Request-Id"
+# Where the id stands for those who answer in the place of the app.
+SCOPE_KEY = "softbatch.request_id"
 # Characters that break neither a line of a log nor a header.
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:@/+=~-]{1,128}")
 # W3C's: version, trace id, span id, flags.
@@ -28,6 +30,12 @@ _TRACE_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})
 MAX_PATH_CHARS = 200
 # What a proxy logs for a client that was gone before the reply began.
 CLIENT_GONE = 499
+
+
+def request_id(headers: Headers) -> str:
+    """The client's own, or else a new one."""
+    given = headers.get(HEADER, "")
+    return given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class RequestLogMiddleware:
@@ -43,8 +51,8 @@ class RequestLogMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get(HEADER, "")
-        record = RequestRecord(given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex)
+        record = RequestRecord(request_id(headers))
+        scope[SCOPE_KEY] = record.id
         if parent := _TRACE_PARENT.fullmatch(headers.get("traceparent", "").strip()):
             record.trace_id = parent[1]
         begin(record)

@@ -331,6 +331,7 @@ class Generator:
         params = msgspec.structs.replace(
             params,
             grammar=await self._grammars.compile(wanted) if wanted is not None else "",
+            begun=wanted.begun if wanted is not None else "",
             max_tokens=room,
             seed=self._random.getrandbits(63) if request.seed is None else request.seed,
             ending_ids=endings,

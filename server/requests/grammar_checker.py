@@ -14,8 +14,8 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 from tokenizers import Tokenizer
 
-from softbatch.scheduler.model.sampling.grammar import GrammarError, compile_grammar, grammar_tokenizer
-from softbatch.server.requests.output_format import JSON_WHITESPACE, CheckerSettings, CheckReply, FormatKind
+from softbatch.scheduler.model.sampling.grammar import GrammarError, begin, compile_grammar, grammar_tokenizer
+from softbatch.server.requests.output_format import JSON_WHITESPACE, CheckerSettings, CheckReply, FormatKind, Key
 from softbatch.server.requests.schema_formats import without_other_formats
 
 # What one grammar may need beside the tokenizer.
@@ -41,15 +41,15 @@ def main() -> None:
         # A server that was killed does not end a compilation; the kernel does.
         spent = resource.getrusage(resource.RUSAGE_SELF)
         resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime + spent.ru_stime) + MAX_CPU_SECONDS, -1))
-        kind, text = msgspec.msgpack.decode(content, type=tuple[FormatKind, str])
-        _write(outbox, check(tokens, settings.vocab_size, kind, text))
+        kind, text, begun = msgspec.msgpack.decode(content, type=Key)
+        _write(outbox, check(tokens, settings.vocab_size, kind, text, begun))
 
 
-def check(tokens: LLTokenizer, vocab_size: int, kind: FormatKind, text: str) -> CheckReply:
-    """The grammar, if it can be followed at all."""
+def check(tokens: LLTokenizer, vocab_size: int, kind: FormatKind, text: str, begun: str = "") -> CheckReply:
+    """The grammar, if it can be followed at all, and behind what is begun."""
     try:
         grammar = _grammar_of(json.loads(text)) if kind == "json_schema" else grammar_from(kind, text)
-        compile_grammar(tokens, grammar, vocab_size)
+        begin(compile_grammar(tokens, grammar, vocab_size), tokens, begun)
     except RecursionError:
         return CheckReply(reason="it is nested too deeply")
     except (GrammarError, ValueError) as error:

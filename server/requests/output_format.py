@@ -10,7 +10,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -33,18 +33,24 @@ MAX_KNOWN_CHARS = 8 << 20
 # A model that is unsure of itself writes blanks without end if a schema allows them.
 JSON_WHITESPACE = r"[ \n\r\t]{0,32}"
 PROJECT = Path(softbatch.__file__).resolve().parents[1]  # where `-m softbatch…` finds the code
-Key = tuple[FormatKind, str]
+Key = tuple[FormatKind, str, str]
 
 
 @dataclass(frozen=True)
 class OutputFormat:
     """`text` is the schema, expression or grammar as sent, or a JSON list of choices; `param` is the field's name.
-    `parts` are what it was made of: if it cannot be compiled, the one at fault is named."""
+    `parts` are what it was made of: if it cannot be compiled, the one at fault is named. `begun` is what there is
+    already of the text that must follow it."""
 
     kind: FormatKind
     text: str
     param: str
     parts: tuple[OutputFormat, ...] = ()
+    begun: str = ""
+
+    def behind(self, text: str) -> OutputFormat:
+        """The same of an answer that begins with this text. JSON may have blanks before it."""
+        return replace(self, begun=text.lstrip(" \n\r\t") if self.kind == "json_schema" else text)
 
 
 class CheckerSettings(msgspec.Struct, frozen=True):
@@ -83,7 +89,7 @@ class GrammarCompiler:
             raise InvalidGrammar(
                 f"{wanted.param}: this model has no end token to end such an output with", param=wanted.param
             )
-        key = (wanted.kind, wanted.text)
+        key = (wanted.kind, wanted.text, wanted.begun)
         reply, until = self._known.get(key, (None, 0.0))
         if reply is None or until < time.monotonic():
             reply = await asyncio.shield(self._check_of(key))
@@ -180,4 +186,4 @@ class GrammarCompiler:
 
 
 def _size(key: Key, reply: CheckReply) -> int:
-    return len(key[1]) + len(reply.grammar or reply.reason)
+    return len(key[1]) + len(key[2]) + len(reply.grammar or reply.reason)

@@ -25,7 +25,7 @@ from softbatch.server.http.errors import ApiError
 from softbatch.server.http.sse import EventStream
 from softbatch.server.request_failures import shown, storage_failure
 from softbatch.server.routes.common import engine_info, is_base_model, json_reply, services_of
-from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.base import ERROR_REPLIES, ERRORS_OF_STREAMS
 from softbatch.server.schemas.compressions import (
     CompressionJob,
     CompressionJobList,
@@ -77,7 +77,13 @@ async def get_compression(request: Request, id: str) -> Response:
     return json_reply(_object(services_of(request).compressions.get(id)))
 
 
-@router.get("/{id}/events", summary="Its progress, as server-sent events")
+@router.get(
+    "/{id}/events",
+    status_code=200,
+    response_class=EventStream,
+    responses={200: {"model": CompressionJob}, **ERRORS_OF_STREAMS},
+    summary="Its progress, as server-sent events",
+)
 async def get_compression_events(request: Request, id: str) -> Response:
     """The job as it is now, then whenever it has changed; the last event is its final state."""
     compressions = services_of(request).compressions

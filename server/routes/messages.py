@@ -16,6 +16,7 @@ from softbatch.server.routes.common import (
     start_all,
 )
 from softbatch.server.routes.message_stream import PING, MessageStream, whole_message
+from softbatch.server.schemas.base import STREAM_REPLY
 from softbatch.server.schemas.messages import (
     ANTHROPIC_ERRORS,
     ConversationFields,
@@ -37,7 +38,7 @@ class MessageEvents(NamedEventStream):
     ping = b"event: ping\ndata: %b\n\n" % PING
 
 
-@router.post(ROUTE, response_model=MessageReply, summary="Answer a conversation (Anthropic)")
+@router.post(ROUTE, response_model=MessageReply, responses=STREAM_REPLY, summary="Answer a conversation (Anthropic)")
 async def create_message(request: Request, body: MessagesRequest) -> Response:
     """API keys are taken from the header `x-api-key` too.
 

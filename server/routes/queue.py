@@ -16,7 +16,7 @@ from softbatch.server.http.sse import EventStream
 from softbatch.server.observability.history import HistorySample
 from softbatch.server.request_failures import shown
 from softbatch.server.routes.common import json_reply, services_of, visible_owner
-from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.base import ERROR_REPLIES, ERRORS_OF_STREAMS
 from softbatch.server.schemas.queue import (
     LiveHistory,
     LiveQueue,
@@ -38,13 +38,6 @@ MAX_LIVE_ENTRIES = 128
 
 
 # A model's media type is that of the route's replies, which are events where there is no error.
-_ERRORS_IN_JSON: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": reply["description"],
-        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{reply['model'].__name__}"}}},
-    }
-    for status, reply in ERROR_REPLIES.items()
-}
 
 
 @router.get("", response_model=Queue, summary="Every running and waiting request")
@@ -58,7 +51,7 @@ async def get_queue(request: Request) -> Response:
     "/events",
     status_code=200,
     response_class=EventStream,
-    responses={200: {"model": LiveQueue}, **_ERRORS_IN_JSON},
+    responses={200: {"model": LiveQueue}, **ERRORS_OF_STREAMS},
     summary="The same live, with figures",
 )
 async def get_queue_events(request: Request) -> Response:

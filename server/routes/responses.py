@@ -11,7 +11,7 @@ from softbatch.server.requests.choices import gather
 from softbatch.server.requests.generation import GenerationRequest
 from softbatch.server.routes.common import fields_named, json_reply, named_soft_prompt, services_of, start_all
 from softbatch.server.routes.response_stream import ROUTE, ResponseEvents, ResponseStream, whole_response
-from softbatch.server.schemas.base import ERROR_REPLIES
+from softbatch.server.schemas.base import ERROR_REPLIES, STREAM_REPLY
 from softbatch.server.schemas.responses import ResponseReply, ResponsesRequest
 from softbatch.server.services import Services
 from softbatch.server.tools.dialect import ChatPlan
@@ -20,7 +20,9 @@ router = APIRouter(tags=["generate"], responses=ERROR_REPLIES)
 _NAMES = {"prompt": "input", "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
 
 
-@router.post(ROUTE, response_model=ResponseReply, summary="Answer a conversation (OpenAI's Responses)")
+@router.post(
+    ROUTE, response_model=ResponseReply, responses=STREAM_REPLY, summary="Answer a conversation (OpenAI's Responses)"
+)
 async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """No response is kept, whatever `store` says: `previous_response_id` gets 404.
 

@@ -34,15 +34,16 @@ class RequestModel(BaseModel):
     """A JSON object sent by a client. A field that is null counts as not sent.
 
     Fields are known, or in `without_effect` (accepted because clients send them and nothing depends on them),
-    or in `unsupported` with a value that asks for nothing (`instead` says what to send), an empty one included; any
-    other field is refused by name unless it is empty or false. With `is_open` a field that nobody knows has no effect,
-    unless it looks like a known one misspelt.
+    or in `unsupported` with a value that asks for nothing (`instead` says what to send), an empty one included unless
+    the field `asks_if_empty`; any other field is refused by name unless it is empty or false. With `is_open` a field
+    that nobody knows has no effect, unless it looks like a known one misspelt.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Neutral] = {}
+    asks_if_empty: ClassVar[frozenset[str]] = frozenset()
     instead: ClassVar[Mapping[str, str]] = {}
     is_open: ClassVar[bool] = False
 
@@ -60,7 +61,8 @@ class RequestModel(BaseModel):
                 known[name] = int(value) if isinstance(value, float) and value.is_integer() else value
             elif name in cls.unsupported:
                 neutral = cls.unsupported[name]
-                if not (_is_empty(value) or any(_is_same(value, one) for one in neutral)):
+                is_empty = _is_empty(value) and name not in cls.asks_if_empty
+                if not (is_empty or any(_is_same(value, one) for one in neutral)):
                     allowed = f"; leave it out or send {_json_like(neutral)}" if neutral else "; leave it out"
                     allowed = f"; {cls.instead[name]}" if name in cls.instead else allowed
                     raise refusal("unsupported_field", f"not supported by this server{allowed}", name)
@@ -123,6 +125,15 @@ ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
         "description": "The request cannot be served; the message says why",
     },
     "5XX": {"model": ErrorReply, "description": "The server cannot serve the request now"},
+}
+
+# Of a route that gives nothing but events: FastAPI would take them for errors' type as well.
+ERRORS_OF_STREAMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": reply["description"],
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{reply['model'].__name__}"}}},
+    }
+    for status, reply in ERROR_REPLIES.items()
 }
 
 STREAM_REPLY: dict[int | str, dict[str, Any]] = {

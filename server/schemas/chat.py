@@ -183,7 +183,6 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
-        "prediction": (),
         "verbosity": ("medium",),
         "web_search_options": (),
         "include_reasoning": (True,),
@@ -197,6 +196,8 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
         "documents": ([],),
         "chat_template": (),
     }
+    # `{}` is a search with its defaults.
+    asks_if_empty: ClassVar[frozenset[str]] = frozenset({"web_search_options"})
     instead: ClassVar[Mapping[str, str]] = {
         "functions": "what replaced it is: 'tools': [{'type': 'function', 'function': {...}}]",
         "function_call": "what replaced it is 'tool_choice'",
@@ -240,9 +241,6 @@ class ChatCompletionRequest(ThinkingFields, ToolFields, OpenAIRequest):
         if self.chat_end == "open turn" and self.add_generation_prompt:
             message = "not together with 'add_generation_prompt': true, which begins a new turn"
             raise refusal("continue_final_message", message, "continue_final_message")
-        if self.chat_end == "open turn" and self.output_format is not None:
-            message = "a begun answer cannot be held to a format: what is written of it is not looked at"
-            raise refusal("output_format", message, self.output_format.param)
         self.check_lengths(
             self.token_limit, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         )

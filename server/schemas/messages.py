@@ -85,9 +85,6 @@ class ConversationFields(MessageToolFields, QueuedRequest):
         if any(block.type != "text" for block in self.messages[-1].content):
             message = "only a text can be gone on with; end with the user's turn"
             raise refusal("unsupported_role", message, f"{last}.role")
-        if self.output_format is not None:
-            message = "a begun answer cannot be held to a format: what is written of it is not looked at"
-            raise refusal("output_format", message, "output_config.format")
         return self
 
     @model_validator(mode="after")

@@ -210,6 +210,8 @@ class OpenAIRequest(StructuredRequest, QueuedRequest):
             "slot_id",
             "timings_per_token",
             "return_progress",
+            # A guess of the answer, which makes it come sooner elsewhere.
+            "prediction",
         }
     ).union(SAMPLER_SETTINGS)
 

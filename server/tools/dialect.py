@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -169,20 +169,23 @@ class Dialect:
                 f"{form.param}: not together with a tool that must be called: the output cannot be both",
                 param=form.param,
             )
+        begun = conversation.turns[-1]["content"] or "" if chat_end == "open turn" else ""
         if form is not None and form.kind == "grammar":
             if use.tools:
                 raise InvalidGrammar(f"{form.param}: not together with tools; send one of them", param=form.param)
-            return form
+            return form.behind(begun)
         # An answer that has begun has no thoughts before it.
         reasoning = self.reasoning if chat_end != "open turn" else None
         is_thinking = False
         if reasoning is not None and (use.tools or form is not None):
             is_thinking = self._prompt_of(conversation).rstrip().endswith(reasoning.opening)
         if use.tools and self.calls is not None:
-            return tool_format(self.calls, use, self._added.get, reasoning, form, is_thinking=is_thinking)
+            found = tool_format(self.calls, use, self._added.get, reasoning, form, is_thinking=is_thinking)
+            # Calls come behind whatever is begun; an answer in a form may have begun with it.
+            return replace(found, begun=form.behind(begun).begun) if found and form is not None else found
         if form is not None and reasoning is not None:
             return follows(reasoning, self._added.get, form, is_thinking=is_thinking)
-        return form
+        return form and form.behind(begun)
 
     def _prompt_of(self, conversation: ChatPrompt) -> str:
         """As far as its end tells. Turns that the template takes only beside a soft prompt are left out."""

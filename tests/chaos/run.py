@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.chaos import disconnects, engine_kills, light_beside_heavy, overload, short_beside_long, soak
 from tests.chaos.stage import Finding
+from tests.support.models import save_tiny_compressible
 
 Scenario = Callable[[argparse.Namespace, Path], list[Finding]]
 SCENARIOS: dict[str, Scenario] = {
@@ -25,6 +26,13 @@ SCENARIOS: dict[str, Scenario] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory() as models:
+        if options.tiny:
+            options.model = save_tiny_compressible(Path(models) / "tiny")
+        return show(options)
+
+
+def show(options: argparse.Namespace) -> int:
     held = True
     for name in options.only or SCENARIOS:
         with tempfile.TemporaryDirectory() as folder:
@@ -42,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--only", nargs="+", choices=list(SCENARIOS), help="these scenarios; default: all")
     made.add_argument("--model", default="smollm2-135m")
+    made.add_argument(
+        "--tiny", action="store_true", help="a tiny model instead, whose compressions end on a busy machine"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--rounds", type=int, default=2, help="of measurements that are made in turn")
     made.add_argument("--seconds", type=float, default=20, help="of each such measurement")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +13,8 @@ from tests.support.servers import Server, running_server
 
 # The words of a prompt of 1,800 tokens, and those of one of 1,400 words.
 STREAMED, LONG = 1350, 1400
+# Seconds that one long prompt of each of eight clients takes, more or less, and those from one chat to the next.
+ROUND, PAUSE = 5.0, 0.8
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Side:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[Finding]:
-    """Two servers in turn, so that both see the same minutes: one as it is, the other with steps of any length."""
+    """Two servers in turn, so that both see the same minutes: one as it is, the other with steps of any length. They
+    get the same work, as a token of an answer costs more than one of a prompt."""
     with contextlib.ExitStack() as stack:
         servers = []
         for name, flags in (("bounded", ()), ("whole", ("--step-target", "3600"))):
@@ -64,18 +65,23 @@ THREADS = {"OMP_NUM_THREADS": "2"}
 
 
 async def beside_eight(server: Server, side: Side, seconds: float) -> None:
+    """Eight clients ask for long prompts one after the other, all as many, and chats come meanwhile."""
     crowd = Crowd(server)
-    with contextlib.closing(crowd):
-        side.alone += map(first_token, await crowd.chats(seconds / 4, 8, 20))
+    rounds = max(2, round(seconds / ROUND))
 
-        async def ask_long() -> None:
+    async def ask_long() -> None:
+        for _ in range(rounds):
             checked(await crowd.ask(LONG, 64))
 
-        async with meanwhile(8, ask_long):
-            await asyncio.to_thread(wait_for_steps, server)
-            tokens, used = await asyncio.to_thread(work_of, server)
-            side.beside += map(first_token, await crowd.chats(seconds, 8, 20))
-            tokens_after, used_after = await asyncio.to_thread(work_of, server)
+    async def chat(number: int) -> None:
+        await asyncio.sleep(1 + PAUSE * number)
+        side.beside.append(first_token(checked(await crowd.ask(8, 20))))
+
+    with contextlib.closing(crowd):
+        side.alone += map(first_token, await crowd.chats(seconds / 4, 8, 20))
+        tokens, used = await asyncio.to_thread(work_of, server)
+        await asyncio.gather(*(ask_long() for _ in range(8)), *map(chat, range(int((rounds - 1) * ROUND / PAUSE))))
+        tokens_after, used_after = await asyncio.to_thread(work_of, server)
     side.tokens += tokens_after - tokens
     side.seconds += used_after - used
     await asyncio.to_thread(server.wait_empty)
@@ -100,10 +106,3 @@ def work_of(server: Server) -> tuple[float, float]:
     """Tokens computed so far, and processor seconds of the engine."""
     used = server.engine().cpu_times()
     return server.metric("iteration_tokens_sum"), used.user + used.system
-
-
-def wait_for_steps(server: Server, still: Callable[[float], None] = time.sleep) -> None:
-    """Until the long prompts are being computed."""
-    before = server.metric("iteration_tokens_sum")
-    while server.metric("iteration_tokens_sum") < before + 2000:
-        still(0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +24,7 @@ from tests.support.small_compressions import CONTEXT
 SAMPLE_SECONDS = 5.0
 # One that a busy machine has not made by then is cancelled: that too happens to servers.
 LONGEST_COMPRESSION = 180.0
-COMPRESSION = {"context": CONTEXT[:300], "virtual_tokens": 8, "minutes": 1, "answer_tokens": 8}
+COMPRESSION = {"context": CONTEXT[:300], "virtual_tokens": 8, "answer_tokens": 8}
 
 
 class Counts:
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace, folder: Path) -> list[Finding]:
         register_soft_prompts(server, resolve(options.model).path, folder)
         content = next(folder.rglob(f"{EMBEDDINGS}*.safetensors")).read_bytes()
         counts, samples = Counts(), list[Sample]()
-        asyncio.run(soak(server, counts, samples, 60 * options.soak_minutes, content))
+        compression = COMPRESSION | ({"steps": 2} if options.tiny else {"minutes": 1})
+        asyncio.run(soak(server, counts, samples, 60 * options.soak_minutes, content, compression))
         for prompt in server.http.get("/v1/soft_prompts").json()["data"]:
             server.http.delete(f"/v1/soft_prompts/{prompt['name']}")
         server.wait_empty()
@@ -71,12 +72,19 @@ def flat(what: str, values: Sequence[float], room: float, unit: str) -> Finding:
     return Finding(what, f"at most +{room:g} {unit}", measured, late - early <= room)
 
 
-async def soak(server: Server, counts: Counts, samples: list[Sample], seconds: float, content: bytes) -> None:
+async def soak(
+    server: Server,
+    counts: Counts,
+    samples: list[Sample],
+    seconds: float,
+    content: bytes,
+    compression: Mapping[str, object],
+) -> None:
     end = time.monotonic() + seconds
     async with server.async_http() as client:
         client.timeout = httpx.Timeout(None)
         jobs = [ask(client, counts, end, number) for number in range(4)]
-        jobs += [register(client, counts, end, content), compress(client, counts, end), leave(server, end)]
+        jobs += [register(client, counts, end, content), compress(client, counts, end, compression), leave(server, end)]
         await asyncio.gather(*jobs, watch(server, samples, end))
 
 
@@ -108,10 +116,10 @@ async def register(client: httpx.AsyncClient, counts: Counts, end: float, conten
         await asyncio.sleep(1)
 
 
-async def compress(client: httpx.AsyncClient, counts: Counts, end: float) -> None:
+async def compress(client: httpx.AsyncClient, counts: Counts, end: float, compression: Mapping[str, object]) -> None:
     while time.monotonic() < end:
         name = f"compressed-{counts.compressions}"
-        reply = await client.post("/v1/compressions", json={"name": name} | COMPRESSION)
+        reply = await client.post("/v1/compressions", json={"name": name, **compression})
         if reply.status_code != 202:
             counts.errors.append(f"{name}: {reply.text}")
             return

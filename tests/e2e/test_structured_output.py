@@ -144,6 +144,27 @@ def test_tgi_takes_grammars(tiny_server: Server) -> None:
     assert re.fullmatch("[ab]{5}", reply.json()["generated_text"])
 
 
+def test_a_begun_answer_is_held_to_its_form_as_a_whole(tiny_server: Server) -> None:
+    for begun in ('{"name": "', ' {"name":"Ada","age":', '{"name":"Ada","age":3}'):
+        last = {"role": "assistant", "content": begun}
+        for turn, extra in ((last, {"continue_final_message": True}), (last | {"prefix": True}, {})):
+            choice = chat(tiny_server, messages=[*QUESTION, turn], response_format=as_format(PERSON), **extra)
+            jsonschema.validate(json.loads(begun + choice["message"]["content"]), PERSON)
+    turns = [*QUESTION, {"role": "assistant", "content": '{"name": "A'}]
+    body = {"messages": turns, "max_tokens": 200, "seed": 1}
+    reply = tiny_server.post(
+        "/v1/messages", body | {"output_config": {"format": {"type": "json_schema", "schema": PERSON}}}
+    )
+    jsonschema.validate(json.loads('{"name": "A' + reply.json()["content"][0]["text"]), PERSON)
+    sea = [*QUESTION, {"role": "assistant", "content": "Sure: "}]
+    reply = tiny_server.post(
+        "/v1/chat/completions", {"messages": sea, "continue_final_message": True, "guided_json": PERSON}
+    )
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == "guided_json"
+    assert "last message begins" in error_of(reply)["message"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [

@@ -31,8 +31,11 @@ PARSERS = ("soft_prompt", "peft", "archive", "body", "context", "grammar")
 MEMORY_MIB = 3072  # of a parser's process, torch included
 VOCABULARY = 4096
 # Left out: 504 for a request that gives itself a millisecond is right, null is taken wherever a field may be left out,
-# what a field's neighbours rule out stands in no schema, and `/` is a page for people as well as a route.
-LEFT_OUT = "not_a_server_error,negative_data_rejection,positive_data_acceptance,unsupported_method"
+# what a field's neighbours rule out stands in no schema, `/` is a page for people as well as a route, and whatever is
+# allowed at `/v1/queue/{id}` is at `/v1/queue/events` too.
+LEFT_OUT = (
+    "not_a_server_error,negative_data_rejection,positive_data_acceptance,unsupported_method,allow_header_conformance"
+)
 NO_FAULT = (504,)
 
 
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--only", choices=["parsers", "api"])
+    parser.add_argument("--paths", default=".", help="of the API: only those that this regular expression finds")
     parser.add_argument("--found", type=Path, default=Path("build/fuzz"))
     options = parser.parse_args(arguments)
     options.found.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "api":
             each = max(1, options.seconds // len(PARSERS))
             failed += [name for name in PARSERS if not parser_holds(name, each, Path(folder), options.found.resolve())]
-        if options.only != "parsers" and not api_holds(options.examples, Path(folder), options.found.resolve()):
+        if options.only != "parsers" and not api_holds(options, Path(folder)):
             failed.append("api")
     print("found: " + (", ".join(failed) or "nothing"))
     return 1 if failed else 0
@@ -105,7 +109,7 @@ def seeds_of(name: str, folder: Path) -> list[bytes]:
     ]
 
 
-def api_holds(examples: int, folder: Path, found: Path) -> bool:
+def api_holds(options: argparse.Namespace, folder: Path) -> bool:
     """schemathesis against a server with a tiny model: every status that comes is documented, none is a 5xx."""
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     schemathesis = shutil.which("schemathesis", path=places) or "schemathesis"
@@ -115,10 +119,11 @@ def api_holds(examples: int, folder: Path, found: Path) -> bool:
     save_tiny(tiny_config("llama", vocab_size=VOCABULARY, max_position_embeddings=512), tokenizer, path)
     keep_first_tokens(path, VOCABULARY)
     with running_server(folder / "server", "--model", str(path), "--kv-cache-gib", "0.05") as server:
-        report = found / "api.ndjson"
+        report = options.found.resolve() / "api.ndjson"
         command = [
             *(schemathesis, "run", f"{server.url}/openapi.json"),
-            *("--checks", "all", "--exclude-checks", LEFT_OUT, "--max-examples", str(examples)),
+            *("--checks", "all", "--exclude-checks", LEFT_OUT, "--max-examples", str(options.examples)),
+            *("--include-path-regex", options.paths, "--exclude-path", "/v1/queue/events"),  # this one never ends
             *("--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--suppress-health-check", "all"),
             *("--request-timeout", "120", "--no-color", "--report-ndjson-path", str(report)),
         ]

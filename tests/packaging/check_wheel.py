@@ -33,7 +33,9 @@ def main() -> int:
         home.mkdir()
         started = time.monotonic()
         venv.create(environment, with_pip=True)
-        subprocess.run([environment / "bin" / "pip", "install", "--quiet", wheel], check=True)
+        # With PYTHONPATH, pip would find the checkout and install nothing.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run([environment / "bin" / "pip", "install", "--quiet", wheel], check=True, env=own)
         print(f"installed in {time.monotonic() - started:.0f} s")
         clean = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "OMP_"))}
         clean |= {"HOME": str(home), "PATH": str(environment / "bin"), "LANG": "C.UTF-8"}

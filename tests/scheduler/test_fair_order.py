@@ -79,6 +79,8 @@ def test_somebody_is_offered_whenever_somebody_waits_and_never_one_of_a_higher_p
             gone = random.choice(members)
             assert queue.remove(gone.request_id) is gone
             (waiting if gone in waiting else parked).remove(gone)
+        held = {s.owner for s in waiting + parked if s.priority == 0}
+        assert queue.order.weight_beside(0, ["a", "gone"]) == len(held - {"a"})
         offered = queue.peek()
         assert (offered in waiting) if waiting else offered is None
         if offered is not None:

@@ -246,6 +246,14 @@ def test_a_slow_machine_cuts_prefills_smaller_and_no_prompt_takes_longer_steps_t
         assert sum(sizes) == 3 * 2001
 
 
+def test_slow_steps_now_and_then_leave_the_size_as_it_is():
+    pace = StepPace(0.05, 1024)
+    for number in range(200):
+        tokens = pace.for_prefills(0)
+        pace.observe(tokens, tokens * 0.0003 * (3 if number % 12 == 5 else 1))
+        assert number < 20 or 0.6 * 0.05 <= tokens * 0.0003 <= 0.05
+
+
 def test_prefills_go_on_beside_however_many_that_decode():
     pace = StepPace(0.05, 1024)
     for _ in range(20):

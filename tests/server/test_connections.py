@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from starlette.responses import StreamingResponse
 
 from softbatch.server.http.connections import ConnectionBounds, Connections
 from softbatch.server.http.errors import ApiError
+from softbatch.server.http.request_log import RequestLogMiddleware
 from softbatch.server.http.sse import EventStream
 from softbatch.server.observability.metrics import Metrics
 from tests.support.servers import wait_for
@@ -40,6 +42,7 @@ class BoundedServer:
     def __init__(self, bounds: ConnectionBounds = BOUNDS) -> None:
         self.metrics = Metrics()
         app = FastAPI()
+        app.add_middleware(RequestLogMiddleware)
 
         @app.get("/")
         async def fine() -> str:
@@ -111,6 +114,15 @@ def answer(connection: socket.socket) -> tuple[int, bytes]:
             received += chunk
     head, _, body = received.partition(b"\r\n\r\n")
     return (int(head.split()[1]) if head else 0), body
+
+
+def id_of(connection: socket.socket) -> tuple[int, str]:
+    """The status of an answer, and the id of its request."""
+    received = b""
+    while chunk := connection.recv(65536):
+        received += chunk
+    head = received.partition(b"\r\n\r\n")[0].decode().lower()
+    return int(head.split()[1]), dict(line.split(": ", 1) for line in head.split("\r\n")[1:])["x-request-id"]
 
 
 def code_of(body: bytes) -> str:
@@ -246,6 +258,46 @@ def test_places_of_an_address() -> None:
 
     wait_for(is_taken_in, "the places are still taken")
     server.stop()
+
+
+ID = b"X-Request-Id: mine-7\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answered"),
+    [
+        (GET + ID + b"X-Long: " + b"x" * 4096 + b"\r\n\r\n", 431),
+        (GET + ID + b"X-1: 1\r\n" * 20, 431),
+        (GET + ID + b"X-Slow: ", 408),
+        (POST + ID + b"Content-Length: 10\r\n\r\nabc", 408),
+        (GET + ID + b"Content-Length: many\r\n\r\n", 400),
+    ],
+    ids=["a long head", "many headers", "a slow head", "a slow body", "no HTTP"],
+)
+def test_what_never_comes_to_the_app_is_answered_under_its_id(
+    server: BoundedServer, sent: bytes, answered: int
+) -> None:
+    with server.connect() as connection:
+        connection.sendall(sent)
+        assert id_of(connection) == (answered, "mine-7")
+    with server.connect() as connection:
+        connection.sendall(sent.replace(ID, b"X-Request-Id: not one\r\n"))
+        status, made = id_of(connection)
+    assert (status, len(made)) == (answered, 32)
+
+
+def test_a_request_has_one_id_in_its_answer_and_in_the_log(
+    server: BoundedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="softbatch.server.http.request_log")
+    with server.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 10\r\n\r\nabc")
+        status, made = id_of(connection)
+    assert status == 408
+    wait_for(
+        lambda: any(getattr(record, "fields", {}).get("id") == made for record in caplog.records),
+        "the log has no line of this id",
+    )
 
 
 def test_what_is_no_http_has_the_shape_of_all_errors(server: BoundedServer) -> None:

@@ -59,6 +59,8 @@ def test_a_text_comes_back_whole(text: TextProcessor, words: str) -> None:
 @given(ids=IDS, prompt=PROMPTS)
 def test_any_tokens_behind_any_prompt(text: TextProcessor, ids: list[int], prompt: list[int]) -> None:
     assert streamed(text, ids) == text.decode(ids)
+    if "\ufffd" not in text.decode(ids):
+        assert text.decode(ids) == text.backend.decode(ids), "the tokenizer itself writes broken bytes in other numbers"
     hidden = text.tokens.hidden
     raw = b"".join(text.tokens.piece(token)[0] for token in ids if token not in hidden)
     alone = streamed(text, ids, prompt if set(prompt) - hidden else [299 - 2, *prompt, 5])

@@ -43,6 +43,25 @@ def test_the_page_asks_for_a_key_where_one_is_needed() -> None:
     assert "security" not in client_with().get("/openapi.json").json()
 
 
+def test_a_stream_is_no_string_in_the_document_and_its_events_have_a_shape() -> None:
+    paths = client_with().get("/openapi.json").json()["paths"]
+    replies = [reply for path in paths.values() for one in path.values() for reply in one["responses"].values()]
+    contents = [reply.get("content", {}) for reply in replies]
+    streams = [content["text/event-stream"] for content in contents if "text/event-stream" in content]
+    assert len(streams) >= 9
+    assert all("type" not in stream["schema"] for stream in streams)
+    bodies = client_with().get("/openapi.json").json()["components"]["schemas"]
+    for path, routes in paths.items():
+        content = routes.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json", {})
+        fields = bodies.get(content.get("schema", {}).get("$ref", "").rpartition("/")[2], {}).get("properties", {})
+        assert "stream" not in fields or "text/event-stream" in routes["post"]["responses"]["200"]["content"], path
+    events = paths["/v1/compressions/{id}/events"]["get"]["responses"]
+    assert set(events["200"]["content"]) == {"text/event-stream"}
+    shape = events["200"]["content"]["text/event-stream"]["schema"]["contentSchema"]
+    assert shape == {"$ref": "#/components/schemas/CompressionJob"}
+    assert set(events["4XX"]["content"]) == {"application/json"}
+
+
 def test_nothing_else_of_the_folder_is_given_away() -> None:
     client = client_with()
     assert client.get("/docs/assets/../docs_page.py").status_code == 404

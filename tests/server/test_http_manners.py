@@ -82,6 +82,19 @@ class TestHeadAndSlashes:
         assert client.get(f"http://testserver{path}").status_code == 401
         assert client.get(f"http://testserver{path}", headers=KEY).json() == ["m"]
 
+    def test_azures_paths(self) -> None:
+        client = client_of(api_key=("right",))
+        for base in ("/openai/deployments/smollm2-135m", "/openai/v1", "//openai/deployments/a.b-c/"):
+            reply = client.post(
+                f"http://testserver{base}/chat/completions?api-version=2024-10-21",
+                json={"text": "abc"},
+                headers={"api-key": "right"},
+            )
+            assert reply.json() == 3
+            assert client.get(f"http://testserver{base}/models").status_code == 401
+        for path in ("/openai/v1/forever", "/openai/deployments/a/b/models", "/openai/models"):
+            assert client.get(path, headers=KEY).status_code == 404
+
     def test_a_body_is_not_lost_on_the_way(self, client: TestClient) -> None:
         assert client.post("http://testserver//v1/chat/completions/", json={"text": "abc"}).json() == 3
 

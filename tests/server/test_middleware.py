@@ -166,19 +166,21 @@ class TestAuth:
         assert reply.headers["www-authenticate"] == "Bearer"
 
     @pytest.mark.parametrize("authorization", [{}, {"authorization": "Bearer of-another-server"}])
-    def test_anthropics_clients_send_it_in_a_header_of_its_own(
-        self, client: TestClient, authorization: dict[str, str]
+    @pytest.mark.parametrize("name", ["x-api-key", "api-key"])
+    def test_anthropics_and_azures_clients_send_it_in_a_header_of_its_own(
+        self, client: TestClient, authorization: dict[str, str], name: str
     ) -> None:
-        headers = {"x-api-key": KEYS[1].encode(), **authorization}
+        headers = {name: KEYS[1].encode(), **authorization}
         assert client.get("/v1/messages", headers=headers).status_code == 404  # let in, to no route
         assert client.get("/v1/messages", headers={"authorization": f"Bearer {KEYS[0]}"}).status_code == 404
         for path in ("/v1/messages", "/v1/messages/count_tokens"):
-            reply = client.get(path, headers={"x-api-key": "wrong", **authorization})
+            reply = client.get(path, headers={name: "wrong", **authorization})
             assert reply.status_code == 401
             error = reply.json()
             assert (error["type"], error["error"]["type"]) == ("error", "authentication_error")
             assert "x-api-key" in error["error"]["message"]
-        error_of(client.get("/v1/models", headers=headers), 401)
+        assert client.get("/v1/models", headers=headers).status_code == 200, "Anthropic's clients list models too"
+        error_of(client.get("/v1/models", headers={name: "wrong", **authorization}), 401)
 
     @pytest.mark.parametrize("path", ["/health", "/health/live"])
     def test_probes_need_no_key(self, client: TestClient, path: str) -> None:
@@ -298,6 +300,16 @@ class TestErrors:
         error = error_of(client.get("/v1/nowhere"), 404)
         assert "'/v1/nowhere'" in error["message"]
         assert error["type"] == "invalid_request_error"
+
+    def test_a_route_that_was_meant_is_named(self, client: TestClient) -> None:
+        """A base URL without its version, or with two, and another server's routes."""
+        for path, found in (
+            ("/models", "/v1/models"),
+            ("/v1/v1/models", "/v1/models"),
+            ("/api/chat", "/v1/chat/completions"),
+            ("/api/tags", "/v1/models"),
+        ):
+            assert f"did you mean {found}?" in error_of(client.get(path), 404)["message"]
 
     def test_long_and_strange_paths_are_clipped(self, client: TestClient) -> None:
         error = error_of(client.get("/" + "x" * 5000 + "%00%0a"), 404)

@@ -41,7 +41,7 @@ def test_what_is_known_is_bounded_in_characters(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(output_format, "MAX_KNOWN_CHARS", 1000)
     compiler = GrammarCompiler(byte_level(), 256, [0])
     for number in [*range(20), 19, 19]:
-        compiler._remember(("regex", f"{number:100}"), CheckReply(grammar="x" * 100), 1.0)
+        compiler._remember(("regex", f"{number:99}", "x"), CheckReply(grammar="x" * 100), 1.0)
     assert [key[1].strip() for key in compiler._known] == ["15", "16", "17", "18", "19"]
     assert compiler._known_chars == 1000
 

@@ -267,6 +267,8 @@ def generate(**parameters: Any) -> dict[str, Any]:
                 stream_options={"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False},
             ),
         ),
+        ("/chat", chat(messages=[*HELLO, *BEGUN], response_format={"type": "json_object"})),
+        ("/chat", chat(prediction={"type": "content", "content": "def f():"}, web_search_options=None)),
         # What programs for several servers send unasked.
         *(
             (route, body(**sampler))
@@ -435,6 +437,7 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(truncate_prompt_tokens=-2), "truncate_prompt_tokens", "greater than or equal to -1"),
         ("/chat", chat(truncation_side="right"), "truncation_side", "not supported"),
         ("/chat", chat(skip_special_tokens=0), "skip_special_tokens", "valid boolean"),
+        ("/chat", chat(web_search_options={}), "web_search_options", "not supported"),
         (
             "/chat",
             chat(continue_final_message=True, add_generation_prompt=True),
@@ -468,12 +471,6 @@ def test_accepts(client: TestClient, route: str, body: Any) -> None:
         ("/chat", chat(messages=[{**HELLO[0], "type": "image"}]), "messages.0.type", "not supported"),
         ("/chat", chat(messages=[{**HELLO[0], "prefix": True}]), "messages.0.prefix", "only an assistant's"),
         ("/chat", chat(messages=[*BEGUN, *HELLO]), "messages.0.prefix", "only the last"),
-        (
-            "/chat",
-            chat(messages=[*HELLO, *BEGUN], response_format={"type": "json_object"}),
-            "response_format",
-            "begun answer",
-        ),
         ("/tokenize", {"messages": BEGUN}, "messages.0.prefix", "leave it out"),
         ("/tokenize", {"messages": [{**BEGUN[0], "prefix": False, "partial": True}]}, "messages.0.partial", "leave it"),
         ("/score", {"messages": [*HELLO, *BEGUN], "candidates": ["a"]}, "messages.1.prefix", "leave it out"),

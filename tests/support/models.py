@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from softbatch.prompt_store.fingerprint import fingerprint
 from softbatch.prompt_store.manifest import Manifest, ModelRef
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
+from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 from softbatch.scheduler.protocol import ModelInfo
+
+FEW_TOKENS = 4096
 
 if not torch.cuda.is_available():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
@@ -136,6 +139,17 @@ def save_tiny(config: Any, tokenizer: Any, path: Path) -> str:
                 parameter.normal_(0, 0.15)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def save_tiny_compressible(path: Path) -> str:
+    """A tiny model to compress contexts with: a window that holds one, and a vocabulary that costs little to compare.
+
+    Most of a compression's time goes into distributions over the whole vocabulary.
+    """
+    config = tiny_config("llama", vocab_size=FEW_TOKENS, max_position_embeddings=2048)
+    save_tiny(config, AutoTokenizer.from_pretrained(resolve(EMBEDDED_ALIAS).path), path)
+    keep_first_tokens(path, FEW_TOKENS)
     return str(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,14 +35,18 @@ class Constraints:
             with contextlib.suppress(GrammarError):  # it fails again, and alone, when its sequence samples
                 self._grammars.compile(grammar)
 
-    def of(self, sequences: Iterable[Sequence], vocab_size: int) -> dict[str, Constraint | GrammarError]:
-        """By request id, of those that may not have any token."""
+    def of(
+        self, sequences: Iterable[Sequence], vocab_size: int, own_choices: Mapping[str, int]
+    ) -> dict[str, Constraint | GrammarError]:
+        """By request id, of those that may not have any token. `own_choices` are the tokens that some will have if they
+        may: for one whose own choice its grammar allows, nothing more is asked."""
         found: dict[str, Constraint | GrammarError] = {}
         with_grammar = []
         for sequence in sequences:
             params = sequence.params
             if params.grammar:
-                with_grammar.append(sequence)
+                if not self._may_have(sequence, own_choices.get(sequence.request_id)):
+                    with_grammar.append(sequence)
             elif params.allowed_token_ids:
                 mask = mask_without(self._allowed_mask(sequence, vocab_size), _barred(sequence))
                 found[sequence.request_id] = Constraint(mask=mask)
@@ -51,6 +55,12 @@ class Constraints:
         if with_grammar:
             found |= self._by_grammar(with_grammar)
         return found
+
+    def _may_have(self, sequence: Sequence, token: int | None) -> bool:
+        """Whether it surely may. To ask a grammar for one token takes a tenth of what its mask does."""
+        if token is None or self._grammars is None or token in _barred(sequence):
+            return False
+        return self._grammars.allow(sequence, token)
 
     def _by_grammar(self, sequences: list[Sequence]) -> dict[str, Constraint | GrammarError]:
         if self._grammars is None:

@@ -110,11 +110,23 @@ class GrammarMasks:
                 masks[request_id] = error
         return masks
 
+    def allow(self, sequence: Sequence, token: int) -> bool:
+        """Whether this token may come next. False of end tokens and where there is an error: the mask tells more."""
+        try:
+            matcher = self._matcher_of(sequence)
+            allows = matcher.validate_tokens([token]) == 1
+            _check(matcher)
+        except GrammarError:
+            return False
+        return allows
+
     def _matcher_of(self, sequence: Sequence) -> LLMatcher:
         """Behind all tokens of its output. Raises GrammarError."""
         follower = self._followers.get(sequence)
         if follower is None:
-            follower = self._followers[sequence] = _Follower(self.compile(sequence.params.grammar))
+            matcher = self.compile(sequence.params.grammar)
+            begin(matcher, self._tokens(), sequence.params.begun)
+            follower = self._followers[sequence] = _Follower(matcher)
         new = sequence.tokens[sequence.num_prompt + follower.num_taken :]
         if new:
             follower.matcher.consume_tokens(new)
@@ -129,6 +141,13 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> LL
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     _mask(matcher, vocab_size)
     return matcher
+
+
+def begin(matcher: LLMatcher, tokenizer: LLTokenizer, text: str) -> None:
+    """Put the matcher behind a text, however a tokenizer would cut that. Raises GrammarError."""
+    tokens = tokenizer.greedy_tokenize(text) if text else []
+    if matcher.try_consume_tokens(tokens) < len(tokens) or tokenizer.decode_bytes(tokens) != text.encode():
+        raise GrammarError("what the last message begins is no beginning of such an output")
 
 
 def _mask(matcher: LLMatcher, vocab_size: int) -> np.ndarray:

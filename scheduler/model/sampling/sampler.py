@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from softbatch.scheduler.model.sampling.adjustments import FEW, SampleInput, adjusted, few_allowed
+from softbatch.scheduler.model.sampling.adjustments import FEW, SampleInput, adjusted, few_allowed, needs_history
 from softbatch.scheduler.model.staging import ToHost, small_tensor
 from softbatch.scheduler.protocol import SamplingParams, TokenLogprobs
 
@@ -49,15 +49,31 @@ def sample(logits: torch.Tensor, inputs: Sequence[SampleInput]) -> Samples:
     """
     logits = logits.float()
     raw = logits
-    logits = adjusted(logits, inputs)
-    if logits.device.type == "cpu" and all(_is_greedy(row) for row in inputs):
-        return _GreedyOnCpu(logits.numpy())
-    tokens = _most_probable(logits)
+    few = _few_by_row(inputs, logits)
+    logits = adjusted(logits, inputs, few)
+    if logits.device.type == "cpu" and all(_is_plain(row.params) for row in inputs):
+        return _GreedyOnCpu(logits.numpy(), few)
+    tokens = _most_probable(logits, few)
     finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])  # NaN and infinity count as the most probable
-    drawn = _Draw.of(logits, inputs)
+    drawn = _Draw.of(logits, inputs, few)
     if drawn is not None:
         tokens = tokens.index_copy(0, drawn.at, drawn.tokens)
     return _OnDevice(tokens, finite, drawn, _LogprobTable.of(raw, inputs))
+
+
+def own_choice(logits: torch.Tensor, params: SamplingParams) -> int | None:
+    """The token that a greedy row [vocab] has unless that is forbidden. None if it is not known at once: of a row that
+    is not greedy or has adjustments, and on a GPU, which would have to be waited for."""
+    is_known = logits.device.type == "cpu" and _is_greedy(params) and not params.logit_bias
+    return None if needs_history(params) or not is_known else int(logits.float().numpy().argmax())
+
+
+def _few_by_row(inputs: Sequence[SampleInput], logits: torch.Tensor) -> dict[int, np.ndarray]:
+    """The tokens of rows whose masks allow so few that the others need not be looked at. None on a GPU."""
+    if logits.device.type != "cpu":
+        return {}
+    found = ((index, few_allowed(row.mask, logits.shape[-1])) for index, row in enumerate(inputs))
+    return {index: tokens for index, tokens in found if tokens is not None}
 
 
 class _OnDevice:
@@ -85,15 +101,19 @@ class _OnDevice:
         ]
 
 
-def _is_greedy(row: SampleInput) -> bool:
-    return row.params.logprobs is None and row.params.temperature < GREEDY_BELOW
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < GREEDY_BELOW
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return params.logprobs is None and _is_greedy(params)
 
 
 class _GreedyOnCpu:
     """`Samples` for greedy rows on a CPU. numpy needs fewer calls than torch, and each call costs cache misses."""
 
-    def __init__(self, logits: np.ndarray) -> None:
-        tokens = logits.argmax(axis=-1)
+    def __init__(self, logits: np.ndarray, few: Mapping[int, np.ndarray]) -> None:
+        tokens = _most_probable_on_cpu(logits, few)
         finite = np.isfinite(logits[np.arange(len(tokens)), tokens])
         self.tokens = torch.from_numpy(tokens)
         self._samples = [_sample_or_error(*row) for row in zip(tokens.tolist(), finite.tolist(), strict=True)]
@@ -110,11 +130,17 @@ def _sample_or_error(
     return Sample(token_id, logprobs, resampled=resampled)
 
 
-def _most_probable(logits: torch.Tensor) -> torch.Tensor:
+def _most_probable(logits: torch.Tensor, few: Mapping[int, np.ndarray]) -> torch.Tensor:
     """Arg-max per row, on CPUs by numpy, whose search is vectorised."""
     if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+        return torch.from_numpy(_most_probable_on_cpu(logits.numpy(), few))
     return logits.argmax(dim=-1)
+
+
+def _most_probable_on_cpu(logits: np.ndarray, few: Mapping[int, np.ndarray]) -> np.ndarray:
+    if not few:
+        return np.asarray(logits.argmax(axis=-1))
+    return np.array([few[at][row[few[at]].argmax()] if at in few else row.argmax() for at, row in enumerate(logits)])
 
 
 def uniform(seed: int, position: int) -> float:
@@ -136,19 +162,16 @@ class _Draw:
     needs_whole: torch.Tensor  # bool [f]: the filters keep all of the head, and perhaps more behind it
 
     @classmethod
-    def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput]) -> _Draw | None:
-        rows = [i for i, row in enumerate(inputs) if row.params.temperature >= GREEDY_BELOW]
+    def of(cls, logits: torch.Tensor, inputs: Sequence[SampleInput], few: Mapping[int, np.ndarray]) -> _Draw | None:
+        rows = [i for i, row in enumerate(inputs) if not _is_greedy(row.params)]
         if not rows:
             return None
-        if logits.device.type != "cpu":
-            return cls._of_rows(logits, inputs, rows)
-        size = logits.shape[-1]
-        few = {i: allowed for i in rows if (allowed := few_allowed(inputs[i].mask, size)) is not None}
+        of_few = [i for i in rows if i in few]
         drawn = cls._of_rows(logits, inputs, [i for i in rows if i not in few])
-        if not few:
+        if not of_few:
             return drawn
-        at = torch.tensor(list(few))
-        tokens = _draw_of_few(logits, [inputs[i] for i in few], at, list(few.values()))
+        at = torch.tensor(of_few)
+        tokens = _draw_of_few(logits, [inputs[i] for i in of_few], at, [few[i] for i in of_few])
         return replace(drawn, at=torch.cat([drawn.at, at]), tokens=torch.cat([drawn.tokens, tokens]))
 
     @classmethod

@@ -7,11 +7,14 @@ from typing import Any
 
 import jsonschema
 import msgspec
+import numpy as np
 import pytest
 from llguidance import LLMatcher
 
 from softbatch.scheduler.engine.engine import Engine
+from softbatch.scheduler.model.sampling.grammar import GrammarError, GrammarMasks
 from softbatch.scheduler.protocol import AddRequest
+from softbatch.scheduler.sequence import Sequence
 from tests.support.engines import build, check_empty, drain, make_request, run, tokens_of
 from tests.support.models import Reference, load_reference
 from tests.support.schemas import SCHEMAS
@@ -80,6 +83,33 @@ def test_company_chunks_and_preemption_change_nothing(
     check_empty(engine)
 
 
+def test_a_greedy_choice_that_its_grammar_allows_needs_no_mask(
+    tiny_llama: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what comes of it is what the masks would have left."""
+    anything = LLMatcher.grammar_from_lark(r"start: /(.|\n){0,40}/")
+    wanted = [
+        bound(f"r{index}", tiny_llama, schema, temperature=0.0, **params)
+        for index, schema in enumerate(SCHEMAS[:5])
+        for params in [({}, {"logprobs": 2}, {"presence_penalty": 1.0}, {"bad_words": ((5,), (40, 41))}, {})[index]]
+    ]
+    wanted.append(bound("free", tiny_llama, {}, temperature=0.0, grammar=anything, max_tokens=20))
+    masked: list[str] = []
+    next_masks = GrammarMasks.next_masks
+
+    def noted(masks: GrammarMasks, sequences: list[Sequence]) -> dict[str, np.ndarray | GrammarError]:
+        masked.extend(sequence.request_id for sequence in sequences)
+        return next_masks(masks, sequences)
+
+    monkeypatch.setattr(GrammarMasks, "next_masks", noted)
+    outputs = {name: tokens_of(found) for name, found in drain(roomy(tiny_llama), wanted).items()}
+    assert masked.count("free") < len(outputs["free"]) // 2
+    monkeypatch.setattr(GrammarMasks, "allow", lambda *_: False)
+    masked.clear()
+    assert {name: tokens_of(found) for name, found in drain(roomy(tiny_llama), wanted).items()} == outputs
+    assert masked.count("free") == len(outputs["free"])
+
+
 def test_a_resumed_sequence_goes_on_where_it_was(tiny_llama: Reference, alone: dict[str, list[int]]) -> None:
     request = next(r for r in requests(tiny_llama) if r.params.grammar and len(alone[r.request_id]) > 8)
     output = alone[request.request_id]
@@ -87,6 +117,27 @@ def test_a_resumed_sequence_goes_on_where_it_was(tiny_llama: Reference, alone: d
         ids = request.token_ids + output[:delivered]
         again = msgspec.structs.replace(request, token_ids=ids, num_delivered=delivered)
         assert tokens_of(drain(roomy(tiny_llama), [again])[request.request_id]) == output[delivered:]
+
+
+def test_a_begun_output_goes_on_as_the_grammar_has_it(tiny_llama: Reference) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Ann", "Änne"]}, "age": {"type": "integer", "minimum": 10, "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    beginnings = ["", "{", '{"na', '{"name":"Än', '{"name":"Ann","age":4', '{"name":"Ann","age":42}']
+    made = drain(
+        roomy(tiny_llama),
+        [bound(f"r{at}", tiny_llama, schema, begun=begun, seed=at) for at, begun in enumerate(beginnings)]
+        + [bound("bad", tiny_llama, schema, begun='{"name": "Bob')],
+    )
+    for at, begun in enumerate(beginnings):
+        tokens = tokens_of(made[f"r{at}"])
+        assert tokens[-1] == tiny_llama.tokenizer.eos_token_id
+        jsonschema.validate(json.loads(begun + tiny_llama.tokenizer.decode(tokens[:-1])), schema)
+    assert len(tokens_of(made["r5"])) == 1
+    assert "no beginning" in (made["bad"][-1].error or "")
 
 
 def test_a_grammar_that_cannot_be_followed_fails_its_own_sequence(

@@ -52,6 +52,35 @@ def test_texts_follow_their_schemas(kind: str, spare_logits: int) -> None:
     assert finished > 20
 
 
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_asking_for_one_token_agrees_with_the_mask(kind: str) -> None:
+    """Of several tokens that are the same bytes a mask has one."""
+    tokenizer = byte_level() if kind == "byte level" else byte_fallback(strip=False)
+    size, end = tokenizer.get_vocab_size() + 37, tokenizer.token_to_id(END)
+    tokens = grammar_tokenizer(tokenizer, size, [end])
+    spelt = [tokens.decode_bytes([token]) for token in range(size)]
+    masks = GrammarMasks(lambda: tokens, size)
+    rng = np.random.default_rng(4)
+    found = set()
+    for schema in SCHEMAS[:12]:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        request = AddRequest(request_id="r", token_ids=list(PROMPT), params=SamplingParams(grammar=grammar))
+        sequence = Sequence(request, arrival=0)
+        for _ in range(30):
+            row = masks.next_masks([sequence])["r"]
+            allowed = np.unpackbits(row.view(np.uint8), count=size, bitorder="little").astype(bool)
+            next_token = int(rng.choice(np.flatnonzero(allowed)))
+            for token in {*rng.integers(0, size, 50).tolist(), next_token} - {end}:
+                may_come = any(allowed[other] for other in range(size) if spelt[other] == spelt[token])
+                assert masks.allow(sequence, token) == may_come
+                found.add(may_come)
+            assert not masks.allow(sequence, end), "the mask tells"
+            if next_token == end:
+                break
+            sequence.tokens.append(next_token)
+    assert found == {True, False}
+
+
 def test_barred_tokens_come_only_if_nothing_else_is_left() -> None:
     tokenizer = byte_level()
     end = tokenizer.token_to_id(END)
@@ -62,6 +91,6 @@ def test_barred_tokens_come_only_if_nothing_else_is_left() -> None:
             token_ids=list(PROMPT),
             params=SamplingParams(grammar=grammar, min_tokens=1, ending_ids=(end,)),
         )
-        constraint = Constraints(masks).of([Sequence(request, 0)], end + 1)["r"]
+        constraint = Constraints(masks).of([Sequence(request, 0)], end + 1, {})["r"]
         bits = np.unpackbits(constraint.mask.view(np.uint8), bitorder="little")
         assert bool(bits[end]) is not may_go_on

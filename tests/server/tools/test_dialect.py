@@ -247,6 +247,28 @@ def test_a_begun_answer_is_called_from_without_thoughts() -> None:
     assert not takes(dialect, form, f"Hm</think>{written}")
 
 
+@pytest.mark.parametrize("tools", [(), (WEATHER,)])
+def test_a_begun_answer_keeps_its_form_from_its_first_word_on(tools: tuple[Tool, ...]) -> None:
+    dialect = Dialect(text_of(TOOL_TEMPLATES["opens thinking"]))
+    for form, begun in (
+        (OutputFormat("json_schema", '{"type": "integer"}', "response_format"), " \n4"),
+        (OutputFormat("regex", " a+", "guided_regex"), " a"),
+    ):
+        turns = [*ASK, {"role": "assistant", "content": begun}]
+        plan = dialect.plan(turns, ToolUse(tools), output_format=form, chat_end="open turn").output_format
+        assert plan is not None
+        assert plan.begun == (begun.lstrip() if form.kind == "json_schema" else begun)
+        whole = dialect.plan(turns, ToolUse(tools), output_format=form).output_format
+        assert whole is not None
+        assert not whole.begun
+    required = ToolUse((WEATHER,), frozenset({"get_weather"}))
+    plan = dialect.plan(
+        [*ASK, {"role": "assistant", "content": "I ask."}], required, chat_end="open turn"
+    ).output_format
+    assert plan is not None
+    assert not plan.begun, "calls come behind it"
+
+
 TEXT = {"type": "string"}
 NULL = {"type": "null"}
 
