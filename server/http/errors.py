@@ -283,7 +283,7 @@ def _from_http_exception(request: Request, exc: HTTPException) -> ApiError:
     headers = dict(exc.headers or {})
     route = f"{request.method} {shown(request.scope['path'])}"
     if exc.status_code == 404:
-        found = meant(request.scope["path"], (getattr(one, "path", "") for one in request.app.routes))
+        found = meant(request.scope["path"], lambda path: bool(_methods_at(request, path)))
         hint = f"did you mean {found}?" if found else "GET /docs shows those there are"
         return ApiError(404, f"there is no route {route}; {hint}", headers=headers)
     if exc.status_code == 405:
@@ -296,10 +296,11 @@ def _from_http_exception(request: Request, exc: HTTPException) -> ApiError:
     return ApiError(exc.status_code, str(exc.detail), headers=headers)
 
 
-def _methods_at(request: Request) -> list[str]:
-    """The methods of all routes with the request's path; Starlette names those of the first one alone."""
+def _methods_at(request: Request, path: str | None = None) -> list[str]:
+    """The methods of all routes with the path, the request's own if None; Starlette names those of the first alone."""
+    scope = request.scope if path is None else {**request.scope, "path": path}
     return [
         method
         for method in METHODS
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     ]

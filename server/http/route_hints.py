@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 # Of ollama's own API, which this is not.
 _OLLAMA = {
@@ -14,9 +14,14 @@ _OLLAMA = {
 }
 
 
-def meant(path: str, known: Iterable[str]) -> str | None:
-    """The one of the `known` paths that does what was asked for: another server's, or one with another base URL."""
+# No route of ours has more parts behind its version that a client's base URL would not hold.
+_MAX_PARTS = 4
+
+
+def meant(path: str, is_known: Callable[[str], bool]) -> str | None:
+    """The path that does what was asked for by another server's name of it, or behind another base URL."""
     if path in _OLLAMA:
         return _OLLAMA[path]
-    ends = [one for one in known if one.startswith("/v1/") and path.endswith(one.removeprefix("/v1"))]
-    return max(ends, key=len, default=None)
+    parts = path.rsplit("/", _MAX_PARTS)
+    candidates = ("/".join(["/v1", *parts[at:]]) for at in range(1, len(parts)))
+    return next((one for one in candidates if is_known(one)), None)

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
@@ -48,6 +48,10 @@ def app() -> FastAPI:
     @app.get("/v1/models")
     def fine() -> str:
         return "fine"
+
+    parts = APIRouter(prefix="/v1/parts")
+    parts.add_api_route("/{name}", fine, methods=["POST"])
+    app.include_router(parts)
 
     @app.post("/parsed")
     def parsed(body: Body) -> int:
@@ -306,6 +310,7 @@ class TestErrors:
         for path, found in (
             ("/models", "/v1/models"),
             ("/v1/v1/models", "/v1/models"),
+            ("/api/v2/parts/one", "/v1/parts/one"),
             ("/api/chat", "/v1/chat/completions"),
             ("/api/tags", "/v1/models"),
         ):
