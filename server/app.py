@@ -13,6 +13,7 @@ from softbatch.server.http.body_limit import BodyLimitMiddleware
 from softbatch.server.http.console_page import install_console
 from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.http.cut_off import CutOffMiddleware
+from softbatch.server.http.deployment_name import DeploymentNameMiddleware
 from softbatch.server.http.docs_page import install_docs
 from softbatch.server.http.errors import install_handlers
 from softbatch.server.http.full_house import FullHouseMiddleware
@@ -61,6 +62,7 @@ def create_app(services: Services) -> FastAPI:
 
 def add_middlewares(app: FastAPI, settings: Settings, tracing: Tracing | None = None) -> None:
     """From the innermost to the outermost."""
+    app.add_middleware(DeploymentNameMiddleware)
     app.add_middleware(ContentEncodingMiddleware)
     app.add_middleware(
         BodyLimitMiddleware,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, _embedded_gguf, resolve
+
+# What the embedded model's soft prompts were made from.
+_OF_CONTEXTS = 32_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,14 @@ class BenchedModel:
     @property
     def is_embedded(self) -> bool:
         return self.argument == EMBEDDED_ALIAS
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Prompts are drawn from the tokens below it."""
+        if self.is_embedded:
+            return _OF_CONTEXTS
+        config = json.loads((self.directory / "config.json").read_bytes())
+        return int(config.get("text_config", config)["vocab_size"])
 
     @property
     def directory(self) -> Path:

@@ -63,7 +63,6 @@ WINDOWS = {"plain": 10.0, "short": 6.0, "hot": 8.0, "many": 10.0}
 SLOW_WINDOWS = {"many": 25.0}
 MAX_RAMP = 30.0
 SETTLE_SECONDS = 1.5
-VOCAB_SIZE = 32_000
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def measure_cell(server: Server, cell: Cell, quick: bool) -> Run:
     soft_prompt = "context-{index}" if server.launch.soft_prompts and work.contexts else None
     # The round is part of the seed: no prefix cache knows a prompt, except the contexts, which are the same each time.
     seed = 100 * cell.round + cell.concurrency
-    requests = Requests(work, server.launch.model.name, seed, VOCAB_SIZE, soft_prompt)
+    requests = Requests(work, server.launch.model.name, seed, server.launch.model.vocab_size, soft_prompt)
     watch = KvWatch(server, work.contexts) if cell.workload == "hot" else None
     server.resume()
     try:
@@ -274,7 +273,7 @@ def main() -> int:
     started = time.time()
     if contexts:
         work = WORKLOADS["many"]
-        register(BENCH / "prompts", work.contexts, work.context_tokens, VOCAB_SIZE)
+        register(BENCH / "prompts", work.contexts, work.context_tokens, options.model.vocab_size)
     servers = start_all(options)
     ready = {name: server.ready_seconds for name, server in servers.items()}
     head = {

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.stores.bucket_files import BucketFiles, Etag, ObjectInfo, PlainFiles, S3Files
+from softbatch.prompt_store.stores.bucket_files import BucketFiles, Etag, ObjectInfo, PlainFiles, S3Files, is_same
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,6 +27,11 @@ EXTRAS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, NotImplementedError)
 # That write one object at the same moment, to see whether the store lets one of them through.
 _RIVALS = 4
+# How often they do: a store that lets several through need not do so each time.
+_ROUNDS = 3
+_BARRIER_SECONDS = 30.0
+# Where the objects lie that are written to see all that.
+PROBES = ".probes/"
 # At an object, before it is taken for another than was written.
 _LOOKS = 4
 
@@ -70,6 +76,11 @@ class Offers:
     replace: bool
     write: bool = True
 
+    @property
+    def jobs(self) -> bool:
+        """Whether several servers may keep them there: each is created once, and replaced by who knows it."""
+        return self.create and self.replace
+
 
 class Bucket:
     """Thread-safe, and without a state of its own. A key is a path below the address."""
@@ -89,33 +100,44 @@ class Bucket:
 
     def probe(self) -> Offers:
         """Write, write again and delete small objects. Raises BucketError, or FileNotFoundError without a bucket."""
-        key = f".probe-{secrets.token_hex(8)}"
-        rivals = f"{key}-rivals"
+        key = f"{PROBES}{secrets.token_hex(8)}"
+        created, replaced = ([f"{key}-{number}-{what}" for number in range(_ROUNDS)] for what in ("rivals", "replaced"))
         try:
             self.write(key, b"1")
         except PermissionError:
             self.list(key)  # raises where not even this may be done
             return Offers(create=False, replace=False, write=False)
         try:
-            return Offers(self._creates(key, rivals), self._files.can_replace and self._replaces(key))
+            return Offers(
+                self._creates(key, created),
+                self._files.can_replace and self._replaces(key) and self._keeps_apart(replaced),
+            )
         finally:
-            for one in (key, rivals):
+            for one in (key, *created, *replaced):
                 with contextlib.suppress(OSError):
                     self.delete(one)
 
-    def _creates(self, there: str, rivals: str) -> bool:
+    def _creates(self, there: str, keys: Sequence[str]) -> bool:
         with contextlib.suppress(NotImplementedError):
-            return not self.create(there, b"2") and _is_won_once(lambda content: self.create(rivals, content))
+            return not self.create(there, b"2") and all(_is_won_once(partial(self.create, key)) for key in keys)
         return False
 
     def _replaces(self, key: str) -> bool:
         found = self.read(key)
         with contextlib.suppress(NotImplementedError):
             changed = None if found is None else self.replace(key, b"3", found[1])
-            if found is None or changed is None or self.replace(key, b"4", found[1]) is not None:
-                return False
-            return _is_won_once(lambda content: self.replace(key, content, changed) is not None)
+            return changed is not None and found is not None and self.replace(key, b"4", found[1]) is None
         return False
+
+    def _keeps_apart(self, keys: Sequence[str]) -> bool:
+        """Whether of several that replace one object one does."""
+
+        def is_won_once(key: str) -> bool:
+            self.write(key, b"1")
+            found = self.read(key)
+            return found is not None and _is_won_once(lambda content: self.replace(key, content, found[1]) is not None)
+
+        return all(is_won_once(key) for key in keys)
 
     def read(self, key: str) -> tuple[bytes, Etag] | None:
         with contextlib.suppress(FileNotFoundError):
@@ -171,7 +193,7 @@ class Bucket:
         def call(seconds: float) -> None:
             nonlocal tries
             tries += 1
-            if tries == 1 or etag is None or self._files.etag(key, seconds) == etag:
+            if tries == 1 or etag is None or is_same(self._files.etag(key, seconds), etag):
                 self._files.delete(key, seconds)
 
         with contextlib.suppress(FileNotFoundError):
@@ -215,7 +237,10 @@ def _is_won_once(write: Callable[[bytes], bool]) -> bool:
     start = threading.Barrier(_RIVALS)
 
     def rival(number: int) -> bool:
-        start.wait()
+        try:
+            start.wait(_BARRIER_SECONDS)
+        except threading.BrokenBarrierError:
+            return False  # they did not come together, so nothing is seen
         return write(f"rival {number}".encode())
 
     with ThreadPoolExecutor(_RIVALS) as rivals:

@@ -173,9 +173,23 @@ class S3Files(PlainFiles):
 
     def _put_once(self, key: str, content: bytes, seconds: float, condition: dict[str, str]) -> Etag:
         known = condition.get("IfMatch")
-        sent = condition if known is None or not self._is_unquoted else {"IfMatch": known.strip('"')}
+        if known is None:
+            return self._send(key, content, seconds, condition)
+        was_unquoted, unquoted = self._is_unquoted, {"IfMatch": known.strip('"')}
         try:
-            reply = self._system.call_s3("put_object", **self._where(key), Body=content, **sent, timeout=seconds)
+            return self._send(key, content, seconds, unquoted if was_unquoted else condition)
+        except FileExistsError:
+            if was_unquoted or not is_same(self.etag(key, seconds), known):
+                raise
+        # It is that very object: older Cephs compare what stands between the quotes, which S3 takes too.
+        etag = self._send(key, content, seconds, unquoted)
+        self._is_unquoted = True
+        return etag
+
+    def _send(self, key: str, content: bytes, seconds: float, condition: dict[str, str]) -> Etag:
+        """Raises FileExistsError where the condition does not hold."""
+        try:
+            reply = self._system.call_s3("put_object", **self._where(key), Body=content, **condition, timeout=seconds)
             return str(reply["ETag"])
         except Exception as error:
             code = _code_of(error)
@@ -183,11 +197,7 @@ class S3Files(PlainFiles):
                 raise NotImplementedError(str(error)) from error
             if code not in ("PreconditionFailed", "412"):
                 raise
-            if known is None or self._is_unquoted or self.etag(key, seconds) != known:
-                raise FileExistsError(key) from error
-        # It is that very object: older Cephs compare what stands between the quotes, which S3 takes too.
-        self._is_unquoted = True
-        return self._put_once(key, content, seconds, condition)
+            raise FileExistsError(key) from error
 
     def _is(self, key: str, content: bytes, seconds: float) -> bool:
         try:
@@ -201,11 +211,18 @@ class S3Files(PlainFiles):
 
 def _plain_checksums() -> dict[str, str]:
     """Without the checksums that Amazon's client sends since 2025, over TLS as a trailer, which some stores refuse.
-    What is written is read back, or has the MD5 that the store tells."""
+    What is written is read back, or has the MD5 that the store tells. Whoever says what he wants has that."""
     from botocore.config import Config
 
     option = "request_checksum_calculation"
+    if f"AWS_{option.upper()}" in os.environ:
+        return {}
     return {option: "when_required"} if option in Config.OPTION_DEFAULTS else {}
+
+
+def is_same(one: Etag, other: Etag) -> bool:
+    """Some stores write quotes in one place and leave them out in another."""
+    return one.strip('"') == other.strip('"')
 
 
 def _md5(content: bytes) -> str:

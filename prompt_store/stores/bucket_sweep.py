@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from softbatch.prompt_store.manifest import SoftPromptError
-from softbatch.prompt_store.stores.bucket import Bucket, Offers
+from softbatch.prompt_store.stores.bucket import PROBES, Bucket, Offers
 from softbatch.prompt_store.stores.prompt_record import PromptRecord, name_and_nonce
 
 logger = logging.getLogger(__name__)
@@ -17,10 +17,14 @@ STALE_SECONDS = 86_400.0
 
 def remove_stale(bucket: Bucket, look_up: Callable[[str], PromptRecord | SoftPromptError | None]) -> None:
     """Objects that no name leads to, once no other machine can be at work on them. Raises BucketError."""
-    for prefix in ("objects/", "texts/"):
+    for prefix in (PROBES, "objects/", "texts/"):
         for found in bucket.list(prefix):
+            if found.modified is None or time.time() - found.modified < STALE_SECONDS:
+                continue
+            if prefix == PROBES:
+                bucket.delete(found.key)
             owner = name_and_nonce(found.key)
-            if owner is None or found.modified is None or time.time() - found.modified < STALE_SECONDS:
+            if owner is None:
                 continue
             record = look_up(owner[0])
             if record is None or (isinstance(record, PromptRecord) and record.nonce != owner[1]):

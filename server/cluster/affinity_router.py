@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
+from softbatch.prompt_store.names import is_name
 from softbatch.server.cluster.affinity import PREFIX_BOUND, SOFT_PROMPT_BOUND, ReplicaLoad, ranked
 from softbatch.server.cluster.prefixes import PrefixTable, hashes_in
 from softbatch.server.cluster.request_kinds import PLACES
@@ -39,7 +40,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]
         name = pending_request.metadata.multiplexed_model_id
         if hashes := hashes_in(name):
             self._prefixes.sent(hashes, replica_id.unique_id)
-        elif name and name not in PLACES:
+        elif is_name(name):  # no place is
             self._residency.sent(replica_id.unique_id, name, time.time())
 
     def _ranked(self, name: str, replicas: dict[str, RunningReplica]) -> list[list[str]]:

@@ -45,7 +45,9 @@ class ClusterSettings(BaseModel):
     )
     replica_gpus: float = Field(0, ge=0, le=64, description="GPUs of each replica")
     router: Literal["affinity", "default"] = Field(
-        "affinity", description="affinity: to a replica that holds the soft prompt; default: Serve's own"
+        "affinity",
+        description="affinity: to a replica that holds the soft prompt, or has computed the prompt's beginning; "
+        "default: Serve's own",
     )
 
     @model_validator(mode="after")

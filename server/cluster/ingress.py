@@ -25,6 +25,8 @@ from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MAX_JSON_BYTES, BodyLimitMiddleware
 from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.http.errors import error_response
+from softbatch.server.http.head_and_slashes import meant
+from softbatch.server.schemas.models import PLACEHOLDERS
 from softbatch.server.settings import Settings
 
 MODELS_PATH = "/v1/models"
@@ -70,12 +72,12 @@ class Ingress:
                 await self._answer(scope, body, receive, send)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        path = scope["path"].rstrip("/") or "/"
+        path, deployment = meant(scope["path"])
         several = len(self._directory.targets) > 1
         if several and path == MODELS_PATH and scope["method"] == "GET":
             await self._send_cards(scope, send)
             return
-        target, needed = await self._target(scope, path, body)
+        target, needed = await self._target(scope, path, deployment, body)
         asked = _asked(scope)
         if is_generating(scope["method"], path):
             asked = msgspec.structs.replace(asked, entries=[])
@@ -85,11 +87,12 @@ class Ingress:
         if several and forwarding.status == 404:
             self._directory.forget(needed)
 
-    async def _target(self, scope: Scope, path: str, body: bytes) -> tuple[ModelTarget, str]:
+    async def _target(self, scope: Scope, path: str, deployment: str, body: bytes) -> tuple[ModelTarget, str]:
         """Who is to answer, and what it should hold."""
         headers = dict(scope["headers"])
         named = names_in(body) if scope["method"] == "POST" and len(body) <= MAX_JSON_BYTES else names_in(b"{}")
-        model = named.model or headers.get(MODEL_HEADER, b"").decode("latin-1")
+        model = deployment if deployment and named.model in PLACEHOLDERS else named.model
+        model = model or headers.get(MODEL_HEADER, b"").decode("latin-1")
         if path.startswith(f"{MODELS_PATH}/"):
             model = path.removeprefix(f"{MODELS_PATH}/")
         place = place_of(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from softbatch.prompt_store.names import is_name
 from softbatch.server.cluster.wire import Headers
 from softbatch.server.schemas.models import PLACEHOLDERS
 
@@ -43,12 +44,13 @@ class ModelDirectory:
         self._looking: asyncio.Future[None] | None = None
 
     async def find(self, model: str, soft_prompt: str) -> tuple[ModelTarget, str]:
-        """The deployment that is to answer, and the soft prompt's name, if there is one. The first deployment gets what
-        belongs to nobody: it says what is wrong."""
+        """The deployment that is to answer, and the soft prompt's name, if there is one: a name that none may have is
+        none. The first deployment gets what belongs to nobody: it says what is wrong."""
+        soft_prompt = soft_prompt if is_name(soft_prompt) else ""
         for target in self.targets:
             if model in target.names:
                 return target, soft_prompt
-        name = soft_prompt or ("" if model in PLACEHOLDERS else model)
+        name = soft_prompt or (model if model not in PLACEHOLDERS and is_name(model) else "")
         if len(self.targets) == 1 or not name:
             return self.targets[0], name
         arrived = time.monotonic()
@@ -57,7 +59,8 @@ class ModelDirectory:
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.ensure_future(self._look())
             await asyncio.shield(self._looking)
-        return self._soft_prompts.get(name, self.targets[0]), name
+        found = self._soft_prompts.get(name)
+        return (self.targets[0], "") if found is None else (found, name)
 
     def forget(self, soft_prompt: str) -> None:
         """Who was asked for it does not have it any more: it may be another one's by now."""

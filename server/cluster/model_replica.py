@@ -42,7 +42,7 @@ class ModelReplica:
         self._services: Services = await self._exits.enter_async_context(running_services(settings))
         self._app = create_app(self._services)
         self._services.batches.begin(InnerApp(self._services, BATCH_ROUTERS).ask)
-        self._first_tokens = FirstTokenWatch(self._services.metrics, self._services.engine.waiting)
+        self._first_tokens = FirstTokenWatch(self._services.metrics, self._services.engine)
         self._mirroring = asyncio.create_task(mirror_metrics(self._services.metrics.registry))
         end_with_engine(self._services.engine)
 

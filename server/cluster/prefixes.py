@@ -10,6 +10,8 @@ from collections.abc import Sequence
 SHORTEST, LONGEST = 256, 65_536
 # Of replicas that have computed one beginning.
 MOST_REPLICAS = 4
+# Of one prompt, and the digits of each of its hashes.
+MOST_HASHES, _DIGITS = (LONGEST // SHORTEST).bit_length(), 12
 MOST_PREFIXES = 100_000
 # No soft prompt's name begins so.
 _MARK = "#"
@@ -17,7 +19,7 @@ _MARK = "#"
 
 def prefix_key(start: bytes) -> str:
     """Of a prompt; empty if it is too short."""
-    hashes, hashed, length = [], hashlib.blake2b(digest_size=6), 0
+    hashes, hashed, length = [], hashlib.blake2b(digest_size=_DIGITS // 2), 0
     size = SHORTEST
     while size <= min(len(start), LONGEST):
         hashed.update(start[length:size])
@@ -28,7 +30,8 @@ def prefix_key(start: bytes) -> str:
 
 def hashes_in(key: str) -> list[str]:
     """The shortest beginning first; none if the key is no prompt's."""
-    return key.removeprefix(_MARK).split(".") if key.startswith(_MARK) else []
+    is_prompts = key.startswith(_MARK) and len(key) <= MOST_HASHES * (_DIGITS + 1)
+    return key.removeprefix(_MARK).split(".") if is_prompts else []
 
 
 class PrefixTable:

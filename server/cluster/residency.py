@@ -11,7 +11,8 @@ from typing import Any
 LOAD_SECONDS = 1.0
 # A replica that says nothing any more holds for so long what it was sent.
 FRESH_SECONDS = 5.0
-MOST_RECENT = 10_000
+# Names that one is sent within that time and did not hold; more say nothing about its room.
+MOST_RECENT = 1_000
 
 
 @dataclass

@@ -79,7 +79,7 @@ class SharedCompressions:
     @contextlib.asynccontextmanager
     async def _looking_and_running(self) -> AsyncIterator[None]:
         tasks = []
-        if self._store.offers.replace:
+        if self._store.offers.jobs:
             tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_running())]
         else:
             logger.warning("no compressions on this server: %s", self._unavailable())
@@ -149,14 +149,16 @@ class SharedCompressions:
         return [known.job for known in list(self._known.values())]
 
     def _check_available(self) -> None:
-        if not self._store.offers.replace:
+        if not self._store.offers.jobs:
             raise CompressionsUnavailable(self._unavailable(), code="compressions_unavailable")
 
     def _unavailable(self) -> str:
         if not self._store.offers.write:
             return f"{self._store.location} is read-only for this server"
+        offers = {"If-None-Match": self._store.offers.create, "If-Match": self._store.offers.replace}
+        missing = " and ".join(header for header, offered in offers.items() if not offered)
         return (
-            f"{self._store.location} offers no conditional writes (If-Match), without which two servers might run one "
+            f"{self._store.location} offers no conditional writes ({missing}), without which two servers might run one "
             "job; compress with `softbatch compress`, which registers in the same store"
         )
 

@@ -70,8 +70,10 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         scheme, _, token = headers.get("authorization", "").partition(" ")
         # As Anthropic's and Azure's clients send it, some beside a bearer token that is meant for somebody else.
-        given = [headers.get(name, "").strip() for name in ("x-api-key", "api-key")]
-        given += [token.strip()] if scheme.lower() == "bearer" else []
+        # Elsewhere a gateway in between may have put its own there.
+        bearer = [token.strip()] if scheme.lower() == "bearer" else []
+        others = [headers.get(name, "").strip() for name in ("x-api-key", "api-key")]
+        given = [*others, *bearer] if scope["path"] in ANTHROPIC_PATHS else [*bearer, *others]
         return next((key for key in map(self._key_of, given) if key is not None), None)
 
     def _key_of(self, given: str) -> _Key | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def install_docs(app: FastAPI, *, has_keys: bool) -> None:
     make = app.openapi
 
     def document() -> dict[str, Any]:
-        made = make()
+        made = deepcopy(make())  # FastAPI keeps it
         _tell_of_streams(made)
         if has_keys:
             made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -8,8 +8,18 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SLASHES = re.compile(r"//+")
-# A deployment has the model's name, which stands in the body too.
-_AZURE = re.compile(r"/openai/(?:deployments/[^/]+|v1)(/(?:chat/completions|completions|embeddings|models|responses))")
+_AZURE = re.compile(
+    r"/openai/(?:deployments/([^/]+)|v1)(/(?:chat/completions|completions|embeddings|models|responses))"
+)
+# Where a scope holds the name of a deployment, which is a model's.
+DEPLOYMENT = "softbatch.deployment"
+
+
+def meant(path: str) -> tuple[str, str]:
+    """The path of ours, and the deployment that the one of Azure's names; empty: none."""
+    path = _SLASHES.sub("/", path).rstrip("/") or "/"
+    azure = _AZURE.fullmatch(path)
+    return (path, "") if azure is None else (f"/v1{azure[2]}", azure[1] or "")
 
 
 class HeadAndSlashesMiddleware:
@@ -25,11 +35,9 @@ class HeadAndSlashesMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
-        if azure := _AZURE.fullmatch(path):
-            path = f"/v1{azure[1]}"
+        path, deployment = meant(scope["path"])
         if path != scope["path"]:
-            scope = {**scope, "path": path, "raw_path": path.encode()}
+            scope = {**scope, "path": path, "raw_path": path.encode(), DEPLOYMENT: deployment}
         if scope["method"] != "HEAD":
             await self.app(scope, receive, send)
             return

@@ -73,6 +73,14 @@ class EngineClient:
         """In the order of submission."""
         return (request for request in list(self.active.values()) if request.state == "waiting")
 
+    def without_first_token(self) -> Iterator[ActiveRequest]:
+        """Who wait for it, in the queue or while their prompts are computed; not those that get none."""
+        return (
+            request
+            for request in list(self.active.values())
+            if request.first_token is None and request.add.params.max_tokens > 0
+        )
+
     @property
     def num_waiting(self) -> int:
         return sum(1 for _ in self.waiting())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from softbatch.server.bench.client import Exchange
 from tests.chaos.stage import Crowd, Finding, checked, first_token, flags_of, meanwhile, quantile, times
 from tests.support.servers import Server, running_server
 
@@ -15,6 +17,8 @@ from tests.support.servers import Server, running_server
 STREAMED, LONG = 1350, 1400
 # Seconds that one long prompt of each of eight clients takes, more or less, and those from one chat to the next.
 ROUND, PAUSE = 5.0, 0.8
+# Chats that were beside long prompts all the while: fewer say nothing.
+LEAST = 5
 
 
 @dataclass
@@ -65,26 +69,37 @@ THREADS = {"OMP_NUM_THREADS": "2"}
 
 
 async def beside_eight(server: Server, side: Side, seconds: float) -> None:
-    """Eight clients ask for long prompts one after the other, all as many, and chats come meanwhile."""
+    """Eight clients ask for long prompts one after the other, all as many, and chats come meanwhile. Those count that
+    ended before the last long prompt did."""
     crowd = Crowd(server)
+    long, chats = list[Exchange](), list[Exchange]()
     rounds = max(2, round(seconds / ROUND))
 
     async def ask_long() -> None:
         for _ in range(rounds):
-            checked(await crowd.ask(LONG, 64))
+            long.append(checked(await crowd.ask(LONG, 64)))
 
     async def chat(number: int) -> None:
         await asyncio.sleep(1 + PAUSE * number)
-        side.beside.append(first_token(checked(await crowd.ask(8, 20))))
+        chats.append(checked(await crowd.ask(8, 20)))
 
     with contextlib.closing(crowd):
         side.alone += map(first_token, await crowd.chats(seconds / 4, 8, 20))
         tokens, used = await asyncio.to_thread(work_of, server)
         await asyncio.gather(*(ask_long() for _ in range(8)), *map(chat, range(int((rounds - 1) * ROUND / PAUSE))))
         tokens_after, used_after = await asyncio.to_thread(work_of, server)
+    beside = beside_all_the_while(chats, long)
+    assert len(beside) >= LEAST, f"only {len(beside)} of {len(chats)} chats ended beside long prompts: --seconds longer"
+    side.beside += map(first_token, beside)
     side.tokens += tokens_after - tokens
     side.seconds += used_after - used
     await asyncio.to_thread(server.wait_empty)
+
+
+def beside_all_the_while(chats: Sequence[Exchange], long: Sequence[Exchange]) -> list[Exchange]:
+    """The chats that ended before the last of the long prompts."""
+    end = max(exchange.ended or 0.0 for exchange in long)
+    return [chat for chat in chats if chat.ended is not None and chat.ended < end]
 
 
 async def beside_a_stream(server: Server, side: Side, seconds: float) -> None:

@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 
 from softbatch.prompt_store.soft_prompt_file import SoftPromptError
-from softbatch.prompt_store.stores.bucket import Bucket, BucketAddressError, BucketDenied, BucketError, Offers, Retries
+from softbatch.prompt_store.stores.bucket import (
+    PROBES,
+    Bucket,
+    BucketAddressError,
+    BucketDenied,
+    BucketError,
+    Offers,
+    Retries,
+)
+from softbatch.prompt_store.stores.bucket_files import S3Files, _plain_checksums
 from softbatch.prompt_store.stores.kept_text import KeptText
 from softbatch.prompt_store.stores.object_store import ObjectStore
 from softbatch.prompt_store.stores.store import NameTaken, StoredPrompt, UnknownPrompt
@@ -274,7 +283,7 @@ def test_a_store_without_conditional_writes_says_so(
     assert len(store.list()) == 1
 
 
-@pytest.mark.parametrize("decides", ["when it ends", "when it begins"])
+@pytest.mark.parametrize("decides", ["when it ends", "when it begins", "sometimes when it begins"])
 def test_a_store_that_looks_at_the_condition_when_a_write_begins_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decides: str
 ) -> None:
@@ -287,15 +296,18 @@ def test_a_store_that_looks_at_the_condition_when_a_write_begins_is_found_out(
         with contextlib.suppress(FileNotFoundError):
             self.etag(key, seconds)
             raise FileExistsError(key)
-        if key.endswith("-rivals"):
+        if key.endswith("-rivals") and (decides == "when it begins" or key.endswith("-2-rivals")):
             together.wait(60)
+        elif key.endswith("-rivals"):
+            end(self, key, content, seconds)
+            return
         self.write(key, content, seconds)
 
     def end(self: Any, key: str, content: bytes, seconds: float) -> None:
         with one_at_a_time:
             create(self, key, content, seconds)
 
-    monkeypatch.setattr(plain, "create", begin_and_end if decides == "when it begins" else end)
+    monkeypatch.setattr(plain, "create", end if decides == "when it ends" else begin_and_end)
     assert bucket.probe() == Offers(create=decides == "when it ends", replace=False)
     assert bucket.list("") == []
 
@@ -305,8 +317,9 @@ def test_what_crashes_left_goes_in_time(url: str, file: Path, tmp_path: Path, mo
     store.add("a", file, kept=KEPT)
     store.stage("b", file, kept=KEPT)
     store.stage("a.b", file)
+    store.bucket.write(f"{PROBES}0123", b"1")
     store.remove_stale()
-    assert len(store.bucket.list("")) == 6, "another machine may be about to give it a name"
+    assert len(store.bucket.list("")) == 7, "another machine may be about to give it a name"
     monkeypatch.setattr("softbatch.prompt_store.stores.bucket_sweep.STALE_SECONDS", -60.0)
     store.remove_stale()
     assert {found.key.split("/")[1].removesuffix(".json") for found in store.bucket.list("")} == {"a"}
@@ -473,6 +486,43 @@ def test_a_store_that_refuses_conditions_says_so_and_is_written_to(
     found = store.bucket.read("texts/a")
     assert found is not None
     assert found[0] == b"whole"
+
+
+def test_how_if_match_is_written_counts_from_before_the_call_and_is_learnt_behind_it(
+    locking_server: BucketServer, url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads learn it at the same moment: what was sent with quotes is no conflict for that."""
+    proxy.compares_unquoted = True
+    bucket = Bucket(url, QUICK)
+    files, known_before, learnt_meanwhile = bucket._files, list[bool](), [True, False]
+    assert isinstance(files, S3Files)
+    call_s3 = files._system.call_s3
+
+    def call(name: str, **fields: Any) -> Any:
+        condition = fields.get("IfMatch", "")
+        if condition and '"' not in condition:
+            known_before.append(files._is_unquoted)
+        elif condition:
+            files._is_unquoted = learnt_meanwhile.pop(0)
+        return call_s3(name, **fields)
+
+    monkeypatch.setattr(files._system, "call_s3", call)
+    for _ in range(2):
+        files._is_unquoted = False
+        bucket.write("a", b"1")
+        found = bucket.read("a")
+        assert found is not None
+        assert bucket.replace("a", b"2", found[1]) is not None
+    assert files._is_unquoted
+    assert known_before[-1] is False
+
+
+def test_checksums_that_somebody_wants_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("botocore")
+    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION", raising=False)
+    assert _plain_checksums() == {"request_checksum_calculation": "when_required"}
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+    assert _plain_checksums() == {}
 
 
 def test_a_store_that_compares_without_quotes_keeps_conditions(

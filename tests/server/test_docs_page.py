@@ -62,6 +62,13 @@ def test_a_stream_is_no_string_in_the_document_and_its_events_have_a_shape() -> 
     assert set(events["4XX"]["content"]) == {"application/json"}
 
 
+def test_the_document_is_the_same_each_time() -> None:
+    client = client_with("key")
+    first = client.get("/openapi.json").json()
+    assert "contentSchema" in str(first)
+    assert client.get("/openapi.json").json() == first
+
+
 def test_nothing_else_of_the_folder_is_given_away() -> None:
     client = client_with()
     assert client.get("/docs/assets/../docs_page.py").status_code == 404

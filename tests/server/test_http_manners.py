@@ -25,6 +25,9 @@ KEY = {"Authorization": "Bearer right"}
 
 class Body(BaseModel):
     text: str
+    model: str | None = None
+    n: float = 0
+    echo: bool = False
 
 
 def client_of(**settings: Any) -> TestClient:
@@ -45,8 +48,8 @@ def client_of(**settings: Any) -> TestClient:
 
     @app.post("/v1/chat/completions")
     @app.post("/generate")
-    def chat(body: Body) -> int:
-        return len(body.text)
+    def chat(body: Body) -> Any:
+        return body.model_dump() if body.echo else len(body.text)
 
     @app.get("/broken")
     def broken(request: Request) -> None:
@@ -92,8 +95,31 @@ class TestHeadAndSlashes:
             )
             assert reply.json() == 3
             assert client.get(f"http://testserver{base}/models").status_code == 401
-        for path in ("/openai/v1/forever", "/openai/deployments/a/b/models", "/openai/models"):
+        for path in (
+            "/openai/deployments/a/forever",
+            "/openai/v1/forever",
+            "/openai/deployments/a/b/models",
+            "/openai/models",
+        ):
             assert client.get(path, headers=KEY).status_code == 404
+
+    def test_azures_deployment_is_the_model(self, client: TestClient) -> None:
+        path = "/openai/deployments/policy/chat/completions"
+        for named in ({}, {"model": None}, {"model": ""}, {"model": "tgi"}, {"model": "policy"}):
+            told = client.post(path, json={"text": "é\n", "echo": True, "n": 1.50, **named}).json()
+            assert told == {"text": "é\n", "echo": True, "n": 1.5, "model": "policy"}
+        refused = client.post(path, json={"text": "a", "model": "manual"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "model"
+        assert "'manual'" in refused.json()["error"]["message"]
+        assert "'policy'" in refused.json()["error"]["message"]
+        for body in (b"", b"{", b"[]", b'{"text": 3}'):
+            assert client.post(path, content=body).status_code == 400, "what the route says"
+        assert client.post("/openai/v1/chat/completions", json={"text": "a", "echo": True}).json()["model"] is None
+        squeezed = gzip.compress(b'{"text": "a", "echo": true}')
+        headers = {"content-encoding": "gzip", "content-type": "application/json"}
+        told = client.post(path, content=squeezed, headers=headers).json()
+        assert told["model"] == "policy"
 
     def test_a_body_is_not_lost_on_the_way(self, client: TestClient) -> None:
         assert client.post("http://testserver//v1/chat/completions/", json={"text": "abc"}).json() == 3

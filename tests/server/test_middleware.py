@@ -186,6 +186,14 @@ class TestAuth:
         assert client.get("/v1/models", headers=headers).status_code == 200, "Anthropic's clients list models too"
         error_of(client.get("/v1/models", headers={name: "wrong", **authorization}), 401)
 
+    @pytest.mark.parametrize("name", ["x-api-key", "api-key"])
+    def test_a_gateways_key_does_not_take_the_place_of_an_admins(self, app: FastAPI, name: str) -> None:
+        app.add_middleware(AuthMiddleware, api_keys=["plain"], admin_keys=["admin"])
+        client, admin = client_of(app), {"authorization": "Bearer admin"}
+        assert client.post("/v1/compressions", headers=admin | {name: "plain"}).status_code == 404, "let in"
+        plain = client.post("/v1/compressions", headers={"authorization": "Bearer plain", name: "admin"})
+        assert error_of(plain, 403)["code"] == "admin_key_needed"
+
     @pytest.mark.parametrize("path", ["/health", "/health/live"])
     def test_probes_need_no_key(self, client: TestClient, path: str) -> None:
         assert client.get(path).status_code == 200

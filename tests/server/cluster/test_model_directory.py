@@ -48,7 +48,7 @@ def test_a_name_belongs_to_who_lists_it() -> None:
         assert listing.count == 2
         # What nobody has is looked for again, once for all who ask.
         asked = [directory.find("nothing", "") for _ in range(3)]
-        assert await asyncio.gather(*asked) == [(SMALL, "nothing")] * 3
+        assert await asyncio.gather(*asked) == [(SMALL, "")] * 3
         assert listing.count == 4
         assert [card["id"] for card in await directory.cards([])] == ["small", "manual", "large", "policy"]
 
@@ -69,7 +69,7 @@ def test_a_name_is_found_while_others_look_and_after_it_was_registered() -> None
         listing.names["small"] = [*listing.names["small"], "early"]
         listing.names["large"] = [*listing.names["large"], "new"]
         assert await directory.find("early", "") == (SMALL, "early")
-        assert await looking == (SMALL, "nothing")
+        assert await looking == (SMALL, "")
         listing.names["large"] = [*listing.names["large"], "newest"]
         assert await directory.find("newest", "") == (LARGE, "newest")
 
@@ -95,6 +95,21 @@ def test_one_model_is_not_looked_up() -> None:
         directory = ModelDirectory([LARGE], listing.cards)
         assert await directory.find("anything", "") == (LARGE, "anything")
         assert await directory.find("large", "") == (LARGE, "")
+        assert listing.count == 0
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("text", ["#0.1.2.3", "#" + "0." * 100_000, "m" * 200_000, "/v1/batches", "a b", "é"])
+def test_what_no_soft_prompt_may_be_called_is_no_name(text: str) -> None:
+    """It is neither looked up nor given to the router, which would take it for what it is not."""
+
+    async def check() -> None:
+        listing = Listing()
+        for targets in ([LARGE], [LARGE, SMALL]):
+            directory = ModelDirectory(targets, listing.cards)
+            for model, soft_prompt in ((text, ""), ("", text), ("large", text), (text, text)):
+                assert await directory.find(model, soft_prompt) == (LARGE, "")
         assert listing.count == 0
 
     asyncio.run(check())

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from softbatch.server.cluster.prefixes import LONGEST, MOST_REPLICAS, SHORTEST, PrefixTable, hashes_in, prefix_key
+from softbatch.server.cluster.prefixes import (
+    LONGEST,
+    MOST_HASHES,
+    MOST_REPLICAS,
+    SHORTEST,
+    PrefixTable,
+    hashes_in,
+    prefix_key,
+)
 
 
 def test_a_conversation_that_grows_keeps_its_beginnings() -> None:
@@ -13,6 +21,8 @@ def test_a_conversation_that_grows_keeps_its_beginnings() -> None:
     assert not set(hashes_in(prefix_key(first))) & set(hashes_in(prefix_key(other)))
     assert prefix_key(b"a" * LONGEST) == prefix_key(b"a" * (LONGEST + 1))
     assert hashes_in("manual") == []
+    assert len(hashes_in(prefix_key(b"a" * LONGEST))) == MOST_HASHES
+    assert hashes_in("#" + "0." * 1000) == [], "no prompt's key is so long"
 
 
 def test_the_longest_beginning_that_a_replica_has_seen_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,7 @@ import pytest
 from softbatch.scheduler.protocol import MAX_PRIORITY
 from softbatch.server.cluster.first_token_watch import FirstTokenWatch
 from softbatch.server.cluster.scaling_policy import FIRST_TOKEN_SECONDS, FIRST_TOKENS, ScalingPolicy
-from softbatch.server.observability.metrics import Metrics
-from tests.support.in_process_engine import active_request
+from tests.support.in_process_engine import InProcessEngine, active_request
 
 
 def context(running: int, requests: float, said: dict[str, Any] | None = None) -> SimpleNamespace:
@@ -55,19 +55,31 @@ def test_the_larger_of_two_numbers_is_wanted(running: int, requests: float, said
 
 
 def test_those_who_have_waited_since_the_last_look_count_and_lines_of_batches_do_not() -> None:
-    metrics, waiting = Metrics(), list[Any]()
-    watch = FirstTokenWatch(metrics, lambda: waiting)
-    assert watch.take() == {FIRST_TOKENS: 0, FIRST_TOKEN_SECONDS: 0}
-    metrics.first_token.observe(2.0)
-    metrics.first_token.observe(4.0)
-    assert watch.take() == {FIRST_TOKENS: 2, FIRST_TOKEN_SECONDS: 6.0}
-    for name, priority in (("a", 0), ("b", MAX_PRIORITY + 1)):
-        request = active_request(name)
-        request.add = msgspec.structs.replace(request.add, priority=priority)
-        request.arrived = time.monotonic() - 10
-        waiting.append(request)
-    found = watch.take()
-    assert found[FIRST_TOKENS] == 1
-    assert found[FIRST_TOKEN_SECONDS] >= 10
-    waiting[0].arrived = time.monotonic() + 10
-    assert watch.take()[FIRST_TOKENS] == 0, "it came just now"
+    async def check() -> None:
+        engine = InProcessEngine(slots=8)
+        watch = FirstTokenWatch(engine.metrics, engine.client)
+        assert watch.take() == {FIRST_TOKENS: 0, FIRST_TOKEN_SECONDS: 0}
+        engine.metrics.first_token.observe(2.0)
+        engine.metrics.first_token.observe(4.0)
+        assert watch.take() == {FIRST_TOKENS: 2, FIRST_TOKEN_SECONDS: 6.0}
+        requests = [active_request("chat"), active_request("line"), active_request("scored", max_tokens=0)]
+        requests[1].add = msgspec.structs.replace(requests[1].add, priority=MAX_PRIORITY + 1)
+        requests[2].add = msgspec.structs.replace(requests[2].add, score_from=1)
+        for request in requests:
+            request.arrived = time.monotonic() - 10
+            engine.client.submit(request)
+        for admitted in ([], ["chat", "line", "scored"]):  # in the queue, and while their prompts are computed
+            engine.client.engine_admitting(admitted)
+            found = watch.take()
+            assert found[FIRST_TOKENS] == 1
+            assert found[FIRST_TOKEN_SECONDS] >= 10
+        requests[0].arrived = time.monotonic() + 10
+        assert watch.take()[FIRST_TOKENS] == 0, "it came just now"
+        requests[0].arrived = time.monotonic() - 10
+        engine.client.cancel(requests[2], "cancelled")
+        engine.step()
+        assert requests[0].first_token is not None
+        assert watch.take()[FIRST_TOKENS] == 1, "its wait is over, and counted once"
+        assert watch.take()[FIRST_TOKENS] == 0
+
+    asyncio.run(check())

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from softbatch.prompt_store.stores.bucket import Bucket
+from softbatch.prompt_store.stores.bucket import Bucket, Offers
 from softbatch.server.compressions.job_lease import JobLease
 from softbatch.server.compressions.record import JobRecord, new_id
 from softbatch.server.compressions.request import ModelChoice
 from softbatch.server.compressions.shared_queue import SharedCompressions
 from softbatch.server.compressions.shared_record import Seen, SharedRecord, SharedRecords, record_key, request_key
-from softbatch.server.request_failures import CompressionEnded
+from softbatch.server.request_failures import CompressionEnded, CompressionsUnavailable
 from tests.support.bucket_server import QUICK, BucketServer, object_store
 from tests.support.soft_prompt_samples import MAX_BYTES, SPEC, write
 
@@ -46,6 +46,21 @@ def queue_of(url: str, root: Path, choice: Callable[[], ModelChoice] = lambda: C
     store = object_store(url, root, MAX_BYTES)
     assert store.offers.replace
     return SharedCompressions(store, SPEC, CollectorRegistry(), lambda: False, choice)
+
+
+@pytest.mark.parametrize(
+    ("create", "replace", "missing"), [(False, True, "(If-None-Match)"), (True, False, "(If-Match)")]
+)
+def test_a_store_with_half_of_the_conditions_keeps_no_jobs(
+    tmp_path: Path, create: bool, replace: bool, missing: str
+) -> None:
+    store = object_store(f"memory://{tmp_path.name}/p", tmp_path / "one", MAX_BYTES)
+    store.offers = Offers(create, replace)
+    queue = SharedCompressions(store, SPEC, CollectorRegistry(), lambda: False, lambda: CHOICE)
+    with pytest.raises(CompressionsUnavailable) as refused:
+        queue.check_place("manual")
+    assert refused.value.code == "compressions_unavailable"
+    assert missing in refused.value.message
 
 
 def take(queue: SharedCompressions, seen: Seen) -> None:
