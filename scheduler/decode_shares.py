@@ -15,6 +15,7 @@ from softbatch.scheduler.step_pace import LEAST
 _REMEMBERED = 64
 _LEAST_STEPS = 8
 _LEAST_VARIANCE = 1.0
+_MOST_PREFILL = 1 << 30  # tokens that cost nothing have no bound
 # Of what a light owner may be slowed down by while it decodes; the rest is for its waits for a slot and the like.
 _PART = 0.7
 # Until the cost is known, one step in so many takes no prefills, and every other of these one row of each owner.
@@ -126,7 +127,7 @@ class SharedPace:
         longest, token = min(times * alone for times, alone in paces.values()), self.cost.prefill_token
         if self._late > _FORGIVEN * longest:
             return Shares(chosen, 0, paces)
-        return Shares(chosen, max(LEAST, int(longest / token)) if token else LEAST, paces)
+        return Shares(chosen, max(LEAST, int(min(longest / token, _MOST_PREFILL))) if token else LEAST, paces)
 
     def observe(self, rows: int, prefilled: Mapping[str, int], shares: Shares | None, seconds: float) -> None:
         """A step took so long, with so many rows that decode, and so many tokens of each owner's prompts."""

@@ -347,8 +347,8 @@ class Scheduler:
         return True
 
     def _slot_giver(self, sequence: Sequence) -> Sequence | None:
-        """Who leaves for a sequence if its owner has no slot, and all are taken."""
-        is_full = len(self.running) >= self.config.max_batch_size
+        """Who leaves for a sequence if its owner has no slot, and all are taken, also by those in the next step."""
+        is_full = len(self.running) >= self.config.max_batch_size and must_preempt(self.running)
         return slot_giver(sequence, self.running) if is_full and not is_background(sequence) else None
 
     def _count_admission(self, sequence: Sequence) -> None:

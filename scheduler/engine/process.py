@@ -61,8 +61,10 @@ class EngineProcess:
             import softbatch.scheduler.model.loader  # noqa: F401  # build_engine calls it
             from softbatch.scheduler.model.earlier_start import EarlierStarts
             from softbatch.scheduler.model.source import ModelError, cache_directory
+        starts: EarlierStarts | None = None
         try:
-            starts = EarlierStarts(cache_directory() / "starts")
+            with suppress(RuntimeError):  # whoever has no home directory keeps nothing
+                starts = EarlierStarts(cache_directory() / "starts")
             engine, ready = build_engine(self._config, self._report, starts=starts)
         except ModelError as error:
             self._send(StartupFailed(str(error)))

@@ -21,15 +21,14 @@ from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
 from softbatch.scheduler.model.cuda.graphs import CudaCapturer
 from softbatch.scheduler.model.cuda.setup import make_forward, make_planner, with_graphs
-from softbatch.scheduler.model.earlier_start import EarlierStarts
+from softbatch.scheduler.model.earlier_start import EarlierStarts, StartsOfState
 from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.forward import Forward, TransformersForward
 from softbatch.scheduler.model.gguf_weights import GgufWeights
 from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
-from softbatch.scheduler.model.model_error import ArchitectureError
-from softbatch.scheduler.model.model_files import check_config
+from softbatch.scheduler.model.model_files import check_config, first_line
 from softbatch.scheduler.model.model_reading import (
     ReadModel,
     read_again,
@@ -93,23 +92,33 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None, star
     source = source or _resolve(config, device, dtype)
     refuse_native(config, source)
     phases.done("model files", source.path)
-    if device.type != "cpu" or config.quantization == NATIVE:
-        starts = None
-    start = starts.find(source.path, dtype) if starts is not None else None
-    if start is not None and build_kernels():
-        try:
-            again = read_again(config, source, start, phases.done)
-            if again is not None:
-                return _put_together(config, source, again, device, phases)
-        except ArchitectureError as error:
-            logger.info("the model is read anew, as what an earlier start has kept does not fit: %s", error)
+    is_kept = starts is not None and device.type == "cpu" and config.quantization != NATIVE
+    of_state = starts.of(source.path, dtype) if starts is not None and is_kept else None
+    if of_state is not None and (again := _from_earlier(of_state, config, source, device, phases)) is not None:
+        return again
     read = read_model(config, source, dtype, device, phases.done)
-    new = starts.begin(source.path, read.model) if starts is not None and supports(read.model, dtype) else None
+    new = of_state.begin(read.model) if of_state is not None and supports(read.model, dtype) else None
     loaded = _put_together(config, source, read, device, phases)
     if new is not None:
         is_short = has_short_windows(Family.of(read.model.config), read.longest)
         new.keep(read.spec.fingerprint, read.eos_token_ids, read.yardstick, is_short, read.tokenizer())
     return loaded
+
+
+def _from_earlier(
+    starts: StartsOfState, config: EngineConfig, source: ModelSource, device: torch.device, phases: Phases
+) -> Loaded | None:
+    """None where there is none to go on from, or where anything about it fails: what is wrong with the model itself
+    fails again when it is read anew."""
+    start = starts.find()
+    if start is None or not build_kernels():
+        return None
+    try:
+        again = read_again(config, source, start, phases.done)
+        return None if again is None else _put_together(config, source, again, device, phases)
+    except Exception as error:
+        logger.info("the model is read anew, as what an earlier start has kept does not fit: %s", first_line(error))
+        return None
 
 
 def _put_together(

@@ -99,25 +99,26 @@ async def the_fifth_of_four(server: Server, reference: Reference) -> None:
         others = [start(client, WHOLE_CONTEXT) for _ in range(3)]
         for stream in (first, *others):
             await stream.begun.wait()
-        fifth = start(client, 300, priority=3)
+        with server.standing_still():  # the first does not end before all has been looked at
+            fifth = start(client, 300, priority=3)
 
-        async def one_waits() -> tuple[Any, Any] | None:
-            running, waiting = await queue_of(client)
-            return (running, waiting[0]) if len(waiting) == 1 else None
+            async def one_waits() -> tuple[Any, Any] | None:
+                running, waiting = await queue_of(client)
+                return (running, waiting[0]) if len(waiting) == 1 else None
 
-        running, entry = await until(one_waits, "nobody waits")
-        assert first.finish_reason is None
-        assert len(running) == 4
-        assert {each["progress"]["max_tokens"] for each in running} == {700, WHOLE_CONTEXT}
-        assert (entry["state"], entry["route"], entry["priority"]) == ("waiting", "/v1/completions", 3)
-        assert entry["progress"] == {"num_computed": 0, "generated": 0, "max_tokens": 300}
-        assert entry["id"] not in {each["id"] for each in running}
-        assert entry["prompt_tokens"] == len(reference.tokenizer(PROMPT)["input_ids"])
-        assert entry["age_seconds"] >= 0
-        levels = await asyncio.to_thread(server.metrics, "requests_waiting", "requests_running", "slots")
-        assert levels == (1, 4, 4)
-        steps, rows = await asyncio.to_thread(server.metrics, "batch_size_count", "batch_size_sum")
-        assert not fifth.begun.is_set()
+            running, entry = await until(one_waits, "nobody waits")
+            assert first.finish_reason is None
+            assert len(running) == 4
+            assert {each["progress"]["max_tokens"] for each in running} == {700, WHOLE_CONTEXT}
+            assert (entry["state"], entry["route"], entry["priority"]) == ("waiting", "/v1/completions", 3)
+            assert entry["progress"] == {"num_computed": 0, "generated": 0, "max_tokens": 300}
+            assert entry["id"] not in {each["id"] for each in running}
+            assert entry["prompt_tokens"] == len(reference.tokenizer(PROMPT)["input_ids"])
+            assert entry["age_seconds"] >= 0
+            levels = await asyncio.to_thread(server.metrics, "requests_waiting", "requests_running", "slots")
+            assert levels == (1, 4, 4)
+            steps, rows = await asyncio.to_thread(server.metrics, "batch_size_count", "batch_size_sum")
+            assert not fifth.begun.is_set()
 
         async def is_admitted() -> bool:
             running, _ = await queue_of(client)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from softbatch.scheduler.model import earlier_start
+from softbatch.scheduler.model import earlier_start, loader
 from softbatch.scheduler.model.batch import Row
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.earlier_start import EarlierStarts
+from softbatch.scheduler.model.earlier_start import EarlierStart, EarlierStarts, _checksum
 from softbatch.scheduler.model.loader import Loaded, load
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, resolve
 from softbatch.scheduler.protocol import EngineConfig
@@ -64,6 +66,14 @@ def start(path: Path, starts: EarlierStarts | None, **options: object) -> tuple[
     return loaded, phases["yardstick"] == "of an earlier start"
 
 
+def found_of(starts: EarlierStarts, model: Path) -> EarlierStart:
+    of_state = starts.of(str(model), torch.float32)
+    assert of_state is not None
+    found = of_state.find()
+    assert found is not None
+    return found
+
+
 def logits(loaded: Loaded) -> torch.Tensor:
     tokens = [(7 * i + 3) % 512 for i in range(40)]
     return loaded.runner.forward([Row(0, tokens, list(range(-(-40 // loaded.kv_cache.block_size))), range(40))]).clone()
@@ -81,10 +91,10 @@ def test_the_next_start_serves_the_same(name: str, dtype: str, tmp_path: Path, s
     assert torch.equal(logits(second), logits(first))
 
 
-def test_grammars_are_about_the_same_tokens(model: Path, starts: EarlierStarts) -> None:
+def test_grammars_are_about_the_same_tokens(model: Path, starts: EarlierStarts, tmp_path: Path) -> None:
     start(model, starts)
-    found = starts.find(str(model), torch.float32)
-    assert found is not None
+    found = found_of(starts, model)
+    shutil.rmtree(tmp_path / "starts")  # as a cleaner of caches may do
     assert found.tokenizer().to_str() == resolve(str(model)).tokenizer.backend_tokenizer.to_str()
 
 
@@ -123,6 +133,7 @@ def test_kept_logits_that_do_not_fit_are_found_out(model: Path, starts: EarlierS
     (numbers,) = (tmp_path / "starts").glob("*/start.safetensors")
     kept = load_file(numbers)
     save_file(kept | {"logits": kept["logits"].roll(1, -1)}, numbers)
+    seal(numbers.parent)
     found, _ = start(model, starts)
     assert torch.equal(logits(found), logits(expected))
     again, went_on = start(model, starts)  # what was measured anew has taken its place
@@ -130,13 +141,64 @@ def test_kept_logits_that_do_not_fit_are_found_out(model: Path, starts: EarlierS
     assert torch.equal(logits(again), logits(expected))
 
 
-@pytest.mark.parametrize("name", ["start.json", "start.safetensors"])
-def test_a_damaged_file_is_as_none(name: str, model: Path, starts: EarlierStarts, tmp_path: Path) -> None:
+def seal(entry: Path) -> None:
+    """As if it had been kept so."""
+    names = ("start.json", "start.safetensors", "tokenizer.json")
+    (entry / "sha256").write_text(_checksum({name: (entry / name).read_bytes() for name in names}))
+
+
+@pytest.mark.parametrize("name", ["start.json", "start.safetensors", "tokenizer.json", "sha256"])
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "gone"])
+def test_a_damaged_file_is_as_none(name: str, damage: str, model: Path, starts: EarlierStarts, tmp_path: Path) -> None:
     start(model, starts)
     (damaged,) = (tmp_path / "starts").glob(f"*/{name}")
-    damaged.write_bytes(damaged.read_bytes()[:-20])
+    content = damaged.read_bytes()
+    damaged.write_bytes(
+        content[:-20] if damage == "truncated" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    )
+    if damage == "gone":
+        damaged.unlink()
     assert not start(model, starts)[1]
     assert start(model, starts)[1]
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "hidden_size", "num_hidden_layers"])
+def test_what_cannot_be_gone_on_from_is_read_anew(
+    field: str, model: Path, starts: EarlierStarts, tmp_path: Path
+) -> None:
+    """Whatever fails on the way."""
+    start(model, starts)
+    (note,) = (tmp_path / "starts").glob("*/start.json")
+    kept = json.loads(note.read_text())
+    kept["outline"]["config"][field] = 7
+    note.write_text(json.dumps(kept))
+    seal(note.parent)
+    assert start(model, starts)[0].info.fingerprint == start(model, None)[0].info.fingerprint
+
+
+def test_files_that_change_while_they_are_read_are_not_relied_on(
+    model: Path, starts: EarlierStarts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = loader.read_model
+
+    def read_and_change(*arguments: Any) -> Any:
+        read = reading(*arguments)
+        (model / "generation_config.json").write_text('{"eos_token_id": 5}')
+        return read
+
+    monkeypatch.setattr(loader, "read_model", read_and_change)
+    start(model, starts)
+    monkeypatch.setattr(loader, "read_model", reading)
+    loaded, went_on = start(model, starts)
+    assert not went_on
+    assert 5 in loaded.info.eos_token_ids
+
+
+def test_a_template_in_a_folder_counts_too(model: Path, starts: EarlierStarts) -> None:
+    start(model, starts)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert not start(model, starts)[1]
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(model: Path, tmp_path: Path) -> None:
@@ -175,8 +237,9 @@ def test_those_used_longest_ago_go(tmp_path: Path, starts: EarlierStarts, monkey
 PROGRAM = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from softbatch.scheduler.engine.engine import build_engine
-from softbatch.scheduler.model.earlier_start import EarlierStarts
+from softbatch.scheduler.model.earlier_start import EarlierStart, EarlierStarts, _checksum
 from softbatch.scheduler.protocol import EngineConfig
 
 config = EngineConfig(model=sys.argv[1], dtype="float32", device="cpu", kv_cache_gib=0.01)
