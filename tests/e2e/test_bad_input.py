@@ -251,24 +251,25 @@ def test_placeholders_mean_the_base_model(tiny_server: Server, model: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    ("method", "path", "status", "told"),
     [
-        ("POST", "/v1/complete", 404),
-        ("GET", "/nowhere/../v1", 404),
-        ("POST", "/v2/completions", 404),
-        ("GET", COMPLETE, 405),
-        ("DELETE", "/v1/queue", 405),
-        ("PUT", "/v1/soft_prompts/x", 405),
-        ("POST", "/metrics", 405),
+        ("POST", "/v1/complete", 404, "GET /docs"),
+        ("GET", "/nowhere/../v1", 404, "GET /docs"),
+        ("POST", "/v2/completions", 404, "did you mean /v1/completions?"),
+        ("POST", "/v1/v1/chat/completions", 404, "did you mean /v1/chat/completions?"),
+        ("GET", COMPLETE, 405, "allowed: POST"),
+        ("DELETE", "/v1/queue", 405, "allowed: "),
+        ("PUT", "/v1/soft_prompts/x", 405, "allowed: "),
+        ("POST", "/metrics", 405, "allowed: "),
     ],
 )
-def test_routes_that_are_not_there(tiny_server: Server, method: str, path: str, status: int) -> None:
+def test_routes_that_are_not_there(tiny_server: Server, method: str, path: str, status: int, told: str) -> None:
     reply = tiny_server.http.request(method, path)
     assert reply.status_code == status
     error = error_of(reply)
     assert error["type"] == "invalid_request_error"
     assert method in error["message"]
-    assert ("GET /docs" if status == 404 else "allowed: ") in error["message"]
+    assert told in error["message"]
 
 
 def test_over_the_limit_for_json(tiny_server: Server) -> None:
