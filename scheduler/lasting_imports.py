@@ -16,9 +16,11 @@ def importing_for_good(package: str) -> Iterator[None]:
     if package in sys.modules:
         yield
         return
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_on:
+            gc.enable()

@@ -168,14 +168,16 @@ class Bucket:
         return True
 
     def holds(self, key: str, content: bytes) -> Etag | None:
-        """The ETag of the object if it is this; one that is another is read again, as it may have been damaged on its
-        way."""
+        """The ETag of the object if it is this. One that is another is read again, until it was twice the same, as it
+        may have been damaged on its way."""
+        before = None
         for _ in range(_LOOKS):
             found = self.read(key)
-            if found is None:
+            if found is None or found == before:
                 return None
             if found[0] == content:
                 return found[1]
+            before = found
         return None
 
     def replace(self, key: str, content: bytes, etag: Etag) -> Etag | None:

@@ -23,6 +23,7 @@ def remove_stale(bucket: Bucket, look_up: Callable[[str], PromptRecord | SoftPro
                 continue
             if prefix == PROBES:
                 bucket.delete(found.key)
+                continue
             owner = name_and_nonce(found.key)
             if owner is None:
                 continue

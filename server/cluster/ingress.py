@@ -25,7 +25,7 @@ from softbatch.server.http.auth import AuthMiddleware
 from softbatch.server.http.body_limit import MAX_JSON_BYTES, BodyLimitMiddleware
 from softbatch.server.http.content_encoding import ContentEncodingMiddleware
 from softbatch.server.http.errors import error_response
-from softbatch.server.http.head_and_slashes import meant
+from softbatch.server.http.head_and_slashes import canonical
 from softbatch.server.schemas.models import PLACEHOLDERS
 from softbatch.server.settings import Settings
 
@@ -72,7 +72,7 @@ class Ingress:
                 await self._answer(scope, body, receive, send)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        path, deployment = meant(scope["path"])
+        path, deployment = canonical(scope["path"])
         several = len(self._directory.targets) > 1
         if several and path == MODELS_PATH and scope["method"] == "GET":
             await self._send_cards(scope, send)

@@ -15,7 +15,7 @@ _AZURE = re.compile(
 DEPLOYMENT = "softbatch.deployment"
 
 
-def meant(path: str) -> tuple[str, str]:
+def canonical(path: str) -> tuple[str, str]:
     """The path of ours, and the deployment that the one of Azure's names; empty: none."""
     path = _SLASHES.sub("/", path).rstrip("/") or "/"
     azure = _AZURE.fullmatch(path)
@@ -35,7 +35,7 @@ class HeadAndSlashesMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path, deployment = meant(scope["path"])
+        path, deployment = canonical(scope["path"])
         if path != scope["path"]:
             scope = {**scope, "path": path, "raw_path": path.encode(), DEPLOYMENT: deployment}
         if scope["method"] != "HEAD":

@@ -37,9 +37,6 @@ MAX_SHOWN_TOKENS = 4096
 MAX_LIVE_ENTRIES = 128
 
 
-# A model's media type is that of the route's replies, which are events where there is no error.
-
-
 @router.get("", response_model=Queue, summary="Every running and waiting request")
 async def get_queue(request: Request) -> Response:
     """With its age, its soft prompt and how far it has come; `waiting` is in order of priority and arrival."""
