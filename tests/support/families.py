@@ -60,6 +60,19 @@ SCALED_BY_POSITION = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+
+
+def longrope(frequencies: int, original: int) -> dict[str, Any]:
+    """Positions that turn far more slowly in sequences of more than `original` tokens."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + 0.1 * i for i in range(frequencies)],
+        "long_factor": [4.0 + 3.0 * i for i in range(frequencies)],
+        "original_max_position_embeddings": original,
+    }
+
+
 # Windows shorter than a prompt, and what else a family does otherwise than Llama: each is served as transformers
 # computes it (tests/scheduler/engine/test_families.py). The names are those that people know them by.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,7 +87,13 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("gemma2", {"sliding_window": WINDOW, "layer_types": MIXED}),
     "Gemma 3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": MIXED}),
     "Phi-3": ("phi3", {"sliding_window": WINDOW}),
-    "Phi-4-mini": ("phi3", {"partial_rotary_factor": 0.5}),
+    "Phi-4-mini": (
+        "phi3",
+        {
+            "rope_parameters": longrope(2, 40) | {"partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 40,
+        },
+    ),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", {"sliding_window": WINDOW, "layer_types": MIXED}),

@@ -77,6 +77,8 @@ class Reference:
         is_whole = len(guess) == max_tokens or (0 < len(guess) < max_tokens and guess[-1] in stops)
         if not is_whole or stops & set(guess[:-1]):
             return False
+        if (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
+            return False  # one forward turns all positions alike, and many do not
         ids = torch.tensor([[*token_ids, *guess[:-1]]])
         if prompt is None:
             output = self.model(ids, use_cache=False, logits_to_keep=len(guess))
