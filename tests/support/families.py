@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support.models import FEW_TOKENS, keep_first_tokens
+
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 32,
@@ -112,7 +114,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 def save_family(
     path: Path, tokenizer_of: str, kind: str = "llama", dtype: torch.dtype | None = None, **fields: Any
 ) -> Path:
-    """A random model of `kind` with the tokenizer of another directory; its weights are spread wider than at first."""
+    """A random model of `kind` with the first tokens of another directory's tokenizer, as reading them all takes longer
+    than all else; its weights are spread wider than at first."""
     torch.manual_seed(11)
     config = AutoConfig.for_model(kind, **(FAMILIES[kind] | fields))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
@@ -126,6 +129,7 @@ def save_family(
     model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(tokenizer_of) / name, path / name)
+    keep_first_tokens(path, FEW_TOKENS)
     return path
 
 
