@@ -11,7 +11,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import GptOssConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -28,7 +29,7 @@ from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
 from tests.support.families import edit_weights
 from tests.support.models import Reference, in_threads, load_reference
-from tests.support.mxfp4_models import SIZES, change_config, save_in_mxfp4
+from tests.support.mxfp4_models import SIZES, change_config, save_as_gguf, save_in_mxfp4
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 CHUNKS = (1, 9, 30, 1, 1, 18, 1)
@@ -196,3 +197,54 @@ def test_a_checkpoint_without_scales_is_refused(checkpoint: Reference, tmp_path:
     edit_weights(path, lambda weights: {name: each for name, each in weights.items() if not name.endswith("_scales")})
     with pytest.raises(ModelError, match=r"the file lacks model\.layers\.0\.mlp\.experts\.down_proj_scales and 3 more"):
         loaded(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_gguf_file_is_served_from_its_blocks(checkpoint: Reference, tmp_path: Path, cache: None) -> None:
+    """Its conversion has the blocks of the checkpoint that it was made of, and what the file leaves out."""
+    file = save_as_gguf(tmp_path / "a.gguf", Path(checkpoint.path))
+    model, phases = loaded(file)
+    assert "experts computed from their blocks (MXFP4)" in phases["weight layout"]
+    directory = Path(resolve(str(file)).path)
+    weights = {name: each for part in directory.glob("*.safetensors") for name, each in load_file(part).items()}
+    original = load_file(Path(checkpoint.path) / "model.safetensors")
+    assert weights.keys() == original.keys()
+    for name, weight in original.items():
+        assert torch.equal(weights[name], weight if weight.dtype == torch.uint8 else weight.bfloat16()), name
+    found = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    assert found.config.rope_parameters == checkpoint.model.config.rope_parameters
+    assert found.config.layer_types == checkpoint.model.config.layer_types
+    assert_is(model, found)
+    with pytest.raises(ModelError, match=r"this is GptOssForCausalLM .*: use --quantization none, which keeps experts"):
+        loaded(file, quantization="native")
+
+
+def test_a_gguf_file_of_another_kind_is_widened(checkpoint: Reference, tmp_path: Path, cache: None) -> None:
+    file = save_as_gguf(tmp_path / "a.gguf", Path(checkpoint.path), BlockKind.Q8_0)
+    model, phases = loaded(file)
+    assert "MXFP4" not in phases["weight layout"]
+    assert_is(model, AutoModelForCausalLM.from_pretrained(resolve(str(file)).path, dtype=torch.float32).eval())
+    expected, found = (log_probabilities(each, some_sequences()) for each in (loaded(checkpoint.path)[0], model))
+    assert (found - expected).abs().mean() < 0.1  # the same matrices, if less exactly
+
+
+@pytest.mark.parametrize(("said", "refusal"), [
+    ({"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}, None),
+    ({"rope.scaling.yarn_log_multiplier": 0.1}, r"gpt-oss\.rope\.scaling\.yarn_log_multiplier, which is not supported"),
+    ({"expert_count": 7}, r"mlp\.router\.weight is \[8, 64\] in the file and \[7, 64\] by config\.json|\[7"),
+    ({"block_count": 3}, r"the file lacks blk\.2\.attn_norm\.weight"),
+    ({"block_count": 1}, r"the file has blk\.1\.attn_k\.bias, which the model that its metadata describes has not"),
+])  # fmt: skip
+def test_a_gguf_file_is_read_strictly(
+    checkpoint: Reference, tmp_path: Path, cache: None, said: dict[str, Any], refusal: str | None
+) -> None:
+    file = save_as_gguf(tmp_path / "a.gguf", Path(checkpoint.path), **said)
+    if refusal is None:
+        assert_is(loaded(file)[0], AutoModelForCausalLM.from_pretrained(resolve(str(file)).path, dtype=torch.float32))
+    else:
+        with pytest.raises(ModelError, match=refusal):
+            loaded(file)
