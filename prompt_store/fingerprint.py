@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # The config fields that shape what the network computes; a field a model lacks is left out.
 _ARCHITECTURE = (
@@ -49,19 +55,34 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     config = model.config.get_text_config()
     fields = {name: _canonical(getattr(config, name, None)) for name in _ARCHITECTURE}
     feed(json.dumps({name: value for name, value in fields.items() if value is not None}, sort_keys=True).encode())
-    # named_parameters() yields a tied weight once.
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: str(item[0])):
-        flat = parameter.detach().reshape(-1)
-        count = min(_SAMPLES_PER_PARAMETER, flat.numel())
-        index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
-        sample = flat[index].float().bfloat16().cpu().view(torch.int16)
-        feed(json.dumps([name, list(parameter.shape)]).encode())
+    for name, shape, numbers in sorted(_weights(model), key=lambda item: item[0]):
+        count = min(_SAMPLES_PER_PARAMETER, math.prod(shape))
+        index = torch.arange(count) * math.prod(shape) // max(count, 1)
+        sample = numbers(index).float().bfloat16().cpu().view(torch.int16)
+        feed(json.dumps([name, list(shape)]).encode())
         feed(sample.numpy().astype("<i2").tobytes())
     feed(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     feed(json.dumps(list(tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))).encode())
     special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
     feed(json.dumps(special, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _weights(model: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]]:
+    """Each weight's name, shape, and numbers at places of it when it is flat; a tied weight once. Where a module keeps
+    some in blocks, they are what they are when widened, so that both ways to load a checkpoint are one model."""
+    parts: set[str] = set()
+    for prefix, module in model.named_modules():
+        for name, names, shape, numbers in module.weights_in_blocks() if hasattr(module, "weights_in_blocks") else ():
+            parts |= {f"{prefix}.{part}" for part in names}
+            yield f"{prefix}.{name}", tuple(shape), numbers
+    for name, parameter in model.named_parameters():
+        if name not in parts:
+            yield name, tuple(parameter.shape), partial(_numbers_at, parameter.detach().reshape(-1))
+
+
+def _numbers_at(flat: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return flat[places.to(flat.device)]
 
 
 def _canonical(value: Any) -> Any:

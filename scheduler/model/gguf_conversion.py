@@ -14,6 +14,7 @@ from typing import Any
 
 from softbatch.prompt_store.atomic_files import lock, process_directory, replacing
 from softbatch.scheduler.model.gguf_metadata import IN_CONFIG, GgufFile, complete_config
+from softbatch.scheduler.model.gguf_tensors import GgufTensors
 from softbatch.scheduler.model.gguf_tokenizer import save_tokenizer
 from softbatch.scheduler.model.model_error import ModelError
 from softbatch.scheduler.model.model_files import first_line, reason
@@ -26,6 +27,7 @@ _VERSION = 3
 _SETTLED_SECONDS = 2.0
 # Keys of files that were read before, and locks of those that are converted.
 _NOTES = ".keys"
+_GPT_OSS = "gpt-oss"  # which transformers cannot read
 
 
 def is_gguf(path: Path) -> bool:
@@ -122,7 +124,14 @@ def _read_config(gguf: Path, file: GgufFile) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+        if file.architecture == _GPT_OSS:
+            from softbatch.scheduler.model.gguf_gpt_oss import config_of  # with torch
+
+            config = config_of(file, GgufTensors(gguf))
+        else:
+            config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:  # of many kinds: a field's type, what a config computes of its fields
         raise ModelError(f"transformers cannot read its metadata: {reason(error, 'config')}") from error
     try:
@@ -135,6 +144,28 @@ def _read_config(gguf: Path, file: GgufFile) -> Any:
 
 
 def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
+    if file.architecture == _GPT_OSS:
+        _convert_gpt_oss(gguf, file, config, target)
+    else:
+        _convert_by_transformers(gguf, file, config, target)
+
+
+def _convert_gpt_oss(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from softbatch.scheduler.model.gguf_gpt_oss import convert
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        save_tokenizer(tokenizer, file.of_tokenizer, target)
+        convert(GgufTensors(gguf), config, target)
+    except ModelError:
+        raise
+    except Exception as error:  # of many kinds: a reader's, numpy's, torch's
+        raise ModelError(f"it cannot be converted: {first_line(error)}") from error
+
+
+def _convert_by_transformers(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

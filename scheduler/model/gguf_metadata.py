@@ -47,6 +47,7 @@ _TAKEN = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 _SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
+_BETAS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # of yarn, where a file has them
 # The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
 _FREQUENCIES = "rope_freqs.weight"
 _LOW_FACTOR, _HIGH_FACTOR, _ORIGINAL = 1.0, 4.0, 8192
@@ -175,6 +176,7 @@ def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> No
     if factors is not None:
         config.rope_parameters = parameters | _from_frequencies(factors, config, parameters)
         return
+    betas = {of_config: scaling.pop(name) for name, of_config in _BETAS.items() if kind == "yarn" and name in scaling}
     unknown = scaling.keys() - set(_SCALED.get(kind, ()))
     if kind not in _SCALED or unknown or any(isinstance(value, dict) for value in parameters.values()):
         named = f"rope.scaling.{min(unknown)}" if kind in _SCALED and unknown else f"rope.scaling.type = {kind!r}"
@@ -186,7 +188,7 @@ def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> No
             f"the file says {named}.type = {kind!r} and {named}.{missing[0]} = {scaling.get(missing[0])!r}, which must "
             "be a number above 0"
         )
-    scaled = {"rope_type": kind, "factor": float(scaling["factor"])}
+    scaled = {"rope_type": kind, "factor": float(scaling["factor"])} | betas
     if kind == "yarn":
         scaled["original_max_position_embeddings"] = int(scaling["original_context_length"])
     config.rope_parameters = parameters | scaled

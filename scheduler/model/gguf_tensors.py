@@ -82,6 +82,14 @@ class GgufTensors:
             self._found[name] = (shape, header.number("I"), header.number("Q"))
         self._start = -(-header.at // alignment) * alignment
 
+    @property
+    def names(self) -> set[str]:
+        return set(self._found)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its last number is that of a row's inputs."""
+        return self._found[name][0][::-1]
+
     def kinds(self) -> dict[str, tuple[str, int]]:
         """The name and the number of each tensor's kind, of tensors with several rows."""
         from gguf import GGMLQuantizationType

@@ -15,9 +15,10 @@ from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.batch import build_batch
+from softbatch.scheduler.model.block_experts import pack_experts
 from softbatch.scheduler.model.cpu.build import begin_to_build
 from softbatch.scheduler.model.cpu.build import build as build_kernels
-from softbatch.scheduler.model.cpu.formats import WeightFormat
+from softbatch.scheduler.model.cpu.formats import BlockKind, WeightFormat
 from softbatch.scheduler.model.cuda.failures import as_model_error
 from softbatch.scheduler.model.cuda.fused import FusedForward
 from softbatch.scheduler.model.cuda.graphs import CudaCapturer
@@ -30,6 +31,7 @@ from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.model_files import check_config, first_line
+from softbatch.scheduler.model.model_options import NOT_CHANGED, refuse_on_gpu, refuse_without_decoder, rounding
 from softbatch.scheduler.model.model_reading import (
     ReadModel,
     read_again,
@@ -49,8 +51,6 @@ from softbatch.scheduler.protocol import EngineConfig, ModelInfo
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Report = Callable[[str, float, str], None]
-# Values of --quantization with which weights are those of the model's file.
-_NOT_CHANGED = frozenset({"none", NATIVE})
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None, star
     phases = Phases(report, config.started_at or time.monotonic())
     phases.done("process", "Python and torch imported")
     device = _device(config.device)
-    _refuse_on_gpu(config, device)
+    refuse_on_gpu(config, device)
     dtype = _dtype(config.dtype, device)
     source = source or _resolve(config, device, dtype)
     refuse_native(config, source)
@@ -98,6 +98,7 @@ def _load(config: EngineConfig, report: Report, source: ModelSource | None, star
     of_state = starts.of(source.path, dtype) if starts is not None and is_kept else None
     if of_state is not None and (again := _from_earlier(of_state, config, source, device, phases)) is not None:
         return again
+    refuse_without_decoder(config, source, dtype, device)
     read = read_model(config, source, dtype, device, phases.done)
     new = of_state.begin(read.model) if of_state is not None and supports(read.model, dtype) else None
     loaded = _put_together(config, source, read, device, phases)
@@ -203,7 +204,7 @@ def _forward(
     quantization = config.quantization
     if supports(model, kv_cache.dtype) and build_kernels():
         try:
-            weights = None if quantization in _NOT_CHANGED else WeightFormat.named(quantization)
+            weights = None if quantization in NOT_CHANGED else WeightFormat.named(quantization)
             decoder = DecoderForward(model, kv_cache, weights, release=True, longest=longest, blocks=blocks)
             formats = " and ".join(map(str, dict.fromkeys((decoder.weights, decoder.weights_of_long_steps))))
             kinds = f" ({blocks.kinds})" if blocks else ""
@@ -213,14 +214,21 @@ def _forward(
         except (RuntimeError, MemoryError, ValueError) as error:
             reason = (str(error).splitlines() or ["not enough memory"])[0]
             raise ModelError(f"the weights cannot be laid out (--quantization {quantization}): {reason}") from error
-    if quantization not in _NOT_CHANGED:
+    if quantization not in NOT_CHANGED:
         raise unsupported_option_error(f"--quantization {quantization}", model, "--quantization none")
     if config.deterministic:
         raise unsupported_option_error("--deterministic", model, "another model, or leave it out")
     if kv_cache.device.type == "cuda":
         forward = make_forward(model, kv_cache, backend, longest)
         return forward, "merged for fused kernels" if isinstance(forward, FusedForward) else "as transformers has it"
-    return TransformersForward(model, kv_cache, backend, longest), f"{pack_linears(model)} linear layers packed"
+    in_blocks = pack_experts(model)
+    if quantization == NATIVE and not in_blocks:
+        raise ModelError(f"--quantization {quantization} takes a C++ compiler: use --quantization none")
+    experts = (
+        f", experts computed from their blocks ({BlockKind.MXFP4}), {in_blocks / 1e6:,.0f} MB" if in_blocks else ""
+    )
+    layout = f"{pack_linears(model)} linear layers packed{experts}"
+    return TransformersForward(model, kv_cache, backend, longest), layout
 
 
 def _checked_runner(
@@ -239,7 +247,7 @@ def _checked_runner(
     joins_ranges = not config.deterministic
     build = partial(build_batch, block_size=size, device=device, joins_ranges=joins_ranges, by_length=by_length)
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
-    rounded_by = [option for option, _ in _rounding(config)]
+    rounded_by = [option for option, _ in rounding(config)]
     with told_as_architecture(info.name, bool(rounded_by)), short_windows(model, longest) as window:
         if isinstance(forward, DecoderForward):
             forward.limit_windows(window)
@@ -247,27 +255,6 @@ def _checked_runner(
     if isinstance(forward, DecoderForward):
         forward.limit_windows(None)
     return runner, found
-
-
-def _rounding(config: EngineConfig) -> list[tuple[str, str]]:
-    """Options that round more than the dtype does: as they were given, and as they would not."""
-    found = []
-    for name, value, plain in (
-        ("--quantization", "none" if config.quantization in _NOT_CHANGED else config.quantization, "none"),
-        ("--kv-cache-dtype", config.kv_cache_dtype, "auto"),
-    ):
-        if value != plain:
-            found.append((f"{name} {value}", f"{name} {plain}"))
-    return found
-
-
-def _refuse_on_gpu(config: EngineConfig, device: torch.device) -> None:
-    """Before gigabytes of weights are loaded. Raises ModelError."""
-    given = [(f"--quantization {NATIVE}", "--quantization none")] if config.quantization == NATIVE else []
-    for option, plain in [*given, *_rounding(config)] if device.type != "cpu" else ():
-        raise ModelError(f"{option} takes a CPU: use --device cpu, or {plain}")
-    if config.deterministic and device.type != "cpu":
-        raise ModelError("--deterministic takes a CPU: use --device cpu, or leave it out")
 
 
 def _device(name: str) -> torch.device:

@@ -129,6 +129,13 @@ def config_content(path: str) -> dict[str, Any]:
     return _parse(Path(cached)) if cached else {}
 
 
+def causal_class(config: Any) -> str:
+    """The name of the class that computes a causal language model, or that of the config where there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return str(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "__name__", type(config).__name__))
+
+
 def check_config(config: Any, max_model_len: int | None) -> None:
     """Everything that can be said against a model before its weights are read. Raises ModelError."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -13,6 +13,7 @@ import torch
 from softbatch.prompt_store.fingerprint import fingerprint
 from softbatch.prompt_store.manifest import ModelSpec
 from softbatch.scheduler.model import transformers_attention as interface
+from softbatch.scheduler.model.block_experts import experts_in, num_parameters
 from softbatch.scheduler.model.cuda.device_memory import is_shortage
 from softbatch.scheduler.model.earlier_start import EarlierStart
 from softbatch.scheduler.model.end_tokens import end_tokens
@@ -50,7 +51,7 @@ class ReadModel:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return num_parameters(self.model)
 
 
 def read_model(
@@ -86,7 +87,7 @@ def read_again(config: EngineConfig, source: ModelSource, start: EarlierStart, d
 
 def _described(model: Any) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters in {dtype}"
+    return f"{num_parameters(model):,} parameters in {dtype}{', experts in MXFP4' if experts_in(model) else ''}"
 
 
 def load_transformers(
@@ -97,6 +98,8 @@ def load_transformers(
     try:
         config = read_config(source.path)
         check_config(config, max_model_len)
+        if getattr(config, "quantization_config", None):
+            _read_in_blocks(config, device)
     except ModelError as error:
         raise ModelError(f"--model {source.name}: {error}") from error
     tokenizer = source.tokenizer
@@ -111,6 +114,12 @@ def load_transformers(
     model.set_attn_implementation(interface.ATTENTION_NAME)
     keep_long_frequencies(model)
     return model, tokenizer
+
+
+def _read_in_blocks(config: Any, device: torch.device) -> None:
+    from softbatch.scheduler.model.block_loading import read_in_blocks  # with what transformers quantises by
+
+    read_in_blocks(config, device)
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:

@@ -16,6 +16,8 @@ from softbatch.scheduler.model.llama.decoder import (
     unsupported_option_error,
 )
 from softbatch.scheduler.model.model_error import ModelError
+from softbatch.scheduler.model.model_files import causal_class, read_config
+from softbatch.scheduler.model.mxfp4 import is_in_blocks
 from softbatch.scheduler.model.source import ModelSource, gguf_of
 from softbatch.scheduler.protocol import EngineConfig
 
@@ -27,20 +29,31 @@ def refuse_native(config: EngineConfig, source: ModelSource) -> None:
     """Before gigabytes of weights are loaded. Raises ModelError where nothing can be served as it is."""
     if config.quantization != NATIVE:
         return
-    if source.gguf is None:
-        raise ModelError(f"{_OPTION} takes a GGUF file, which --model {config.model} is not: use {_INSTEAD}")
+    if source.gguf is None and not _has_mxfp4(source):
+        raise ModelError(
+            f"{_OPTION} takes a GGUF file, or a directory of gpt-oss in MXFP4, which --model {config.model} is not: "
+            f"use {_INSTEAD}"
+        )
+
+
+def _has_mxfp4(source: ModelSource) -> bool:
+    """Experts that are served in their blocks with any value of the option. Raises ModelError."""
+    return is_in_blocks(read_config(source.path))
+
+
+def instead_of_native(found: Any) -> str:
+    """`found` is a config of transformers."""
+    return f"{_INSTEAD}{', which keeps experts in MXFP4 as they are' if found.model_type == 'gpt_oss' else ''}"
 
 
 def refuse_native_file(config: EngineConfig, found: Any, dtype: torch.dtype) -> None:
     """Before the file is converted, which takes minutes; `found` is its config for transformers. Raises ModelError."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     file = gguf_of(config.model) if config.quantization == NATIVE else None
     if file is None:
         return
-    family = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None), "__name__", type(found).__name__)
+    family = causal_class(found)
     if not may_support(family, dtype):
-        raise unsupported_family_error(_OPTION, family, dtype, _INSTEAD)
+        raise unsupported_family_error(_OPTION, family, dtype, instead_of_native(found))
     try:
         refuse_other_kinds(file)
     except ModelError as error:

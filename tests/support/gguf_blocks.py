@@ -22,6 +22,7 @@ _HALVES = {
     BlockKind.Q4_K: {0: False, 2: True},
     BlockKind.Q5_K: {0: False, 2: True},
     BlockKind.Q6_K: {208: False},
+    BlockKind.MXFP4: {},
 }
 # The largest number of a kind times the largest of its scales that are integers.
 _LARGEST = {
@@ -47,6 +48,8 @@ def random_blocks(kind: BlockKind, rows: int, inputs: int, seed: int = 0, larges
     rng = np.random.default_rng([seed, kind.value])
     size, count = block_size(kind)
     blocks = rng.integers(0, 256, (rows, inputs // size, count), dtype=np.uint8)
+    if kind is BlockKind.MXFP4:  # whose scales are powers of two, and whose largest number is 6
+        blocks[:, :, 0] = 127 + int(np.log2(largest / 6)) - rng.integers(0, 3, blocks.shape[:2])
     for at, is_minimum in _HALVES[kind].items():
         scales = largest / _LARGEST[kind.name] * rng.uniform(0.3, 1, blocks.shape[:2])
         if is_minimum:

@@ -57,6 +57,7 @@ class BlockKind(Enum):
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    MXFP4 = 39
 
     def __str__(self) -> str:
         return self.name

@@ -141,6 +141,11 @@ def make_decoder(
     )
 
 
+def make_experts(hidden_size: int, intermediate_size: int, alpha: float, limit: float) -> Any:
+    """The C++ class Experts: those of a model's layers, of which each token takes a few."""
+    return torch.classes.softbatch.Experts(hidden_size, intermediate_size, alpha, limit)
+
+
 def make_layers(weights: WeightFormat, num_heads: int, num_kv_heads: int, head_dim: int, epsilon: float) -> Any:
     """The C++ class Layers: those of a frozen model, with gradients."""
     return torch.classes.softbatch.Layers(weights.value, num_heads, num_kv_heads, head_dim, epsilon)

@@ -80,7 +80,7 @@ def test_products_are_near_the_exact_ones(kind: BlockKind, outputs: int, blocks:
 
 def test_matrices_of_several_kinds_share_a_product() -> None:
     """Panels that hold outputs of two kinds among them."""
-    sizes = zip(BlockKind, (40, 9, 64, 1, 33, 30, 7, 20), strict=True)
+    sizes = zip(BlockKind, (40, 9, 64, 1, 33, 30, 7, 20, 45), strict=True)
     matrices = [(random_blocks(kind, outputs, 512), kind) for kind, outputs in sizes]
     x = rows_of(20, 512)
     for threads in (1, 3):

@@ -35,12 +35,13 @@ struct BlockGroups {
   // What a panel begins with.
   struct alignas(64) Head {
     int bits, zero;
-    bool is_open, in_superblocks, has_minimum, has_half_groups;
+    bool is_open, in_superblocks, has_minimum, has_half_groups, has_codes;
 
     int64_t superblock_bytes() const { return in_superblocks ? scale_bytes(2) : 0; }
     int64_t group_bytes() const {
       if (is_open) return sizeof(OpenGroup);
-      const int64_t scales = in_superblocks ? scale_bytes(1) + (has_half_groups ? kColumns : 0) : scale_bytes(2);
+      const int64_t plain = scale_bytes(has_codes ? 1 : 2);
+      const int64_t scales = in_superblocks ? scale_bytes(1) + (has_half_groups ? kColumns : 0) : plain;
       return scales + kVectors * kVectorBytes * bits / 8;
     }
     int64_t panel_bytes(int64_t inputs) const {
@@ -57,11 +58,12 @@ struct BlockGroups {
     const BlockFormat* first = nullptr;
     for (int i = 0; i < kColumns; ++i) {
       const BlockFormat* format = rows[i].format;
-      if (format && first && format != first) return {8, 128, true, false, true, true};
+      if (format && first && format != first) return {8, 128, true, false, true, true, false};
       if (format) first = format;
     }
     if (!first) first = &kBlockFormats.front();
-    return {first->bits, first->zero, false, first->in_superblocks, first->has_minimum, first->has_half_groups};
+    return {first->bits,        first->zero,            false,           first->in_superblocks,
+            first->has_minimum, first->has_half_groups, first->has_codes};
   }
 
   static void pack(const Head& head, const BlockRow* rows, int64_t inputs, char* panel) {
@@ -74,8 +76,10 @@ struct BlockGroups {
         const BlockFormat* format = rows[c].format;
         if (format) read_group(rows[c].data, *format, g, groups[c]);
         const int shift = format ? head.zero - format->zero : 0;
-        for (int i = 0; i < kBlockGroup; ++i)
-          open.numbers[(i / 4 * kColumns + c) * 4 + i % 4] = static_cast<uint8_t>(groups[c].numbers[i] + shift);
+        for (int i = 0; i < kBlockGroup; ++i) {
+          const int number = format && head.is_open ? groups[c].number_of(*format, i) : groups[c].numbers[i];
+          open.numbers[(i / 4 * kColumns + c) * 4 + i % 4] = static_cast<uint8_t>(number + shift);
+        }
         if (!format || !head.is_open) continue;
         for (int part = 0; part < 2; ++part)
           open.scales[part][c] = groups[c].scale_of(*format, format->has_half_groups ? part : 0);
@@ -100,17 +104,21 @@ struct BlockGroups {
   }
 
   // What code for a panel is compiled for: the bits of a number, whether a group's halves have scales of their own,
-  // whether there is a minimum, whether it is open.
-  template <int BitsEach, bool HalfGroups, bool Minimum, bool Open = false>
+  // whether there is a minimum, whether it is open, whether there are codes.
+  template <int BitsEach, bool HalfGroups, bool Minimum, bool Open = false, bool Codes = false>
   struct Kind {
     static constexpr int kBits = BitsEach, kParts = HalfGroups ? 2 : 1;
-    static constexpr bool kHasMinimum = Minimum, kIsOpen = Open;
-    static constexpr int kZero = Minimum && !Open ? 0 : 1 << (BitsEach - 1);
+    static constexpr bool kHasMinimum = Minimum, kIsOpen = Open, kHasCodes = Codes;
+    static constexpr int kZero = Codes ? BlockCodes::kZero : Minimum && !Open ? 0 : 1 << (BitsEach - 1);
   };
 
   static constexpr bool kinds_fit() {
     for (const BlockFormat& format : kBlockFormats) {
       const bool has_halves = format.bits == 6;
+      if (format.has_codes) {
+        if (format.bits != 4 || format.has_minimum || format.in_superblocks) return false;
+        continue;
+      }
       if (format.zero != (format.has_minimum ? 0 : 1 << (format.bits - 1))) return false;
       if (format.has_half_groups != has_halves || (has_halves && !format.in_superblocks)) return false;
       if (format.has_minimum && format.bits > 5) return false;
@@ -122,6 +130,7 @@ struct BlockGroups {
   template <typename F>
   static INLINE void with_kind(const Head& head, const F& f) {
     if (head.is_open) return f(Kind<8, true, true, true>{});
+    if (head.has_codes) return f(Kind<4, false, false, false, true>{});
     if (head.bits == 4) return head.has_minimum ? f(Kind<4, false, true>{}) : f(Kind<4, false, false>{});
     if (head.bits == 5) return head.has_minimum ? f(Kind<5, false, true>{}) : f(Kind<5, false, false>{});
     if (head.bits == 6) return f(Kind<6, true, false>{});
@@ -152,17 +161,26 @@ struct BlockGroups {
         open_numbers<8>(group.numbers, put);
         at_ += sizeof group;
       } else {
-        if (K::kParts == 2 || in_superblocks_) {
+        if constexpr (K::kHasCodes) {
+          open_exponents(scales);
+        } else if (K::kParts == 2 || in_superblocks_) {
           open_integer_scales(scales);
         } else {
           open_scales(scales);
         }
-        open_numbers<K::kBits>(reinterpret_cast<const uint8_t*>(at_), put);
+        open_numbers<K::kBits>(reinterpret_cast<const uint8_t*>(at_), [&](auto v, Bits found) ALWAYS_INLINE {
+          put(v, K::kHasCodes ? BlockCodes::numbers(found) : found);
+        });
         at_ += kVectors * kVectorBytes * K::kBits / 8;
       }
     }
 
    private:
+    INLINE void open_exponents(Scales<K>& to) {
+      to.scales[0][0] = BlockCodes::half_scales((Bits)widened(at_) & 0xff);
+      to.scales[0][1] = BlockCodes::half_scales((Bits)widened(at_ + kLanes) & 0xff);
+      at_ += kColumns;
+    }
     INLINE void open_scales(Scales<K>& to) {
       convert_halves(at_, to.scales[0]);
       at_ += 2 * kColumns;
@@ -211,6 +229,9 @@ struct BlockGroups {
           to[c] = groups[c].scales[part];
       for (int c = 0; head.has_minimum && c < kColumns; ++c)
         *to++ = static_cast<char>(groups[c].minimums);
+    } else if (head.has_codes) {
+      for (int c = 0; c < kColumns; ++c)
+        *to++ = static_cast<char>(groups[c].scale);
     } else {
       put_halves(groups, head.has_minimum, to);
       to += 2 * kColumns * (head.has_minimum ? 2 : 1);

@@ -1,8 +1,8 @@
 // Weights as GGUF files hold them: rows of blocks, whose numbers are small integers with a scale of their own.
 //
 // All kinds say the same in other bytes: value = scale * (number - zero) + minimum, with one scale for 16 or 32 inputs.
-// Scales and minimums are float16, or in the K kinds integers times a float16 for 256 inputs. Every product of these
-// is exact in float32, so a value is rounded once, where its minimum is added.
+// Scales and minimums are float16, or in the K kinds integers times a float16 for 256 inputs, or in MXFP4 exponents.
+// Every product of these is exact in float32, so a value is rounded once, where its minimum is added.
 
 #pragma once
 
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "matmul/block_codes.h"
 #include "simd/vector.h"
 
 namespace softbatch {
@@ -28,9 +29,10 @@ struct BlockFormat {
   bool in_superblocks;    // scales are integers times another scale
   bool has_minimum;
   bool has_half_groups;   // a scale for every 16 inputs, not 32
+  bool has_codes = false;  // numbers are codes, and scales exponents (block_codes.h)
 };
 
-inline constexpr std::array<BlockFormat, 8> kBlockFormats{{
+inline constexpr std::array<BlockFormat, 9> kBlockFormats{{
     {"Q4_0", 2, 32, 18, 4, 8, false, false, false},
     {"Q4_1", 3, 32, 20, 4, 0, false, true, false},
     {"Q5_0", 6, 32, 22, 5, 16, false, false, false},
@@ -39,6 +41,7 @@ inline constexpr std::array<BlockFormat, 8> kBlockFormats{{
     {"Q4_K", 12, 256, 144, 4, 0, true, true, false},
     {"Q5_K", 13, 256, 176, 5, 0, true, true, false},
     {"Q6_K", 14, 256, 210, 6, 32, true, false, true},
+    {"MXFP4", 39, 32, 17, 4, BlockCodes::kZero, false, false, false, true},
 }};
 
 inline const BlockFormat& block_format_of(int64_t kind) {
@@ -54,13 +57,18 @@ INLINE float from_half(uint16_t bits) {
 }
 
 // A group of a row. `scale` and `minimum` are float16; where there are superblocks, they are multiplied by the integers.
+// Where there are codes, `numbers` are these, and `scale` is the exponent.
 struct BlockGroup {
   uint8_t numbers[kBlockGroup];
   uint16_t scale, minimum;
   int8_t scales[2];
   uint8_t minimums;
 
+  int number_of(const BlockFormat& format, int i) const {
+    return format.has_codes ? BlockCodes::kNumbers[numbers[i]] : numbers[i];
+  }
   float scale_of(const BlockFormat& format, int part) const {
+    if (format.has_codes) return BlockCodes::half_scale(static_cast<uint8_t>(scale));
     return format.in_superblocks ? from_half(scale) * static_cast<float>(scales[part]) : from_half(scale);
   }
   float minimum_of(const BlockFormat& format) const {
@@ -128,6 +136,9 @@ INLINE void read_group(const uint8_t* row, const BlockFormat& format, int64_t g,
       for (int i = 0; i < kBlockGroup; ++i)
         to.numbers[i] = block[2 + i] ^ 0x80;
       return;
+    case 39:
+      to.scale = block[0];
+      return blocks::read_nibbles(block + 1, nullptr, to.numbers);
     default:
       to.scale = blocks::half_at(block);
       const uint8_t* behind = block + 2;
@@ -147,7 +158,7 @@ inline void dequantize_row(const uint8_t* row, const BlockFormat& format, int64_
     read_group(row, format, g, group);
     const float minimum = group.minimum_of(format), scales[2] = {group.scale_of(format, 0), group.scale_of(format, 1)};
     for (int i = 0; i < kBlockGroup; ++i) {
-      const float value = scales[i / 16] * static_cast<float>(group.numbers[i] - format.zero);
+      const float value = scales[i / 16] * static_cast<float>(group.number_of(format, i) - format.zero);
       to[i] = format.has_minimum ? value + minimum : value;
     }
   }

@@ -119,7 +119,8 @@ void stack(Arena& arena, Packed<W>& packed, const std::vector<LoadedMatrix>& par
 
 // Every panel holds kLanes outputs of the gate, then the same outputs of the up projection.
 template <typename W>
-void interleave(Arena& arena, Packed<W>& packed, const LoadedMatrix& gate, const LoadedMatrix& up) {
+void interleave(Arena& arena, Packed<W>& packed, const LoadedMatrix& gate, const LoadedMatrix& up,
+                const OptionalTensor& gate_bias = std::nullopt, const OptionalTensor& up_bias = std::nullopt) {
   check_inputs<W>(gate);
   check_inputs<W>(up);
   const int64_t outputs = 2 * round_up(gate.outputs(), kLanes);
@@ -138,6 +139,15 @@ void interleave(Arena& arena, Packed<W>& packed, const LoadedMatrix& gate, const
       return find(row, g, u, [&](const Matrix& of, int64_t i) { return of.row(i, buffer); });
     });
   }
+  if (!gate_bias && !up_bias) return;
+  const auto bias_of = [&](const OptionalTensor& bias) {
+    const std::vector<float> own = bias ? floats(*bias) : std::vector<float>(gate.outputs());
+    TORCH_CHECK(int64_t(own.size()) == gate.outputs(), "a bias must have one number for each output");
+    return own;
+  };
+  const std::vector<float> g = bias_of(gate_bias), u = bias_of(up_bias);
+  for (int64_t row = 0; row < outputs; ++row)
+    packed.bias.push_back(find(row, g, u, [](const std::vector<float>& of, int64_t i) { return of[i]; }));
 }
 
 }  // namespace softbatch
