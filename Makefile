@@ -48,7 +48,7 @@ lint: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal --ignore tests/clients $(ARGS)
 
-clients: $(VENV)/.serve $(CLIENTS)/.installed
+clients: $(VENV)/.serve $(CLIENTS)/.installed $(CLIENTS)/lm-eval/.installed
 	SOFTBATCH_PYTHON=$(abspath $(VENV))/bin/python $(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 
 chaos: $(VENV)/.dev
@@ -117,6 +117,14 @@ $(VENV)/.dev: $(VENV)/.serve
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip --disable-pip-version-check install --constraint tests/clients/constraints.txt --requirement $<
+	touch $@
+
+# What lm-eval compares a server with runs in torch and transformers of $(VENV), which a .pth file shows to its environment.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(CLIENTS)/lm-eval/.installed: tests/clients/lm_eval.txt $(VENV)/.serve | $(CLIENTS)/.installed
+	$(PYTHON) -m venv $(@D)
+	$(VENV)/bin/python $(SITE) > "$$($(@D)/bin/python $(SITE))/softbatch.pth"
+	$(@D)/bin/pip --disable-pip-version-check install --constraint constraints.txt --requirement $<
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

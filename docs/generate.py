@@ -289,6 +289,7 @@ def _differences(model: Any) -> Iterator[str]:
         (0 in (getattr(config, "no_rope_layers", None) or ()), "layers without positions"),
         (positions.get("partial_rotary_factor", 1) != 1, "partial rotary"),
         ("llama_4_scaling_beta" in positions, "queries scaled by position"),
+        (family.length_rule, "positions turned by the length of the sequence"),
         (len({id(each) for each in positions.values() if isinstance(each, Mapping)}) > 1, "several rotary bases"),
         (getattr(config, "num_local_experts", None), "experts"),
         (getattr(config, "residual_multiplier", 1) != 1, "multipliers"),

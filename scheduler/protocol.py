@@ -56,11 +56,24 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
 
 class SoftPromptRef(msgspec.Struct, frozen=True):
-    """A soft prompt as the engine knows it. The content hash is its identity; `path` is the leased file."""
+    """A soft prompt as the engine knows it. The content hash is its identity; `path` is the leased file.
+
+    Embeddings that stand in front of sequences of `turned_for` tokens, where a model turns positions by that, have
+    other keys: they are a soft prompt of their own, whose `sha256` has that behind it.
+    """
 
     sha256: str
     path: str
     num_virtual_tokens: int
+    turned_for: int = 0
+
+    def turned(self, length: int) -> SoftPromptRef:
+        return SoftPromptRef(f"{self.sha256}:{length}", self.path, self.num_virtual_tokens, length)
+
+    @property
+    def content(self) -> str:
+        """The hash of the file's content."""
+        return self.sha256.partition(":")[0]
 
 
 Pooling = Literal["mean", "last"]

@@ -72,7 +72,8 @@ class Scheduler:
 
     def add(self, request: AddRequest) -> SequenceOutput | None:
         """Queue a sequence; returns its refusal if it can never fit or the queue is full."""
-        sequence = Sequence(request, self._arrivals, turn(self._prompts_begun, len(request.token_ids)))
+        its_turn = turn(self._prompts_begun, len(request.token_ids))
+        sequence = Sequence(request, self._arrivals, its_turn, self.config.length_rule)
         self._arrivals += 1
         if sequence.max_length > self.config.max_model_len:
             return sequence.failure(f"prompt and max_tokens together exceed {self.config.max_model_len} tokens")
@@ -126,6 +127,7 @@ class Scheduler:
         order of precedence. What runs in the background joins a step that has no prefills of others."""
         step = Step()
         self._steps += 1
+        renewed = self._renew() if self.config.length_rule is not None else []
         if len({sequence.owner for sequence in self.running}) > 1:
             step.shares = self.shared_pace.plan(self.running, self.waiting.order, self._steps)
         self._continue_decodes(step, step.shares.chosen if step.shares else None)
@@ -144,6 +146,8 @@ class Scheduler:
             self._last_foreground = self._steps
         if step.num_tokens == decodes:
             self._schedule_background(step)
+        told = {*step.report.admitted, *step.report.preempted}
+        step.report.preempted += [s.request_id for s in renewed if s.request_id not in told]
         return step
 
     def _budget_of_prefills(self, decodes: int, step: Step, prefilling: list[Sequence]) -> int:
@@ -388,6 +392,16 @@ class Scheduler:
         scored = sequence.scored_rows(sequence.num_computed, count)
         left = self.config.max_scored_tokens - step.num_scored
         return min(count, scored.start + left) if scored else count
+
+    def _renew(self) -> list[Sequence]:
+        """Sequences that have become long return to their place in the queue, to be computed again."""
+        outgrown = [sequence for sequence in self.running if sequence.is_outgrown]
+        renewed = [sequence for sequence in outgrown if sequence.num_in_flight_tokens == 0]
+        for sequence in renewed:
+            self._leave(sequence)
+            sequence.turn_as_long()
+            self.waiting.push(sequence, bounded=False)
+        return renewed
 
     def _preempt(self, sequence: Sequence, step: Step, *, gave_way: bool = False) -> None:
         self._leave(sequence)

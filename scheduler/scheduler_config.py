@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from softbatch.scheduler.length_rule import LengthRule
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -20,3 +22,5 @@ class SchedulerConfig:
     reuses_output: bool = True
     # Seconds that a step with prefills should take; None: as long as its tokens need.
     step_target: float | None = None
+    # Of a model whose positions turn by the length of a sequence.
+    length_rule: LengthRule | None = None

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from operator import add
 
+from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.protocol import AddRequest, FinishReason, PromptLogprobs, SequenceOutput
 
 
@@ -37,6 +38,7 @@ class Sequence:
         "num_prompt",
         "num_registered",
         "num_virtual",
+        "outgrows",
         "owner",
         "params",
         "pooling",
@@ -49,11 +51,12 @@ class Sequence:
         "state_sum",
         "tokens",
         "turn",
+        "turned_for",
         "was_admitted",
         "weight",
     )
 
-    def __init__(self, request: AddRequest, arrival: int, turn: int = 0) -> None:
+    def __init__(self, request: AddRequest, arrival: int, turn: int = 0, length_rule: LengthRule | None = None) -> None:
         self.request_id = request.request_id
         self.tokens = list(request.token_ids)
         self.num_prompt = len(request.token_ids) - request.num_delivered
@@ -83,6 +86,29 @@ class Sequence:
         self.missed_soft_prompt = False
         self.was_admitted = False
         self.gave_way = False  # left the batch for another owner's sake
+        self.turned_for = 0  # tokens: no position turns as in a shorter sequence
+        self.outgrows: int | None = None  # beyond so many tokens all of it is computed again
+        if length_rule is not None:
+            self._follow(length_rule)
+
+    def _follow(self, rule: LengthRule) -> None:
+        renews = rule.renews and self.soft_prompt is None
+        if self.num_virtual + (len(self.tokens) if renews else self.num_prompt) > rule.original:
+            self.turned_for = rule.long
+            self.soft_prompt = self.soft_prompt and self.soft_prompt.turned(rule.long)
+        elif renews:
+            self.outgrows = rule.original
+
+    @property
+    def is_outgrown(self) -> bool:
+        """Whether it has become so long that all of it is to be computed again."""
+        return self.outgrows is not None and self.length > self.outgrows
+
+    def turn_as_long(self) -> None:
+        """What is computed from now on shares nothing with what was computed before."""
+        assert self.outgrows is not None
+        self.turned_for, self.outgrows = self.outgrows + 1, None
+        self.block_hashes = []
 
     @property
     def goes_first(self) -> bool:
@@ -120,7 +146,8 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Whether the next step can compute its last token alone, and sample another."""
-        return self.length - self.num_computed == 1 and not self.will_end and not self.awaits_token
+        is_last = self.length - self.num_computed == 1
+        return is_last and not self.will_end and not self.awaits_token and not self.is_outgrown
 
     @property
     def max_length(self) -> int:
@@ -181,8 +208,8 @@ class Sequence:
     def hash_blocks(self, count: int, block_size: int) -> list[bytes]:
         """SHA-256 of up to `count` full blocks that follow the soft prompt's own full blocks.
 
-        Each hash covers all blocks before it. The chain starts from the soft prompt's content hash and the cache salt,
-        so that only sequences with the same soft prompt, salt and tokens share blocks.
+        Each hash covers all blocks before it. The chain starts from the soft prompt's content hash, the cache salt, and
+        how positions turn, so that only sequences with the same of these, and the same tokens, share blocks.
         """
         hashes = self.block_hashes
         first = self.num_virtual // block_size
@@ -195,7 +222,8 @@ class Sequence:
                 parent = hashes[-1]
             else:
                 identity = self.soft_prompt.sha256 if self.soft_prompt else ""
-                parent = hashlib.sha256(f"{identity}\0{self.cache_salt}".encode()).digest()
+                turned = f"{self.turned_for}\0" if self.turned_for else ""
+                parent = hashlib.sha256(f"{turned}{identity}\0{self.cache_salt}".encode()).digest()
             tokens = self.tokens[max(0, start - self.num_virtual) : stop - self.num_virtual]
             hashes.append(hashlib.sha256(parent + array("q", tokens).tobytes()).digest())
         return hashes[:count]

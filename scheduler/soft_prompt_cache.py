@@ -70,7 +70,8 @@ class SoftPromptCache:
 
     def ready(self) -> list[str]:
         """The content hashes of the soft prompts whose keys and values are in the blocks."""
-        return [sha256 for sha256, prompt in self._resident.items() if prompt.state is LoadState.READY]
+        ready = (prompt for prompt in self._resident.values() if prompt.state is LoadState.READY)
+        return list(dict.fromkeys(prompt.ref.content for prompt in ready))
 
     def blocks_for(self, ref: SoftPromptRef) -> int:
         """The number of blocks that the soft prompt fills, the last one perhaps in part."""
@@ -138,13 +139,13 @@ class SoftPromptCache:
 
     def evict_when_unused(self, sha256: str) -> None:
         """The soft prompt was deleted from the store: drop it now, or as soon as no sequence uses it."""
-        prompt = self._resident.get(sha256)
-        if prompt is None:
-            return
-        if prompt.evictable:
-            self.drop(sha256)
-        else:
-            prompt.is_retired = True
+        for name, prompt in list(self._resident.items()):
+            if sha256 not in (name, prompt.ref.content):
+                continue
+            if prompt.evictable:
+                self.drop(name)
+            else:
+                prompt.is_retired = True
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the running counts disagree with the soft prompts."""

@@ -29,15 +29,20 @@ def generator() -> ModuleType:
     return module
 
 
-def test_reference_pages_are_fresh(generator: ModuleType) -> None:
-    for name, text in generator.pages().items():
+@pytest.fixture(scope="module")
+def pages(generator: ModuleType) -> dict[str, str]:
+    made: dict[str, str] = generator.pages()
+    return made
+
+
+def test_reference_pages_are_fresh(pages: dict[str, str]) -> None:
+    for name, text in pages.items():
         page = ROOT / "docs" / "reference" / name
         assert page.read_text() == text, f"{page} is stale: run make docs-reference"
 
 
-def test_reference_names_what_a_client_meets(generator: ModuleType) -> None:
+def test_reference_names_what_a_client_meets(generator: ModuleType, pages: dict[str, str]) -> None:
     """The generator finds what it is made for, in each of the forms in which the code names it."""
-    pages = generator.pages()
     for command in ("serve", "compress", "evaluate", "score", "prompts import", "bench"):
         assert f"## softbatch {command}\n" in pages["cli.md"]
     assert "`--max-batch-size N`" in pages["cli.md"]

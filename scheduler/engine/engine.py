@@ -251,6 +251,7 @@ def build_engine(
             eos_token_ids=frozenset(loaded.info.eos_token_ids),
             reuses_output=not config.deterministic,
             max_scored_tokens=max(1, _SCORED_LOGITS_BYTES // (4 * loaded.info.vocab_size)),
+            length_rule=loaded.length_rule,
         )
     )
     ready = Ready(

@@ -111,7 +111,8 @@ class SoftPromptLoader:
         """Report the load times of soft prompts whose keys and values have been computed by now."""
         for sha256, (resident, since) in list(self._prefilling.items()):
             if resident.state is LoadState.READY:
-                report.soft_prompt_loads.append(SoftPromptLoad(sha256, since, time.monotonic()))
+                load = SoftPromptLoad(resident.ref.content, since, time.monotonic())
+                report.soft_prompt_loads.append(load)
             elif self._scheduler.soft_prompts.get(sha256) is resident:
                 continue
             del self._prefilling[sha256]
@@ -146,7 +147,7 @@ class SoftPromptLoader:
         else:
             if is_ready:
                 loads.finish(sha256)
-                report.soft_prompt_loads.append(SoftPromptLoad(sha256, read.since, time.monotonic()))
+                report.soft_prompt_loads.append(SoftPromptLoad(read.ref.content, read.since, time.monotonic()))
             else:
                 loads.start_prefill(sha256)
                 self._prefilling[sha256] = (resident, read.since)

@@ -18,6 +18,7 @@ from softbatch.scheduler.model.staging import to_device
 class Row:
     """`count` new positions from `start` on, of a sequence with these blocks.
 
+    Positions turn as in a sequence of their own length, or of `turned_for` tokens if that is more.
     The input is `token_ids`, or `embeddings` [count, hidden] of a soft prompt that is being prefilled. `logit_rows` are
     the positions, counted from `start`, that need logits.
     """
@@ -28,6 +29,7 @@ class Row:
     logit_rows: range
     embeddings: torch.Tensor | None = None
     decodes: bool = True  # if it is one token: it continues a text, and is no chunk of a prompt
+    turned_for: int = 0
 
     @property
     def count(self) -> int:
@@ -45,6 +47,7 @@ class RaggedBatch:
     attention: PagedBatch
     shape: BatchShape | None = None  # set if the batch is padded to this shape
     num_logits: int = 0  # without padding
+    lengths: torch.Tensor | None = None  # int64 [T], of the sequences that positions turn as in; for models that ask
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class BatchBuilder(Protocol):
     def __call__(self, rows: Sequence[Row]) -> RaggedBatch: ...
 
 
-def _arrays(rows: Sequence[Row], block_size: int) -> tuple[dict[str, np.ndarray], list[tuple[int, torch.Tensor]]]:
+def _arrays(
+    rows: Sequence[Row], block_size: int, by_length: bool
+) -> tuple[dict[str, np.ndarray], list[tuple[int, torch.Tensor]]]:
     """What is copied to the device, by name; and the embeddings, each with its first row."""
     counts = np.array([row.count for row in rows])
     starts = np.array([row.start for row in rows])
@@ -113,6 +118,8 @@ def _arrays(rows: Sequence[Row], block_size: int) -> tuple[dict[str, np.ndarray]
         "slot_mapping": slots,
         "block_table": tables,
     }
+    if by_length:
+        arrays["lengths"] = np.maximum(positions + 1, np.array([row.turned_for for row in rows])[owner])
     return arrays, embeddings
 
 
@@ -123,10 +130,11 @@ def build_batch(
     planner: Planner | None = None,
     shape: BatchShape | None = None,
     joins_ranges: bool = True,
+    by_length: bool = False,
 ) -> RaggedBatch:
     """Concatenate the rows. A planner adds the plan of the GPU's attention; a shape pads the batch. `joins_ranges` is
-    for attention on CPUs."""
-    arrays, embeddings = _arrays(rows, block_size)
+    for attention on CPUs, `by_length` for models whose positions turn by the length of a sequence."""
+    arrays, embeddings = _arrays(rows, block_size, by_length)
     num_logits = len(arrays["logit_rows"])
     if planner is None and not all(row.decodes or row.count > 1 for row in rows):
         arrays["decodes"] = np.array([row.decodes for row in rows])
@@ -155,4 +163,5 @@ def build_batch(
         ),
         shape=shape,
         num_logits=num_logits,
+        lengths=tensors.get("lengths"),
     )

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.model.model_error import ModelError
 
 # Their frequencies are the same at every length, so sequences of one batch cannot disturb each other.
 STATIC_ROTARY = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+# Theirs are the one or the other, by the length of a sequence.
+BY_LENGTH = frozenset({"longrope"})
+# What transformers computes again where a sequence has become long.
+_RENEWED = frozenset({"phi3", "phimoe"})
 _DEFAULT_POSITIONS = 4096
 _MOST = 1e30  # of the numbers that positions are turned by
 
@@ -43,6 +48,7 @@ class Family:
     chunk: int | None
     rotary: tuple[Rotary, ...]
     softcap: float | None
+    renews: bool = False  # what a sequence has computed, once it is long
 
     @classmethod
     def of(cls, config: Any) -> Family:
@@ -72,12 +78,28 @@ class Family:
             chunk=_positive(text, "attention_chunk_size") if "chunked_attention" in _kinds(text) else None,
             rotary=rotary,
             softcap=_given(text, "attn_logit_softcapping"),
+            renews=_given(text, "model_type") in _RENEWED and hasattr(text, "original_max_position_embeddings"),
         )
 
     @property
     def default_length(self) -> int:
         """The longest sequence where nobody asks for another."""
         return self.max_positions or _DEFAULT_POSITIONS
+
+    @property
+    def length_rule(self) -> LengthRule | None:
+        """None where positions turn in one way."""
+        originals = self._originals()
+        return LengthRule(min(originals), self.renews) if originals else None
+
+    def _originals(self) -> set[int]:
+        return {rotary.original or self.default_length for rotary in self.rotary if rotary.kind in BY_LENGTH}
+
+    @property
+    def of_one_kind(self) -> int | None:
+        """How long sequences are whose positions all turn in one way; None for a model that does not say."""
+        turning = [rotary.original for rotary in self.rotary if rotary.kind not in STATIC_ROTARY]
+        return min((each for each in (self.max_positions, *turning) if each is not None), default=None)
 
     def length(self, asked: int | None) -> int:
         """The longest sequence that is to be served. Raises ModelError for one that the model is not made for."""
@@ -99,8 +121,10 @@ class Family:
                 "is not supported yet; within the first chunk every layer sees everything: "
                 f"--max-model-len {self.chunk} serves it"
             )
+        if len(self._originals()) > 1:
+            raise ModelError(f"{kind} has several original lengths (rope_parameters), which is not supported yet")
         for rotary in self.rotary:
-            if rotary.kind not in STATIC_ROTARY and longest > (rotary.original or 0):
+            if rotary.kind not in STATIC_ROTARY | BY_LENGTH and longest > (rotary.original or 0):
                 advice = f": --max-model-len {rotary.original} serves it" if rotary.original else ""
                 raise ModelError(
                     f"{kind} turns all positions otherwise in sequences longer than {rotary.original} tokens "
@@ -166,14 +190,30 @@ def _one_rotary(text: Any, parameters: Mapping[str, Any]) -> Rotary:
         "original_max_position_embeddings",
     ):
         value = parameters.get(field)
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST
-        ):
+        if value is not None and not _is_above_0(value):
             raise _wrong(f"rope_parameters.{field}", value, "a number above 0")
     factor = parameters.get("factor")
     if kind == "default" and factor not in (None, 1):
         message = "no scaled positions: rope_type says how, such as 'linear' or 'yarn', or leave the factor out"
         raise ModelError(f"config.json: rope_parameters.factor is {factor!r}, but rope_type {kind!r} knows {message}")
+    if kind == "longrope":
+        _check_factors(text, parameters)
     own = _given(text, "max_position_embeddings")
     original = own if kind == "dynamic" else parameters.get("original_max_position_embeddings") or own
     return Rotary(str(kind), float(parameters.get("factor") or 1.0), None if original is None else int(original))
+
+
+def _check_factors(text: Any, parameters: Mapping[str, Any]) -> None:
+    """Raises ModelError unless there is a factor for each frequency of short sequences, and of long ones."""
+    head_dim = _positive(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    count = -(-int(head_dim * (parameters.get("partial_rotary_factor") or 1.0)) // 2)
+    for field in ("short_factor", "long_factor"):
+        factors = parameters.get(field)
+        right = isinstance(factors, list) and len(factors) == count and all(map(_is_above_0, factors))
+        if not right:
+            shown = f"{len(factors)} entries" if isinstance(factors, list) and len(factors) != count else factors
+            raise _wrong(f"rope_parameters.{field}", shown, f"{count} numbers above 0, one for each frequency")
+
+
+def _is_above_0(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < _MOST

@@ -9,6 +9,7 @@ import torch
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.rotary import RotaryByLength
 from softbatch.scheduler.model.transformers_attention import PagedForward
 
 
@@ -35,13 +36,16 @@ class TransformersForward:
         self._kv_cache = kv_cache
         self._backend = backend
         self._longest = longest
+        self._rotary = RotaryByLength(model)
 
     def __call__(self, batch: RaggedBatch) -> torch.Tensor:
-        logits: torch.Tensor = self._model(**self._inputs(batch), logits_to_keep=batch.logit_rows).logits[0]
+        with self._rotary.of(batch.lengths):
+            logits: torch.Tensor = self._model(**self._inputs(batch), logits_to_keep=batch.logit_rows).logits[0]
         return logits
 
     def hidden_states(self, batch: RaggedBatch) -> torch.Tensor:
-        states: torch.Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state[0]
+        with self._rotary.of(batch.lengths):
+            states: torch.Tensor = self._model.base_model(**self._inputs(batch)).last_hidden_state[0]
         return states[batch.logit_rows]
 
     def _inputs(self, batch: RaggedBatch) -> dict[str, Any]:

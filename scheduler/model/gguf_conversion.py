@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softbatch.prompt_store.atomic_files import lock, process_directory, replacing
-from softbatch.scheduler.model.gguf_metadata import GgufFile, complete_config
+from softbatch.scheduler.model.gguf_metadata import IN_CONFIG, GgufFile, complete_config
 from softbatch.scheduler.model.gguf_tokenizer import save_tokenizer
 from softbatch.scheduler.model.model_error import ModelError
 from softbatch.scheduler.model.model_files import first_line, reason
@@ -26,8 +26,6 @@ _VERSION = 3
 _SETTLED_SECONDS = 2.0
 # Keys of files that were read before, and locks of those that are converted.
 _NOTES = ".keys"
-# Tensors that become part of the config.
-_IN_CONFIG = frozenset({"rope_freqs.weight"})
 
 
 def is_gguf(path: Path) -> bool:
@@ -179,7 +177,7 @@ def _refuse_left_out(model: Any, file: GgufFile) -> None:
     from softbatch.scheduler.model.weights import refuse_other_weights
 
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
-    named = get_gguf_hf_weights_map(model, processor).keys() | _IN_CONFIG
+    named = get_gguf_hf_weights_map(model, processor).keys() | IN_CONFIG
     # The stacked weights of experts are bare parameters in transformers: its names for them have no suffix.
     left_out = [name for name in file.tensor_names if not {name, name.removesuffix(".weight")} & named]
     refuse_other_weights(model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": left_out})

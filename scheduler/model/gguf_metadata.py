@@ -48,8 +48,13 @@ _TAKEN = {
 }
 _SCALED = {"linear": ("factor",), "yarn": ("factor", "original_context_length")}
 # The one schedule of frequencies that files keep as a tensor, and the constants its makers use.
-_FREQUENCIES, _LONG_FREQUENCIES = "rope_freqs.weight", ("rope_factors_long.weight", "rope_factors_short.weight")
+_FREQUENCIES = "rope_freqs.weight"
 _LOW_FACTOR, _HIGH_FACTOR, _ORIGINAL = 1.0, 4.0, 8192
+# What divides frequencies in short sequences and in long ones, by the names of configs; and what is said beside it.
+_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+_BESIDE_FACTORS = {"type", "original_context_length", "attn_factor", "finetuned"}
+# Tensors that become part of the config.
+IN_CONFIG = frozenset({_FREQUENCIES, *_FACTORS.values()})
 
 
 class GgufFile:
@@ -147,12 +152,14 @@ def _same(has: Any, value: Any) -> bool:
 
 
 def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> None:
-    """rope.scaling, and frequencies kept as a tensor."""
-    if any(name in file.tensor_names for name in _LONG_FREQUENCIES):
-        raise ModelError(f"its positions are scaled by {_LONG_FREQUENCIES[0]} (longrope), which is not supported yet")
+    """rope.scaling, frequencies kept as a tensor, and how many dimensions of a head turn."""
     scaling = {
         name.removeprefix("rope.scaling."): value for name, value in said.items() if name.startswith("rope.scal")
     }
+    _turn_a_part(config, said.get("rope.dimension_count"))
+    if any(name in file.tensor_names for name in _FACTORS.values()):
+        config.rope_parameters = _with_factors(config, file, scaling)
+        return
     kind = str(scaling.pop("type", "linear" if scaling else "none"))
     scaling.pop("finetuned", None)
     if "rope.scale_linear" in said:  # the older name
@@ -183,6 +190,41 @@ def _scale_positions(config: Any, file: GgufFile, said: Mapping[str, Any]) -> No
     if kind == "yarn":
         scaled["original_max_position_embeddings"] = int(scaling["original_context_length"])
     config.rope_parameters = parameters | scaled
+
+
+def _turn_a_part(config: Any, dimensions: Any) -> None:
+    """Of each head, where the config can say that; transformers leaves it at the whole."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    is_said = "partial_rotary_factor" in parameters and not hasattr(config, "partial_rotary_factor")
+    if is_said and isinstance(dimensions, int) and dimensions > 0:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        config.rope_parameters = {**parameters, "partial_rotary_factor": dimensions / head_dim}
+
+
+def _with_factors(config: Any, file: GgufFile, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """longrope's scaling. Raises ModelError for what does not belong to it."""
+    named, parameters = f"{file.architecture}.rope.scaling", dict(getattr(config, "rope_parameters", None) or {})
+    unknown = scaling.keys() - _BESIDE_FACTORS
+    if scaling.get("type", "longrope") != "longrope":
+        unknown = {"type"}
+    if unknown or any(isinstance(value, dict) for value in parameters.values()):
+        other = f" and {named}.{min(unknown)} = {scaling[min(unknown)]!r}" if unknown else ""
+        raise ModelError(f"its positions are scaled by {min(_FACTORS.values())} (longrope){other}: not supported")
+    original = scaling.get("original_context_length")
+    if not isinstance(original, int) or not _is_positive(original):
+        message = f"the file has {min(_FACTORS.values())} (longrope) and says {named}.original_context_length"
+        raise ModelError(f"{message} = {original!r}, which must be a whole number above 0")
+    parameters |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    if hasattr(config, "original_max_position_embeddings"):
+        config.original_max_position_embeddings = original
+    if "attn_factor" in scaling:
+        parameters["attention_factor"] = scaling["attn_factor"]
+    for field, name in _FACTORS.items():
+        factors = file.tensor(name)
+        if factors is None:
+            raise ModelError(f"its positions are scaled by longrope, but it has no tensor {name}")
+        parameters[field] = factors.tolist()
+    return parameters
 
 
 def _is_positive(value: Any) -> bool:

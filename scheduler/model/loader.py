@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.model.attention import choose
 from softbatch.scheduler.model.attention.backend import AttentionBackend
 from softbatch.scheduler.model.batch import build_batch
@@ -59,6 +60,7 @@ class Loaded:
     runner: Runner
     kv_cache: KVCache
     info: ModelInfo
+    length_rule: LengthRule | None = None
 
 
 class Phases:
@@ -155,6 +157,7 @@ def _put_together(
     )
     runner, found = _checked_runner(model, read.longest, read.yardstick, forward, kv_cache, info, config, grammars)
     phases.done("self-check", found)
+    rule = Family.of(model.config).length_rule
     if device.type == "cuda":
         graphs, build = with_graphs(
             forward,
@@ -164,10 +167,11 @@ def _put_together(
             max_batch_tokens=config.max_batch_tokens,
             max_model_len=max_model_len,
             capturer=CudaCapturer(),
+            by_length=rule is not None,
         )
         runner = Runner(graphs, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
         phases.done("CUDA graphs", graphs.capture_all())
-    return Loaded(runner, kv_cache, info)
+    return Loaded(runner, kv_cache, info, rule)
 
 
 def _resolve(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> ModelSource:
@@ -231,7 +235,9 @@ def _checked_runner(
 ) -> tuple[Runner, str]:
     """And what the check has found."""
     size, device = kv_cache.block_size, kv_cache.device
-    build = partial(build_batch, block_size=size, device=device, joins_ranges=not config.deterministic)
+    by_length = Family.of(model.config).length_rule is not None
+    joins_ranges = not config.deterministic
+    build = partial(build_batch, block_size=size, device=device, joins_ranges=joins_ranges, by_length=by_length)
     runner = Runner(forward, kv_cache, info.spec, config.max_prompt_bytes, build, grammars)
     rounded_by = [option for option, _ in _rounding(config)]
     with told_as_architecture(info.name, bool(rounded_by)), short_windows(model, longest) as window:

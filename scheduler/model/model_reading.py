@@ -22,6 +22,7 @@ from softbatch.scheduler.model.llama.decoder import supports
 from softbatch.scheduler.model.model_error import ArchitectureError
 from softbatch.scheduler.model.model_files import check_config, config_content, first_line, read_config
 from softbatch.scheduler.model.native_weights import native_weights
+from softbatch.scheduler.model.rotary import keep_long_frequencies
 from softbatch.scheduler.model.self_check import LENGTH, Yardstick, has_short_windows, measure, short_windows
 from softbatch.scheduler.model.source import ModelError, ModelSource
 from softbatch.scheduler.model.weights import load_weights
@@ -108,6 +109,7 @@ def load_transformers(
             raise
         raise ModelError(f"--model {source.name}: its weights do not fit the GPU's free memory") from error
     model.set_attn_implementation(interface.ATTENTION_NAME)
+    keep_long_frequencies(model)
     return model, tokenizer
 
 

@@ -240,7 +240,10 @@ class Runner:
 
     def _prefill_row(self, prefill: SoftPromptPrefill) -> Row:
         embeddings = self._prefilling[prefill.prompt.ref.sha256][prefill.start : prefill.start + prefill.num_tokens]
-        return Row(prefill.start, (), prefill.prompt.blocks, range(0), embeddings, decodes=False)
+        prompt = prefill.prompt
+        return Row(
+            prefill.start, (), prompt.blocks, range(0), embeddings, decodes=False, turned_for=prompt.ref.turned_for
+        )
 
 
 @contextmanager
@@ -274,6 +277,7 @@ def _as_rows(row: StepRow, on_gpu: bool) -> list[Row]:
             sequence.block_table,
             sequence.logit_rows(row.start + start, end - start),
             decodes=start >= known,
+            turned_for=sequence.turned_for,
         )
         for start, end in pairwise(cuts)
     ]

@@ -145,13 +145,15 @@ def _paged(
         device=device,
     )
     rows, start = [], 0
-    rows.append(Row(0, tokens[::-1], list(range(blocks, 2 * blocks)), range(0)))
+    rows.append(Row(0, tokens[::-1], list(range(blocks, 2 * blocks)), range(0), turned_for=LENGTH))
     for count in CHUNKS:  # every layer writes the keys of all rows before any row is attended to
-        rows.append(Row(start, tokens[start : start + count], list(range(blocks)), range(count)))
+        own = tokens[start : start + count]
+        rows.append(Row(start, own, list(range(blocks)), range(count), turned_for=LENGTH))
         start += count
     forward = TransformersForward(model, kv_cache, reference, longest=LENGTH)
     with followed_choices(choices, range(LENGTH), dtype):
-        return forward(build_batch(rows, BLOCK_SIZE, device)).float()
+        by_length = Family.of(model.config).length_rule is not None
+        return forward(build_batch(rows, BLOCK_SIZE, device, by_length=by_length)).float()
 
 
 @torch.inference_mode()
@@ -162,7 +164,7 @@ def self_check(yardstick: Yardstick, runner: Runner, block_size: int, rounded_by
     tokens, blocks, start = yardstick.tokens, list(range(-(-LENGTH // block_size))), 0
     found = []
     for count in CHUNKS:
-        row = Row(start, tokens[start : start + count], blocks, range(count))
+        row = Row(start, tokens[start : start + count], blocks, range(count), turned_for=LENGTH)
         with followed_choices(yardstick.choices, range(start, start + count), yardstick.dtype):
             found.append(runner.forward([row]).float().clone())
         start += count

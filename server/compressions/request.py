@@ -62,7 +62,7 @@ class CompressionRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the size of σ and of the context's KV depends on."""
+    """What the size of σ and of the context's KV depends on; beyond `max_positions` positions may turn otherwise."""
 
     num_layers: int
     num_kv_heads: int
@@ -85,7 +85,7 @@ class ModelShape:
             num_kv_heads=family.num_kv_heads,
             head_dim=family.head_dim,
             hidden_size=family.hidden_size,
-            max_positions=family.max_positions,
+            max_positions=family.of_one_kind,
             vocab_size=getattr(config.get_text_config(), "vocab_size", None),
         )
 

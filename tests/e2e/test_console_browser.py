@@ -156,7 +156,7 @@ def compress(visitor: Visitor) -> None:
     page.get_by_role("alert").get_by_text("name").first.wait_for()
     page.get_by_label("Name", exact=True).fill("lamps")
     page.get_by_label("Length in virtual tokens: another number").fill("8")
-    page.get_by_label("Time to learn: another number").fill("0.3")
+    page.get_by_label("Time to learn: another number").fill("0.1")
     page.get_by_label("Preview").check()
     page.get_by_role("button", name="Compress").click()
     page.get_by_role("progressbar", name="Compression of lamps").wait_for()

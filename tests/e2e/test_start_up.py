@@ -104,10 +104,8 @@ def test_a_port_that_is_taken(
 
 
 @pytest.fixture(scope="session")
-def longrope_model(tiny_llama: Reference, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Positions beyond the first 64 turn by other frequencies, which is not supported."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    scaling = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64, **factors}
+def chunked_model(tiny_llama: Reference, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tokens behind the first 64 see none of these, which is not supported."""
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=32,
@@ -115,10 +113,11 @@ def longrope_model(tiny_llama: Reference, tmp_path_factory: pytest.TempPathFacto
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        rope_parameters=scaling,
+        layer_types=["chunked_attention"] * 2,
+        attention_chunk_size=64,
         max_position_embeddings=128,
     )
-    path = tmp_path_factory.mktemp("models") / "longrope"
+    path = tmp_path_factory.mktemp("models") / "chunked"
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(tiny_llama.path).save_pretrained(path)
     return str(path)
@@ -150,7 +149,7 @@ def test_a_model_that_is_not_there(tiny_flags: tuple[str, ...], tmp_path: Path) 
 
 def test_a_model_that_is_not_supported(
     tiny_flags: tuple[str, ...],
-    longrope_model: str,
+    chunked_model: str,
     tmp_path: Path,
     no_settings: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -158,14 +157,14 @@ def test_a_model_that_is_not_supported(
     """Known only once the engine, in its process, looks at it; the front end that tells of it needs none of its own."""
     before = signal.getsignal(signal.SIGTERM)
     try:
-        flags = ("--model", longrope_model, "--prompt-store", str(tmp_path / "store"), "--port", str(free_port()))
+        flags = ("--model", chunked_model, "--prompt-store", str(tmp_path / "store"), "--port", str(free_port()))
         status = main(["serve", *tiny_flags, *flags])
     finally:
         signal.signal(signal.SIGTERM, before)
     check_refusal(
         status,
         capsys.readouterr().err,
-        ("longrope", "--max-model-len 64 serves it"),
+        ("attention_chunk_size", "--max-model-len 64 serves it"),
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softbatch.scheduler.block_pool import BlockPool, OutOfBlocks
+from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.protocol import BACKGROUND, AddRequest, SequenceOutput
 from softbatch.scheduler.scheduler import Scheduler
 from softbatch.scheduler.soft_prompt_cache import LoadState
@@ -52,9 +53,10 @@ def drive(
     extra_budget=st.integers(0, 20),
     async_scheduling=st.sampled_from(["off", "on", "resampled"]),
     fail=st.sampled_from([0.0, 0.02, 0.2]),
+    length_rule=st.sampled_from([None, None, LengthRule(11), LengthRule(11, renews=True)]),
 )
 def test_random_traffic_keeps_every_invariant(
-    seed, num_blocks, block_size, slots, extra_budget, async_scheduling, fail
+    seed, num_blocks, block_size, slots, extra_budget, async_scheduling, fail, length_rule
 ):
     """With async scheduling, each step is scheduled and launched before the result of the one before is processed."""
     rng = random.Random(seed)
@@ -65,6 +67,7 @@ def test_random_traffic_keeps_every_invariant(
         max_batch_size=slots,
         max_batch_tokens=slots + extra_budget,
         max_model_len=min(40, capacity),
+        length_rule=length_rule,
     )
     runner = FakeRunner(scheduler, resample=0.2 if async_scheduling == "resampled" else 0.0, fail=fail)
     in_flight: list[tuple[Step, StepResult]] = []

@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.protocol import BACKGROUND, AddRequest, SamplingParams, SequenceOutput
 from tests.support.fake_runner import EOS, FakeRunner, make_scheduler, next_token, prompt_ref
 
@@ -33,14 +34,18 @@ class EngineMachine(RuleBasedStateMachine):
         num_blocks=st.integers(14, 30),
         extra=st.integers(0, 12),
         reuses_output=st.booleans(),
+        length_rule=st.sampled_from([None, LengthRule(11), LengthRule(11, renews=True)]),
     )
-    def start(self, slots: int, num_blocks: int, extra: int, reuses_output: bool) -> None:
+    def start(
+        self, slots: int, num_blocks: int, extra: int, reuses_output: bool, length_rule: LengthRule | None
+    ) -> None:
         self.options = {
             "max_batch_size": slots,
             "num_blocks": num_blocks,
             "max_batch_tokens": slots + extra,
             "max_model_len": 40,
             "reuses_output": reuses_output,
+            "length_rule": length_rule,
         }
         self.asked: dict[str, AddRequest] = {}
         self.received: dict[str, list[int]] = {}

@@ -1,7 +1,10 @@
-"""A C++ compiler for tests of the kernels' build: it compiles each file once, and keeps what came of it.
+"""A C++ compiler for tests of the kernels' build: it compiles once, in few pieces, and keeps what came of it.
 
-Whoever builds the same sources in the same way again, in this run of the tests or a later one, gets a copy. Run as
-`python compile_once.py DIRECTORY ARGUMENTS…`, with the arguments of c++; DIRECTORY is that of one state of the sources.
+Each run of a compiler reads torch's headers, and each piece instantiates its own templates; that is most of what a
+build takes. So a piece is a folder or more: the object of its first file holds all of it, and those of its others hold
+nothing. Whoever builds the same sources in the same way again, in this run of the tests or a later one, gets a copy.
+Run as `python compile_once.py DIRECTORY ARGUMENTS…`, with the arguments of c++; DIRECTORY is that of one state of the
+sources.
 """
 
 from __future__ import annotations
@@ -11,62 +14,57 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 
 def main(directory: Path, arguments: list[str]) -> int:
+    """The status that c++ would end with."""
     if "-shared" in arguments:
         return run(arguments)
-    kept = directory / digest(arguments[: arguments.index("-fPIC")])  # the flags, which all files of a build share
-    kept.mkdir(parents=True, exist_ok=True)
-    output = Path(arguments[arguments.index("-o") + 1])
-    sources = Path(next(each for each in arguments if each.startswith("-I"))[2:])
-    if output.suffix == ".gch" and is_whole(kept, sources):
-        output.touch()  # the objects are there: nobody reads it
-        return 0
+    if "c++-header" in arguments:  # read by each piece as it is, but the flags are looked at here
+        return run([*flags_of(arguments), "-fsyntax-only", "-x", "c++", "-"], "")
+    source, output = (Path(arguments[arguments.index(option) + 1]) for option in ("-c", "-o"))
+    root = Path(next(each for each in arguments if each.startswith("-I"))[2:])
+    piece = piece_of(source, root)
+    is_first = source == piece[0]
+    read = "".join(f'#include "{file}"\n' for file in piece) if is_first else ""
+    options = arguments[: arguments.index("-c")] if is_first else flags_of(arguments)
 
-    def compile_file() -> bool:
-        if run(arguments) != 0:
-            return False
-        part = kept / f"{output.name}.part"  # whoever is killed meanwhile leaves no half of a file
-        shutil.copyfile(output, part)
-        part.replace(kept / output.name)
-        return True
+    def compile_piece(output: Path) -> bool:
+        return run([*options, "-x", "c++", "-c", "-", "-o", str(output)], read) == 0
 
-    if not once(kept / output.name, compile_file, output):
-        return 1
-    if output.suffix != ".gch" and is_whole(kept, sources):
-        for header in kept.glob("*.gch"):  # hundreds of megabytes
-            with locked(header):
-                header.unlink(missing_ok=True)
-    return 0
+    kept = directory / digest(flags_of(arguments)) / f"{source.stem}.o"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    return 0 if once(kept, compile_piece, output) else 1
 
 
-def run(arguments: list[str]) -> int:
-    return subprocess.run(["c++", *arguments], check=False).returncode
+def flags_of(arguments: list[str]) -> list[str]:
+    """Those that all files of a build share, whatever directory they are compiled in."""
+    return arguments[: arguments.index("-fPIC")]
 
 
-def is_whole(kept: Path, sources: Path) -> bool:
-    return all((kept / f"{source.stem}.o").exists() for source in sources.rglob("*.cpp"))
+def piece_of(source: Path, root: Path) -> list[Path]:
+    """The files that are compiled with this one: the decoders and layers, or all the others."""
+    is_llama = source.parent.name == "llama"
+    return [file for file in sorted(root.rglob("*.cpp")) if (file.parent.name == "llama") == is_llama]
 
 
-def once(result: Path, make: Callable[[], bool], copy: Path) -> bool:
-    """Whether `copy` has what `result` has, which whoever asked first has made."""
-    with locked(result):
-        if not result.exists() and not make():
-            return False
-        if not copy.exists():
-            shutil.copyfile(result, copy)
-        return True
+def run(arguments: list[str], text: str | None = None) -> int:
+    return subprocess.run(["c++", *arguments], input=text, text=True, check=False).returncode
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    with path.with_suffix(f"{path.suffix}.lock").open("w") as lock:
+def once(kept: Path, make: Callable[[Path], bool], copy: Path) -> bool:
+    """Whether `copy` has what `kept` has, which whoever asked first has made."""
+    with kept.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        if not kept.exists():
+            part = kept.with_suffix(".part")  # whoever is killed meanwhile leaves no half of a file
+            if not make(part):
+                return False
+            part.replace(kept)
+    shutil.copyfile(kept, copy)
+    return True
 
 
 def digest(arguments: list[str]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from functools import cache
 
 import torch
 
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt
 from softbatch.scheduler.engine.engine import Engine, build_engine
+from softbatch.scheduler.model.source import ModelSource, resolve
 from softbatch.scheduler.protocol import (
     AddRequest,
     CancelRequest,
@@ -31,9 +33,15 @@ def build(path: str, *, num_blocks: int, block_size: int = 16, **overrides: obje
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bytes_per_block = 2 * config.num_hidden_layers * heads * head_dim * block_size * 4
     gib = (num_blocks + 0.5) * bytes_per_block / 2**30
-    engine, ready = build_engine(EngineConfig(kv_cache_gib=gib, **probe), lambda *_: None)
+    engine, ready = build_engine(EngineConfig(kv_cache_gib=gib, **probe), lambda *_: None, source_of(path))
     assert ready.num_blocks == num_blocks
     return engine, ready
+
+
+@cache
+def source_of(path: str) -> ModelSource:
+    """Its tokenizer, which takes longer to read than a tiny model, is read for the first engine only."""
+    return resolve(path)
 
 
 def run(

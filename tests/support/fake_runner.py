@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from softbatch.scheduler.protocol import AddRequest, SamplingParams, SoftPromptRef
 from softbatch.scheduler.scheduler import Scheduler
@@ -13,7 +14,7 @@ from softbatch.scheduler.step import Step, StepResult
 EOS = 0
 
 
-def make_scheduler(**overrides: float) -> Scheduler:
+def make_scheduler(**overrides: Any) -> Scheduler:
     values = {
         "max_batch_size": 4,
         "max_batch_tokens": 16,
@@ -89,7 +90,8 @@ class FakeRunner:
             assert row.end < row.sequence.max_length, "this one has all the tokens that it may have"
             for position in range(row.start, row.end):
                 token = tokens[position - row.sequence.num_virtual]
-                self.slots[self.slot(row.sequence.block_table, position)] = ("token", position, token)
+                is_long = self.is_long(row.sequence, len(tokens), position)
+                self.slots[self.slot(row.sequence.block_table, position)] = ("token", position, token, is_long)
         sampled, resampled = {}, set()
         for row in step.rows:
             sequence, tokens = row.sequence, known[row.sequence.request_id]
@@ -98,7 +100,9 @@ class FakeRunner:
                 if position < sequence.num_virtual:
                     assert held == (sequence.soft_prompt.sha256, position)
                 else:
-                    assert held == ("token", position, tokens[position - sequence.num_virtual])
+                    is_long = self.is_long(sequence, len(tokens), position)
+                    assert held == ("token", position, tokens[position - sequence.num_virtual], is_long)
+                    assert is_long is self.turns_as_long(sequence, position)
             if row.end == sequence.length:
                 sampled[sequence.request_id] = self.pending[sequence.request_id] = next_token(tokens)
                 if self.rng.random() < self.resample:
@@ -110,6 +114,19 @@ class FakeRunner:
         }
         self.scheduler.mark_in_flight(step)
         return StepResult(sampled, {}, {}, errors, prefill_errors, frozenset(resampled))
+
+    def is_long(self, sequence: Sequence, num_tokens: int, position: int) -> bool:
+        """How transformers turns this position of a sequence that has so many tokens by now."""
+        rule = self.scheduler.config.length_rule
+        if rule is None:
+            return False
+        counted = num_tokens if rule.renews and sequence.soft_prompt is None else sequence.num_prompt
+        return max(sequence.num_virtual + counted, position + 1) > rule.original
+
+    def turns_as_long(self, sequence: Sequence, position: int) -> bool:
+        """The same as a model is told it."""
+        rule = self.scheduler.config.length_rule
+        return rule is not None and max(sequence.turned_for, position + 1) > rule.original
 
     def known_tokens(self, sequence: Sequence) -> list[int]:
         """With the token in flight, if there is one."""

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support.models import FEW_TOKENS, keep_first_tokens
+
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 32,
@@ -60,6 +62,19 @@ SCALED_BY_POSITION = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+
+
+def longrope(frequencies: int, original: int) -> dict[str, Any]:
+    """Positions that turn far more slowly in sequences of more than `original` tokens."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + 0.1 * i for i in range(frequencies)],
+        "long_factor": [4.0 + 3.0 * i for i in range(frequencies)],
+        "original_max_position_embeddings": original,
+    }
+
+
 # Windows shorter than a prompt, and what else a family does otherwise than Llama: each is served as transformers
 # computes it (tests/scheduler/engine/test_families.py). The names are those that people know them by.
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,7 +89,13 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("gemma2", {"sliding_window": WINDOW, "layer_types": MIXED}),
     "Gemma 3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": MIXED}),
     "Phi-3": ("phi3", {"sliding_window": WINDOW}),
-    "Phi-4-mini": ("phi3", {"partial_rotary_factor": 0.5}),
+    "Phi-4-mini": (
+        "phi3",
+        {
+            "rope_parameters": longrope(2, 40) | {"partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 40,
+        },
+    ),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", {"sliding_window": WINDOW, "layer_types": MIXED}),
@@ -93,7 +114,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 def save_family(
     path: Path, tokenizer_of: str, kind: str = "llama", dtype: torch.dtype | None = None, **fields: Any
 ) -> Path:
-    """A random model of `kind` with the tokenizer of another directory; its weights are spread wider than at first."""
+    """A random model of `kind` with the first tokens of another directory's tokenizer, as reading them all takes longer
+    than all else; its weights are spread wider than at first."""
     torch.manual_seed(11)
     config = AutoConfig.for_model(kind, **(FAMILIES[kind] | fields))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
@@ -107,6 +129,7 @@ def save_family(
     model.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(tokenizer_of) / name, path / name)
+    keep_first_tokens(path, FEW_TOKENS)
     return path
 
 

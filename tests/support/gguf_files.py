@@ -71,6 +71,35 @@ def phi3_numbers() -> dict[str, Any]:
     return {name.replace("llama.", "phi3."): value for name, value in NUMBERS.items()}
 
 
+LONGROPE: dict[str, Any] = {  # what converters write of a Phi-3 whose positions turn by the length of a sequence
+    "phi3.context_length": 256,
+    "phi3.rope.dimension_count": HEAD_DIM // 2,
+    "phi3.rope.scaling.original_context_length": 40,
+    "phi3.rope.scaling.attn_factor": 1.19,
+}
+
+
+def phi3_tensors() -> dict[str, np.ndarray[Any, Any]]:
+    """A tied Phi-3 with factors for both lengths of sequences."""
+    rng = np.random.default_rng(8)
+    shapes = {"token_embd.weight": (VOCAB, HIDDEN)}
+    found = {"output_norm.weight": np.ones(HIDDEN, np.float32)}
+    for layer in range(LAYERS):
+        shapes |= {
+            f"blk.{layer}.attn_qkv.weight": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+            f"blk.{layer}.attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+            f"blk.{layer}.ffn_up.weight": (2 * FEED_FORWARD, HIDDEN),
+            f"blk.{layer}.ffn_down.weight": (HIDDEN, FEED_FORWARD),
+        }
+        for norm in ("attn_norm", "ffn_norm"):
+            found[f"blk.{layer}.{norm}.weight"] = np.ones(HIDDEN, np.float32)
+    found |= {name: rng.normal(0, 0.15, shape).astype(np.float32) for name, shape in shapes.items()}
+    return found | {
+        "rope_factors_short.weight": np.array([1.0, 1.25], np.float32),
+        "rope_factors_long.weight": np.array([3.0, 9.5], np.float32),
+    }
+
+
 def gpt2_numbers() -> dict[str, Any]:
     return {
         "gpt2.context_length": 64,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ class Reference:
         is_whole = len(guess) == max_tokens or (0 < len(guess) < max_tokens and guess[-1] in stops)
         if not is_whole or stops & set(guess[:-1]):
             return False
+        if (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
+            return False  # one forward turns all positions alike, and many do not
         ids = torch.tensor([[*token_ids, *guess[:-1]]])
         if prompt is None:
             output = self.model(ids, use_cache=False, logits_to_keep=len(guess))
@@ -156,12 +159,17 @@ def save_tiny_compressible(path: Path) -> str:
 def keep_first_tokens(directory: Path, count: int) -> None:
     """Cut the byte-level BPE tokenizer that lies there to its first tokens: rare words become several of them."""
     path = directory / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(first_tokens(path.read_text(encoding="utf-8"), count), encoding="utf-8")
+
+
+@cache
+def first_tokens(tokenizer_json: str, count: int) -> str:
+    tokenizer = json.loads(tokenizer_json)
     known = {token: number for token, number in tokenizer["model"]["vocab"].items() if number < count}
     merges = tokenizer["model"]["merges"]
     tokenizer["model"]["vocab"] = known
     tokenizer["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= known.keys()]
-    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return json.dumps(tokenizer)
 
 
 TINY_CONFIGS = {

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softbatch.prompt_store.compression.frozen.layer_kinds import narrow_windows, rotary_kinds_of, windows_of
+from softbatch.prompt_store.compression.frozen.layer_kinds import (
+    longest_of_one_kind,
+    narrow_windows,
+    rotary_kinds_of,
+    windows_of,
+)
 from softbatch.prompt_store.compression.frozen.prefix import (
     ATTENTION_NAME,
     Attend,
@@ -122,7 +127,7 @@ class Decoder:
         with narrow_windows(config, windows) as self.windows:
             self._check(config, probe, kernels)
         self.windows = windows
-        self.window = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+        self.window = longest_of_one_kind(config) or 1 << 30
 
     def _check(self, config: Any, probe: Tensor, kernels: Kernels | None) -> None:
         """Measure the model, and take what computes it. Raises ValueError where that is not as transformers does."""

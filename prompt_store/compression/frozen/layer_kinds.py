@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,21 @@ def rotary_kinds_of(body: Any, config: Any) -> tuple[str | None, ...]:
     attentions = [getattr(layer, "self_attn", None) for layer in getattr(body, "layers", [None] * layers)]
     turns = [bool(getattr(attention, "use_rope", True)) for attention in attentions]
     return tuple(kind if turn else None for kind, turn in zip(kinds, turns, strict=True))
+
+
+def longest_of_one_kind(config: Any) -> int | None:
+    """How long sequences are whose positions all turn in one way; None for a model that does not say.
+
+    Beyond the original length of some scalings they turn otherwise, by the longest sequence of a batch.
+    """
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [each for each in parameters.values() if isinstance(each, Mapping)]
+    for each in nested or [parameters]:
+        original = each.get("original_max_position_embeddings")
+        if each.get("rope_type") == "longrope" and original is not None:
+            longest = min(longest or original, original)
+    return longest
 
 
 @contextmanager

@@ -125,11 +125,19 @@ def make_decoder(
     rotary_scales: Tensor,
     *,
     kv_format: KvFormat,
+    long_frequencies: Tensor | None = None,
 ) -> Any:
     """The C++ class Decoder: all layers of a served model, which attends in `dtype`. `shape` has the numbers that
-    csrc/llama/decoder_shape.h names, the tensors what each rotary scheme has."""
+    csrc/llama/decoder_shape.h names, the tensors what each rotary scheme has, in long sequences too if they turn
+    otherwise."""
     return torch.classes.softbatch.Decoder(
-        weights.value, dtype, shape, frequencies.float(), rotary_scales, kv_format.value
+        weights.value,
+        dtype,
+        shape,
+        frequencies.float(),
+        rotary_scales,
+        None if long_frequencies is None else long_frequencies.float(),
+        kv_format.value,
     )
 
 

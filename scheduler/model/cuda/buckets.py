@@ -43,6 +43,7 @@ class BucketedBatches:
     block_size: int
     device: torch.device
     planner: Planner | None
+    by_length: bool = False
 
     @property
     def shapes(self) -> list[BatchShape]:
@@ -53,13 +54,16 @@ class BucketedBatches:
     def __call__(self, rows: Sequence[Row]) -> RaggedBatch:
         shape = self._shape_for(rows)
         if shape is None:
-            return build_batch(rows, self.block_size, self.device, self.planner)
+            return self._build(rows)
         padding = [self._padding_row] * (shape.tokens - sum(row.count for row in rows))
-        return build_batch([*rows, *padding], self.block_size, self.device, self.planner, shape)
+        return self._build([*rows, *padding], shape)
 
     def empty(self, shape: BatchShape) -> RaggedBatch:
         """A batch of padding rows only."""
-        return build_batch([self._padding_row] * shape.tokens, self.block_size, self.device, self.planner, shape)
+        return self._build([self._padding_row] * shape.tokens, shape)
+
+    def _build(self, rows: Sequence[Row], shape: BatchShape | None = None) -> RaggedBatch:
+        return build_batch(rows, self.block_size, self.device, self.planner, shape, by_length=self.by_length)
 
     def _shape_for(self, rows: Sequence[Row]) -> BatchShape | None:
         tokens, logits = sum(row.count for row in rows), sum(len(row.logit_rows) for row in rows)

@@ -14,10 +14,11 @@ from softbatch.scheduler.model.attention.tiles import next_power_of_two
 from softbatch.scheduler.model.attention.triton import TritonAttention
 from softbatch.scheduler.model.batch import RaggedBatch
 from softbatch.scheduler.model.kv_cache import KVCache
+from softbatch.scheduler.model.rotary import RotaryByLength
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Rotary embeddings whose frequencies do not depend on the length.
-_ROTARY = ("default", "linear", "llama3", "yarn")
+# Rotary embeddings whose frequencies do not depend on the length, or only on whether a sequence is a long one.
+_ROTARY = ("default", "linear", "llama3", "yarn", "longrope")
 _SILU_COLUMNS = 1024
 
 
@@ -72,6 +73,7 @@ class FusedForward:
         self._eps: float = config.rms_norm_eps
         self._embed = model.get_input_embeddings()
         self._rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] = model.model.rotary_emb
+        self._by_length = RotaryByLength(model)
         self._layers = [_merge(layer) for layer in model.model.layers]
         self._norm: torch.Tensor = model.model.norm.weight
         self._lm_head = model.lm_head
@@ -84,7 +86,9 @@ class FusedForward:
         hidden = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             hidden[first : first + embeddings.shape[0]] = embeddings
-        cos, sin = (part[0].contiguous() for part in self._rotary(hidden[None], batch.positions[None]))
+        with self._by_length.of(batch.lengths):
+            turns = self._rotary(hidden[None], batch.positions[None])
+        cos, sin = (part[0].contiguous() for part in turns)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             normed = self._add_norm(hidden, delta, layer.input_norm)

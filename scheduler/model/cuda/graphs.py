@@ -143,6 +143,8 @@ def _tensors(batch: RaggedBatch) -> list[torch.Tensor]:
     attention, plan = batch.attention, batch.attention.plan
     tensors = [batch.token_ids, batch.positions, batch.logit_rows]
     tensors += [attention.slot_mapping, attention.context_len, attention.block_table]
+    if batch.lengths is not None:
+        tensors.append(batch.lengths)
     if plan is not None:
         tensors += [plan.narrow, plan.merges]
     if batch.shape is not None and not batch.shape.is_decoding:

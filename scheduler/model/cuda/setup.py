@@ -42,6 +42,7 @@ def with_graphs(
     max_batch_tokens: int,
     max_model_len: int,
     capturer: Capturer,
+    by_length: bool = False,
 ) -> tuple[GraphForward, BatchBuilder]:
     """The forward pass with graphs, not captured yet, and the builder of padded batches for them."""
     batches = BucketedBatches(
@@ -52,6 +53,7 @@ def with_graphs(
         block_size=kv_cache.block_size,
         device=kv_cache.device,
         planner=planner,
+        by_length=by_length,
     )
     # One block more than the longest sequence fills, because its last token may be the first of a block.
     max_blocks = -(-max_model_len // kv_cache.block_size) + 1
@@ -93,6 +95,7 @@ def largest_step(
     )
     forward = make_forward(model, kv_cache, backend, max_model_len)
     planner = make_planner(model, backend, spec)
+    by_length = Family.of(model.config).length_rule is not None
     rows, left = [], config.max_batch_tokens
     while left > 0:  # all in the same blocks, because the result does not matter
         count = min(left, length)
@@ -104,7 +107,7 @@ def largest_step(
     params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, repetition_penalty=1.1)
 
     def launched() -> Samples:
-        logits = forward(build_batch(rows, config.block_size, device, planner))
+        logits = forward(build_batch(rows, config.block_size, device, planner, by_length=by_length))
         return sample(logits.nan_to_num(), [SampleInput(params, [0], 1, index) for index in range(len(logits))])
 
     @torch.inference_mode()

@@ -21,6 +21,7 @@ from softbatch.scheduler.model.llama.description import (
     layer_blocks,
     layer_weights,
     linears,
+    long_rotary_of,
     norm_of,
     rotary_of,
     rotary_of_layers,
@@ -91,7 +92,12 @@ def _has_room_for_a_copy(model: Any) -> bool:
 
 def _make_decoder(model: Any, kv_cache: KVCache, weights: WeightFormat) -> Any:
     return ops.make_decoder(
-        weights, kv_cache.dtype, shape_of(model), *rotary_of(model), kv_format=kv_cache.format.kv_format
+        weights,
+        kv_cache.dtype,
+        shape_of(model),
+        *rotary_of(model),
+        kv_format=kv_cache.format.kv_format,
+        long_frequencies=long_rotary_of(model),
     )
 
 
@@ -129,6 +135,7 @@ class DecoderForward:
         formats = dict.fromkeys((self.weights, self.weights_of_long_steps))
         decoders = {each: _make_decoder(model, kv_cache, each) for each in formats}
         family, parts = Family.of(model.config), FAMILIES[type(model).__name__]
+        self._length_rule = family.length_rule
         windows = family.windows if longest is None else family.windows_within(longest)
         layers = zip(model.model.layers, kv_cache.keys, kv_cache.values, windows, rotary_of_layers(model), strict=True)
         for index, (layer, keys, values, window, rotary) in enumerate(layers):
@@ -166,7 +173,9 @@ class DecoderForward:
         inputs = self._embed(batch.token_ids)
         for first, embeddings in batch.embeddings:
             inputs[first : first + embeddings.shape[0]] = embeddings
-        attention = batch.attention
+        attention, rule = batch.attention, self._length_rule
+        if rule is not None and batch.lengths is None:
+            raise ValueError("the batch has no lengths for positions that turn by them")
         decoder = self._decoder if inputs.shape[0] < LONG_STEP else self._decoder_of_long_steps
         out: torch.Tensor = decoder.forward(
             inputs,
@@ -179,5 +188,6 @@ class DecoderForward:
             as_states,
             attention.decodes,
             attention.joins_ranges,
+            None if rule is None or batch.lengths is None else batch.lengths > rule.original,
         )
         return out

@@ -18,7 +18,7 @@ from softbatch.scheduler.model.key_offsets import KeyOffsets
 BEFORE = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 BEHIND = {"attended_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"}
 AROUND = BEHIND | {"input_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
-# Their frequencies are the same at every length that family.py lets a sequence have.
+# Their frequencies are the same in all sequences, or the one or the other.
 _ROTARY = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
 _MLP = frozenset({"gate", "up", "down"})
 
@@ -119,10 +119,20 @@ def shape_of(model: Any) -> dict[str, float]:
 
 
 def rotary_of(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frequencies [schemes, half] and scales [schemes] of rotary positions."""
+    """Frequencies [schemes, half] and scales [schemes] of rotary positions; of short sequences, where there are two."""
     rotary, names = model.model.rotary_emb, _schemes(model)
-    frequencies = torch.stack([getattr(rotary, f"{name}inv_freq") for name in names])
+    # Where there are, transformers has those of its last call in the other buffer.
+    own = "inv_freq" if Family.of(model.config).length_rule is None else "original_inv_freq"
+    frequencies = torch.stack([getattr(rotary, f"{name}{own}") for name in names])
     return frequencies, torch.tensor([float(getattr(rotary, f"{name}attention_scaling")) for name in names])
+
+
+def long_rotary_of(model: Any) -> torch.Tensor | None:
+    """The frequencies of long sequences, where theirs are others, once `keep_long_frequencies` has kept them."""
+    if Family.of(model.config).length_rule is None:
+        return None
+    rotary = model.model.rotary_emb
+    return torch.stack([getattr(rotary, f"{name}long_inv_freq") for name in _schemes(model)])
 
 
 def rotary_of_layers(model: Any) -> list[int]:
@@ -136,7 +146,9 @@ def rotary_of_layers(model: Any) -> list[int]:
 
 def key_offsets_of(model: Any) -> KeyOffsets | None:
     """The biases of keys, which some families have many times as large as the rest of a key; None where there are none,
-    or where a norm behind them makes them differ from key to key."""
+    or where a norm behind them makes them differ from key to key, or how long a sequence is."""
+    if Family.of(model.config).length_rule is not None:
+        return None
     layers, parts, shape = model.model.layers, FAMILIES[type(model).__name__], shape_of(model)
     weights = [layer_weights(layer, parts) for layer in layers]
     if not all("key_bias" in each and "key_norm" not in each for each in weights):

@@ -19,6 +19,7 @@ from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.llama.description import (
     activation_of,
     is_described,
+    long_rotary_of,
     rotary_of,
     rotary_of_layers,
     shape_of,
@@ -171,8 +172,9 @@ def _agree(model: Any, outlined: Any) -> bool:
     """Whether both say the same of everything but the weights."""
     tokens = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))
     embedded = [each.get_input_embeddings()(tokens) for each in (model, outlined)]
+    turned = [[*rotary_of(each), long_rotary_of(each)] for each in (model, outlined)]
     return bool(
-        all(torch.equal(*pair) for pair in (embedded, *zip(rotary_of(model), rotary_of(outlined), strict=True)))
+        all(one is other or torch.equal(one, other) for one, other in (embedded, *zip(*turned, strict=True)))
         and Family.of(model.config) == Family.of(outlined.config)
         and shape_of(model) == shape_of(outlined)
         and rotary_of_layers(model) == rotary_of_layers(outlined)

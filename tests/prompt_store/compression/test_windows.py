@@ -17,6 +17,7 @@ from softbatch.prompt_store.compression.frozen.untrained_start import chosen_pos
 from softbatch.prompt_store.compression.training.hidden_states import hidden_states_of
 from softbatch.prompt_store.compression.training.matching import MatchingSettings, fit, selected
 from softbatch.prompt_store.compression.training.student import Student
+from softbatch.server.compressions.request import ModelShape
 from tests.support.families import FAMILIES, SERVED
 from tests.support.students import random_prefix
 
@@ -34,6 +35,13 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
     return model.eval()
+
+
+def test_contexts_end_where_positions_turn_otherwise() -> None:
+    """Behind the original length, those of all rows of a batch would."""
+    decoder = Decoder(make_model("Phi-4-mini"))
+    assert decoder.window == ModelShape.of(decoder.model.config).max_positions == 40
+    assert Decoder(make_model("Llama")).window == FAMILIES["llama"]["max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -42,7 +42,13 @@ def test_log_probabilities_in_chunks(served: Reference) -> None:
     found, start = [], 0
     for count in CHUNKS:
         rows = [
-            Row(start, tokens[start : start + count], list(range(8 * n, 8 * n + 8)), range(count))
+            Row(
+                start,
+                tokens[start : start + count],
+                list(range(8 * n, 8 * n + 8)),
+                range(count),
+                turned_for=sum(CHUNKS),
+            )
             for n, tokens in enumerate(sequences)
         ]
         found.append(runner.forward(rows).view(2, count, -1).clone())

@@ -29,6 +29,7 @@ from tests.support.attention_cases import KINDS, NAN, RAGGED, Case, make_case, o
 from tests.support.models import in_threads
 
 ROOT = Path(__file__).parents[3]
+COMPILE_ONCE = ROOT / "tests" / "support" / "compile_once.py"
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
@@ -478,7 +479,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[list[str], str]:
 def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What was compiled of just these sources, by this compiler for this torch, in this run of the tests or before."""
     compiler = subprocess.check_output(["c++", "--version"])
-    state = hashlib.sha256(content_of_sources() + compiler + torch.__version__.encode()).hexdigest()[:16]
+    parts = (content_of_sources(), COMPILE_ONCE.read_bytes(), compiler, torch.__version__.encode())
+    state = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     cache: pytest.Cache | None = getattr(request.config, "cache", None)
     root = cache.mkdir("kernels") if cache else tmp_path_factory.mktemp("kernels")
     for other in root.iterdir():
@@ -488,9 +490,8 @@ def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def quick_compiler(directory: Path, first: str, objects: Path) -> Path:
-    """One that runs the shell command `first`, and compiles no file twice."""
-    once = ROOT / "tests" / "support" / "compile_once.py"
-    return script(directory / "g++", f'{first}\nexec "{sys.executable}" "{once}" "{objects}" "$@"')
+    """One that runs the shell command `first`, and compiles nothing twice."""
+    return script(directory / "g++", f'{first}\nexec "{sys.executable}" "{COMPILE_ONCE}" "{objects}" "$@"')
 
 
 def script(path: Path, text: str) -> Path:
@@ -506,12 +507,8 @@ def test_processes_that_start_together_share_a_cache(tmp_path: Path, objects: Pa
 
     It optimises less than it is told, to be done sooner: what is portable is in the sources.
     """
-    old_compiler = quick_compiler(
-        tmp_path,
-        'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac\n'
-        + REPLACE % ("-O3", "-O1"),
-        objects,
-    )
+    lacks_native = 'case " $* " in *" -march=native "*) echo "error: bad value native" >&2; exit 1;; esac'
+    old_compiler = quick_compiler(tmp_path, f"{lacks_native}\n{REPLACE % ('-O3', '-O1')}", objects)
     cache = tmp_path / "cache"
     together = [start(cache, old_compiler), start(cache, old_compiler)]
     for output, log in map(finish, together):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from softbatch.scheduler.length_rule import LengthRule
 from softbatch.scheduler.model import transformers_attention as interface
 from softbatch.scheduler.model.batch import Row
 from softbatch.scheduler.model.family import Family
@@ -18,18 +19,12 @@ from softbatch.scheduler.model.self_check import short_windows
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.model.transformers_attention import ATTENTION_NAME, paged_attention
 from softbatch.scheduler.protocol import EngineConfig
-from tests.support.families import FAMILIES, SIZES, edit_weights, save_family
+from tests.support.families import FAMILIES, SIZES, edit_weights, longrope, save_family
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-LONGROPE = {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 64,
-    "rope_theta": 1e4,
-}
+LONGROPE = longrope(4, 64)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def check_equal(loaded: Loaded, path: Path, length: int) -> None:
     rows, first = [], 0
     for tokens in sequences:
         blocks = list(range(first, first + -(-len(tokens) // size)))
-        rows.append(Row(0, tokens, blocks, range(len(tokens) - 1, len(tokens))))
+        rows.append(Row(0, tokens, blocks, range(len(tokens) - 1, len(tokens)), turned_for=len(tokens)))
         first += len(blocks)
     with torch.inference_mode():
         found = loaded.runner.forward(rows)
@@ -93,13 +88,30 @@ def test_a_factor_that_transformers_drops_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
-def test_longrope_is_served_as_far_as_its_short_factors_reach(kind: str, tokenizer: str, tmp_path: Path) -> None:
+def test_longrope_is_served_on_both_sides_of_its_original_length(kind: str, tokenizer: str, tmp_path: Path) -> None:
     fields = {"original_max_position_embeddings": 64} if kind == "phi3" else {}  # it has a field of its own
     path = save_family(tmp_path / kind, tokenizer, kind, rope_parameters=LONGROPE, **fields)
-    for asked in (None, 65):
-        with pytest.raises(ModelError, match=r"longrope.*: --max-model-len 64 serves it"):
-            start(path, asked)
-    check_equal(start(path, 64), path, 64)
+    loaded = start(path)
+    assert (loaded.info.max_model_len, loaded.length_rule) == (256, LengthRule(64, renews=kind == "phi3"))
+    for length in (64, 65, 200):
+        check_equal(loaded, path, length)
+    with pytest.raises(ModelError, match="--max-model-len 257 is more than the model's own 256"):
+        start(path, 257)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("long_factor", [4.0] * 3, "3 entries"),
+        ("short_factor", [1.0, 1.0, 0.0, 1.0], r"\[1.0, 1.0, 0.0, 1.0\]"),
+        ("long_factor", None, "None"),
+    ],
+)
+def test_wrong_factors_are_refused_by_name(field: str, value: Any, told: str) -> None:
+    text = LlamaConfig(**SIZES, rope_parameters=LONGROPE)
+    text.rope_parameters = LONGROPE | {field: value}
+    with pytest.raises(ModelError, match=rf"rope_parameters.{field} is .?{told}.?, but must be 4 numbers above 0"):
+        Family.of(text)
 
 
 WINDOWS: list[tuple[str, dict[str, Any]]] = [

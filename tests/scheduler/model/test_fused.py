@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from softbatch.scheduler.model.attention.triton import build
 from softbatch.scheduler.model.batch import Row, build_batch
 from softbatch.scheduler.model.cuda import fused
+from softbatch.scheduler.model.family import Family
 from softbatch.scheduler.model.kv_cache import KVCache
 from tests.support import triton_device
+from tests.support.families import longrope
 from tests.support.models import TINY_CONFIGS
 
 SIZES = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -22,6 +24,7 @@ CONFIGS = {
     "mistral": MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=24, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES, num_attention_heads=6, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SIZES, num_attention_heads=6, num_key_value_heads=2, head_dim=20),
+    "longrope": LlamaConfig(**SIZES, num_attention_heads=6, rope_parameters=longrope(4, 30)),
 }
 TOKENS = [(37 * i) % 300 for i in range(41)]
 
@@ -55,12 +58,12 @@ def fused_logits(model: Any, device: torch.device, embeddings: torch.Tensor | No
     assert attention is not None
     forward = fused.FusedForward(model, cache, attention)
     table, other = [3, 1, 5, 2, 7, 9], Row(0, [5, 6, 7], [11], range(0))
-    found = []
+    found, by_length = [], Family.of(config).length_rule is not None
     with torch.inference_mode():
         for start, end in ((0, 17), (17, 40), (40, 41)):
             part = embeddings[start:end] if embeddings is not None else None
-            mine = Row(start, TOKENS[start:end], table, range(end - start), embeddings=part)
-            found.append(forward(build_batch([other, mine], 8, device)))
+            mine = Row(start, TOKENS[start:end], table, range(end - start), part, turned_for=len(TOKENS))
+            found.append(forward(build_batch([other, mine], 8, device, by_length=by_length)))
     return torch.cat(found).float().cpu()
 
 

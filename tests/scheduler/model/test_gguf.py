@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from softbatch.scheduler.model import gguf_conversion, gguf_tokenizer
@@ -19,20 +20,24 @@ from softbatch.scheduler.model import weights as weight_loading
 from softbatch.scheduler.model.gguf_tokenizer import check_tokenizer
 from softbatch.scheduler.model.model_files import check_config
 from softbatch.scheduler.model.source import ModelError, resolve
+from tests.support.engines import build, drain, make_request, tokens_of
 from tests.support.gguf_files import (
     EXPERT_FEED_FORWARD,
     EXPERTS,
     HEAD_DIM,
     HIDDEN,
+    LONGROPE,
     expert_numbers,
     expert_tensors,
     gpt2_numbers,
     gpt2_tensors,
     phi3_numbers,
+    phi3_tensors,
     sentencepiece_fields,
     tensors,
     write_gguf,
 )
+from tests.support.models import load_reference
 from tests.support.tokenizers_of_bytes import as_transformers, byte_fallback
 
 
@@ -114,6 +119,27 @@ def test_a_window_is_taken_from_the_file(said: int, expected: int | None, tmp_pa
 
 
 @pytest.mark.usefixtures("cache")
+def test_factors_of_both_lengths_are_applied(tmp_path: Path) -> None:
+    """The conversion turns positions as the file says, in short sequences and in long ones, and is served so."""
+    file = write_gguf(tmp_path / "a.gguf", phi3_numbers() | LONGROPE, phi3_tensors(), "phi3")
+    path = resolve(str(file)).path
+    config = AutoConfig.from_pretrained(path)
+    assert config.original_max_position_embeddings == 40
+    expected = {"rope_type": "longrope", "short_factor": [1.0, 1.25], "long_factor": [3.0, 9.5]}
+    expected |= {"original_max_position_embeddings": 40, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+    parameters = dict(config.rope_parameters)
+    assert parameters.pop("attention_factor") == pytest.approx(1.19)
+    assert parameters == parameters | expected
+    engine, ready = build(path, num_blocks=24)
+    assert ready.model.max_model_len == 256
+    reference = load_reference(path)
+    prompts = [list(range(3, 3 + length)) for length in (30, 60)]
+    outputs = drain(engine, [make_request(f"r{len(ids)}", ids, max_tokens=15) for ids in prompts])
+    for ids in prompts:
+        assert tokens_of(outputs[f"r{len(ids)}"]) == reference.generate(ids, 15)
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("feed_forward", [4 * HIDDEN, 3 * HIDDEN])
 def test_gpt2_is_converted(feed_forward: int, tmp_path: Path) -> None:
     numbers = gpt2_numbers() | {"gpt2.feed_forward_length": feed_forward}
@@ -131,7 +157,22 @@ def test_what_the_config_has_no_place_for_is_refused(cache: Path, tmp_path: Path
         ),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier"),
         ({}, {"rope_freqs.weight": np.array([1, 3, 9, 4], dtype=np.float32)}, "rope_freqs.weight"),
-        ({}, {"rope_factors_long.weight": np.ones(4, dtype=np.float32)}, "longrope"),
+        ({}, {"rope_factors_long.weight": np.ones(4, dtype=np.float32)}, "original_context_length = None"),
+        (
+            {"llama.rope.scaling.original_context_length": 64},
+            {"rope_factors_long.weight": np.ones(4, dtype=np.float32)},
+            "no tensor rope_factors_short.weight",
+        ),
+        (
+            {"llama.rope.scaling.original_context_length": 64},
+            dict.fromkeys(("rope_factors_long.weight", "rope_factors_short.weight"), np.ones(3, dtype=np.float32)),
+            "factor is '3 entries', but must be 4 numbers above 0",
+        ),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 64},
+            {"rope_factors_long.weight": np.ones(4, dtype=np.float32)},
+            "(longrope) and llama.rope.scaling.type = 'yarn': not supported",
+        ),
         ({"llama.attention.clamp_kqv": 8.0}, {}, "llama.attention.clamp_kqv = 8.0"),
         ({"llama.attention.value_length": 16}, {}, "llama.attention.value_length = 16"),
         ({"split.count": 2}, {}, "split.count"),

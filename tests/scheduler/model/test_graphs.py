@@ -21,6 +21,7 @@ from softbatch.scheduler.model.forward import TransformersForward
 from softbatch.scheduler.model.kv_cache import KVCache
 from tests.support import triton_device
 from tests.support.call_again import CallAgain
+from tests.support.families import longrope
 from tests.support.models import tiny_config
 
 BLOCKS, BLOCK_SIZE, MAX_BLOCKS = 40, 4, 8
@@ -32,18 +33,20 @@ def bucketed(
     max_logits: int,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     planner: Planner | None = None,
+    by_length: bool = False,
 ) -> BucketedBatches:
-    return BucketedBatches(decoding, mixed, max_logits, BLOCKS, BLOCK_SIZE, device, planner)
+    return BucketedBatches(decoding, mixed, max_logits, BLOCKS, BLOCK_SIZE, device, planner, by_length)
 
 
 class Setup:
     """A tiny model, its cache (all NaN, with a scratch block behind the last), and both ways to run it."""
 
-    def __init__(self, device: torch.device, capturer: Capturer, triton: bool) -> None:
+    def __init__(self, device: torch.device, capturer: Capturer, triton: bool, by_length: bool = False) -> None:
         torch.manual_seed(1)
-        self.device = device
+        self.device, self.by_length = device, by_length
+        positions = {"rope_parameters": longrope(4, 9)} if by_length else {}
         model = (
-            AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=2))
+            AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=2, **positions))
             .eval()
             .requires_grad_(False)
             .to(device)
@@ -67,7 +70,7 @@ class Setup:
         if isinstance(attention, TritonAttention):
             planner = attention.planner(heads=8, kv_heads=2, head_dim=8, dtype=torch.float32)
         self.eager = TransformersForward(model, self.cache, attention)
-        self.batches = bucketed(decoding_sizes(6), (8, 24), 4, device, planner)
+        self.batches = bucketed(decoding_sizes(6), (8, 24), 4, device, planner, by_length)
         self.graphs = GraphForward(self.eager, self.batches, MAX_BLOCKS, capturer)
 
     def all_blocks(self) -> list[torch.Tensor]:
@@ -80,7 +83,7 @@ class Setup:
     def check(self, rows: list[Row]) -> None:
         """Both ways from the same cache: the same logits, the same blocks after."""
         before = [tensor.clone() for tensor in self.all_blocks()]
-        expected = self.eager(build_batch(rows, BLOCK_SIZE, self.device)).clone()
+        expected = self.eager(build_batch(rows, BLOCK_SIZE, self.device, by_length=self.by_length)).clone()
         blocks = self.owned()
         for tensor, old in zip(self.all_blocks(), before, strict=True):
             tensor.copy_(old)
@@ -90,10 +93,10 @@ class Setup:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.fixture(params=["reference", *triton_device.DEVICES])
+@pytest.fixture(params=["reference", "by length", *triton_device.DEVICES])
 def make_setup(request: pytest.FixtureRequest) -> Callable[[], Setup]:
-    if request.param == "reference":
-        return lambda: Setup(torch.device("cpu"), CallAgain(), triton=False)
+    if request.param in ("reference", "by length"):
+        return lambda: Setup(torch.device("cpu"), CallAgain(), triton=False, by_length=request.param == "by length")
     device = triton_device.prepare(request.param)
     return lambda: Setup(device, CudaCapturer() if device.type == "cuda" else CallAgain(), triton=True)
 

@@ -20,10 +20,11 @@ import sys
 from softbatch.scheduler.model import hub, source
 
 hub.TIMEOUT_SECONDS = 1.0
-try:
-    print("found", source.resolve(sys.argv[1]).path)
-except source.ModelError as error:
-    print("refused", error)
+for model in sys.argv[1:]:
+    try:
+        print("found", source.resolve(model).path)
+    except source.ModelError as error:
+        print("refused", error)
 """
 
 
@@ -61,9 +62,10 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def resolved(model: str, endpoint: str, home: Path) -> str:
+def resolved(endpoint: str, home: Path, *models: str) -> list[str]:
+    """A line for each of them, all from one process: the hub's address is read when its package is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, model],
+        [sys.executable, "-c", PROGRAM, *models],
         cwd=PROJECT,
         env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"},
         capture_output=True,
@@ -71,20 +73,22 @@ def resolved(model: str, endpoint: str, home: Path) -> str:
         timeout=60,
         check=True,
     )
-    return done.stdout.strip()
+    found = done.stdout.splitlines()
+    assert len(found) == len(models), found
+    return found
 
 
 def test_ids_that_the_hub_knows(hub: str, tmp_path: Path) -> None:
-    assert resolved("somebody/there", hub, tmp_path) == "found somebody/there"
-    assert "refused --model nobody/nothing: the hub has no such model" in resolved("nobody/nothing", hub, tmp_path)
-    assert "whom its owner allows" in resolved("somebody/gated", hub, tmp_path)
+    there, nothing, gated = resolved(hub, tmp_path, "somebody/there", "nobody/nothing", "somebody/gated")
+    assert there == "found somebody/there"
+    assert "refused --model nobody/nothing: the hub has no such model" in nothing
+    assert "whom its owner allows" in gated
 
 
 def test_a_hub_that_cannot_be_reached(silent: str, tmp_path: Path) -> None:
     for endpoint in (silent, "http://127.0.0.1:9"):
-        found = resolved("nobody/nothing", endpoint, tmp_path)
+        (found,) = resolved(endpoint, tmp_path, "nobody/nothing")
         assert found.startswith("refused --model nobody/nothing: the hub cannot be reached"), found
-        assert "\n" not in found
 
 
 def test_the_hubs_cache_serves_without_it(tmp_path: Path) -> None:
@@ -94,4 +98,4 @@ def test_the_hubs_cache_serves_without_it(tmp_path: Path) -> None:
     (snapshot / "config.json").write_text("{}")
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("0" * 40)
-    assert resolved("somebody/kept", "http://127.0.0.1:9", tmp_path) == f"found {snapshot}"
+    assert resolved("http://127.0.0.1:9", tmp_path, "somebody/kept") == [f"found {snapshot}"]

@@ -41,7 +41,7 @@ def pair(
 def test_a_compression_killed_with_its_server_ends_on_the_other(pair: tuple[Server, Server], url: str) -> None:
     one, other = pair
     records = SharedRecords(Bucket(url))
-    job_id = create(one, "harbour", steps=300, seed=3, keep_text=True, recall=0, preview=True)
+    job_id = create(one, "harbour", steps=60, seed=3, keep_text=True, recall=0, preview=True)
 
     def has_answers_and_a_preview() -> bool:
         seen = records.read(job_id)

@@ -24,12 +24,16 @@ inline void check_rows(const at::Tensor& t, int64_t count, int64_t end, const ch
     TORCH_CHECK(values[i] >= 0 && values[i] < end, name, "[", i, "] is ", values[i], ", not from 0 to below ", end);
 }
 
-// bool [sequences], or nothing.
+// bool [count], or nothing.
+inline const bool* check_flags(const std::optional<at::Tensor>& flags, int64_t count, const char* name) {
+  if (!flags) return nullptr;
+  check_metadata(*flags, at::kBool, 1, name);
+  TORCH_CHECK(flags->size(0) == count, name, " must have ", count, " entries");
+  return flags->const_data_ptr<bool>();
+}
+
 inline const bool* check_decodes(const std::optional<at::Tensor>& decodes, int64_t sequences) {
-  if (!decodes) return nullptr;
-  check_metadata(*decodes, at::kBool, 1, "decodes");
-  TORCH_CHECK(decodes->size(0) == sequences, "decodes must have one entry per sequence");
-  return decodes->const_data_ptr<bool>();
+  return check_flags(decodes, sequences, "decodes");
 }
 
 inline void check_batch(const at::Tensor& query_start, const at::Tensor& context_len, const at::Tensor& block_table,

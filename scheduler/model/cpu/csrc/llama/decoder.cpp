@@ -9,8 +9,8 @@ namespace {
 
 c10::intrusive_ptr<DecoderBase> make_decoder(int64_t weights, at::ScalarType dtype, const DecoderShape::Named& shape,
                                              const at::Tensor& frequencies, const at::Tensor& rotary_scales,
-                                             int64_t kv_format) {
-  const DecoderMaker maker{DecoderShape(shape), frequencies, rotary_scales, kv_format_of(kv_format)};
+                                             const OptionalTensor& long_frequencies, int64_t kv_format) {
+  const DecoderMaker maker{DecoderShape(shape), frequencies, rotary_scales, long_frequencies, kv_format_of(kv_format)};
   const WeightFormat format = weight_format_of(weights).format;
   if (format == WeightFormat::kInt8) return make_int8_decoder(maker, dtype);
   if (format == WeightFormat::kGgufBlocks) return make_block_decoder(maker, dtype);

@@ -40,22 +40,26 @@ class DecoderBase : public torch::CustomClassHolder {
   virtual at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
                              const at::Tensor& context_len, const at::Tensor& block_table,
                              const at::Tensor& slot_mapping, const at::Tensor& logit_rows, bool as_states,
-                             const OptionalTensor& decodes, bool joins_ranges) = 0;
+                             const OptionalTensor& decodes, bool joins_ranges, const OptionalTensor& turns_long) = 0;
 };
 
 template <typename W, typename T>
 class Decoder final : public DecoderBase {
  public:
   // `frequencies` [schemes, half] and `rotary_scales` [schemes] are those of each rotary scheme, which turns the first
-  // 2 * half dimensions of a head.
-  Decoder(const DecoderShape& shape, const at::Tensor& frequencies, const at::Tensor& rotary_scales, KvFormat kv_format)
+  // 2 * half dimensions of a head. `long_frequencies` are those of tokens that a step says turn as in long sequences.
+  Decoder(const DecoderShape& shape, const at::Tensor& frequencies, const at::Tensor& rotary_scales,
+          const OptionalTensor& long_frequencies, KvFormat kv_format)
       : shape_(shape), kv_packing_(kv_format, shape.head_dim), heads_(shape.heads), kv_heads_(shape.kv_heads),
         dim_(shape.head_dim), epsilon_(shape.epsilon), half_(frequencies.size(1)), frequencies_(floats(frequencies)),
+        long_frequencies_(long_frequencies ? floats(*long_frequencies) : std::vector<float>()),
         rotary_scales_(floats(rotary_scales)) {
     TORCH_CHECK(int64_t(rotary_scales_.size()) == frequencies.size(0), "each rotary scheme must have its scale");
+    TORCH_CHECK(long_frequencies_.empty() || long_frequencies_.size() == frequencies_.size(),
+                "long sequences must have as many frequencies as others");
     TORCH_CHECK(2 * half_ <= dim_, "no more than one frequency for every two dimensions of a head");
     for (size_t i = 0; i < rotary_scales_.size(); ++i)
-      position_keys_.emplace_back(scheme(i), dim_);
+      position_keys_.emplace_back(scheme(i, false), dim_);
     position_keys_.emplace_back(RotaryScheme{}, dim_);  // of layers without positions
   }
 
@@ -69,6 +73,7 @@ class Decoder final : public DecoderBase {
     TORCH_CHECK(layers_.empty() || (weights.hidden_size() == size_ && weights.intermediate_size() == inner_),
                 "layers must be alike");
     TORCH_CHECK(kv_packing_ || !weights.key_offset, "a key offset is for a packed cache");
+    TORCH_CHECK(long_frequencies_.empty() || !weights.key_offset, "a key offset is for positions that turn in one way");
     check_cache(key_cache, kv_packing_.keys.bytes);
     check_cache(value_cache, kv_packing_.values.bytes);
     TORCH_CHECK(key_cache.size(0) == value_cache.size(0) && key_cache.size(2) == value_cache.size(2),
@@ -98,7 +103,7 @@ class Decoder final : public DecoderBase {
   at::Tensor forward(const at::Tensor& hidden, const at::Tensor& positions, const at::Tensor& query_start,
                      const at::Tensor& context_len, const at::Tensor& block_table, const at::Tensor& slot_mapping,
                      const at::Tensor& logit_rows, bool as_states, const OptionalTensor& decodes,
-                     bool joins_ranges) override {
+                     bool joins_ranges, const OptionalTensor& turns_long) override {
     const int64_t tokens = hidden.size(0);
     TORCH_CHECK(!layers_.empty() && int64_t(norm_.size()) == size_, "a decoder takes layers, and a head of their size");
     TORCH_CHECK(hidden.size(1) == size_ && hidden.scalar_type() == c10::CppTypeToScalarType<T>::value,
@@ -106,6 +111,7 @@ class Decoder final : public DecoderBase {
     check_batch(query_start, context_len, block_table, slot_mapping, tokens, layers_.front()->key_cache);
     check_rows(positions, tokens, std::numeric_limits<int64_t>::max(), "positions");
     check_rows(logit_rows, logit_rows.size(0), tokens, "logit_rows");
+    TORCH_CHECK(!turns_long || !long_frequencies_.empty(), "this decoder knows no frequencies of long sequences");
 
     const int64_t wanted = logit_rows.size(0);
     const at::Tensor inputs = hidden.contiguous();
@@ -113,6 +119,7 @@ class Decoder final : public DecoderBase {
     Step<W, T> step = working_memory(tokens, wanted);
     step.inputs = inputs.const_data_ptr<T>();
     step.positions = positions.const_data_ptr<int64_t>();
+    step.turns_long = check_flags(turns_long, tokens, "turns_long");
     step.slots = slot_mapping.const_data_ptr<int64_t>();
     step.wanted.tokens = logit_rows.const_data_ptr<int64_t>();
     (as_states ? step.states : step.logits) = Rows{out.data_ptr<float>(), out.size(1)};
@@ -169,7 +176,9 @@ class Decoder final : public DecoderBase {
     return step;
   }
 
-  RotaryScheme scheme(int64_t i) const { return {frequencies_.data() + i * half_, rotary_scales_[i], half_}; }
+  RotaryScheme scheme(int64_t i, bool is_long) const {
+    return {(is_long ? long_frequencies_ : frequencies_).data() + i * half_, rotary_scales_[i], half_};
+  }
 
   int64_t window_of(const Layer& layer) const {
     return most_window_ > 0 ? std::min(layer.window, most_window_) : layer.window;
@@ -274,7 +283,8 @@ class Decoder final : public DecoderBase {
           row[i] *= shape_.embedding_scale;
       for (size_t i = 0; i < rotary_scales_.size(); ++i) {
         const int64_t at = (i * step.all.count + t) * half_;
-        scheme(i).turn(static_cast<float>(step.positions[t]), step.cosines + at, step.sines + at);
+        const bool is_long = step.turns_long && step.turns_long[t];
+        scheme(i, is_long).turn(static_cast<float>(step.positions[t]), step.cosines + at, step.sines + at);
       }
     });
   }
@@ -386,7 +396,7 @@ class Decoder final : public DecoderBase {
   const int64_t heads_, kv_heads_, dim_;
   const float epsilon_;
   const int64_t half_;
-  const std::vector<float> frequencies_, rotary_scales_;
+  const std::vector<float> frequencies_, long_frequencies_, rotary_scales_;
   int64_t most_window_ = 0;
   bool branches_ = false;         // some layer has a norm behind attention or the MLP
   bool has_offsets_ = false;      // some layer's keys have one
@@ -408,11 +418,12 @@ class Decoder final : public DecoderBase {
 struct DecoderMaker {
   DecoderShape shape;
   at::Tensor frequencies, rotary_scales;
+  OptionalTensor long_frequencies;
   KvFormat kv_format;
 
   template <typename W, typename T>
   c10::intrusive_ptr<DecoderBase> make() const {
-    return c10::make_intrusive<Decoder<W, T>>(shape, frequencies, rotary_scales, kv_format);
+    return c10::make_intrusive<Decoder<W, T>>(shape, frequencies, rotary_scales, long_frequencies, kv_format);
   }
 };
 

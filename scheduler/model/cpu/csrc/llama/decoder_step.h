@@ -36,6 +36,7 @@ template <typename W, typename T>
 struct Step {
   const T* inputs;
   const int64_t *positions, *slots;
+  const bool* turns_long;  // whether a token's position turns as in long sequences; null if none does
   Selection<W> all;
   Selection<W> wanted;  // rows whose logits or states are asked for: behind the last layer's attention no others count
   Rows qkv, logits;
