@@ -9,7 +9,7 @@ LEAST_PER_DECODE = 4
 _FIRST = 256
 # While prompts wait behind the longest one, a step may take so many times the target, as far as those take so many
 # times as long as it: each chunk has its price, and whoever waits pays it.
-STRETCH = 4
+STRETCH = 6
 _OF_ALL_BEHIND = 8
 # Limits are multiples of this, and stay while a step of that size is expected to take this part of the target or more.
 _GRAIN = 16

@@ -80,6 +80,20 @@ def kill_and_await_another(server: Server) -> None:
 def compare(
     server: Server, requests: Sequence[MixedRequest], expected: Sequence[Any], answers: Sequence[Any], start: float
 ) -> list[Finding]:
+    deaths, resumed = server.metrics("engine_restarts_total", "requests_resumed_total")
+    pause = server.metric("engine_pause_seconds_sum") / max(deaths, 1)
+    return [
+        Finding("requests, and engines killed under them", "", f"{len(requests)}, {deaths:.0f}"),
+        *beside_undisturbed(requests, expected, answers),
+        Finding("requests resumed", "", f"{resumed:.0f}"),
+        Finding("pause per death", "", f"{pause:.1f} s (a start of the server: {start:.1f} s)"),
+    ]
+
+
+def beside_undisturbed(
+    requests: Sequence[MixedRequest], expected: Sequence[Any], answers: Sequence[Any]
+) -> list[Finding]:
+    """What clients noticed."""
     errors = [answer for answer in answers if is_error(answer)]
     pairs = [(*both, request) for *both, request in zip(answers, expected, requests, strict=True)]
     changed = [
@@ -87,15 +101,10 @@ def compare(
         for answer, right, request in pairs
         if not is_error(answer) and (found := difference(answer, right, LOGPROB_TOLERANCE))
     ]
-    deaths, resumed = server.metrics("engine_restarts_total", "requests_resumed_total")
-    pause = server.metric("engine_pause_seconds_sum") / max(deaths, 1)
     for line in [*map(str, errors), *(f"{route}: {found}" for route, found in changed)]:
         print(f"  {line:.400}")
     undisturbed = sum(map(is_error, expected))
     return [
-        Finding("requests, and engines killed under them", "", f"{len(requests)}, {deaths:.0f}"),
         Finding("errors", "0", f"{len(errors)} (undisturbed: {undisturbed})", not errors),
         Finding("changed outputs", "0", str(len(changed)), not changed),
-        Finding("requests resumed", "", f"{resumed:.0f}"),
-        Finding("pause per death", "", f"{pause:.1f} s (a start of the server: {start:.1f} s)"),
     ]

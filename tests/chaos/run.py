@@ -9,13 +9,22 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.chaos import disconnects, engine_kills, light_beside_heavy, overload, short_beside_long, soak
+from tests.chaos import (
+    disconnects,
+    engine_hangs,
+    engine_kills,
+    light_beside_heavy,
+    overload,
+    short_beside_long,
+    soak,
+)
 from tests.chaos.stage import Finding
 from tests.support.models import save_tiny_compressible
 
 Scenario = Callable[[argparse.Namespace, Path], list[Finding]]
 SCENARIOS: dict[str, Scenario] = {
     "kills": engine_kills.run,
+    "hangs": engine_hangs.run,
     "long-prompts": short_beside_long.run,
     "keys": light_beside_heavy.run,
     "overload": overload.run,
@@ -56,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--rounds", type=int, default=2, help="of measurements that are made in turn")
     made.add_argument("--seconds", type=float, default=20, help="of each such measurement")
-    kills = made.add_argument_group("kills")
+    kills = made.add_argument_group("kills and hangs")
     kills.add_argument("--requests", type=int, default=200)
     kills.add_argument("--max-tokens", type=int, default=48)
     kills.add_argument("--kills", type=int, default=5)
