@@ -33,7 +33,8 @@ serve: $(VENV)/.serve
 # Packages, a browser and kernels come at the same time: some wait for the network while others compute. mypy keeps one
 # processor busy, and so does the server that the clients talk to.
 test: $(VENV)/.serve
-	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target browser lint clients
+	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target browser kernels $(VENV)/.dev $(CLIENTS)/.installed
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint clients
 	@$(MAKE) --no-print-directory unit
 
 # Without one, the tests that need it are skipped and say so.
@@ -55,7 +56,7 @@ lint: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal --ignore tests/clients $(ARGS)
 
-clients: kernels $(CLIENTS)/.installed
+clients: kernels $(CLIENTS)/.installed $(CLIENTS)/lm-eval/.installed
 	SOFTBATCH_PYTHON=$(abspath $(VENV))/bin/python $(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 
 chaos: $(VENV)/.dev
@@ -124,6 +125,14 @@ $(VENV)/.dev: $(VENV)/.serve
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip --disable-pip-version-check $(INSTALL) --constraint tests/clients/constraints.txt --requirement $<
+	touch $@
+
+# What lm-eval compares a server with runs in torch and transformers of $(VENV), which a .pth file shows to its environment.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(CLIENTS)/lm-eval/.installed: tests/clients/lm_eval.txt $(VENV)/.serve | $(CLIENTS)/.installed
+	$(PYTHON) -m venv $(@D)
+	$(VENV)/bin/python $(SITE) > "$$($(@D)/bin/python $(SITE))/softbatch.pth"
+	$(@D)/bin/pip --disable-pip-version-check $(INSTALL) --constraint constraints.txt --requirement $<
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

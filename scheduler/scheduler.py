@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import islice
 
 from softbatch.scheduler.batch_invariants import check_batch
 from softbatch.scheduler.block_pool import BlockPool
@@ -129,9 +130,8 @@ class Scheduler:
             step.shares = self.shared_pace.plan(self.running, self.waiting.order, self._steps)
         self._continue_decodes(step, step.shares.chosen if step.shares else None)
         decodes = len(step.rows)
-        budget = self.config.max_batch_tokens - decodes
-        budget = min(budget, self.pace.for_prefills(decodes, step.shares.prefills if step.shares else None))
         prefilling = [s for s in self.running if s.length - s.num_computed > 1]
+        budget = self._budget_of_prefills(decodes, step, prefilling)
         budget -= self._prefill_soft_prompts(step, budget, others=bool(prefilling))
         for sequence in prefilling:
             if is_background(sequence):
@@ -145,6 +145,19 @@ class Scheduler:
         if step.num_tokens == decodes:
             self._schedule_background(step)
         return step
+
+    def _budget_of_prefills(self, decodes: int, step: Step, prefilling: list[Sequence]) -> int:
+        """In tokens. A step is not stretched if whoever is first gets its first token without that."""
+        most = step.shares.prefills if step.shares else None
+        budget = self.pace.for_prefills(decodes, most)
+        lines = [sequence for sequence in (self.waiting.peek(), *prefilling[:1]) if sequence is not None]
+        first = min(lines, key=precedence, default=None)
+        if first is not None and first.length - first.num_computed > budget:
+            free = max(0, self.config.max_batch_size - len(self.running))
+            queue = [*prefilling, *islice(self.waiting, free)]
+            lengths = [s.length - s.num_computed for s in queue if not is_background(s)]
+            budget = self.pace.for_prefills(decodes, most, behind=sum(lengths) - max(lengths, default=0))
+        return budget
 
     def _schedule_background(self, step: Step) -> None:
         """Whoever arrives waits for the end of a step: while others than these come, their prefills are cut short."""

@@ -7,6 +7,10 @@ from __future__ import annotations
 LEAST = 32
 LEAST_PER_DECODE = 4
 _FIRST = 256
+# While prompts wait behind the longest one, a step may take so many times the target, as far as those take so many
+# times as long as it: each chunk has its price, and whoever waits pays it.
+STRETCH = 4
+_OF_ALL_BEHIND = 8
 # Limits are multiples of this, and stay while a step of that size is expected to take this part of the target or more.
 _GRAIN = 16
 _ENOUGH = 0.7
@@ -17,8 +21,8 @@ _REMEMBERED = 8
 class StepPace:
     """Finds how large steps may be to take `target` seconds, from how long the full ones took; never above `most`.
 
-    A prefill that is cut into smaller chunks computes the same, and costs about the same. But a prompt that arrives
-    waits for the end of the step in flight, and a sequence that decodes gets one token in each.
+    A prompt that arrives waits for the end of the step in flight, and a sequence that decodes gets one token in each.
+    But every chunk of a prefill costs a little more than its part of a larger one.
     """
 
     def __init__(self, target: float | None, most: int) -> None:
@@ -28,13 +32,17 @@ class StepPace:
         self._fitting = 0.0  # tokens
         self._observed = 0
 
-    def for_prefills(self, num_decodes: int, shared: int | None = None, *, background: bool = False) -> int:
+    def for_prefills(
+        self, num_decodes: int, shared: int | None = None, *, background: bool = False, behind: int = 0
+    ) -> int:
         """How many tokens prefills may take beside so many decodes; `shared`: at most so many, for other owners' sake;
-        `background`: nobody waits for them, and somebody who does may come during the step."""
+        `background`: nobody waits for them, and somebody who does may come during the step; `behind`: so many tokens
+        of prompts wait for others to be computed."""
         left = self._most - num_decodes
         if background and self._target is not None:
             return min(left, LEAST)
-        left = min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, self._limit - num_decodes))
+        limit = max(self._limit, min(STRETCH * self._limit, behind // _OF_ALL_BEHIND))
+        left = min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, limit - num_decodes))
         return left if shared is None else min(left, shared)
 
     def observe(self, num_tokens: int, seconds: float) -> None:

@@ -69,7 +69,8 @@ class Settings(BaseSettings):
         gt=0,
         le=3600,
         description="seconds that one step should take: prefill is cut into chunks that fit, so that neither decoding "
-        "nor short prompts wait for long ones; default: 0.05 on a CPU, no such limit on a GPU",
+        "nor short prompts wait for long ones; up to four times as long while several long prompts wait; default: 0.05 "
+        "on a CPU, no such limit on a GPU",
     )
     max_model_len: int | None = Field(
         None,

@@ -216,7 +216,7 @@ class Engine:
 
 
 def _step_target(config: EngineConfig, model: ModelInfo) -> float | None:
-    """On a CPU small chunks compute as many tokens a second as large ones do; a GPU is not filled by them."""
+    """On a CPU small chunks compute nearly as many tokens a second as large ones do; a GPU is not filled by them."""
     if config.step_target is None and not model.is_on_gpu:
         return _CPU_STEP_SECONDS
     return config.step_target

@@ -9,35 +9,59 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("SOFTBATCH_PYTHON", sys.executable)
+EMBEDDED = "smollm2-135m"
 READY_SECONDS = 600  # the first start of all compiles the kernels
 
 
 @pytest.fixture(scope="session")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
     """Of a server with the embedded model; SOFTBATCH_URL names one that runs already."""
     if known := os.environ.get("SOFTBATCH_URL"):
         yield known
         return
-    directory = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    python = os.environ.get("SOFTBATCH_PYTHON", sys.executable)
-    command = [python, "-m", "softbatch", "serve", "--port", str(port), "--prompt-store", str(directory / "prompts")]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        _wait_ready(f"http://127.0.0.1:{port}", process, directory / "log")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with serve() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AbstractContextManager[str]]:
+    """Starts `softbatch serve` with these flags; SOFTBATCH_MODEL names another model, served by the same name."""
+
+    @contextmanager
+    def running(*flags: str) -> Iterator[str]:
+        directory = tmp_path_factory.mktemp("server")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        own = f"--port {port} --prompt-store {directory / 'prompts'} --served-model-name {EMBEDDED}"
+        command = [PYTHON, "-m", "softbatch", "serve", *own.split(), *flags]
+        with (directory / "log").open("wb") as log:
+            process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            _wait_ready(f"http://127.0.0.1:{port}", process, directory / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def model_directory() -> Path:
+    """What transformers takes for the model: a GGUF file is converted once."""
+    program = "import sys; from softbatch.scheduler.model.source import resolve; print(resolve(sys.argv[1]).path)"
+    model = os.environ.get("SOFTBATCH_MODEL", EMBEDDED)
+    found = subprocess.run([PYTHON, "-c", program, model], cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(found.stdout.splitlines()[-1])
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -13,7 +13,7 @@ from softbatch.scheduler.protocol import BACKGROUND, AddRequest, SequenceOutput
 from softbatch.scheduler.scheduler import Scheduler
 from softbatch.scheduler.soft_prompt_cache import LoadState
 from softbatch.scheduler.step import Step, StepResult
-from softbatch.scheduler.step_pace import LEAST, StepPace
+from softbatch.scheduler.step_pace import LEAST, STRETCH, StepPace
 from tests.support.fake_runner import EOS, FakeRunner, make_scheduler, next_token, prompt_ref, request
 
 
@@ -237,13 +237,45 @@ def test_a_slow_machine_cuts_prefills_smaller_and_no_prompt_takes_longer_steps_t
         runner, received, sizes = FakeRunner(scheduler), {}, []
         for index in range(3):
             scheduler.add(request(f"long{index}", tokens=[index + 1] * 2000, max_tokens=2))
-        while scheduler.has_work:
-            step, _ = drive(scheduler, runner, received)
-            scheduler.observe(step, step.num_tokens * seconds_per_token)
-            sizes.append(step.num_tokens)
+            while scheduler.has_work:
+                step, _ = drive(scheduler, runner, received)
+                scheduler.observe(step, step.num_tokens * seconds_per_token)
+                sizes.append(step.num_tokens)
         wanted = min(1024, max(0.05 / seconds_per_token, LEAST))
         assert 0.4 * wanted <= sorted(sizes)[len(sizes) // 2] <= wanted
         assert sum(sizes) == 3 * 2001
+
+
+def test_steps_are_longer_while_long_prompts_wait_but_not_that_of_a_short_one():
+    scheduler = make_scheduler(
+        max_batch_tokens=2048, max_batch_size=8, max_model_len=4096, num_blocks=3000, step_target=0.05
+    )
+    runner, received, alone, behind = FakeRunner(scheduler), {}, [], []
+
+    def step(sizes: list[int]) -> Step:
+        made, _ = drive(scheduler, runner, received)
+        scheduler.observe(made, made.num_tokens * 0.0005)
+        sizes.append(made.num_tokens)
+        return made
+
+    scheduler.add(request("first", tokens=[1] * 800, max_tokens=1))
+    while scheduler.has_work:
+        step(alone)
+    for index in range(8):
+        scheduler.add(request(f"long{index}", tokens=[index + 2] * 800, max_tokens=4))
+    for _ in range(4):
+        step(behind)
+    assert max(alone[3:]) <= 100
+    assert 3 * max(alone[3:]) <= max(behind) <= STRETCH * 100
+    scheduler.cancel("long7")
+    scheduler.add(request("short", tokens=[50] * 30, max_tokens=1))
+    made = step([])
+    assert received["short"], "its first token comes with the next step"
+    assert made.num_tokens <= 100
+    assert step([]).num_tokens > 3 * max(alone[3:]), "and then steps are long again"
+    while scheduler.has_work:
+        step([])
+    assert len(received) == 9
 
 
 def test_slow_steps_now_and_then_leave_the_size_as_it_is():
@@ -259,7 +291,18 @@ def test_prefills_go_on_beside_however_many_that_decode():
     for _ in range(20):
         pace.observe(1024, 9.0)
     assert [pace.for_prefills(decodes) for decodes in (0, 8, 64, 1020)] == [LEAST, LEAST, 4 * 64, 4]
-    assert StepPace(None, 1024).for_prefills(24) == 1000
+    assert StepPace(None, 1024).for_prefills(24) == StepPace(None, 1024).for_prefills(24, behind=9000) == 1000
+
+
+def test_a_step_is_stretched_as_far_as_prompts_wait_and_no_further_than_a_step_may_be():
+    pace = StepPace(0.05, 512)
+    pace.observe(512, 0.25)
+    limit = pace.for_prefills(0)
+    assert 64 <= limit <= 128
+    assert [pace.for_prefills(0, behind=tokens) for tokens in (0, 5 * limit, 16 * limit)] == [limit, limit, 2 * limit]
+    assert pace.for_prefills(8, behind=10**6) == min(512, STRETCH * limit) - 8
+    assert pace.for_prefills(8, 40, behind=10**6) == 40, "others' pace is kept"
+    assert pace.for_prefills(0, background=True, behind=10**6) == LEAST
 
 
 def test_preemption_takes_the_newest_of_the_lowest_priority_and_loses_nothing():
