@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -32,7 +32,7 @@ from softbatch.server.schemas.messages import (
     ToolUseContent,
 )
 from softbatch.server.tools.dialect import ChatPlan
-from softbatch.server.tools.message_parts import CallArguments, CallStart, ContentPart, MessagePart, ReadMessage
+from softbatch.server.tools.message_parts import CallArguments, CallStart, ContentPart, MessagePart
 
 PING = b'{"type":"ping"}'
 
@@ -104,17 +104,41 @@ class MessageStream:
 def whole_message(body: MessagesRequest, plan: ChatPlan, model: str, choice: Choice) -> MessageReply:
     generation = choice.generation
     reader = PartReader(plan, generation)
-    message = ReadMessage.of(reader.read_text(choice.text, is_last=True))
-    blocks: list[MessageContent] = []
-    if message.reasoning:
-        blocks.append(ThinkingContent(thinking=message.reasoning))
-    if message.content:
-        blocks.append(TextContent(text=message.content))
-    blocks += [ToolUseContent(id=call.id, name=call.name, input=_input(call.arguments)) for call in message.calls]
+    blocks = _blocks(reader.read_text(choice.text, is_last=True))
     end = end_of(body, generation, choice.finish_reason, choice.stop_reason, has_calls=reader.has_calls)
     return begun_reply(generation, model).model_copy(
         update={"content": blocks, "stop_reason": end.stop_reason, "stop_sequence": end.stop_sequence}
     )
+
+
+def _blocks(parts: Iterable[MessagePart]) -> list[MessageContent]:
+    """Those of a stream: texts stay where they are among the calls."""
+    begun: list[tuple[MessageContent, list[str]]] = []
+    for part in parts:
+        match part:
+            case CallStart(_, call_id, name):
+                begun.append((ToolUseContent(id=call_id, name=name, input={}), []))
+                continue
+            case ContentPart():
+                block: MessageContent = TextContent(text="")
+            case CallArguments():
+                block = begun[-1][0]
+            case _:
+                block = ThinkingContent(thinking="")
+        if not begun or type(begun[-1][0]) is not type(block):
+            begun.append((block, []))
+        begun[-1][1].append(part.text)
+    return [_filled(block, "".join(pieces)) for block, pieces in begun]
+
+
+def _filled(block: MessageContent, text: str) -> MessageContent:
+    match block:
+        case TextContent():
+            return TextContent(text=text)
+        case ThinkingContent():
+            return ThinkingContent(thinking=text)
+        case _:
+            return ToolUseContent(id=block.id, name=block.name, input=_input(text))
 
 
 def begun_reply(generation: Generation, model: str) -> MessageReply:

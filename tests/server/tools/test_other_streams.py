@@ -26,6 +26,14 @@ from softbatch.server.tools.message_reader import MessageReader
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "b"}}\n</tool_call>'
 TEXT = f"<think>\nHm, so.\n</think>\n\nLet me see.\n{CALL}\n{CALL}"
+OUTPUTS = [
+    (TEXT, "eos"),
+    ("Only a text.", "length"),
+    ("", "eos"),
+    (CALL, "stop"),
+    (CALL[:-30], "length"),
+    (f"{CALL}\nBoth, I think.\n{CALL}\nThat is all.", "eos"),
+]
 ARGUMENTS = '{"a": "b"}'
 MESSAGES = MessagesRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "max_tokens": 9})
 RESPONSES = ResponsesRequest.model_validate({"input": "x"})
@@ -83,9 +91,7 @@ def without_ids(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize(
-    ("text", "reason"), [(TEXT, "eos"), ("Only a text.", "length"), ("", "eos"), (CALL, "stop"), (CALL[:-30], "length")]
-)
+@pytest.mark.parametrize(("text", "reason"), OUTPUTS)
 def test_a_message_in_pieces_is_the_whole_one(text: str, reason: str, size: int) -> None:
     start, *events, end, stop = events_of(MessageStream, MESSAGES, text, size, reason)
     assert (start["type"], end["type"], stop) == ("message_start", "message_delta", {"type": "message_stop"})
@@ -116,9 +122,7 @@ def test_a_whole_message() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-@pytest.mark.parametrize(
-    ("text", "reason"), [(TEXT, "eos"), ("Only a text.", "length"), ("", "eos"), (CALL, "stop"), (CALL[:-30], "length")]
-)
+@pytest.mark.parametrize(("text", "reason"), OUTPUTS)
 def test_a_response_in_pieces_is_the_whole_one(text: str, reason: str, size: int) -> None:
     events = list(events_of(ResponseStream, RESPONSES, text, size, reason))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
