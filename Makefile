@@ -2,6 +2,7 @@
 # make test    install everything and run lint, types and all tests
 # make clients other people's clients against a server, unchanged, from an environment of their own   (make clients ARGS="-k litellm")
 # make unit    the tests alone, or some of them   (make unit ARGS="tests/scheduler -k batch"); WORKERS=0 runs them in one process
+# make kernels compile the CPU kernels for this machine, as the first start would; part of make test
 # make browser install Chromium, for the tests of the console, where this may be done (as root, by apt-get); part of make test
 # make bench   measure softbatch beside vLLM and llama.cpp, which it installs under .bench/   (make bench ARGS=--quick)
 # make chaos   what clients notice of dying engines, overload, disconnects and long runs   (make chaos ARGS="--only overload keys")
