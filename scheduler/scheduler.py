@@ -156,10 +156,10 @@ class Scheduler:
         budget = self.pace.for_prefills(decodes, most)
         lines = [sequence for sequence in (self.waiting.peek(), *prefilling[:1]) if sequence is not None]
         first = min(lines, key=precedence, default=None)
-        if first is not None and first.length - first.num_computed > budget:
+        if first is not None and self._blocks.num_to_compute(first) > budget:
             free = max(0, self.config.max_batch_size - len(self.running))
             queue = [*prefilling, *islice(self.waiting, free)]
-            lengths = [s.length - s.num_computed for s in queue if not is_background(s)]
+            lengths = [self._blocks.num_to_compute(s) for s in queue if not is_background(s)]
             budget = self.pace.for_prefills(decodes, most, behind=sum(lengths) - max(lengths, default=0))
         return budget
 

@@ -24,11 +24,7 @@ class SequenceBlocks:
         free."""
         size = self.pool.block_size
         virtual_blocks = sequence.num_virtual // size
-        known = sequence.num_reusable
-        if not self._reuses_output:  # of a resumed sequence's output neither: others computed it as a prompt
-            known = min(known, sequence.num_prompt + 1)
-        reusable = (sequence.num_virtual + known - 1) // size - virtual_blocks
-        reused = self.pool.match(sequence.hash_blocks(max(0, reusable), size))
+        reused = self._reusable(sequence)
         new = -(-sequence.length // size) - virtual_blocks - len(reused)
         needed = new + self.pool.num_free_among(reused) + spare
         if not self.soft_prompts.make_room(needed, keep=prompt.ref.sha256 if prompt else None):
@@ -41,6 +37,23 @@ class SequenceBlocks:
         sequence.block_table = [*sequence.block_table, *reused, *self.pool.allocate(new)]
         sequence.num_computed = max(sequence.num_virtual, (virtual_blocks + len(reused)) * size)
         return True
+
+    def num_to_compute(self, sequence: Sequence) -> int:
+        """The tokens that a sequence still has to compute: one that waits, if it got its blocks now."""
+        if sequence.block_table:
+            return sequence.length - sequence.num_computed
+        size = self.pool.block_size
+        found = (sequence.num_virtual // size + len(self._reusable(sequence))) * size
+        return sequence.length - max(sequence.num_virtual, found)
+
+    def _reusable(self, sequence: Sequence) -> list[int]:
+        """The blocks of others that begin as the sequence does, behind its soft prompt's own full ones."""
+        size = self.pool.block_size
+        known = sequence.num_reusable
+        if not self._reuses_output:  # of a resumed sequence's output neither: others computed it as a prompt
+            known = min(known, sequence.num_prompt + 1)
+        reusable = (sequence.num_virtual + known - 1) // size - sequence.num_virtual // size
+        return self.pool.match(sequence.hash_blocks(max(0, reusable), size))
 
     def copy_of_last(self, sequence: Sequence, prompt: ResidentSoftPrompt) -> tuple[int, int] | None:
         """(from, to) of the soft prompt's partly filled last block. None without one, or if a reused block holds it."""

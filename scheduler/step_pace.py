@@ -41,7 +41,9 @@ class StepPace:
         left = self._most - num_decodes
         if background and self._target is not None:
             return min(left, LEAST)
-        limit = max(self._limit, min(STRETCH * self._limit, behind // _OF_ALL_BEHIND))
+        limit = self._limit
+        if limit <= self._fitting:  # on a slow machine LEAST alone takes longer than the target
+            limit = max(limit, min(STRETCH * limit, behind // _OF_ALL_BEHIND))
         left = min(left, max(LEAST, LEAST_PER_DECODE * num_decodes, limit - num_decodes))
         return left if shared is None else min(left, shared)
 

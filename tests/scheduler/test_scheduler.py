@@ -281,6 +281,34 @@ def test_steps_are_longer_while_long_prompts_wait_but_not_that_of_a_short_one():
     assert len(received) == 9
 
 
+@pytest.mark.parametrize("stands", ["in the prefix cache", "in a soft prompt"])
+def test_a_question_behind_what_is_computed_is_a_short_one(stands: str) -> None:
+    scheduler = make_scheduler(
+        max_batch_tokens=2048, max_batch_size=10, max_model_len=4096, num_blocks=3000, step_target=0.05
+    )
+    runner, received = FakeRunner(scheduler), {}
+
+    def step() -> Step:
+        made, _ = drive(scheduler, runner, received)
+        scheduler.observe(made, made.num_tokens * 0.0005)
+        return made
+
+    context = [60] * 1600
+    behind = {"soft_prompt": prompt_ref("a", 1600)} if stands == "in a soft prompt" else {}
+    asked = [61] * 30 if behind else [*context, *[61] * 30]
+    scheduler.add(request("before", tokens=asked[:-1], max_tokens=1, **behind))
+    while scheduler.has_work:
+        step()
+    for index in range(8):
+        scheduler.add(request(f"long{index}", tokens=[index + 2] * 800, max_tokens=4))
+    for _ in range(4):
+        step()
+    scheduler.add(request("asked", tokens=asked, max_tokens=1, priority=-1, **behind))
+    made = step()
+    assert received["asked"], "its first token comes with the next step"
+    assert made.num_tokens <= 100, "which is no longer than others"
+
+
 def test_slow_steps_now_and_then_leave_the_size_as_it_is():
     pace = StepPace(0.05, 1024)
     for number in range(200):
@@ -294,6 +322,7 @@ def test_prefills_go_on_beside_however_many_that_decode():
     for _ in range(20):
         pace.observe(1024, 9.0)
     assert [pace.for_prefills(decodes) for decodes in (0, 8, 64, 1020)] == [LEAST, LEAST, 4 * 64, 4]
+    assert pace.for_prefills(0, behind=9000) == LEAST, "steps that are too long already are not stretched"
     assert StepPace(None, 1024).for_prefills(24) == StepPace(None, 1024).for_prefills(24, behind=9000) == 1000
 
 
