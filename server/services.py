@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,11 +74,12 @@ class Services:
 
 
 @contextlib.asynccontextmanager
-async def running_services(settings: Settings) -> AsyncIterator[Services]:
-    """Start everything, engine process first, and stop it again at the end. Raises StartupError."""
+async def running_services(settings: Settings, imports: Awaitable[None] | None = None) -> AsyncIterator[Services]:
+    """Start everything, engine process first, and stop it again at the end. `imports`, if somebody imports transformers
+    meanwhile, are waited for before the tokenizer is read. Raises StartupError."""
     tracing = _tracing(settings)
     try:
-        async with _running(settings, tracing) as services:
+        async with _running(settings, tracing, imports) as services:
             yield services
     finally:
         if tracing is not None:
@@ -86,7 +87,9 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
 
 
 @contextlib.asynccontextmanager
-async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator[Services]:
+async def _running(
+    settings: Settings, tracing: Tracing | None, imports: Awaitable[None] | None
+) -> AsyncIterator[Services]:
     started = time.monotonic()
     store = _prompt_store(settings)
     metrics = Metrics()
@@ -95,6 +98,8 @@ async def _running(settings: Settings, tracing: Tracing | None) -> AsyncIterator
             model = ready.model
             if tracing is not None:
                 tracing.describe(model.name, lambda: supervisor.pid)
+            if imports is not None:  # who imports what another thread still does gets transformers without its names
+                await imports
             text = await asyncio.to_thread(_text_processor, ready)
             encoder = PromptEncoder(text, model.vocab_size, model.max_model_len, settings.default_max_tokens)
             recaller = Recaller(PassageIndexes(store), text, encoder)

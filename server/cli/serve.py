@@ -57,8 +57,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     from softbatch.server.services import running_services
 
     importing = asyncio.create_task(asyncio.to_thread(_import_what_serves))
-    async with running_services(settings) as services:
-        await importing
+    async with running_services(settings, importing) as services:
         import uvicorn
 
         from softbatch.server.app import create_app

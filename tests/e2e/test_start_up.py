@@ -17,6 +17,7 @@ from softbatch.scheduler.model.loader import load
 from softbatch.scheduler.model.source import ModelError
 from softbatch.scheduler.protocol import EngineConfig
 from softbatch.server.cli.main import main
+from tests.e2e.conftest import StartServer
 from tests.support.models import Reference
 from tests.support.servers import PROJECT, Server, check_refusal, environment, free_port, wait_for
 
@@ -233,3 +234,27 @@ class TestHelp:
             main(arguments)
         assert exit.value.code == 2
         assert "usage: softbatch" in capsys.readouterr().err
+
+
+# Found by every Python that starts: the server's front end, not its engine, takes long to import transformers.
+SLOW_IMPORTS = """
+import sys, threading, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers.utils" and threading.current_thread() is not threading.main_thread():
+            time.sleep(8)
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def test_the_tokenizer_is_not_read_while_another_thread_imports_transformers(
+    start_server: StartServer, tiny_flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Whoever imports a package that another thread still imports gets what it was before it had its lazy names."""
+    start_server(*tiny_flags)  # whose engine then starts without transformers
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORTS)
+    server = start_server(*tiny_flags, env={"PYTHONPATH": str(tmp_path)})
+    body = {"model": "tiny-llama", "prompt": "winter", "max_tokens": 3}
+    assert server.http.post("/v1/completions", json=body).status_code == 200
