@@ -247,9 +247,9 @@ served with its own blocks (`--quantization native`): tested on a tiny Llama of 
 transformers on the file's exact values (`tests/scheduler/model/test_native_weights.py`). On a GPU, *fused* kernels are
 for models without a window that some sequence reaches.
 
-gpt-oss's experts are served from their MXFP4 blocks on a CPU, of a directory or of a GGUF file, whatever
-`--quantization` says: tested on tiny models, against transformers with all of them widened
-(`tests/scheduler/model/test_mxfp4.py`).
+gpt-oss's experts are served from their MXFP4 blocks on a CPU: those of a directory, also with `--quantization
+native`, and those of a GGUF file that has all of them in MXFP4. Tested on tiny models, against transformers with all of
+them widened (`tests/scheduler/model/test_mxfp4.py`).
 
 Compression trains with *kernels* on a CPU, or through *torch*, after a check like the one above; *no* means that it
 refuses. [Compression](../internals/compression.md#windows) says what windows change.

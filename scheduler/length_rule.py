@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from softbatch.scheduler.protocol import SoftPromptRef
+
 
 @dataclass(frozen=True)
 class LengthRule:
@@ -16,6 +18,10 @@ class LengthRule:
 
     original: int
     renews: bool = False
+
+    def soft_prompt_of(self, ref: SoftPromptRef, prompt_tokens: int) -> SoftPromptRef:
+        """The soft prompt as it stands in front of a prompt of so many tokens."""
+        return ref.turned(self.long) if ref.num_virtual_tokens + prompt_tokens > self.original else ref
 
     @property
     def long(self) -> int:

@@ -66,8 +66,12 @@ class SoftPromptRef(msgspec.Struct, frozen=True):
     path: str
     num_virtual_tokens: int
     turned_for: int = 0
+    has_keys: bool = False  # its file does, as they are
 
     def turned(self, length: int) -> SoftPromptRef:
+        """As it stands in front of sequences of so many tokens."""
+        if self.has_keys:
+            return self
         return SoftPromptRef(f"{self.sha256}:{length}", self.path, self.num_virtual_tokens, length)
 
     @property

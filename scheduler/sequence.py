@@ -95,7 +95,7 @@ class Sequence:
         renews = rule.renews and self.soft_prompt is None
         if self.num_virtual + (len(self.tokens) if renews else self.num_prompt) > rule.original:
             self.turned_for = rule.long
-            self.soft_prompt = self.soft_prompt and self.soft_prompt.turned(rule.long)
+            self.soft_prompt = self.soft_prompt and rule.soft_prompt_of(self.soft_prompt, self.num_prompt)
         elif renews:
             self.outgrows = rule.original
 

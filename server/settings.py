@@ -52,7 +52,7 @@ class Settings(BaseSettings):
         "none",
         description="of the weights; native: those of a GGUF file as they are, not widened to bfloat16; int8 halves "
         "what a step reads: faster on CPUs, a little less exact; gpt-oss's experts in MXFP4 stay as they are on CPUs "
-        "with none and native alike",
+        "with none too",
     )
     kv_cache_dtype: Literal["auto", "int8", "k6v4"] = Field(
         "auto",

@@ -19,6 +19,7 @@ from softbatch.scheduler.protocol import (
     ModelInfo,
     Ready,
     SequenceOutput,
+    SoftPromptRef,
     StepOutput,
 )
 from softbatch.scheduler.scheduler import Scheduler
@@ -124,7 +125,12 @@ class Engine:
         if message.params.grammar:
             self._runner.prepare_grammar(message.params.grammar)
         if message.soft_prompt is not None:
-            self.loader.prefetch(message.soft_prompt)
+            self.loader.prefetch(self._as_it_stands(message.soft_prompt, message))
+
+    def _as_it_stands(self, soft_prompt: SoftPromptRef, message: AddRequest) -> SoftPromptRef:
+        rule = self.scheduler.config.length_rule
+        prompt = len(message.token_ids) - message.num_delivered
+        return soft_prompt if rule is None else rule.soft_prompt_of(soft_prompt, prompt)
 
     def handle(self, message: EngineInput) -> None:
         if isinstance(message, AddRequest):

@@ -27,7 +27,9 @@ _VERSION = 3
 _SETTLED_SECONDS = 2.0
 # Keys of files that were read before, and locks of those that are converted.
 _NOTES = ".keys"
-_GPT_OSS = "gpt-oss"  # which transformers cannot read
+_GPT_OSS = "gpt-oss"  # whose experts have other names for transformers, and whose yarn it reads wrongly
+# A file names one of the tokens at which its answers end.
+_ENDS_OF_GPT_OSS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 
 def is_gguf(path: Path) -> bool:
@@ -151,7 +153,7 @@ def _convert(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
 
 
 def _convert_gpt_oss(gguf: Path, file: GgufFile, config: Any, target: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     from softbatch.scheduler.model.gguf_gpt_oss import convert
 
@@ -159,6 +161,9 @@ def _convert_gpt_oss(gguf: Path, file: GgufFile, config: Any, target: Path) -> N
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         save_tokenizer(tokenizer, file.of_tokenizer, target)
         convert(GgufTensors(gguf), config, target)
+        known = tokenizer.get_vocab()
+        ends = {known[token] for token in _ENDS_OF_GPT_OSS if token in known} | {config.eos_token_id}
+        GenerationConfig(eos_token_id=sorted(ends - {None})).save_pretrained(str(target))
     except ModelError:
         raise
     except Exception as error:  # of many kinds: a reader's, numpy's, torch's

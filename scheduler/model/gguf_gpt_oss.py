@@ -6,6 +6,7 @@ transformers knows the names of other experts only, and would widen all of them 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from softbatch.scheduler.model.gguf_metadata import GgufFile
 from softbatch.scheduler.model.gguf_tensors import GgufTensors
 from softbatch.scheduler.model.model_error import ModelError
-from softbatch.scheduler.model.mxfp4 import BLOCKS, SCALES, from_gguf_rows
+from softbatch.scheduler.model.mxfp4 import BLOCKS, SCALES, from_gguf_rows, is_in_blocks
+
+logger = logging.getLogger(__name__)
 
 _NUMBERS = {
     "context_length": "max_position_embeddings",
@@ -62,10 +65,15 @@ def config_of(file: GgufFile, tensors: GgufTensors) -> Any:
     missing = next((name for name in (*_NUMBERS, _FREQUENCIES) if name not in said), None)
     if missing is not None:
         raise ModelError(f"the file lacks {file.architecture}.{missing}")
+    layers, experts, used = (said[name] for name in ("block_count", "expert_count", "expert_used_count"))
+    for name, number, most in (("block_count", layers, len(tensors.names)), ("expert_used_count", used, experts)):
+        if not 1 <= number <= most:
+            raise ModelError(f"{file.architecture}.{name} is {number}, and must lie between 1 and {most}")
     rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": float(said[_FREQUENCIES])}
     if said.get(f"{_SCALING}type") == "yarn":  # whose numbers complete_config puts in
         rotary |= {"rope_type": "yarn", "factor": said.get(f"{_SCALING}factor", 1.0)} | _STRETCHED
     tokens = {field: file.of_tokenizer(name) for name, field in _TOKENS.items()}
+    in_blocks = {} if _widened(tensors, layers) else {"quantization_config": {"quant_method": "mxfp4"}}
     return GptOssConfig(
         architectures=["GptOssForCausalLM"],
         vocab_size=_shape(tensors, _EMBEDDING)[0],
@@ -73,14 +81,18 @@ def config_of(file: GgufFile, tensors: GgufTensors) -> Any:
         rope_parameters=rotary,
         **{field: said[name] for name, field in _NUMBERS.items()},
         **{field: token for field, token in tokens.items() if token is not None},
+        **in_blocks,
     )
 
 
 def convert(tensors: GgufTensors, config: Any, target: Path) -> None:
     """Writes config and weights, those of one layer at a time. Raises ModelError for tensors that the model has not."""
-    keeps_blocks = _are_in_blocks(tensors, config.num_hidden_layers)
-    if keeps_blocks:
-        config.quantization_config = {"quant_method": "mxfp4"}
+    keeps_blocks = is_in_blocks(config)
+    if not keeps_blocks:
+        first = _widened(tensors, config.num_hidden_layers)
+        logger.warning(
+            "%s is not in MXFP4: all experts are widened to bfloat16, which takes four times the memory", first
+        )
     _refuse_others(tensors, config.num_hidden_layers)
     written: dict[str, str] = {}
     size = 0
@@ -128,11 +140,12 @@ def _alternating(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(parts, 2).flatten(1, 2)
 
 
-def _are_in_blocks(tensors: GgufTensors, layers: int) -> bool:
-    """Whether all experts are in MXFP4, as no checkpoint has only some in blocks."""
-    kinds = tensors.kinds()
-    names = [f"blk.{layer}.{origin}.weight" for layer in range(layers) for each in _EXPERTS.values() for origin in each]
-    return all(name in kinds and kinds[name][0] == _KEPT for name in names)
+def _widened(tensors: GgufTensors, layers: int) -> str | None:
+    """The first of the experts' matrices that is not in MXFP4: then all are widened, as no checkpoint has only some in
+    blocks."""
+    kinds, origins = tensors.kinds(), [origin for each in _EXPERTS.values() for origin in each]
+    names = (f"blk.{layer}.{origin}.weight" for layer in range(layers) for origin in origins)
+    return next((name for name in names if name not in kinds or kinds[name][0] != _KEPT), None)
 
 
 def _refuse_others(tensors: GgufTensors, layers: int) -> None:

@@ -31,7 +31,13 @@ from softbatch.scheduler.model.kv_cache import KVCache
 from softbatch.scheduler.model.kv_cache_sizing import make_cache
 from softbatch.scheduler.model.llama.decoder import DecoderForward, supports, unsupported_option_error
 from softbatch.scheduler.model.model_files import check_config, first_line
-from softbatch.scheduler.model.model_options import NOT_CHANGED, refuse_on_gpu, refuse_without_decoder, rounding
+from softbatch.scheduler.model.model_options import (
+    NOT_CHANGED,
+    refuse_family,
+    refuse_on_gpu,
+    refuse_without_decoder,
+    rounding,
+)
 from softbatch.scheduler.model.model_reading import (
     ReadModel,
     read_again,
@@ -185,6 +191,7 @@ def _resolve(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> 
     def accept(found: Any) -> None:
         check_config(found, config.max_model_len)
         refuse_native_file(config, found, dtype)
+        refuse_family(config, found, dtype, device)
         begin()
 
     source = resolve(config.model, accept, config.chat_template)

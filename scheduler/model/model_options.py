@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from softbatch.scheduler.model.llama.decoder import may_support, unsupported_family_error
@@ -37,17 +39,25 @@ def refuse_on_gpu(config: EngineConfig, device: torch.device) -> None:
 
 
 def refuse_without_decoder(config: EngineConfig, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
-    """By the model's config: what only the decoder in C++ can do, of a family that it does not know. Raises
+    """By the config of the model's directory. Raises ModelError as `refuse_family` does, also for native weights."""
+    found = read_config(source.path)
+    refuse_family(config, found, dtype, device)
+    if config.quantization == NATIVE and source.gguf is not None:
+        _refuse([(f"--quantization {NATIVE}", instead_of_native(found))], found, dtype, device)
+
+
+def refuse_family(config: EngineConfig, found: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """By a config of transformers: what only the decoder in C++ can do, of a family that it does not know. Raises
     ModelError."""
     given = rounding(config)
     if config.deterministic:
         given.append(("--deterministic", "another model, or leave it out"))
-    is_native = config.quantization == NATIVE and source.gguf is not None
-    if device.type != "cpu" or not (given or is_native):
+    _refuse(given, found, dtype, device)
+
+
+def _refuse(given: list[tuple[str, str]], found: Any, dtype: torch.dtype, device: torch.device) -> None:
+    if device.type != "cpu" or not given:
         return
-    found = read_config(source.path)
-    if is_native:
-        given.append((f"--quantization {NATIVE}", instead_of_native(found)))
     family = causal_class(found)
     if not may_support(family, dtype):
         option, instead = given[0]

@@ -43,7 +43,7 @@ def _has_mxfp4(source: ModelSource) -> bool:
 
 def instead_of_native(found: Any) -> str:
     """`found` is a config of transformers."""
-    return f"{_INSTEAD}{', which keeps experts in MXFP4 as they are' if found.model_type == 'gpt_oss' else ''}"
+    return f"{_INSTEAD}{', which keeps experts in MXFP4 as they are' if is_in_blocks(found) else ''}"
 
 
 def refuse_native_file(config: EngineConfig, found: Any, dtype: torch.dtype) -> None:

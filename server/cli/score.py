@@ -109,7 +109,9 @@ def _compute(options: argparse.Namespace, settings: Settings, context: str | Non
         ref = None
         if store is not None and stored is not None:
             check_fits(stored.manifest, engine.ready.model.spec)
-            ref = SoftPromptRef(stored.sha256, str(store.local_file(stored)), stored.manifest.num_virtual_tokens)
+            manifest, path = stored.manifest, str(store.local_file(stored))
+            has_keys = manifest.kind == "kv"
+            ref = SoftPromptRef(stored.sha256, path, manifest.num_virtual_tokens, has_keys=has_keys)
         ending = engine.ready.model.eos_token_ids[:1]
         candidates = [[*control.encode(control.quote(text)), *ending] for text in options.candidate]
         for given, token_ids in (("--input or --context", shared), *(("--candidate", ids) for ids in candidates)):

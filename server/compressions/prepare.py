@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softbatch.prompt_store.compression.frozen.layer_kinds import windows_of
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.template import TemplateError
 from softbatch.scheduler.model.model_files import check_config, read_config
@@ -73,6 +74,10 @@ class PreparedRun:
     ) -> PreparedRun:
         """Raises InputError or TemplateError."""
         prepared = cls.of(request, model)
+        try:
+            windows_of(read_config(model.source.path).get_text_config())
+        except ValueError as error:
+            raise InputError("model", f"model: {model.name}: {error}") from None
         try:
             check_compression(request, model.name, model.shape, prepared.context, directory, max_prompt_bytes)
         except TemplateError as error:

@@ -15,6 +15,7 @@ import torch
 
 from softbatch.prompt_store.compression.evaluation.free_answers import Response, Sigma
 from softbatch.prompt_store.compression.frozen.frozen_model import Decoder, Kernels
+from softbatch.prompt_store.compression.frozen.layer_kinds import windows_of
 from softbatch.prompt_store.compression.frozen.tokenized_context import TokenizedContext
 from softbatch.prompt_store.manifest import Manifest, ModelRef, ModelSpec
 from softbatch.prompt_store.soft_prompt_file import SoftPrompt, save
@@ -23,6 +24,7 @@ from softbatch.scheduler.model.cpu.build import is_loaded
 from softbatch.scheduler.model.llama.training import DTYPES as DTYPES_WITH_GRADIENTS
 from softbatch.scheduler.model.llama.training import behind_prefix_with_gradients, kernels_of
 from softbatch.scheduler.model.loader import DTYPES, load_transformers
+from softbatch.scheduler.model.model_files import read_config
 from softbatch.scheduler.protocol import SoftPromptRef
 from softbatch.server.compressions.local_engine import LocalEngine
 from softbatch.server.compressions.prepare import ModelFiles
@@ -51,6 +53,7 @@ class CompressionSession:
     @classmethod
     def open(cls, files: ModelFiles, context: TokenizedContext, max_prompt_bytes: int) -> CompressionSession:
         """Raises ModelError, or ValueError for a model that cannot be compressed for."""
+        windows_of(read_config(files.source.path).get_text_config())  # refuses what could not be trained behind
         _keep_freed_memory()
         open_engine = partial(LocalEngine, files, context.longest, context.max_answer_tokens, max_prompt_bytes)
         began = time.monotonic()
@@ -83,7 +86,8 @@ class CompressionSession:
                 created_at=0,
             )
             save(SoftPrompt(manifest, **sigma.tensors), path)
-            ref = SoftPromptRef(hashlib.sha256(path.read_bytes()).hexdigest(), str(path), sigma.length)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            ref = SoftPromptRef(digest, str(path), sigma.length, has_keys=sigma.kind == "kv")
             try:
                 return engine.respond(prompts, max_tokens, self.stop_ids, ref)
             finally:

@@ -98,7 +98,9 @@ class SoftPromptLeases:
             logger.exception("no file for the requests that use the soft prompt %s", name)
             raise storage_failure(error) from error
         path = self._leased[stored.sha256]
-        return Lease(stored, SoftPromptRef(stored.sha256, str(path), stored.manifest.num_virtual_tokens))
+        manifest = stored.manifest
+        has_keys = manifest.kind == "kv"
+        return Lease(stored, SoftPromptRef(stored.sha256, str(path), manifest.num_virtual_tokens, has_keys=has_keys))
 
     def release(self, lease: Lease) -> None:
         self._release(lease.stored.sha256)

@@ -131,8 +131,10 @@ def long_rotary_of(model: Any) -> torch.Tensor | None:
     """The frequencies of long sequences, where theirs are others, once `keep_long_frequencies` has kept them."""
     if Family.of(model.config).length_rule is None:
         return None
-    rotary = model.model.rotary_emb
-    return torch.stack([getattr(rotary, f"{name}long_inv_freq") for name in _schemes(model)])
+    rotary, short = model.model.rotary_emb, "original_inv_freq"  # also long ones of a scheme that knows no lengths
+    return torch.stack(
+        [getattr(rotary, f"{name}long_inv_freq", getattr(rotary, name + short)) for name in _schemes(model)]
+    )
 
 
 def rotary_of_layers(model: Any) -> list[int]:

@@ -71,6 +71,7 @@ def test_greedy_output_around_the_original_length(served: Reference, seed: int, 
         for ids in prompts:
             assert received[f"{again}-{len(ids)}"] == served.generate(ids, OUTPUT), f"{len(ids)} tokens"
     assert preempted > 0
+    assert engine.stats.preemptions_total > 0, "no sequence had to give up its blocks"
     check_empty(engine)
 
 
@@ -122,7 +123,7 @@ def test_a_soft_prompt_counts_as_the_tokens_it_is(served: Reference, kind: str, 
     engine, info = start(served, max_model_len=144)
     virtual = 13
     prompt = make_soft_prompt(kind, virtual, info, scale=0.5)
-    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, tmp_path, kind)), virtual)
+    ref = SoftPromptRef("a" * 64, str(save_prompt(prompt, tmp_path, kind)), virtual, has_keys=kind == "kv")
     prompts = prompts_of(4)
     prompts += [prompts[-1][: length - virtual] for length in AROUND]
     requests = [
@@ -137,6 +138,8 @@ def test_a_soft_prompt_counts_as_the_tokens_it_is(served: Reference, kind: str, 
     received, _, _ = run(engine, requests)
     for ids in prompts:
         assert received[f"r{len(ids)}"] == behind(served, prompt, ids, OUTPUT), f"{len(ids)} tokens"
+    resident = {found.ref.sha256 for found in engine.scheduler.soft_prompts.all()}
+    assert kind == "embeddings" or resident == {"a" * 64}, "keys that are given do not turn: they are there once"
     assert engine.scheduler.soft_prompts.ready() == ["a" * 64]
     engine.scheduler.soft_prompts.evict_when_unused("a" * 64)
     assert not engine.scheduler.soft_prompts.all()

@@ -65,6 +65,10 @@ class Experts final : public torch::CustomClassHolder {
     const at::Tensor to = at::zeros({hidden.size(0), size_}, from.options());
     const float* rows = from.const_data_ptr<float>();
     const Rows out{to.data_ptr<float>(), size_};
+    size_t most = 0;
+    for (const std::vector<Share>& each : shares)
+      most = std::max(most, each.size());
+    make_room(most);  // here, where a lack of memory is an error, and not the end of the process
     Team::run([&](Team& team) {
       for (size_t i = 0; i < experts.size(); ++i)
         if (!shares[i].empty()) add_expert(team, experts[i], shares[i], rows, out);
@@ -88,15 +92,16 @@ class Experts final : public torch::CustomClassHolder {
     return shares;
   }
 
+  void make_room(int64_t rows) {
+    hidden_.resize(rows, size_);
+    gated_.resize(rows, inner_);
+    gate_.resize(rows * inner_);
+  }
+
   // The members of a team run this together, and meet behind every loop.
   void add_expert(Team& team, const Expert& expert, const std::vector<Share>& shares, const float* rows,
                   const Rows& out) {
-    team.for_each(1, [&](int64_t) {
-      const int64_t count = shares.size();
-      hidden_.resize(count, size_);
-      gated_.resize(count, inner_);
-      gate_.resize(count * inner_);
-    });
+    team.for_each(1, [&](int64_t) { make_room(shares.size()); });
     hidden_.fill(team, [&](int64_t row) { return rows + shares[row].token * size_; });
     matmul(team, expert.gate_up, hidden_, [&](int64_t, int64_t row, int64_t column, const float* sums) {
       float part[kLanes];
