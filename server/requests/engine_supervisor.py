@@ -116,7 +116,8 @@ class EngineSupervisor:
         """To an engine that is ready. ZeroMQ queues without bound and never blocks here: whoever admits requests keeps
         their number bounded."""
         assert self._inbox is not None
-        self._inbox.send(self._encoder.encode(message), flags=zmq.NOBLOCK)
+        sent = self._inbox.send(self._encoder.encode(message), flags=zmq.NOBLOCK)
+        asyncio.ensure_future(sent).add_done_callback(_look_at)
 
     @property
     def pid(self) -> int:
@@ -292,3 +293,9 @@ class EngineSupervisor:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+def _look_at(sent: asyncio.Future[Any]) -> None:
+    """An engine that dies may not take a message any more, which is no error: the next one gets what was accepted."""
+    if not sent.cancelled():
+        sent.exception()
