@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from softbatch.prompt_store.fingerprint import fingerprint
-from softbatch.scheduler.model import block_experts, loader
+from softbatch.scheduler.model import block_experts, gguf_conversion, gguf_gpt_oss, loader
 from softbatch.scheduler.model.batch import Row
 from softbatch.scheduler.model.block_experts import BlockExperts
 from softbatch.scheduler.model.cpu import ops
@@ -27,6 +28,10 @@ from softbatch.scheduler.model.loader import Loaded, load
 from softbatch.scheduler.model.mxfp4 import from_gguf_rows, gguf_rows, widened
 from softbatch.scheduler.model.source import EMBEDDED_ALIAS, ModelError, resolve
 from softbatch.scheduler.protocol import EngineConfig
+from softbatch.server.compressions import session
+from softbatch.server.compressions.prepare import ModelFiles, PreparedRun
+from softbatch.server.compressions.request import InputError, ModelChoice, make_request, make_settings
+from softbatch.server.compressions.session import CompressionSession
 from tests.support.families import edit_weights
 from tests.support.models import Reference, in_threads, load_reference
 from tests.support.mxfp4_models import SIZES, change_config, save_as_gguf, save_in_mxfp4
@@ -192,6 +197,47 @@ def test_options_of_the_decoder_are_refused_before_weights_are_read(
         loaded(checkpoint.path, **options)
 
 
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"kv_cache_dtype": "k6v4"}, {"deterministic": True}])
+def test_they_are_refused_before_a_gguf_file_is_converted(
+    checkpoint: Reference, tmp_path: Path, cache: None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_gpt_oss, "convert", lambda *_: pytest.fail("the file was converted"))
+    with pytest.raises(ModelError, match=r"takes .*; this is GptOssForCausalLM in float32 on cpu"):
+        loaded(save_as_gguf(tmp_path / "a.gguf", Path(checkpoint.path)), **options)
+
+
+def test_a_compression_is_refused_before_the_model_is_read(
+    checkpoint: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "LocalEngine", lambda *_: pytest.fail("the model was read"))
+    files = ModelFiles.open(ModelChoice(checkpoint.path, dtype="float32"))
+    context = files.context("Winter is cold. " * 20, None, 16)
+    with pytest.raises(ValueError, match="attention has sinks"):
+        CompressionSession.open(files, context, 1 << 20)
+    request = make_request(
+        name="a",
+        context="Winter is cold. " * 20,
+        settings=make_settings(),
+        questions=(),
+        choice=lambda: files.choice,
+        store=tmp_path,
+        max_prompt_bytes=1 << 20,
+    )
+    with pytest.raises(InputError, match="attention has sinks"):
+        PreparedRun.checked(request, files, tmp_path, 1 << 20)
+
+
+def test_a_gguf_file_ends_at_each_of_its_end_tokens(
+    checkpoint: Reference, tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = checkpoint.tokenizer.get_vocab()
+    others = sorted(vocabulary, key=lambda token: vocabulary[token])[300:302]
+    monkeypatch.setattr(gguf_conversion, "_ENDS_OF_GPT_OSS", (*others, "<|call|>"))
+    directory = Path(resolve(str(save_as_gguf(tmp_path / "a.gguf", Path(checkpoint.path)))).path)
+    said = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    assert set(said) >= {vocabulary[token] for token in others}
+
+
 def test_a_checkpoint_without_scales_is_refused(checkpoint: Reference, tmp_path: Path) -> None:
     path = shutil.copytree(checkpoint.path, tmp_path / "half")
     edit_weights(path, lambda weights: {name: each for name, each in weights.items() if not name.endswith("_scales")})
@@ -235,7 +281,10 @@ def test_a_gguf_file_of_another_kind_is_widened(checkpoint: Reference, tmp_path:
 @pytest.mark.parametrize(("said", "refusal"), [
     ({"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}, None),
     ({"rope.scaling.yarn_log_multiplier": 0.1}, r"gpt-oss\.rope\.scaling\.yarn_log_multiplier, which is not supported"),
-    ({"expert_count": 7}, r"mlp\.router\.weight is \[8, 64\] in the file and \[7, 64\] by config\.json|\[7"),
+    ({"expert_count": 7}, r"down_proj_bias is \[8, 64\] in the file and \[7, 64\] by config\.json"),
+    ({"expert_used_count": 0}, r"gpt-oss\.expert_used_count is 0, and must lie between 1 and 8"),
+    ({"expert_used_count": 9}, r"gpt-oss\.expert_used_count is 9, and must lie between 1 and 8"),
+    ({"block_count": 2**32 - 1}, r"gpt-oss\.block_count is 4294967295, and must lie between 1 and"),
     ({"block_count": 3}, r"the file lacks blk\.2\.attn_norm\.weight"),
     ({"block_count": 1}, r"the file has blk\.1\.attn_k\.bias, which the model that its metadata describes has not"),
 ])  # fmt: skip
