@@ -163,7 +163,7 @@ def _convert_gpt_oss(gguf: Path, file: GgufFile, config: Any, target: Path) -> N
         convert(GgufTensors(gguf), config, target)
         known = tokenizer.get_vocab()
         ends = {known[token] for token in _ENDS_OF_GPT_OSS if token in known} | {config.eos_token_id}
-        GenerationConfig(eos_token_id=sorted(ends - {None})).save_pretrained(str(target))
+        GenerationConfig(eos_token_id=sorted(ends - {None}) or None).save_pretrained(str(target))
     except ModelError:
         raise
     except Exception as error:  # of many kinds: a reader's, numpy's, torch's

@@ -30,6 +30,7 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
         raise ValueError(
             "the model caps its attention scores (attn_logit_softcapping): compression does not support it"
         )
+    # No config says so. A family that is not named here is found out by comparing logits, with its weights in memory.
     if getattr(config, "model_type", "") == "gpt_oss":
         raise ValueError("the model's attention has sinks: compression does not support them")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds) or (window,) * layers
